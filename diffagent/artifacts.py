@@ -1,0 +1,413 @@
+"""Artefacts: directories that exist only when they are whole, and the stages that make them.
+
+A stage is a function of (config, inputs) that fills a directory. Its identity is the sha256 of
+{stage, versions, config, content digests of the inputs}; the artefact lies in
+``STORE/STAGE/IDENTITY[:16]``. Work happens in a hidden partial directory beside it, which stays
+when the process dies so that the stage can resume; ``manifest.json`` is written last and the
+directory is renamed into place. No manifest: it never happened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from filelock import FileLock
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from diffagent.errors import ArtifactError
+from schemas.config import RuntimeConfig
+from schemas.manifest import SCHEMA_VERSION, FileEntry, Funnel, InputRef, Manifest
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_RECORDED_VERSIONS = ("diffagent", "torch", "transformers", "trl", "diffusers", "pyarrow", "polars")
+
+C = TypeVar("C", bound=BaseModel)
+
+
+class Artifact(BaseModel):
+    """A handle on a committed artefact: small, and safe to pass between processes."""
+
+    model_config = ConfigDict(frozen=True)
+
+    stage: str
+    identity: str
+    content_digest: str
+    path: Path
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest, read from disk."""
+        return read_manifest(self.path)
+
+    def file(self, name: str) -> Path:
+        """Path of a file of this artefact.
+
+        Raises:
+            ArtifactError: the artefact has no such file.
+        """
+        path = self.path / name
+        if not path.exists():
+            raise ArtifactError(
+                f"{self.stage} artefact {str(self.path)!r} has no file {name!r}; "
+                "delete the directory and run the stage again"
+            )
+        return path
+
+    def glob(self, pattern: str) -> list[Path]:
+        """Files matching ``pattern``, sorted by path."""
+        return sorted(self.path.glob(pattern))
+
+
+#: What a stage reads: name of the input -> artefacts (one, or one a shard).
+Inputs = Mapping[str, Sequence[Artifact]]
+
+
+@dataclass
+class StageResult:
+    """What a stage reports beside its files."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+    funnels: tuple[Funnel, ...] = ()
+    metrics: dict[str, Any] = field(default_factory=dict)
+    #: Set when equal contents may lie in different bytes (a crawl); else the files decide.
+    content_digest: str | None = None
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a stage body gets beside its config.
+
+    ``out`` may hold what an interrupted run of the same identity left behind.
+    ``site_url`` is the address of the Civitai API that this run talks to.
+    """
+
+    inputs: Inputs
+    out: Path
+    runtime: RuntimeConfig
+    site_url: str = ""
+
+    def one(self, name: str) -> Artifact:
+        """The single artefact of input ``name``."""
+        artifacts = self.inputs.get(name, ())
+        if len(artifacts) != 1:
+            raise ArtifactError(f"input {name!r} needs one artefact, got {len(artifacts)}")
+        return artifacts[0]
+
+    def many(self, name: str) -> Sequence[Artifact]:
+        """All artefacts of input ``name`` (one a shard), in the order given."""
+        if not self.inputs.get(name):
+            raise ArtifactError(f"input {name!r} is missing")
+        return self.inputs[name]
+
+
+def canonical_json(value: Any) -> bytes:
+    """One byte string per value: sorted keys, no spaces, UTF-8."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of an artefact's directory.
+
+    Raises:
+        ArtifactError: there is none, or it is not a manifest.
+    """
+    try:
+        return Manifest.model_validate_json((directory / MANIFEST).read_bytes())
+    except OSError as error:
+        raise ArtifactError(f"no artefact in {str(directory)!r}: {error.strerror}") from None
+    except ValidationError as error:
+        raise ArtifactError(
+            f"{str(directory / MANIFEST)!r} is not a manifest of this version: "
+            f"{error.errors()[0]['msg']}; delete the directory and run the stage again"
+        ) from None
+
+
+def open_artifact(directory: str | Path) -> Artifact:
+    """A handle on the artefact in ``directory``, its files checked by size.
+
+    Raises:
+        ArtifactError: no manifest, or a file is missing or of another size.
+    """
+    path = Path(directory)
+    manifest = read_manifest(path)
+    for entry in manifest.files:
+        file = path / entry.path
+        if not file.is_file() or file.stat().st_size != entry.size:
+            raise ArtifactError(
+                f"{str(file)!r} is missing or not {entry.size} bytes long as its manifest says; "
+                f"delete {str(path)!r} and run the stage {manifest.stage!r} again"
+            )
+    return Artifact(
+        stage=manifest.stage,
+        identity=manifest.identity,
+        content_digest=manifest.content_digest,
+        path=path,
+    )
+
+
+def verify_artifact(artifact: Artifact) -> None:
+    """Read every byte and compare it with the manifest.
+
+    Raises:
+        ArtifactError: a file's SHA256 is not the manifest's.
+    """
+    for entry in artifact.manifest.files:
+        if sha256_file(artifact.path / entry.path) != entry.sha256:
+            raise ArtifactError(
+                f"{str(artifact.path / entry.path)!r} is damaged (SHA256 differs); "
+                f"delete {str(artifact.path)!r} and run the stage {artifact.stage!r} again"
+            )
+
+
+def files_digest(files: Sequence[FileEntry]) -> str:
+    """Digest of an artefact's contents: names and SHA256 of its files."""
+    return hashlib.sha256(
+        canonical_json([[f.path, f.sha256] for f in sorted(files, key=lambda f: f.path)])
+    ).hexdigest()
+
+
+def peak_memory_bytes() -> int:
+    """Peak resident set of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass(frozen=True)
+class Stage(Generic[C]):
+    """A named, versioned function of (config, inputs) that fills a directory."""
+
+    name: str
+    version: int
+    body: Callable[[C, StageContext], StageResult]
+    config_type: type[C]
+
+    def identity(self, config: C, inputs: Inputs) -> str:
+        """sha256 that names this request; equal requests have equal identities."""
+        return hashlib.sha256(
+            canonical_json(
+                {
+                    "stage": self.name,
+                    "stage_version": self.version,
+                    "schema_version": SCHEMA_VERSION,
+                    "config": config.model_dump(mode="json"),
+                    "inputs": {
+                        name: [artifact.content_digest for artifact in artifacts]
+                        for name, artifacts in inputs.items()
+                    },
+                }
+            )
+        ).hexdigest()
+
+    def directory(self, config: C, inputs: Inputs, runtime: RuntimeConfig) -> Path:
+        """Where the artefact of this request lies, or will."""
+        return Path(runtime.store) / self.name / self.identity(config, inputs)[:16]
+
+    def cached(self, config: C, inputs: Inputs, runtime: RuntimeConfig) -> Artifact | None:
+        """The artefact of this request when it exists whole; a damaged one is removed."""
+        directory = self.directory(config, inputs, runtime)
+        if not directory.exists():
+            return None
+        try:
+            artifact = open_artifact(directory)
+        except ArtifactError as error:
+            log.warning("%s; it is built again", error)
+            shutil.rmtree(directory)
+            return None
+        return artifact
+
+    def run(
+        self,
+        config: C,
+        inputs: Inputs,
+        runtime: RuntimeConfig,
+        *,
+        site_url: str = "",
+        refresh: bool = False,
+    ) -> Artifact:
+        """Return the artefact of this request, building or resuming it when needed.
+
+        With ``refresh`` it is built anew; when the content is the same the old artefact stays,
+        else it is kept as ``IDENTITY.CONTENT`` and the new one takes its place.
+
+        Raises:
+            ArtifactError: an input is damaged, or the funnel does not add up.
+        """
+        directory = self.directory(config, inputs, runtime)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{directory}.lock"):
+            known = self.cached(config, inputs, runtime)
+            if known and not refresh:
+                log.info("%s: cached in %s", self.name, directory)
+                return known
+            partial = directory.with_name(f".{directory.name}.partial")
+            partial.mkdir(exist_ok=True)
+            started = time.monotonic()
+            context = StageContext(inputs, partial, runtime, site_url)
+            result = self.body(config, context)
+            manifest = self._manifest(config, inputs, partial, result, started)
+            if known and known.content_digest == manifest.content_digest:
+                log.info("%s: nothing new; %s stays", self.name, directory)
+                shutil.rmtree(partial)
+                return known
+            _write_durably(partial / MANIFEST, manifest.model_dump_json(indent=1).encode())
+            if known:
+                directory.rename(
+                    directory.with_name(f"{directory.name}.{known.content_digest[:8]}")
+                )
+            partial.rename(directory)
+            log.info("%s: built %s in %.1f s", self.name, directory, manifest.wall_seconds)
+        return open_artifact(directory)
+
+    def _manifest(
+        self, config: C, inputs: Inputs, out: Path, result: StageResult, started: float
+    ) -> Manifest:
+        files = tuple(
+            FileEntry(
+                path=p.relative_to(out).as_posix(), size=p.stat().st_size, sha256=sha256_file(p)
+            )
+            for p in sorted(out.rglob("*"))
+            if p.is_file()
+        )
+        for funnel in result.funnels:
+            try:
+                funnel.check()
+            except ValueError as error:
+                raise ArtifactError(f"stage {self.name!r}: {error}") from None
+        return Manifest(
+            stage=self.name,
+            stage_version=self.version,
+            identity=self.identity(config, inputs),
+            content_digest=result.content_digest or files_digest(files),
+            config=config.model_dump(mode="json"),
+            inputs={
+                name: tuple(
+                    InputRef(stage=a.stage, identity=a.identity, content_digest=a.content_digest)
+                    for a in artifacts
+                )
+                for name, artifacts in inputs.items()
+            },
+            files=files,
+            rows=result.rows,
+            funnels=result.funnels,
+            metrics=result.metrics,
+            created_at=datetime.now(UTC),
+            wall_seconds=time.monotonic() - started,
+            peak_memory_bytes=peak_memory_bytes(),
+            versions=_library_versions(),
+        )
+
+
+def stage(name: str, *, version: int, config: type[C]) -> Callable[..., Stage[C]]:
+    """Make a stage of a function ``body(config, context) -> StageResult``.
+
+    Bump ``version`` whenever the same request would give a different answer.
+    """
+
+    def wrap(body: Callable[[C, StageContext], StageResult]) -> Stage[C]:
+        return Stage(name, version, body, config)
+
+    return wrap
+
+
+def run_in_child(
+    entry: str,
+    config: BaseModel,
+    inputs: Inputs,
+    runtime: RuntimeConfig,
+    *,
+    site_url: str = "",
+) -> Artifact:
+    """Run the stage ``entry`` ('package.module:attribute') in a process of its own.
+
+    A child gives heavy stages a real timeout and gives their memory back. The same command
+    works by hand: ``python -m diffagent.run_stage RUN.json``.
+
+    Raises:
+        ArtifactError: the child failed (the tail of its log is in the message) or timed out.
+    """
+    with tempfile.TemporaryDirectory(prefix="diffagent-") as folder:
+        request, answer = Path(folder, "run.json"), Path(folder, "artifact.json")
+        request.write_bytes(
+            canonical_json(
+                {
+                    "entry": entry,
+                    "config": config.model_dump(mode="json"),
+                    "inputs": {n: [str(a.path) for a in arts] for n, arts in inputs.items()},
+                    "runtime": runtime.model_dump(mode="json"),
+                    "site_url": site_url,
+                    "answer": str(answer),
+                }
+            )
+        )
+        command = [sys.executable, "-m", "diffagent.run_stage", str(request)]
+        with tempfile.TemporaryFile(dir=folder) as output:
+            try:
+                done = subprocess.run(
+                    command,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    timeout=runtime.stage_timeout_seconds,
+                    check=False,
+                )
+            except subprocess.TimeoutExpired:
+                raise ArtifactError(
+                    f"{entry} took longer than {runtime.stage_timeout_seconds:.0f} s and was "
+                    "stopped; raise runtime.stage_timeout_seconds, or run it again to resume"
+                ) from None
+            output.seek(0)
+            text = output.read().decode(errors="replace")
+        for line in text.splitlines():
+            log.info("%s | %s", entry.rpartition(":")[2], line)
+        if done.returncode or not answer.exists():
+            raise ArtifactError(f"{entry} ended with code {done.returncode}:\n{text[-3000:]}")
+        return Artifact.model_validate_json(answer.read_bytes())
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside ``path`` that replaces it when the block succeeds."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with atomic_file(path) as temporary, temporary.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _library_versions() -> dict[str, str]:
+    versions = {"python": sys.version.split()[0]}
+    for name in _RECORDED_VERSIONS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions

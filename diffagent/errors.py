@@ -1,0 +1,100 @@
+"""Every error that DiffAgent raises on purpose.
+
+    DiffAgentError
+    ├── ConfigError          a run configuration is wrong
+    ├── SchemaError          a record does not have the form it claims (names the field)
+    ├── ArtifactError        an artefact is missing, damaged or of another version
+    ├── CivitaiError         the site answered with something other than data
+    │   ├── RateLimited      429 of the edge           (retryable)
+    │   ├── ServerError      5xx, 524, broken transfer (retryable)
+    │   ├── NotFound         404
+    │   ├── Forbidden        401, 403
+    │   ├── BadCursor        400: the cursor is malformed or stale
+    │   └── PageCap          429 that means "page * limit > 1000": never succeeds
+    ├── RenderError          a picture could not be made
+    ├── ScoreError           a reward could not be computed
+    └── TrainingError        training cannot start or has diverged
+
+A message says what, where and the remedy. ``retryable`` is what the orchestration's retry
+condition reads: true only where the same call may succeed later.
+"""
+
+from __future__ import annotations
+
+
+class DiffAgentError(Exception):
+    """Base of all errors raised on purpose."""
+
+    retryable = False
+
+
+class ConfigError(DiffAgentError):
+    """A run configuration is wrong."""
+
+
+class SchemaError(DiffAgentError):
+    """A record does not have the form it claims."""
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class ArtifactError(DiffAgentError):
+    """An artefact is missing, damaged or of another version."""
+
+
+class CivitaiError(DiffAgentError):
+    """The site answered with something other than data."""
+
+
+class RateLimited(CivitaiError):  # noqa: N818  the name of the condition, as in HTTP
+    """429 of the edge; ``retry_after`` in seconds when the site said so."""
+
+    retryable = True
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ServerError(CivitaiError):
+    """5xx, 524 or a transfer that broke; ``retry_after`` in seconds when the site said so."""
+
+    retryable = True
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class NotFound(CivitaiError):  # noqa: N818
+    """404: may be transient on this site; never a reason to delete a known record."""
+
+
+class Forbidden(CivitaiError):  # noqa: N818
+    """401 or 403: a token is missing or the item is not open to it."""
+
+
+class BadCursor(CivitaiError):  # noqa: N818
+    """400: the cursor is malformed or stale; restart the listing."""
+
+
+class PageCap(CivitaiError):  # noqa: N818
+    """429 with page * limit > 1000: use cursors; the same call never succeeds."""
+
+
+class RenderError(DiffAgentError):
+    """A picture could not be made; ``reason`` is the short code that goes into the row."""
+
+    def __init__(self, message: str, *, reason: str = "error") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class ScoreError(DiffAgentError):
+    """A reward could not be computed."""
+
+
+class TrainingError(DiffAgentError):
+    """Training cannot start or has diverged."""

@@ -1,0 +1,35 @@
+"""``python -m diffagent.run_stage RUN.json``: one stage in a process of its own.
+
+RUN.json is what ``diffagent.artifacts.run_in_child`` writes: entry, config, inputs (paths),
+runtime, site_url and the file that gets the handle of the finished artefact.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import sys
+from pathlib import Path
+
+from diffagent.artifacts import Stage, open_artifact
+from schemas.config import RuntimeConfig
+
+
+def main(request: str) -> None:
+    """Run the stage that the JSON file ``request`` describes."""
+    run = json.loads(Path(request).read_text(encoding="utf-8"))
+    module, _, attribute = run["entry"].partition(":")
+    stage: Stage = getattr(importlib.import_module(module), attribute)  # type: ignore[type-arg]
+    artifact = stage.run(
+        stage.config_type.model_validate(run["config"]),
+        {name: [open_artifact(p) for p in paths] for name, paths in run["inputs"].items()},
+        RuntimeConfig.model_validate(run["runtime"]),
+        site_url=run["site_url"],
+    )
+    Path(run["answer"]).write_text(artifact.model_dump_json(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    main(sys.argv[1])

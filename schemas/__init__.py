@@ -1,0 +1,1 @@
+"""The shapes of everything that crosses a boundary: configs, payloads, records, manifests."""

@@ -1,0 +1,109 @@
+"""The T2I API record: what the agent answers and what every stage passes on."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=300)]
+
+
+class ApiError(ValueError):
+    """A text is not a T2I API; ``field`` is the dotted path of the first thing wrong."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}" if field else problem)
+        self.field = field
+        self.problem = problem
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class LoRA(_Record):
+    """A LoRA laid over the checkpoint."""
+
+    model: Name
+    version: Name
+    weight: float = Field(ge=-4, le=4, description="strength; 1 is as trained")
+
+
+class Params(_Record):
+    """Generation parameters, in the field's units."""
+
+    sampler: Name = Field(description="A1111 name, e.g. 'DPM++ 2M Karras'")
+    steps: int = Field(ge=1, le=150, description="num_inference_steps")
+    cfg_scale: float = Field(ge=0, le=30, description="guidance_scale")
+    width: int = Field(ge=64, le=4096, multiple_of=8, description="pixels")
+    height: int = Field(ge=64, le=4096, multiple_of=8, description="pixels")
+    clip_skip: int = Field(default=1, ge=1, le=12, description="1 = last layer of CLIP")
+    seed: int | None = Field(default=None, ge=0, lt=2**64)
+
+
+class T2IAPI(_Record):
+    """One text-to-image API call: which model, and how to run it.
+
+    The compact JSON form (``to_json``) has the keys in the order of the fields below, no
+    spaces, and leaves out what is unset (``air``, ``description``, ``params.seed``), so that
+    ``parse_api(api.to_json()) == api`` for every record. Numbers that are whole are written
+    without a fraction: one value has one spelling, which is what a language model should learn.
+    """
+
+    model: Name = Field(description="unique name in the catalogue")
+    version: Name
+    type: Literal["Checkpoint"] = "Checkpoint"
+    base_model: Name = Field(description="Civitai's name, e.g. 'SD 1.5'")
+    air: str | None = Field(default=None, description="urn:air:{ecosystem}:checkpoint:civitai:M@V")
+    loras: tuple[LoRA, ...] = Field(default=(), max_length=8)
+    params: Params
+    negative_prompt: Annotated[str, StringConstraints(max_length=4000)] = ""
+    description: str | None = Field(default=None, max_length=500)
+
+    def to_json(self) -> str:
+        """The compact JSON form, one line."""
+        data = self.model_dump(exclude_none=True)
+        data["params"]["cfg_scale"] = _shortest(data["params"]["cfg_scale"])
+        data["loras"] = [{**lora, "weight": _shortest(lora["weight"])} for lora in data["loras"]]
+        return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+
+    def response(self) -> T2IAPI:
+        """The part an agent has to write: without what the catalogue knows or chance decides."""
+        params = self.params.model_copy(update={"seed": None})
+        return self.model_copy(update={"air": None, "description": None, "params": params})
+
+
+def _shortest(value: float) -> float | int:
+    return int(value) if value == int(value) else value
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ApiError(twice, "key appears twice")
+    return result
+
+
+def parse_api(text: str) -> T2IAPI:
+    """Read an API from JSON text (any key order, any spacing).
+
+    Raises:
+        ApiError: not JSON, or a field is missing, unknown, of the wrong type or out of range;
+            ``field`` names it.
+    """
+    try:
+        data = json.loads(text, object_pairs_hook=_unique_keys)
+    except RecursionError:
+        raise ApiError("", "nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ApiError("", f"not JSON: {error.msg} at character {error.pos}") from None
+    try:
+        return T2IAPI.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise ApiError(field, f"{first['msg']} (got {first['input']!r:.80})") from None

@@ -1,0 +1,245 @@
+"""Run configurations: frozen, bounded, described; all problems are reported at once.
+
+A section is the configuration of one stage and part of that stage's identity.
+``RuntimeConfig`` holds what changes how a stage runs but not what it makes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class CrawlConfig(_Section):
+    """What to ask of the site."""
+
+    site: str = Field(
+        default="https://civitai.com",
+        description="address of a Civitai API, or 'sandbox', or 'dump:DIR' for an embedded server",
+    )
+    model_types: tuple[str, ...] = Field(
+        default=("Checkpoint", "LORA", "LoCon", "DoRA"),
+        description="types to list; empty for all of them",
+    )
+    nsfw: bool = Field(default=False, description="ask for records above PG (filters still apply)")
+    image_source: Literal["feed", "versions"] = Field(
+        default="versions",
+        description="'versions': /images of every model version; 'feed': the whole /images listing",
+    )
+    max_models: int | None = Field(default=None, ge=1)
+    max_images: int | None = Field(default=None, ge=1)
+    model_pages: int = Field(
+        default=0, ge=0, description="HTML pages to read for recommended settings, most used first"
+    )
+
+
+class FilterConfig(_Section):
+    """What enters DABench. Names of filters and reasons are those of the drop funnel."""
+
+    model_types: tuple[str, ...] = ("Checkpoint", "LORA", "LoCon", "DoRA")
+    base_models: tuple[str, ...] = Field(
+        default=("SD 1.5", "SDXL 1.0"), description="as in the paper; Civitai's names"
+    )
+    allow_nsfw: bool = False
+    allow_real_persons: bool = False
+    max_image_nsfw_level: int = Field(default=1, ge=1, le=31, description="bit: 1 PG, 2 PG-13, 4 R")
+    require_scans: bool = Field(default=True, description="pickle and virus scan must be Success")
+    min_steps: int = Field(default=1, ge=1)
+    max_steps: int = Field(default=150, le=150)
+    max_cfg_scale: float = Field(default=30, le=30)
+    max_prompt_chars: int = Field(default=4000, ge=1)
+
+
+class DABenchConfig(_Section):
+    """How pairs become a dataset."""
+
+    validation_fraction: float = Field(default=0.1, gt=0, lt=0.5)
+    test_fraction: float = Field(default=0.1, gt=0, lt=0.5)
+    rows_per_shard: int = Field(default=20_000, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+
+class SFTConfig(_Section):
+    """Supervised fine-tuning on (prompt, API) pairs."""
+
+    model: str = Field(
+        default="sandbox-llama",
+        description="any causal LM by name or path; 'sandbox-llama' is built from config",
+    )
+    hidden_size: int = Field(default=128, ge=16, description="sandbox-llama only")
+    num_hidden_layers: int = Field(default=4, ge=1, description="sandbox-llama only")
+    vocab_size: int = Field(default=2048, ge=300, description="sandbox-llama only: byte-level BPE")
+    lora_rank: int = Field(default=0, ge=0, le=512, description="0 trains all parameters")
+    num_train_epochs: float = Field(default=3, gt=0)
+    max_steps: int = Field(default=-1, ge=-1, description="-1: by epochs")
+    per_device_train_batch_size: int = Field(default=16, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    learning_rate: float = Field(default=2e-5, gt=0)
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_length: int = Field(default=512, ge=32, description="tokens of prompt + response")
+    save_steps: int = Field(default=200, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+
+class SamplingConfig(_Section):
+    """Candidates for RRHF."""
+
+    num_prompts: int = Field(default=1000, ge=1, description="prompts of the train split")
+    num_shards: int = Field(default=8, ge=1)
+    num_candidates: int = Field(default=4, ge=2, le=32, description="k, besides the DABench API")
+    temperature: float = Field(default=0.8, gt=0)
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    num_beam_groups: int = Field(
+        default=0, ge=0, description="> 0: diverse beam search with this many groups instead"
+    )
+    diversity_penalty: float = Field(default=1.0, ge=0)
+    max_new_tokens: int = Field(default=256, ge=8)
+    batch_size: int = Field(default=16, ge=1, description="prompts per generate call")
+    seed: int = Field(default=0, ge=0)
+
+
+class RenderConfig(_Section):
+    """How an API call becomes a picture."""
+
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1, description="pictures per call")
+    max_pixels: int = Field(default=1024 * 1024, ge=64 * 64, description="larger sizes are refused")
+    batch_size: int = Field(default=4, ge=1)
+    max_failed_fraction: float = Field(default=0.1, ge=0, le=1)
+
+
+class ScorerConfig(_Section):
+    """One reward model."""
+
+    name: Literal["clip", "image_reward", "hps_v2"]
+    model: str = Field(description="architecture: open_clip name, 'v1.0', 'v2', or a local config")
+    weights: str | None = Field(default=None, description="local file, or hub id of the release")
+    weight: float = Field(default=1.0, ge=0, description="weight in the unified score")
+
+
+class RewardsConfig(_Section):
+    """Which rewards, and how they become one number."""
+
+    scorers: tuple[ScorerConfig, ...] = Field(min_length=1)
+    unify: Literal["zscore", "chatgen"] = "zscore"
+    reference: str | None = Field(
+        default=None, description="'zscore': JSON file with mean and std of each metric"
+    )
+    invalid_floor: float = Field(default=-10.0, description="unified score of an invalid call")
+    batch_size: int = Field(default=32, ge=1)
+
+
+class RRHFConfig(_Section):
+    """RRHF, equations 1 to 4 of arXiv 2304.05302."""
+
+    num_train_epochs: float = Field(default=3, gt=0)
+    max_steps: int = Field(default=-1, ge=-1)
+    per_device_train_batch_size: int = Field(default=4, ge=1, description="prompts per step")
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    learning_rate: float = Field(default=2e-5, gt=0)
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    rank_weight: float = Field(default=1.0, ge=0, description="weight of L_rank")
+    sft_weight: float = Field(default=1.0, ge=0, description="weight of L_ft")
+    length_normalization: bool = Field(default=True, description="equation 1 divides by |y|")
+    margin: float = Field(default=0.0, ge=0, description="0 as in the paper")
+    max_length: int = Field(default=512, ge=32)
+    save_steps: int = Field(default=200, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+
+Selector = Literal["popular", "random", "nearest", "sft", "rrhf"]
+
+
+class EvaluationConfig(_Section):
+    """What is compared, and on what."""
+
+    selectors: tuple[Selector, ...] = ("popular", "random", "nearest", "sft", "rrhf")
+    split: Literal["validation", "test"] = "test"
+    num_prompts: int = Field(default=200, ge=2)
+    max_new_tokens: int = Field(default=256, ge=8)
+    bootstrap_samples: int = Field(default=2000, ge=100)
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    report_prompts: int = Field(default=12, ge=0, description="prompts shown with pictures")
+    seed: int = Field(default=0, ge=0)
+
+
+class RuntimeConfig(_Section):
+    """How stages run on this machine; never part of an identity."""
+
+    store: str = Field(default="store", description="directory of artefacts")
+    models: str | None = Field(default=None, description="cache of model files; STORE/models")
+    device: str = Field(default="auto", description="'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
+    workers: int = Field(default=2, ge=1, description="concurrent tasks of a flow")
+    requests_per_second: float | None = Field(
+        default=None, gt=0, description="to the site; default 1, unlimited to a loopback address"
+    )
+    faults: Literal["none", "flaky", "hostile"] = Field(
+        default="none", description="of the embedded server"
+    )
+    stage_timeout_seconds: float = Field(default=6 * 3600, gt=0)
+
+
+class PipelineConfig(_Section):
+    """The whole run."""
+
+    crawl: CrawlConfig = CrawlConfig()
+    filters: FilterConfig = FilterConfig()
+    dabench: DABenchConfig = DABenchConfig()
+    sft: SFTConfig = SFTConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    render: RenderConfig = RenderConfig()
+    rewards: RewardsConfig
+    rrhf: RRHFConfig = RRHFConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> PipelineConfig:
+        if self.dabench.validation_fraction + self.dabench.test_fraction >= 1:
+            raise ValueError("dabench: validation_fraction + test_fraction must be below 1")
+        if self.rewards.unify == "zscore" and not self.rewards.reference:
+            raise ValueError("rewards.reference is needed for unify: zscore")
+        return self
+
+
+class ConfigFileError(ValueError):
+    """A configuration file is wrong; the message lists every problem."""
+
+
+def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> PipelineConfig:
+    """Read a YAML file; ``overrides`` maps dotted keys ('runtime.store') to values.
+
+    Raises:
+        ConfigFileError: the file is missing or not YAML, or any field is wrong (all are listed).
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigFileError(f"cannot read {str(path)!r}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigFileError(f"{str(path)!r} is not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigFileError(f"{str(path)!r} must be a mapping of sections, got {data!r:.80}")
+    for dotted, value in (overrides or {}).items():
+        *parents, leaf = dotted.split(".")
+        target = data
+        for key in parents:
+            target = target.setdefault(key, {})
+        target[leaf] = value
+    try:
+        return PipelineConfig.model_validate(data)
+    except ValidationError as error:
+        problems = [
+            f"  {'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']} (got {e['input']!r:.60})"
+            for e in error.errors()
+        ]
+        raise ConfigFileError(
+            "\n".join([f"{path}: {len(problems)} problem(s)", *problems])
+        ) from None
