@@ -106,6 +106,18 @@ class SamplingConfig(_Section):
     seed: int = Field(default=0, ge=0)
 
 
+class SampleShard(SamplingConfig):
+    """One shard of ``SamplingConfig``: what the stage ``sample`` takes."""
+
+    shard: int = Field(ge=0, description="0 .. num_shards - 1")
+
+    @model_validator(mode="after")
+    def _check(self) -> SampleShard:
+        if self.shard >= self.num_shards:
+            raise ValueError(f"shard {self.shard} of {self.num_shards} does not exist")
+        return self
+
+
 class RenderConfig(_Section):
     """How an API call becomes a picture."""
 
@@ -155,6 +167,16 @@ class RRHFConfig(_Section):
 
 
 Selector = Literal["popular", "random", "nearest", "sft", "rrhf"]
+
+
+class SelectConfig(_Section):
+    """One selector's answers to held-out prompts: what the stage ``select`` takes."""
+
+    selector: Selector
+    split: Literal["validation", "test"] = "test"
+    num_prompts: int = Field(default=200, ge=1)
+    max_new_tokens: int = Field(default=256, ge=8)
+    seed: int = Field(default=0, ge=0, description="of the prompts drawn and of 'random'")
 
 
 class EvaluationConfig(_Section):
