@@ -1,0 +1,289 @@
+"""The whole run as data: which stages there are, with which config, and what feeds what.
+
+``plan`` is the only place that knows the wiring. The command line runs it one node after the
+other (``run``); the Prefect flows map the same nodes to tasks. Stage modules are imported when
+a node is run, so a plan costs nothing.
+
+    crawl -> filter -> shard -> sft -> (sample -> render -> score) per shard -> rrhf
+                          └──────┴────────────────────────────────────────────────┴─┐
+                             (select -> render -> score) per selector -> evaluate <─┘
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from diffagent.artifacts import Artifact, Stage, run_in_child
+from diffagent.errors import ConfigError
+from schemas.config import PipelineConfig, SampleShard, SelectConfig, Selector
+
+log = logging.getLogger(__name__)
+
+Group = Literal["build-dabench", "train-sft", "train-rrhf", "evaluate-agent"]
+GROUPS: tuple[Group, ...] = ("build-dabench", "train-sft", "train-rrhf", "evaluate-agent")
+
+#: Selectors that answer with a trained agent -> key of the node that trains it.
+AGENTS: Mapping[Selector, str] = {"sft": "sft", "rrhf": "rrhf"}
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage of a run, or one shard of it."""
+
+    key: str
+    entry: str  # 'package.module:attribute' of the Stage
+    config: BaseModel
+    inputs: Mapping[str, tuple[str, ...]]  # name of the input -> keys of the nodes that make it
+    group: Group
+    heavy: bool = False  # runs in a process of its own, which gives its memory back
+    queue: Literal["cpu", "gpu"] = "cpu"
+    site: bool = False  # talks to the Civitai API
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """Keys of all nodes that this one reads."""
+        return tuple(key for keys in self.inputs.values() for key in keys)
+
+
+def plan(config: PipelineConfig) -> dict[str, Node]:
+    """All nodes of a run by key, parents before children.
+
+    Keys: ``crawl``, ``filter``, ``shard``, ``sft``, ``sample-0`` ... , ``render-0`` ... ,
+    ``score-0`` ... , ``rrhf``, then ``select-NAME``, ``render-NAME``, ``score-NAME`` for each
+    selector of ``config.evaluation``, and ``evaluate``.
+    """
+    nodes = [*_dataset_nodes(config), *_training_nodes(config), *_evaluation_nodes(config)]
+    return {node.key: node for node in nodes}
+
+
+def _dataset_nodes(config: PipelineConfig) -> Iterator[Node]:
+    group: Group = "build-dabench"
+    yield Node("crawl", "diffagent.civitai.crawl:crawl", config.crawl, {}, group, site=True)
+    yield Node(
+        "filter",
+        "diffagent.dabench.filters:filter_records",
+        config.filters,
+        {"snapshot": ("crawl",)},
+        group,
+        site=True,  # hashes that no listed model has are looked up
+    )
+    yield Node(
+        "shard",
+        "diffagent.dabench.shards:build_dabench",
+        config.dabench,
+        {"filtered": ("filter",)},
+        group,
+    )
+
+
+def _training_nodes(config: PipelineConfig) -> Iterator[Node]:
+    dabench, agent = ("shard",), ("sft",)
+    yield Node(
+        "sft",
+        "diffagent.train.sft:train_sft",
+        config.sft,
+        {"dabench": dabench},
+        "train-sft",
+        heavy=True,
+        queue="gpu",
+    )
+    shards = range(config.sampling.num_shards)
+    for i in shards:
+        yield Node(
+            f"sample-{i}",
+            "diffagent.agent.sampling:sample",
+            SampleShard(**config.sampling.model_dump(), shard=i),
+            {"dabench": dabench, "agent": agent},
+            "train-rrhf",
+            heavy=True,
+            queue="gpu",
+        )
+        yield from _judge(config, f"sample-{i}", str(i), "train-rrhf")
+    yield Node(
+        "rrhf",
+        "diffagent.train.rrhf:train_rrhf",
+        config.rrhf,
+        {
+            "dabench": dabench,
+            "agent": agent,
+            "candidates": tuple(f"sample-{i}" for i in shards),
+            "scores": tuple(f"score-{i}" for i in shards),
+        },
+        "train-rrhf",
+        heavy=True,
+        queue="gpu",
+    )
+
+
+def _evaluation_nodes(config: PipelineConfig) -> Iterator[Node]:
+    group: Group = "evaluate-agent"
+    evaluation = config.evaluation
+    shared = evaluation.model_dump(include={"split", "num_prompts", "max_new_tokens", "seed"})
+    for name in evaluation.selectors:
+        agent = {"agent": (AGENTS[name],)} if name in AGENTS else {}
+        yield Node(
+            f"select-{name}",
+            "diffagent.agent.selectors:select",
+            SelectConfig(selector=name, **shared),
+            {"dabench": ("shard",), **agent},
+            group,
+            heavy=True,
+            queue="gpu" if agent else "cpu",
+        )
+        yield from _judge(config, f"select-{name}", name, group)
+    yield Node(
+        "evaluate",
+        "diffagent.evaluation.report:evaluate",
+        evaluation,
+        {
+            "dabench": ("shard",),
+            "candidates": tuple(f"select-{name}" for name in evaluation.selectors),
+            "renders": tuple(f"render-{name}" for name in evaluation.selectors),
+            "scores": tuple(f"score-{name}" for name in evaluation.selectors),
+        },
+        group,
+        heavy=True,
+    )
+
+
+def _judge(config: PipelineConfig, candidates: str, name: str, group: Group) -> Iterator[Node]:
+    """Render the candidates of one node and score the pictures."""
+    yield Node(
+        f"render-{name}",
+        "diffagent.render.stage:render",
+        config.render,
+        {"candidates": (candidates,), "dabench": ("shard",)},
+        group,
+        heavy=True,
+        queue="gpu",
+        site=True,
+    )
+    yield Node(
+        f"score-{name}",
+        "diffagent.rewards.stage:score",
+        config.rewards,
+        {"renders": (f"render-{name}",)},
+        group,
+        heavy=True,
+        queue="gpu",
+    )
+
+
+def targets(nodes: Mapping[str, Node], name: str) -> tuple[str, ...]:
+    """Keys that ``name`` stands for: a key, or the shards of a stage ('sample', 'render').
+
+    Raises:
+        ConfigError: the plan has no such stage.
+    """
+    shard = re.compile(re.escape(name) + r"-\d+")
+    keys = tuple(key for key in nodes if key == name or shard.fullmatch(key))
+    if not keys:
+        raise ConfigError(f"no stage {name!r} in this run; there are: {', '.join(nodes)}")
+    return keys
+
+
+def upstream(nodes: Mapping[str, Node], keys: Iterable[str]) -> dict[str, Node]:
+    """The nodes ``keys`` and all that they depend on, in the order of ``nodes``."""
+    wanted = set(keys)
+    for key in reversed(list(nodes)):
+        if key in wanted:
+            wanted.update(nodes[key].parents)
+    return {key: node for key, node in nodes.items() if key in wanted}
+
+
+def load_stage(node: Node) -> Stage[Any]:
+    """Import the stage of a node."""
+    module, _, attribute = node.entry.partition(":")
+    stage: Stage[Any] = getattr(importlib.import_module(module), attribute)
+    return stage
+
+
+def node_inputs(node: Node, done: Mapping[str, Artifact]) -> dict[str, list[Artifact]]:
+    """The artefacts that a node reads, by the name of its input."""
+    return {name: [done[key] for key in keys] for name, keys in node.inputs.items()}
+
+
+def cached(node: Node, done: Mapping[str, Artifact], config: PipelineConfig) -> Artifact | None:
+    """The node's artefact when it is there already; None when it has to be built."""
+    return load_stage(node).cached(node.config, node_inputs(node, done), config.runtime)
+
+
+def build(
+    node: Node,
+    done: Mapping[str, Artifact],
+    config: PipelineConfig,
+    *,
+    site_url: str = "",
+    refresh: bool = False,
+) -> Artifact:
+    """Run one node (from cache when it can), a heavy one in a child process.
+
+    Raises:
+        DiffAgentError: the stage failed.
+    """
+    inputs = node_inputs(node, done)
+    if node.heavy:  # never the crawl, the one stage that is refreshed
+        return run_in_child(node.entry, node.config, inputs, config.runtime, site_url=site_url)
+    return load_stage(node).run(
+        node.config, inputs, config.runtime, site_url=site_url, refresh=refresh
+    )
+
+
+def run(
+    config: PipelineConfig,
+    upto: str | None = None,
+    *,
+    refresh: bool = False,
+    on_done: Callable[[Node, Artifact, bool], None] | None = None,
+) -> dict[str, Artifact]:
+    """Run the plan, or what the stage ``upto`` needs, one node after the other.
+
+    Args:
+        config: the whole run.
+        upto: a key of ``plan`` or the name of a sharded stage; None runs everything.
+        refresh: crawl again even when there is a snapshot; what follows is rebuilt only when
+            the site had something new.
+        on_done: called after each node with its artefact and whether it was cached.
+
+    Returns:
+        The artefacts by node key, in the order in which they were made.
+
+    Raises:
+        DiffAgentError: a stage failed, or there is no stage ``upto``.
+    """
+    nodes = plan(config)
+    if upto is not None:
+        nodes = upstream(nodes, targets(nodes, upto))
+    done: dict[str, Artifact] = {}
+    with contextlib.ExitStack() as stack:
+        site_url = ""
+        for node in nodes.values():
+            again = refresh and node.key == "crawl"
+            known = artifact = cached(node, done, config)
+            if artifact is None or again:
+                if node.site and not site_url:
+                    site_url = stack.enter_context(open_site(config))
+                log.info("%s: running", node.key)
+                artifact = build(node, done, config, site_url=site_url, refresh=again)
+            done[node.key] = artifact
+            if on_done:
+                on_done(node, artifact, artifact == known)
+    return done
+
+
+def open_site(config: PipelineConfig) -> contextlib.AbstractContextManager[str]:
+    """The address of the run's Civitai API; an embedded server lives as long as the block."""
+    from diffagent.civitai.site import embedded_site
+
+    site: contextlib.AbstractContextManager[str] = embedded_site(
+        config.crawl.site, config.runtime.faults
+    )
+    return site
