@@ -30,13 +30,16 @@ from typing import Any, Generic, TypeVar
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from diffagent.errors import ArtifactError
+from diffagent import errors
+from diffagent.errors import ArtifactError, DiffAgentError
 from schemas.config import RuntimeConfig
 from schemas.manifest import SCHEMA_VERSION, FileEntry, Funnel, InputRef, Manifest
 
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+#: Exit code of a child whose stage raised a DiffAgentError (which is then in its answer file).
+EXPECTED_FAILURE = 3
 _RECORDED_VERSIONS = ("diffagent", "torch", "transformers", "trl", "diffusers", "pyarrow", "polars")
 
 C = TypeVar("C", bound=BaseModel)
@@ -382,9 +385,16 @@ def run_in_child(
             text = output.read().decode(errors="replace")
         for line in text.splitlines():
             log.info("%s | %s", entry.rpartition(":")[2], line)
-        if done.returncode or not answer.exists():
-            raise ArtifactError(f"{entry} ended with code {done.returncode}:\n{text[-3000:]}")
-        return Artifact.model_validate_json(answer.read_bytes())
+        if done.returncode == 0:
+            return Artifact.model_validate_json(answer.read_bytes())
+        if done.returncode == EXPECTED_FAILURE:
+            said = json.loads(answer.read_bytes())
+            failure: DiffAgentError = getattr(errors, said["error"])(said["message"])
+            failure.retryable = said["retryable"]
+            raise failure
+        crash = ArtifactError(f"{entry} ended with code {done.returncode}:\n{text[-3000:]}")
+        crash.retryable = done.returncode < 0  # killed from outside: the next try resumes
+        raise crash
 
 
 @contextlib.contextmanager

@@ -21,9 +21,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from diffagent.artifacts import Artifact, Stage, run_in_child
+from diffagent.artifacts import Artifact, Inputs, Stage, run_in_child
 from diffagent.errors import ConfigError
-from schemas.config import PipelineConfig, SampleShard, SelectConfig, Selector
+from schemas.config import PipelineConfig, RuntimeConfig, SampleShard, SelectConfig, Selector
 
 log = logging.getLogger(__name__)
 
@@ -216,10 +216,22 @@ def cached(node: Node, done: Mapping[str, Artifact], config: PipelineConfig) -> 
     return load_stage(node).cached(node.config, node_inputs(node, done), config.runtime)
 
 
-def build(
+def find_cached(nodes: Mapping[str, Node], config: PipelineConfig) -> dict[str, Artifact]:
+    """The artefacts of ``nodes`` that are on disk, whole; nothing is run.
+
+    A node whose parents are not there is not there either: its request is not known yet.
+    """
+    found: dict[str, Artifact] = {}
+    for key, node in nodes.items():
+        if found.keys() >= set(node.parents) and (artifact := cached(node, found, config)):
+            found[key] = artifact
+    return found
+
+
+def run_node(
     node: Node,
-    done: Mapping[str, Artifact],
-    config: PipelineConfig,
+    inputs: Inputs,
+    runtime: RuntimeConfig,
     *,
     site_url: str = "",
     refresh: bool = False,
@@ -229,12 +241,10 @@ def build(
     Raises:
         DiffAgentError: the stage failed.
     """
-    inputs = node_inputs(node, done)
-    if node.heavy:  # never the crawl, the one stage that is refreshed
-        return run_in_child(node.entry, node.config, inputs, config.runtime, site_url=site_url)
-    return load_stage(node).run(
-        node.config, inputs, config.runtime, site_url=site_url, refresh=refresh
-    )
+    stage = load_stage(node)
+    if node.heavy and stage.cached(node.config, inputs, runtime) is None:
+        return run_in_child(node.entry, node.config, inputs, runtime, site_url=site_url)
+    return stage.run(node.config, inputs, runtime, site_url=site_url, refresh=refresh)
 
 
 def run(
@@ -272,7 +282,13 @@ def run(
                 if node.site and not site_url:
                     site_url = stack.enter_context(open_site(config))
                 log.info("%s: running", node.key)
-                artifact = build(node, done, config, site_url=site_url, refresh=again)
+                artifact = run_node(
+                    node,
+                    node_inputs(node, done),
+                    config.runtime,
+                    site_url=site_url,
+                    refresh=again,
+                )
             done[node.key] = artifact
             if on_done:
                 on_done(node, artifact, artifact == known)

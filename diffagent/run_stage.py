@@ -12,24 +12,32 @@ import logging
 import sys
 from pathlib import Path
 
-from diffagent.artifacts import Stage, open_artifact
+from diffagent.artifacts import EXPECTED_FAILURE, Stage, open_artifact
+from diffagent.errors import DiffAgentError
 from schemas.config import RuntimeConfig
 
 
-def main(request: str) -> None:
-    """Run the stage that the JSON file ``request`` describes."""
+def main(request: str) -> int:
+    """Run the stage that the JSON file ``request`` describes; returns the exit code."""
     run = json.loads(Path(request).read_text(encoding="utf-8"))
     module, _, attribute = run["entry"].partition(":")
     stage: Stage = getattr(importlib.import_module(module), attribute)  # type: ignore[type-arg]
-    artifact = stage.run(
-        stage.config_type.model_validate(run["config"]),
-        {name: [open_artifact(p) for p in paths] for name, paths in run["inputs"].items()},
-        RuntimeConfig.model_validate(run["runtime"]),
-        site_url=run["site_url"],
-    )
-    Path(run["answer"]).write_text(artifact.model_dump_json(), encoding="utf-8")
+    answer = Path(run["answer"])
+    try:
+        artifact = stage.run(
+            stage.config_type.model_validate(run["config"]),
+            {name: [open_artifact(p) for p in paths] for name, paths in run["inputs"].items()},
+            RuntimeConfig.model_validate(run["runtime"]),
+            site_url=run["site_url"],
+        )
+    except DiffAgentError as error:
+        said = {"error": type(error).__name__, "message": str(error), "retryable": error.retryable}
+        answer.write_text(json.dumps(said), encoding="utf-8")
+        return EXPECTED_FAILURE
+    answer.write_text(artifact.model_dump_json(), encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    main(sys.argv[1])
+    sys.exit(main(sys.argv[1]))

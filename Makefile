@@ -1,0 +1,50 @@
+# Two commands do everything: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STORE ?= store
+CONFIG ?= configs/sandbox.yaml
+
+# Everything that Prefect keeps lies in the store; nothing is sent anywhere.
+export PREFECT_HOME ?= $(abspath $(STORE))/prefect
+export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS ?= 180
+export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
+export PREFECT_LOGGING_EXTRA_LOGGERS ?= diffagent
+export DO_NOT_TRACK ?= 1
+export HF_HUB_DISABLE_TELEMETRY ?= 1
+# Tiny models on busy cores: a second OpenMP thread costs more than it brings.
+export OMP_NUM_THREADS ?= 1
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: install demo test lint bench serve-dashboard sandbox clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt requirements-rewards.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-rewards.txt
+	touch $@
+
+demo: install
+	$(BIN)/python -m flows.run_pipeline $(CONFIG) --store $(STORE)
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: install
+	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
+
+# Prefect's own UI on port 4200; the store with the reports on port 4201.
+serve-dashboard: install
+	$(BIN)/python -m http.server 4201 --bind 127.0.0.1 --directory $(STORE) >/dev/null 2>&1 & \
+	trap "kill $$!" EXIT INT TERM; $(BIN)/prefect server start
+
+clean:
+	rm -rf $(STORE) build dist *.egg-info

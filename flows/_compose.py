@@ -1,0 +1,111 @@
+"""What the five flows have in common: run the nodes of some groups as tasks."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+from uuid import UUID
+
+from prefect import get_run_logger
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.futures import PrefectFuture, as_completed
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from diffagent.artifacts import Artifact
+from diffagent.errors import ArtifactError
+from diffagent.pipeline import Group, Node, find_cached, open_site, plan
+from schemas.config import PipelineConfig, load_config
+
+
+def configure(config: str, overrides: Mapping[str, Any] | None) -> PipelineConfig:
+    """The run's configuration from the flow's parameters."""
+    return load_config(config, dict(overrides or {}))
+
+
+def run_group(
+    config: PipelineConfig, group: Group, *, refresh: bool = False
+) -> dict[str, Artifact]:
+    """Run every node of ``group`` as a task; what it needs of other groups must be there.
+
+    Raises:
+        ArtifactError: another group has to run first, or tasks failed (all are named).
+    """
+    nodes = plan(config)
+    mine = {key: node for key, node in nodes.items() if node.group == group}
+    found = find_cached(nodes, config)
+    done = {key: found[key] for key in _needed(nodes, mine, found)}
+    talks = any(node.site and (refresh or key not in found) for key, node in mine.items())
+    with (
+        open_site(config) if talks else contextlib.nullcontext("") as site_url,
+        ThreadPoolTaskRunner[Artifact](max_workers=config.runtime.workers) as runner,
+    ):
+        futures: dict[str, PrefectFuture[Artifact]] = {}
+        for key in sorted(mine, key=lambda k: _depth(mine, k)):
+            node = mine[key]
+            parameters = {
+                "key": key,
+                "config": config,
+                "inputs": {
+                    name: [done.get(parent) or futures[parent] for parent in parents]
+                    for name, parents in node.inputs.items()
+                },
+                "site_url": site_url if node.site else "",
+                "refresh": refresh and key == "crawl",
+            }
+            step = _task(key).with_options(
+                tags=[node.queue], refresh_cache=refresh and key == "crawl"
+            )
+            futures[key] = runner.submit(step, parameters=parameters)
+        _wait(group, futures)
+    return done | {key: future.result() for key, future in futures.items()}
+
+
+def _needed(
+    nodes: Mapping[str, Node], mine: Mapping[str, Node], found: Mapping[str, Artifact]
+) -> set[str]:
+    """Keys of other groups that this one reads; all of them have to be there."""
+    needed = {parent for node in mine.values() for parent in node.parents} - mine.keys()
+    for key in needed - found.keys():
+        raise ArtifactError(
+            f"{key!r} is not in the store for this configuration; run the deployment "
+            f"{nodes[key].group!r} with the same configuration first"
+        )
+    return needed
+
+
+def _depth(nodes: Mapping[str, Node], key: str) -> int:
+    """Longest way from the group's start: shards of one stage run before the next stage."""
+    return 1 + max((_depth(nodes, p) for p in nodes[key].parents if p in nodes), default=0)
+
+
+def _task(key: str) -> Any:
+    name = key.split("-", maxsplit=1)[0]
+    return getattr(importlib.import_module(f"tasks.{name}"), name)
+
+
+def _wait(group: Group, futures: Mapping[str, PrefectFuture[Artifact]]) -> None:
+    """Wait for all tasks with a progress artifact; raise if any failed, naming each."""
+    progress = cast(UUID, create_progress_artifact(0.0, key=f"{group}-progress", description=group))
+    names = {future.task_run_id: key for key, future in futures.items()}
+    log = get_run_logger()
+    failed: dict[str, str] = {}
+    for count, future in enumerate(as_completed(list(futures.values())), start=1):
+        state = future.state
+        key = names[future.task_run_id]
+        log.info("%s: %s (%d of %d)", key, state.name, count, len(futures))
+        if not state.is_completed():
+            failed[key] = state.message or state.type.value
+        update_progress_artifact(progress, 100 * count / len(futures), f"{count}/{len(futures)}")
+    if failed:
+        raise ArtifactError(
+            f"{group}: {len(failed)} of {len(futures)} tasks failed:\n"
+            + "\n".join(f"  {key}: {message}" for key, message in failed.items())
+        )
+
+
+def locate(config: PipelineConfig, keys: Iterable[str]) -> dict[str, Artifact]:
+    """Those of the artefacts ``keys`` that are on disk, whole; nothing is run."""
+    found = find_cached(plan(config), config)
+    return {key: found[key] for key in keys if key in found}

@@ -1,0 +1,32 @@
+"""Crawl, filter and write DABench."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
+
+from flows._compose import configure, locate, run_group
+
+
+@flow(name="build-dabench", persist_result=False)
+def build_dabench(
+    config: str = "configs/sandbox.yaml",
+    overrides: dict[str, Any] | None = None,
+    refresh: bool = False,
+) -> State[None]:
+    """Crawl, filter and write DABench.
+
+    Args:
+        config: YAML file of ``schemas.config.PipelineConfig``.
+        overrides: dotted keys to values, such as {"runtime.store": "store"}.
+        refresh: crawl again; when the site has nothing new, nothing else is done.
+    """
+    settings = configure(config, overrides)
+    known = locate(settings, ["shard"]).get("shard")
+    dabench = run_group(settings, "build-dabench", refresh=refresh)["shard"]
+    if known and known.content_digest == dabench.content_digest:
+        return Completed(message=f"Nothing new: {dabench.path} stays.")
+    return Completed(message=f"DABench is in {dabench.path}.")

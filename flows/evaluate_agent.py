@@ -1,0 +1,28 @@
+"""Compare the agent with its baselines on held-out prompts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.states import Completed
+
+from flows._compose import configure, run_group
+from tasks._report import report_evaluation
+
+
+@flow(name="evaluate-agent", persist_result=False)
+def evaluate_agent(
+    config: str = "configs/sandbox.yaml", overrides: dict[str, Any] | None = None
+) -> State[None]:
+    """Compare the agent with its baselines on held-out prompts.
+
+    Args:
+        config: YAML file of ``schemas.config.PipelineConfig``.
+        overrides: dotted keys to values, such as {"runtime.store": "store"}.
+    """
+    settings = configure(config, overrides)
+    report = run_group(settings, "evaluate-agent")["evaluate"]
+    report_evaluation(report, tables(read_metrics(report)))
+    return Completed(message=f"The report is {report.file('report.html')}.")

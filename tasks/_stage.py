@@ -1,0 +1,99 @@
+"""How every task is named, cached, retried and reported: in this one place.
+
+A task wraps one node of ``diffagent.pipeline.plan``. Its cache key is the task's name and the
+stage's identity, so that equal requests are Cached across runs, deployments and days; the
+artefact on disk decides, and a record whose artefact is gone or changed is dropped first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import Task, task
+from prefect.cache_policies import CachePolicy
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import TaskRunContext
+from prefect.filesystems import LocalFileSystem
+from prefect.tasks import exponential_backoff
+
+from diffagent.artifacts import Artifact
+from diffagent.pipeline import Node, load_stage, plan, run_node
+from schemas.config import PipelineConfig
+from tasks._report import report_artifact
+
+# Prefect forwards the records of PREFECT_LOGGING_EXTRA_LOGGERS but does not set their level.
+logging.getLogger("diffagent").setLevel(logging.INFO)
+
+
+@dataclass
+class ArtifactPolicy(CachePolicy):
+    """Key = task name, store and stage identity; valid only while the artefact is whole."""
+
+    def compute_key(
+        self,
+        task_ctx: TaskRunContext,
+        inputs: dict[str, Any],
+        flow_parameters: dict[str, Any],
+        **kwargs: Any,
+    ) -> str:
+        config: PipelineConfig = inputs["config"]
+        node = plan(config)[inputs["key"]]
+        stage = load_stage(node)
+        store = hashlib.sha256(str(Path(config.runtime.store).resolve()).encode()).hexdigest()[:8]
+        identity = stage.identity(node.config, inputs["inputs"])
+        key = f"{task_ctx.task.name}-{store}-{identity}"
+        artifact = stage.cached(node.config, inputs["inputs"], config.runtime)
+        results = task_ctx.result_store
+        if results.exists(key) and (artifact is None or results.read(key).result != artifact):
+            _drop(results.result_storage, key)
+        return key
+
+
+def _drop(storage: Any, key: str) -> None:
+    if not isinstance(storage, LocalFileSystem) or storage.basepath is None:
+        raise TypeError(
+            f"the record {key!r} is stale and cannot be removed from {type(storage).__name__}; "
+            "keep Prefect's results on a local path (PREFECT_LOCAL_STORAGE_PATH)"
+        )
+    (Path(storage.basepath).expanduser() / key).unlink(missing_ok=True)
+
+
+def retryable(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """Retry only what may succeed when it is done again: errors say so themselves."""
+    error = state.result(raise_on_failure=False)
+    return bool(getattr(error, "retryable", False))
+
+
+def stage_task(name: str) -> Task[..., Artifact]:
+    """The Prefect task of one stage of the plan (of all its shards and selectors)."""
+
+    @task(
+        name=name,
+        task_run_name="{key}",
+        cache_policy=ArtifactPolicy(),
+        persist_result=True,
+        cache_result_in_memory=False,
+        result_serializer="json",
+        retries=2,
+        retry_delay_seconds=exponential_backoff(10),
+        retry_jitter_factor=0.5,
+        retry_condition_fn=retryable,
+    )
+    def run(
+        key: str,
+        config: PipelineConfig,
+        inputs: Mapping[str, Sequence[Artifact]],
+        site_url: str = "",
+        refresh: bool = False,
+    ) -> Artifact:
+        node: Node = plan(config)[key]
+        artifact = run_node(node, inputs, config.runtime, site_url=site_url, refresh=refresh)
+        report_artifact(key, artifact)
+        return artifact
+
+    return run
