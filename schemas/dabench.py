@@ -96,3 +96,27 @@ SCORES = _schema(
     ("status", _text, False),
     ("reason", _text, True),
 )
+
+#: One row a (selector, held-out prompt). Agreement with DABench is 1 or 0, and 0 for an invalid
+#: answer; rewards are means over the seeds and null where there is no picture.
+EVALUATION = _schema(
+    ("selector", _text, False),
+    ("prompt_id", _int, False),
+    ("reason", _text, True),  # kind of hallucination; null: valid
+    ("unified", _float, True),
+    ("clip", _float, True),
+    ("image_reward", _float, True),
+    ("hps_v2", _float, True),
+    ("hallucinated", _float, False),
+    ("render_failed", _float, True),
+    ("model", _float, False),
+    ("model_version", _float, False),
+    ("sampler", _float, False),
+    ("steps", _float, False),
+    ("cfg_scale", _float, False),
+    ("size", _float, False),
+    ("clip_skip", _float, False),
+    ("loras", _float, False),
+    ("negative_prompt", _float, False),
+    ("negative_prompt_overlap", _float, False),
+)
