@@ -15,7 +15,8 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from diffagent.artifacts import Artifact
 from diffagent.errors import ArtifactError
-from diffagent.pipeline import Group, Node, find_cached, open_site, plan
+from diffagent import pipeline
+from diffagent.pipeline import Group, Node, find_cached, open_site
 from schemas.config import PipelineConfig, load_config
 
 
@@ -32,7 +33,7 @@ def run_group(
     Raises:
         ArtifactError: another group has to run first, or tasks failed (all are named).
     """
-    nodes = plan(config)
+    nodes = pipeline.plan(config)
     mine = {key: node for key, node in nodes.items() if node.group == group}
     found = find_cached(nodes, config)
     done = {key: found[key] for key in _needed(nodes, mine, found)}
@@ -81,8 +82,7 @@ def _depth(nodes: Mapping[str, Node], key: str) -> int:
 
 
 def _task(key: str) -> Any:
-    name = key.split("-", maxsplit=1)[0]
-    return getattr(importlib.import_module(f"tasks.{name}"), name)
+    return importlib.import_module(f"tasks.{key.split('-')[0]}").task
 
 
 def _wait(group: Group, futures: Mapping[str, PrefectFuture[Artifact]]) -> None:
@@ -92,6 +92,7 @@ def _wait(group: Group, futures: Mapping[str, PrefectFuture[Artifact]]) -> None:
     log = get_run_logger()
     failed: dict[str, str] = {}
     for count, future in enumerate(as_completed(list(futures.values())), start=1):
+        future.wait()  # the state is final only after this
         state = future.state
         key = names[future.task_run_id]
         log.info("%s: %s (%d of %d)", key, state.name, count, len(futures))
@@ -107,5 +108,5 @@ def _wait(group: Group, futures: Mapping[str, PrefectFuture[Artifact]]) -> None:
 
 def locate(config: PipelineConfig, keys: Iterable[str]) -> dict[str, Artifact]:
     """Those of the artefacts ``keys`` that are on disk, whole; nothing is run."""
-    found = find_cached(plan(config), config)
+    found = find_cached(pipeline.plan(config), config)
     return {key: found[key] for key in keys if key in found}
