@@ -104,6 +104,7 @@ EVALUATION = _schema(
     ("prompt_id", _int, False),
     ("reason", _text, True),  # kind of hallucination; null: valid
     ("unified", _float, True),
+    ("unified_valid", _float, True),
     ("clip", _float, True),
     ("image_reward", _float, True),
     ("hps_v2", _float, True),

@@ -1,0 +1,72 @@
+"""Where an artefact comes from, read from the manifests of its store alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from diffagent.artifacts import Artifact, open_artifact
+from diffagent.errors import ArtifactError
+from schemas.manifest import InputRef
+
+
+def find_parent(artifact: Artifact, parent: InputRef) -> Artifact | None:
+    """The artefact that ``parent`` names, in the same store; None when it is there no more."""
+    stage = artifact.path.resolve().parent.parent / parent.stage
+    name = parent.identity[:16]
+    # A refresh that finds news sets the old artefact aside as IDENTITY.CONTENT.
+    for directory in (stage / name, stage / f"{name}.{parent.content_digest[:8]}"):
+        found = _open(directory)
+        if found and found.content_digest == parent.content_digest:
+            return found
+    return None
+
+
+def ancestors(artifact: Artifact) -> Iterator[Artifact]:
+    """The artefact and everything it was made from that is still in the store, each once."""
+    seen: set[Path] = set()
+    waiting = [artifact]
+    while waiting:
+        current = waiting.pop(0)
+        if current.path in seen:
+            continue
+        seen.add(current.path)
+        yield current
+        for refs in current.manifest.inputs.values():
+            waiting += [found for ref in refs if (found := find_parent(current, ref))]
+
+
+def lineage_lines(artifact: Artifact) -> list[str]:
+    """The tree of parents, a line each; what was shown before is not opened up again."""
+    lines: list[str] = []
+    shown: set[str] = set()
+
+    def walk(current: Artifact, label: str, depth: int) -> None:
+        again = current.identity in shown
+        shown.add(current.identity)
+        lines.append(
+            f"{'  ' * depth}{label}{current.stage} {current.identity[:16]} "
+            f"(content {current.content_digest[:16]}){' ...' if again else ''}"
+        )
+        if again:
+            return
+        for name, refs in current.manifest.inputs.items():
+            for ref in refs:
+                found = find_parent(current, ref)
+                if found:
+                    walk(found, f"{name}: ", depth + 1)
+                else:
+                    lines.append(
+                        f"{'  ' * (depth + 1)}{name}: {ref.stage} {ref.identity[:16]} "
+                        "(not in this store)"
+                    )
+
+    walk(artifact, "", 0)
+    return lines
+
+
+def _open(directory: Path) -> Artifact | None:
+    try:
+        return open_artifact(directory)
+    except ArtifactError:
+        return None
