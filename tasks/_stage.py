@@ -22,7 +22,8 @@ from prefect.filesystems import LocalFileSystem
 from prefect.tasks import exponential_backoff
 
 from diffagent.artifacts import Artifact
-from diffagent.pipeline import Node, load_stage, plan, run_node
+from diffagent import pipeline
+from diffagent.pipeline import Node, load_stage, run_node
 from schemas.config import PipelineConfig
 from tasks._report import report_artifact
 
@@ -42,7 +43,7 @@ class ArtifactPolicy(CachePolicy):
         **kwargs: Any,
     ) -> str:
         config: PipelineConfig = inputs["config"]
-        node = plan(config)[inputs["key"]]
+        node = pipeline.plan(config)[inputs["key"]]
         stage = load_stage(node)
         store = hashlib.sha256(str(Path(config.runtime.store).resolve()).encode()).hexdigest()[:8]
         identity = stage.identity(node.config, inputs["inputs"])
@@ -91,7 +92,7 @@ def stage_task(name: str) -> Task[..., Artifact]:
         site_url: str = "",
         refresh: bool = False,
     ) -> Artifact:
-        node: Node = plan(config)[key]
+        node: Node = pipeline.plan(config)[key]
         artifact = run_node(node, inputs, config.runtime, site_url=site_url, refresh=refresh)
         report_artifact(key, artifact)
         return artifact

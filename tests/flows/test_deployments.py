@@ -1,0 +1,53 @@
+"""prefect.yaml: every deployment loads, and its parameters fit the flow's signature."""
+
+from __future__ import annotations
+
+from zoneinfo import ZoneInfo
+
+import pytest
+import yaml
+from prefect.flows import load_flow_from_entrypoint
+
+import flows
+import schemas
+import tasks
+from schemas.config import load_config
+from tests.conftest import ROOT
+
+FILE = yaml.safe_load((ROOT / "prefect.yaml").read_text())
+DEPLOYMENTS = {deployment["name"]: deployment for deployment in FILE["deployments"]}
+
+
+def test_every_flow_has_a_deployment() -> None:
+    assert set(DEPLOYMENTS) == {
+        "build-dabench",
+        "train-sft",
+        "train-rrhf",
+        "evaluate-agent",
+        "run-pipeline",
+    }
+    assert {d["work_pool"]["work_queue_name"] for d in DEPLOYMENTS.values()} == {"cpu", "gpu"}
+
+
+@pytest.mark.parametrize("name", DEPLOYMENTS)
+def test_entrypoint_and_parameters(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    deployment = DEPLOYMENTS[name]
+    flow = load_flow_from_entrypoint(deployment["entrypoint"])
+    assert flow.name == name and flow.retries == 0
+    scheduled = [s.get("parameters", {}) for s in deployment.get("schedules", [])]
+    for parameters in [{}, *scheduled]:
+        flow.validate_parameters({**deployment["parameters"], **parameters})
+    load_config(deployment["parameters"]["config"])
+
+
+def test_the_dataset_refresh_is_scheduled() -> None:
+    [schedule] = DEPLOYMENTS["build-dabench"]["schedules"]
+    assert schedule["parameters"] == {"refresh": True}
+    assert schedule["slug"] and len(schedule["cron"].split()) == 5
+    assert ZoneInfo(schedule["timezone"])
+
+
+@pytest.mark.parametrize("package", [flows, tasks, schemas])
+def test_generic_package_names_are_ours(package: object) -> None:
+    assert str(ROOT) in package.__file__

@@ -1,0 +1,167 @@
+"""Artefacts: identity, atomic commit, damage, resume at any kill point, refresh."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, ConfigDict
+
+from diffagent.artifacts import (
+    Artifact,
+    StageContext,
+    StageResult,
+    canonical_json,
+    open_artifact,
+    run_in_child,
+    stage,
+    verify_artifact,
+)
+from diffagent.errors import ArtifactError, ServerError, TrainingError
+from schemas.config import RuntimeConfig
+from schemas.manifest import Funnel, FunnelStep
+
+
+class Words(BaseModel):
+    model_config = ConfigDict(frozen=True)
+    words: tuple[str, ...] = ("a", "b", "c")
+    fail: str = ""
+
+
+@stage("toy-words", version=1, config=Words)
+def write_words(config: Words, context: StageContext) -> StageResult:
+    """One file a word; an interrupted run leaves the files it had."""
+    if config.fail == "server":
+        raise ServerError("toy: try again")
+    if config.fail == "training":
+        raise TrainingError("toy: never again")
+    if config.fail == "crash":
+        os.kill(os.getpid(), signal.SIGKILL)
+    for number, word in enumerate(config.words):
+        file = context.out / f"{number}.txt"
+        if not file.exists():
+            file.write_text(word)
+        if os.environ.get("TOY_KILL_AFTER") == str(number):
+            os.kill(os.getpid(), signal.SIGKILL)
+    return StageResult(rows={"words": len(config.words)})
+
+
+@stage("toy-wrong", version=1, config=Words)
+def wrong_funnel(config: Words, context: StageContext) -> StageResult:
+    step = FunnelStep(filter="f", reason="r", dropped=1)
+    return StageResult(funnels=(Funnel(unit="words", seen=3, kept=1, steps=(step,)),))
+
+
+@pytest.fixture
+def runtime(tmp_path: Path) -> RuntimeConfig:
+    return RuntimeConfig(store=str(tmp_path / "store"))
+
+
+def test_second_run_returns_the_same_artefact(runtime: RuntimeConfig) -> None:
+    first = write_words.run(Words(), {}, runtime)
+    made = (first.path / "manifest.json").stat().st_mtime_ns
+    assert write_words.run(Words(), {}, runtime) == first
+    assert (first.path / "manifest.json").stat().st_mtime_ns == made
+    verify_artifact(first)
+    manifest = first.manifest
+    assert [f.path for f in manifest.files] == ["0.txt", "1.txt", "2.txt"]
+    assert manifest.rows == {"words": 3} and manifest.identity.startswith(first.path.name)
+
+
+def test_identity_is_of_config_and_input_contents(runtime: RuntimeConfig) -> None:
+    one = write_words.run(Words(), {}, runtime)
+    two = write_words.run(Words(words=("x",)), {}, runtime)
+    assert write_words.identity(Words(), {}) != write_words.identity(Words(words=("x",)), {})
+    assert write_words.identity(Words(), {"a": [one]}) != write_words.identity(
+        Words(), {"a": [two]}
+    )
+    elsewhere = one.model_copy(update={"path": Path("/elsewhere"), "identity": "other"})
+    assert write_words.identity(Words(), {"a": [one]}) == write_words.identity(
+        Words(), {"a": [elsewhere]}
+    ), "where an input lies, or how it was asked for, is not what it is"
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists))
+def test_canonical_json_is_one_spelling_a_value(value: object) -> None:
+    data = canonical_json({"b": value, "a": 1})
+    assert json.loads(data) == {"a": 1, "b": value}
+    assert canonical_json(json.loads(data)) == data
+
+
+@pytest.mark.parametrize("damage", ["manifest", "missing", "size", "nonsense"])
+def test_damage_is_found_and_rebuilt(runtime: RuntimeConfig, damage: str) -> None:
+    artifact = write_words.run(Words(), {}, runtime)
+    if damage == "manifest":
+        (artifact.path / "manifest.json").unlink()
+    elif damage == "missing":
+        (artifact.path / "1.txt").unlink()
+    elif damage == "size":
+        (artifact.path / "1.txt").write_text("longer")
+    else:
+        (artifact.path / "manifest.json").write_text("{}")
+    with pytest.raises(ArtifactError):
+        open_artifact(artifact.path)
+    assert write_words.run(Words(), {}, runtime) == artifact
+    assert (artifact.path / "1.txt").read_text() == "b"
+
+
+def test_a_flipped_byte_is_found_by_verify(runtime: RuntimeConfig) -> None:
+    artifact = write_words.run(Words(), {}, runtime)
+    (artifact.path / "1.txt").write_text("B")
+    with pytest.raises(ArtifactError, match=r"1\.txt.*damaged"):
+        verify_artifact(artifact)
+
+
+def test_a_funnel_that_does_not_add_up_is_refused(runtime: RuntimeConfig) -> None:
+    with pytest.raises(ArtifactError, match="kept 1 \\+ dropped 1 != seen 3"):
+        wrong_funnel.run(Words(), {}, runtime)
+    assert wrong_funnel.cached(Words(), {}, runtime) is None
+
+
+@pytest.mark.parametrize("kill_after", [0, 1, 2])
+def test_kill_9_then_the_same_command(tmp_path: Path, kill_after: int) -> None:
+    script = textwrap.dedent(
+        """
+        import sys
+        from schemas.config import RuntimeConfig
+        from tests.unit.test_artifacts import Words, write_words
+        print(write_words.run(Words(), {}, RuntimeConfig(store=sys.argv[1])).model_dump_json())
+        """
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "store")]
+    environment = {**os.environ, "TOY_KILL_AFTER": str(kill_after)}
+    killed = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not list((tmp_path / "store").rglob("manifest.json")), "nothing half-written is visible"
+    done = subprocess.run(command, capture_output=True, check=True, text=True)
+    resumed = Artifact.model_validate_json(done.stdout)
+    undisturbed = write_words.run(Words(), {}, RuntimeConfig(store=str(tmp_path / "other")))
+    assert resumed.content_digest == undisturbed.content_digest
+
+
+def test_refresh_keeps_what_did_not_change(runtime: RuntimeConfig) -> None:
+    first = write_words.run(Words(), {}, runtime)
+    assert write_words.run(Words(), {}, runtime, refresh=True) == first
+    assert [p.name for p in first.path.parent.iterdir() if p.is_dir()] == [first.path.name]
+
+
+def test_child_process(runtime: RuntimeConfig) -> None:
+    entry = "tests.unit.test_artifacts:write_words"
+    artifact = run_in_child(entry, Words(), {}, runtime)
+    assert artifact == write_words.run(Words(), {}, runtime)
+    with pytest.raises(ServerError, match="toy: try again") as caught:
+        run_in_child(entry, Words(fail="server"), {}, runtime)
+    assert caught.value.retryable
+    with pytest.raises(TrainingError, match="never again"):
+        run_in_child(entry, Words(fail="training"), {}, runtime)
+    with pytest.raises(ArtifactError, match="ended with code -9") as crashed:
+        run_in_child(entry, Words(fail="crash"), {}, runtime)
+    assert crashed.value.retryable, "killed from outside: the next try resumes"
