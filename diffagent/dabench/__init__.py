@@ -1,0 +1,1 @@
+"""DABench: which records enter it, what they say, and how they become a dataset."""

@@ -1,0 +1,347 @@
+"""The catalogue: every model version that an API may name, under names that are unique.
+
+Civitai's model names are not unique and its version names are unique within a model only most
+of the time. `unique_names` mends both by appending ids to whatever collides, so that
+(model, version) is a key that a language model can write and that means one file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from diffagent.errors import ArtifactError
+from diffagent.render.samplers import SAMPLERS
+from schemas.dabench import CATALOGUE
+
+CHECKPOINT = "Checkpoint"
+#: Types that are laid over a checkpoint, with the name of the type in an AIR.
+LORA_TYPES: Mapping[str, str] = {"LORA": "lora", "LoCon": "lycoris", "DoRA": "dora"}
+#: Files of a version that hold the weights of the model itself.
+WEIGHT_TYPES = frozenset({"Model", "Pruned Model", "UNet", "Diffusion Model"})
+
+_MAX_DESCRIPTION = 300
+_ROOT_ECOSYSTEMS: tuple[tuple[str, str], ...] = (  # first match of a lower-case prefix
+    ("sd 1", "sd1"),
+    ("sd 2", "sd2"),
+    ("sd 3", "sd3"),
+    ("sdxl", "sdxl"),
+    ("pony v7", "auraflow"),
+    ("pony", "sdxl"),
+    ("illustrious", "sdxl"),
+    ("noobai", "sdxl"),
+    ("flux.1", "flux1"),
+    ("flux.2", "flux2"),
+)
+
+
+def ecosystem(base_model: str) -> str:
+    """Root ecosystem of a base model, as AIRs name it: ``SD 1.5`` and ``SD 1.4`` are ``sd1``.
+
+    Weights of one ecosystem fit together (a LoRA and its checkpoint). Base models that the table
+    does not know are their own ecosystem.
+    """
+    name = base_model.lower()
+    for prefix, root in _ROOT_ECOSYSTEMS:
+        if name.startswith(prefix):
+            return root
+    return re.sub(r"[^a-z0-9]", "", name) or "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One row of the catalogue: a model version and the file that stands for it.
+
+    The fields are the columns of ``schemas.dabench.CATALOGUE``.
+    """
+
+    model: str
+    version: str
+    type: str
+    base_model: str
+    model_id: int
+    version_id: int
+    air: str
+    file_name: str
+    file_id: int | None
+    size_bytes: int | None
+    sha256: str | None
+    download_path: str
+    description: str
+    tags: tuple[str, ...]
+    trained_words: tuple[str, ...]
+    downloads: int
+    creator: str | None
+    allow_commercial_use: tuple[str, ...] | None
+    allow_derivatives: bool | None
+    allow_no_credit: bool | None
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether an API may name it as its model (else it is laid over one)."""
+        return self.type == CHECKPOINT
+
+    @property
+    def ecosystem(self) -> str:
+        """Root ecosystem; a LoRA fits the checkpoints of its own."""
+        return ecosystem(self.base_model)
+
+
+_COLUMNS = tuple(field.name for field in fields(Entry))
+
+
+class Catalogue:
+    """Entries by (model, version). Order of entries: by version id."""
+
+    def __init__(self, entries: Iterable[Entry], samplers: Iterable[str] = SAMPLERS) -> None:
+        self.entries: tuple[Entry, ...] = tuple(sorted(entries, key=lambda e: e.version_id))
+        self.samplers: frozenset[str] = frozenset(samplers)
+        self._by_name = {(entry.model, entry.version): entry for entry in self.entries}
+        if len(self._by_name) != len(self.entries):
+            raise ArtifactError(
+                f"{len(self.entries) - len(self._by_name)} entries of the catalogue share their "
+                "(model, version) with another; build the catalogue again"
+            )
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Self:
+        """Read ``catalogue.parquet``, and ``mapping/samplers.json`` where it is there.
+
+        Raises:
+            ArtifactError: there is no catalogue, or its columns are not ``CATALOGUE``.
+        """
+        path = Path(directory, "catalogue.parquet")
+        try:
+            table = pq.read_table(path)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ArtifactError(f"cannot read the catalogue {str(path)!r}: {error}") from None
+        if table.schema.names != CATALOGUE.names:
+            raise ArtifactError(
+                f"{str(path)!r} has columns {table.schema.names}, not those of this version; "
+                "build the dataset again"
+            )
+        mapping = Path(directory, "mapping", "samplers.json")
+        samplers = orjson.loads(mapping.read_bytes()) if mapping.exists() else SAMPLERS
+        return cls((_from_row(row) for row in table.to_pylist()), samplers)
+
+    @cached_property
+    def checkpoints(self) -> tuple[Entry, ...]:
+        """Entries that an API may name as its model."""
+        return tuple(entry for entry in self.entries if entry.is_checkpoint)
+
+    @cached_property
+    def loras(self) -> tuple[Entry, ...]:
+        """Entries that an API may lay over its model."""
+        return tuple(entry for entry in self.entries if not entry.is_checkpoint)
+
+    def checkpoint(self, model: str, version: str) -> Entry | None:
+        """The checkpoint of that name, or None."""
+        entry = self._by_name.get((model, version))
+        return entry if entry and entry.is_checkpoint else None
+
+    def lora(self, model: str, version: str) -> Entry | None:
+        """The LoRA (or LoCon, DoRA) of that name, or None."""
+        entry = self._by_name.get((model, version))
+        return entry if entry and not entry.is_checkpoint else None
+
+    def to_table(self) -> pa.Table:
+        """The table ``schemas.dabench.CATALOGUE``."""
+        columns = {
+            name: [_plain(getattr(entry, name)) for entry in self.entries] for name in _COLUMNS
+        }
+        return pa.table(columns, schema=CATALOGUE)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _from_row(row: Mapping[str, Any]) -> Entry:
+    return Entry(
+        **{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+    )
+
+
+def unique_names(names: Mapping[int, str]) -> dict[int, str]:
+    """Make the names of ``{id: name}`` unique: every one that collides gets `` #ID``.
+
+    Names that differ only in case or spacing collide. All of them are marked, not all but one,
+    so that no name depends on which other was seen first.
+    """
+    result = {ident: " ".join(name.split()) or f"#{ident}" for ident, name in names.items()}
+    while True:
+        owners: dict[str, list[int]] = {}
+        for ident, name in result.items():
+            owners.setdefault(name.casefold(), []).append(ident)
+        collided = [ident for group in owners.values() if len(group) > 1 for ident in group]
+        if not collided:
+            return result
+        for ident in collided:
+            result[ident] = f"{result[ident]} #{ident}"
+
+
+def choose_file(files: Sequence[Any], *, require_scans: bool) -> tuple[dict[str, Any] | None, str]:
+    """The file of a version to download, and why there is none: ``(file, "")`` or ``(None, why)``.
+
+    Only safetensors that hold the model's own weights and passed both scans are eligible; the
+    site's own score decides between them (pruned +10, fp16 +1), then its primary flag, then the
+    lowest id.
+    """
+    weights = [f for f in files if isinstance(f, dict) and f.get("type") in WEIGHT_TYPES]
+    if not weights:
+        return None, "no model file" if files else "no files"
+    safe = [f for f in weights if _is_safetensors(f)]
+    if not safe:
+        return None, "no safetensors file"
+    scanned = [f for f in safe if not require_scans or _scans_passed(f)]
+    if not scanned:
+        return None, "scan not passed"
+    return max(scanned, key=_file_score), ""
+
+
+def _metadata(file: Mapping[str, Any]) -> Mapping[str, Any]:
+    metadata = file.get("metadata")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _is_safetensors(file: Mapping[str, Any]) -> bool:
+    stated = _metadata(file).get("format")
+    if stated:
+        return bool(stated == "SafeTensor")
+    return str(file.get("name", "")).lower().endswith(".safetensors")
+
+
+def _scans_passed(file: Mapping[str, Any]) -> bool:
+    return file.get("pickleScanResult") == file.get("virusScanResult") == "Success"
+
+
+def _file_score(file: Mapping[str, Any]) -> tuple[int, bool, int]:
+    metadata = _metadata(file)
+    score = 10 * (metadata.get("size") == "pruned") + (metadata.get("fp") == "fp16")
+    ident = file.get("id")
+    return score, file.get("primary") is True, -ident if isinstance(ident, int) else 0
+
+
+def make_entry(
+    model: Mapping[str, Any], version: Mapping[str, Any], file: Mapping[str, Any]
+) -> Entry:
+    """An entry under the site's own names (see `rename`), from payloads that passed the filters."""
+    from diffagent.civitai.html import plain_text  # an agent that loads a catalogue needs no HTML
+
+    kind, base_model = str(model["type"]), str(version["baseModel"])
+    model_id, version_id = int(model["id"]), int(version["id"])
+    air_type = "checkpoint" if kind == CHECKPOINT else LORA_TYPES.get(kind, kind.lower())
+    size, file_id = file.get("sizeKB"), file.get("id")
+    hashes = file.get("hashes")
+    sha256 = hashes.get("SHA256") if isinstance(hashes, dict) else None
+    creator = model.get("creator")
+    stats = version.get("stats")
+    downloads = stats.get("downloadCount") if isinstance(stats, dict) else None
+    return Entry(
+        model=_name(model.get("name")),
+        version=_name(version.get("name")),
+        type=kind,
+        base_model=base_model,
+        model_id=model_id,
+        version_id=version_id,
+        air=f"urn:air:{ecosystem(base_model)}:{air_type}:civitai:{model_id}@{version_id}",
+        file_name=str(file.get("name") or ""),
+        file_id=file_id if isinstance(file_id, int) else None,
+        size_bytes=round(size * 1024) if isinstance(size, int | float) else None,
+        sha256=sha256.lower() if isinstance(sha256, str) else None,
+        download_path=_download_path(version_id, file),
+        description=first_sentences(plain_text(_html(model.get("description")))),
+        tags=_texts(model.get("tags")),
+        trained_words=_texts(version.get("trainedWords")),
+        downloads=downloads if isinstance(downloads, int) else 0,
+        creator=creator.get("username") if isinstance(creator, dict) else None,
+        allow_commercial_use=commercial_use(model.get("allowCommercialUse")),
+        allow_derivatives=_flag(model.get("allowDerivatives")),
+        allow_no_credit=_flag(model.get("allowNoCredit")),
+    )
+
+
+def _name(value: object) -> str:
+    # An API's name has 300 characters at most; ' #ID' must still fit.
+    return " ".join(str(value or "").split())[:270]
+
+
+def _html(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    items = value if isinstance(value, list) else []
+    texts = (item.get("name") if isinstance(item, dict) else item for item in items)
+    return tuple(text for text in texts if isinstance(text, str))
+
+
+def _flag(value: object) -> bool | None:
+    return value if isinstance(value, bool) else None
+
+
+def _download_path(version_id: int, file: Mapping[str, Any]) -> str:
+    """Path without host; a file that is not the primary one is asked for by its id.
+
+    The site also offers ``?type=&format=...``, which can be 404 where ``fileId`` works.
+    """
+    path = f"/api/download/models/{version_id}"
+    if file.get("primary") is True:
+        return path
+    if isinstance(file.get("id"), int):
+        return f"{path}?fileId={file['id']}"
+    query = urlsplit(str(file.get("downloadUrl") or "")).query
+    return f"{path}?{query}" if query else path
+
+
+def commercial_use(value: object) -> tuple[str, ...] | None:
+    """``allowCommercialUse`` in its three shapes (text, list, Postgres text) as one.
+
+    Returns:
+        The uses that are allowed; () when none is; None when the record does not say.
+    """
+    if isinstance(value, str):
+        value = value.strip("{}").split(",") if value.startswith("{") else [value]
+    if not isinstance(value, list):
+        return None
+    uses = (item.strip().strip('"') for item in value if isinstance(item, str))
+    return tuple(sorted({use for use in uses if use and use != "None"}))
+
+
+def first_sentences(text: str, limit: int = _MAX_DESCRIPTION) -> str:
+    """The beginning of a text in one line, cut after a sentence where there is one."""
+    text = " ".join(text.split())
+    if len(text) <= limit:
+        return text
+    head = text[:limit]
+    ends = [match.end() for match in re.finditer(r"[.!?。！？](?=\s|$)", head)]
+    if ends and ends[-1] >= limit // 3:
+        return head[: ends[-1]]
+    return head[: head.rfind(" ")] if " " in head else head
+
+
+def rename(entries: Iterable[Entry]) -> list[Entry]:
+    """Give entries the names that are unique over all of them."""
+    entries = list(entries)
+    models = unique_names({entry.model_id: entry.model for entry in entries})
+    by_model: dict[int, dict[int, str]] = {}
+    for entry in entries:
+        by_model.setdefault(entry.model_id, {})[entry.version_id] = entry.version
+    versions = {model_id: unique_names(names) for model_id, names in by_model.items()}
+    return [
+        replace(
+            entry,
+            model=models[entry.model_id],
+            version=versions[entry.model_id][entry.version_id],
+        )
+        for entry in entries
+    ]
