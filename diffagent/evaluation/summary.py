@@ -45,7 +45,7 @@ def summarise(table: pl.DataFrame, config: EvaluationConfig) -> Metrics:
         on the same prompts, and its win rate with ties counted half. Numbers are rounded to six
         decimals, None where there is nothing to average.
     """
-    rows = {
+    rows: dict[str, pl.DataFrame] = {
         name: table.filter(pl.col("selector") == name).sort("prompt_id")
         for name in config.selectors
     }
