@@ -363,6 +363,7 @@ def run_in_child(
                     "runtime": runtime.model_dump(mode="json"),
                     "site_url": site_url,
                     "answer": str(answer),
+                    "parent": os.getpid(),
                 }
             )
         )

@@ -1,7 +1,8 @@
 """``python -m diffagent.run_stage RUN.json``: one stage in a process of its own.
 
 RUN.json is what ``diffagent.artifacts.run_in_child`` writes: entry, config, inputs (paths),
-runtime, site_url and the file that gets the handle of the finished artefact.
+runtime, site_url, the file that gets the handle of the finished artefact, and the process to
+end with (absent by hand).
 """
 
 from __future__ import annotations
@@ -9,7 +10,11 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 from diffagent.artifacts import EXPECTED_FAILURE, Stage, open_artifact
@@ -20,6 +25,8 @@ from schemas.config import RuntimeConfig
 def main(request: str) -> int:
     """Run the stage that the JSON file ``request`` describes; returns the exit code."""
     run = json.loads(Path(request).read_text(encoding="utf-8"))
+    if run.get("parent"):
+        threading.Thread(target=_end_with, args=(run["parent"],), daemon=True).start()
     module, _, attribute = run["entry"].partition(":")
     stage: Stage = getattr(importlib.import_module(module), attribute)  # type: ignore[type-arg]
     answer = Path(run["answer"])
@@ -36,6 +43,13 @@ def main(request: str) -> int:
         return EXPECTED_FAILURE
     answer.write_text(artifact.model_dump_json(), encoding="utf-8")
     return 0
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the one that wants its answer is gone (killed, cancelled)."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
