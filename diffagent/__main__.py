@@ -1,0 +1,5 @@
+"""``python -m diffagent``: the command line."""
+
+from diffagent.cli import main
+
+main()
