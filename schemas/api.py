@@ -11,12 +11,16 @@ Name = Annotated[str, StringConstraints(min_length=1, max_length=300)]
 
 
 class ApiError(ValueError):
-    """A text is not a T2I API; ``field`` is the dotted path of the first thing wrong."""
+    """A text is not a T2I API; ``field`` is the dotted path of the first thing wrong.
 
-    def __init__(self, field: str, problem: str) -> None:
+    ``code`` is 'json' when the text is not JSON at all, else pydantic's type of the error.
+    """
+
+    def __init__(self, field: str, problem: str, code: str = "json") -> None:
         super().__init__(f"{field}: {problem}" if field else problem)
         self.field = field
         self.problem = problem
+        self.code = code
 
 
 class _Record(BaseModel):
@@ -84,7 +88,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ApiError(twice, "key appears twice")
+        raise ApiError(twice, "key appears twice", "duplicate_key")
     return result
 
 
@@ -101,9 +105,14 @@ def parse_api(text: str) -> T2IAPI:
         raise ApiError("", "nested too deeply") from None
     except json.JSONDecodeError as error:
         raise ApiError("", f"not JSON: {error.msg} at character {error.pos}") from None
+    except ApiError:
+        raise
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise ApiError("", f"not JSON: {error}") from None
     try:
         return T2IAPI.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise ApiError(field, f"{first['msg']} (got {first['input']!r:.80})") from None
+        problem = f"{first['msg']} (got {first['input']!r:.80})"
+        raise ApiError(field, problem, first["type"]) from None

@@ -7,7 +7,7 @@ A section is the configuration of one stage and part of that stage's identity.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -55,6 +55,9 @@ class FilterConfig(_Section):
     max_steps: int = Field(default=150, le=150)
     max_cfg_scale: float = Field(default=30, le=30)
     max_prompt_chars: int = Field(default=4000, ge=1)
+    max_hash_lookups: int = Field(
+        default=0, ge=0, description="unknown checkpoint hashes to ask the site for; 0: none"
+    )
 
 
 class DABenchConfig(_Section):
@@ -63,6 +66,9 @@ class DABenchConfig(_Section):
     validation_fraction: float = Field(default=0.1, gt=0, lt=0.5)
     test_fraction: float = Field(default=0.1, gt=0, lt=0.5)
     rows_per_shard: int = Field(default=20_000, ge=1)
+    near_duplicate_jaccard: float = Field(
+        default=0.6, gt=0, le=1, description="prompts this alike (word pairs) share a split"
+    )
     seed: int = Field(default=0, ge=0)
 
 
@@ -77,6 +83,7 @@ class SFTConfig(_Section):
     num_hidden_layers: int = Field(default=4, ge=1, description="sandbox-llama only")
     vocab_size: int = Field(default=2048, ge=300, description="sandbox-llama only: byte-level BPE")
     lora_rank: int = Field(default=0, ge=0, le=512, description="0 trains all parameters")
+    gradient_checkpointing: bool = Field(default=False, description="less memory, more time")
     num_train_epochs: float = Field(default=3, gt=0)
     max_steps: int = Field(default=-1, ge=-1, description="-1: by epochs")
     per_device_train_batch_size: int = Field(default=16, ge=1)
@@ -98,12 +105,23 @@ class SamplingConfig(_Section):
     temperature: float = Field(default=0.8, gt=0)
     top_p: float = Field(default=0.95, gt=0, le=1)
     num_beam_groups: int = Field(
-        default=0, ge=0, description="> 0: diverse beam search with this many groups instead"
+        default=0,
+        ge=0,
+        description="num_candidates: diverse beam search, one beam a group, instead; 0: sampling",
     )
     diversity_penalty: float = Field(default=1.0, ge=0)
     max_new_tokens: int = Field(default=256, ge=8)
     batch_size: int = Field(default=16, ge=1, description="prompts per generate call")
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Self:
+        if self.num_beam_groups not in (0, self.num_candidates):
+            raise ValueError(
+                f"num_beam_groups must be 0 (sampling) or num_candidates ({self.num_candidates}): "
+                "a group has one beam"
+            )
+        return self
 
 
 class SampleShard(SamplingConfig):
@@ -151,6 +169,8 @@ class RewardsConfig(_Section):
 class RRHFConfig(_Section):
     """RRHF, equations 1 to 4 of arXiv 2304.05302."""
 
+    lora_rank: int = Field(default=0, ge=0, le=512, description="0 trains all parameters")
+    gradient_checkpointing: bool = Field(default=False, description="less memory, more time")
     num_train_epochs: float = Field(default=3, gt=0)
     max_steps: int = Field(default=-1, ge=-1)
     per_device_train_batch_size: int = Field(default=4, ge=1, description="prompts per step")
@@ -160,6 +180,9 @@ class RRHFConfig(_Section):
     rank_weight: float = Field(default=1.0, ge=0, description="weight of L_rank")
     sft_weight: float = Field(default=1.0, ge=0, description="weight of L_ft")
     length_normalization: bool = Field(default=True, description="equation 1 divides by |y|")
+    pairs: Literal["sum", "mean"] = Field(
+        default="sum", description="equation 2 over the pairs of a prompt; 'sum' in the paper"
+    )
     margin: float = Field(default=0.0, ge=0, description="0 as in the paper")
     max_length: int = Field(default=512, ge=32)
     save_steps: int = Field(default=200, ge=1)

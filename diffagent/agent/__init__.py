@@ -1,0 +1,1 @@
+"""Prompt in, API out: the form of an answer, its verification, and who gives it."""

@@ -1,0 +1,269 @@
+"""A trained agent: a causal language model that writes APIs.
+
+An agent directory is a Hugging Face model (safetensors) and tokenizer with ``agent.json``, the
+catalogue and the sampler mapping beside it: all that is needed to answer and to judge answers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from diffagent.agent.decoding import Decoding, Greedy
+from diffagent.agent.format import IGNORED, PROMPT_TEMPLATE, encode_example, encode_prompt, pad
+from diffagent.dabench.catalogue import Catalogue
+from diffagent.device import resolve_device
+from diffagent.errors import ArtifactError, TrainingError
+from diffagent.train.losses import sequence_logps
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+AGENT_FILE = "agent.json"
+#: What an agent takes over from the dataset that it was trained on.
+DATASET_FILES = ("catalogue.parquet", "mapping/samplers.json")
+
+
+class AgentInfo(BaseModel):
+    """Contents of agent.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format_version: int = FORMAT_VERSION
+    base_model: str = Field(description="what the weights started from")
+    trained_by: tuple[str, ...] = Field(description="stages of training, in order")
+    prompt_template: str = PROMPT_TEMPLATE
+    max_length: int = Field(description="tokens of prompt + response in training")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer; ``ended`` says whether the agent stopped by itself."""
+
+    text: str
+    ended: bool
+
+
+@dataclass(frozen=True)
+class SequenceLogprob:
+    """Natural log-probability of a response with its eos, and how many tokens that is."""
+
+    total: float
+    tokens: int
+
+    @property
+    def mean(self) -> float:
+        """Length-normalised: equation (1) of RRHF."""
+        return self.total / self.tokens
+
+
+@dataclass
+class Agent:
+    """Model, tokenizer and catalogue, ready to answer."""
+
+    model: Any
+    tokenizer: Any
+    info: AgentInfo
+    catalogue: Catalogue
+    device: torch.device
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 256,
+        decoding: Decoding | None = None,
+        batch_size: int = 16,
+    ) -> list[list[Completion]]:
+        """Answers to each prompt, in the order of ``prompts``.
+
+        Args:
+            prompts: users' prompts; one that is too long loses its end.
+            max_new_tokens: an answer is cut there (and then not ``ended``).
+            decoding: how tokens are chosen; greedy by default.
+            batch_size: prompts a forward pass; rows are this times candidates.
+
+        Returns:
+            ``decoding.num_candidates`` completions a prompt, duplicates included.
+        """
+        answers = []
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            answers += self._generate_batch(batch, max_new_tokens, decoding or Greedy())
+        return answers
+
+    def logprobs(
+        self, prompts: Sequence[str], responses: Sequence[str], *, batch_size: int = 32
+    ) -> list[SequenceLogprob | None]:
+        """Log-probability of each response given its prompt.
+
+        Returns:
+            None for a response that is longer than what the agent can read.
+        """
+        examples = [
+            encode_example(self.tokenizer, p, r, self._max_positions, self.info.prompt_template)
+            for p, r in zip(prompts, responses, strict=True)
+        ]
+        result: list[SequenceLogprob | None] = [None] * len(examples)
+        # Rows of similar length share a batch: less padding, and the order does not matter.
+        known = [(i, example) for i, example in enumerate(examples) if example is not None]
+        known.sort(key=lambda item: len(item[1].input_ids))
+        for start in range(0, len(known), batch_size):
+            batch = known[start : start + batch_size]
+            ids = pad([example.input_ids for _, example in batch], self.tokenizer.pad_token_id)
+            mask = pad([[1] * len(example.input_ids) for _, example in batch], 0)
+            labels = pad([example.labels for _, example in batch], IGNORED)
+            with torch.inference_mode():
+                logits = self.model(
+                    input_ids=self._tensor(ids), attention_mask=self._tensor(mask), use_cache=False
+                ).logits
+                totals, lengths = sequence_logps(logits.float(), self._tensor(labels))
+            pairs = zip(totals.tolist(), lengths.tolist(), strict=True)
+            for (i, _), (total, tokens) in zip(batch, pairs, strict=True):
+                result[i] = SequenceLogprob(total, int(tokens))
+        return result
+
+    def _generate_batch(
+        self, prompts: Sequence[str], max_new_tokens: int, decoding: Decoding
+    ) -> Iterator[list[Completion]]:
+        from transformers import GenerationConfig, LogitsProcessorList
+
+        k, tokenizer = decoding.num_candidates, self.tokenizer
+        room = min(self.info.max_length, self._max_positions - max_new_tokens)
+        rows = [
+            encode_prompt(tokenizer, prompt, room, self.info.prompt_template)[0]
+            for prompt in prompts
+            for _ in range(k)
+        ]
+        ids = self._tensor(pad(rows, tokenizer.pad_token_id, left=True))
+        mask = self._tensor(pad([[1] * len(row) for row in rows], 0, left=True))
+        eos, width = tokenizer.eos_token_id, ids.shape[1]
+        processor = decoding.processor(prompts, width, max_new_tokens, eos)
+        with torch.inference_mode():
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=GenerationConfig(
+                    do_sample=False,
+                    max_new_tokens=max_new_tokens,
+                    bos_token_id=tokenizer.bos_token_id,
+                    eos_token_id=eos,
+                    pad_token_id=tokenizer.pad_token_id,
+                ),
+                logits_processor=LogitsProcessorList([processor] if processor else []),
+            )
+        completions = [self._completion(row) for row in output[:, width:].tolist()]
+        return (completions[start : start + k] for start in range(0, len(completions), k))
+
+    def _completion(self, ids: list[int]) -> Completion:
+        eos = self.tokenizer.eos_token_id
+        ended = eos in ids
+        text = self.tokenizer.decode(
+            ids[: ids.index(eos)] if ended else ids, clean_up_tokenization_spaces=False
+        )
+        return Completion(text, ended)
+
+    @property
+    def _max_positions(self) -> int:
+        return getattr(self.model.config, "max_position_embeddings", None) or self.info.max_length
+
+    def _tensor(self, rows: list[list[int]]) -> Tensor:
+        return torch.tensor(rows, device=self.device)
+
+
+def align_special_tokens(model: Any, tokenizer: Any) -> None:
+    """Make model and tokenizer agree on where an answer ends and what padding is.
+
+    * SmolLM2's GGUF says that '<|im_start|>' is bos and eos at once, with which generation never
+      stops: when a ChatML tokenizer says that, eos becomes '<|im_end|>'.
+    * Without a pad token eos is used; padding is masked by length, never by its id.
+    * The generation config starts anew: sampling settings of a release are none of ours, and
+      some make ``save_pretrained`` fail.
+
+    Raises:
+        TrainingError: the tokenizer has no end-of-sequence token.
+    """
+    from transformers import GenerationConfig
+
+    if tokenizer.eos_token == tokenizer.bos_token and "<|im_end|>" in tokenizer.get_vocab():
+        tokenizer.eos_token = "<|im_end|>"
+    if tokenizer.eos_token_id is None:
+        raise TrainingError(
+            "the tokenizer has no eos token, so an answer would never end; set one with "
+            "tokenizer.eos_token = ... and save it"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    for name, value in ids.items():
+        setattr(model.config, name, value)
+    model.generation_config = GenerationConfig(**ids)
+
+
+def save_agent(
+    directory: Path, model: Any, tokenizer: Any, info: AgentInfo, dataset: Path
+) -> None:
+    """Write an agent directory; ``dataset`` is where DATASET_FILES are copied from."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    for name in DATASET_FILES:
+        target = directory / name
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(dataset / name, target)
+    text = json.dumps(info.model_dump(mode="json"), indent=1, ensure_ascii=False)
+    (directory / AGENT_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_info(directory: Path) -> AgentInfo:
+    """The agent.json of a directory.
+
+    Raises:
+        ArtifactError: there is none, or it has another format version.
+    """
+    path = directory / AGENT_FILE
+    try:
+        info = AgentInfo.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ArtifactError(f"no agent in {str(directory)!r}: {error.strerror}") from None
+    except ValidationError as error:
+        raise ArtifactError(
+            f"{str(path)!r} is not an agent's description: {error.errors()[0]['msg']}"
+        ) from None
+    if info.format_version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{str(path)!r} has format {info.format_version}, this version reads "
+            f"{FORMAT_VERSION}; train the agent again"
+        )
+    return info
+
+
+def load_agent(directory: str | Path, device: str = "auto") -> Agent:
+    """Load an agent directory for answering; bfloat16 on CUDA, float32 elsewhere.
+
+    Raises:
+        ArtifactError: the directory does not hold an agent.
+        ConfigError: there is no such device.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path, target = Path(directory), resolve_device(device)
+    info = read_info(path)
+    dtype = torch.bfloat16 if target.type == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, local_files_only=True, use_safetensors=True
+    )
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return Agent(model.to(target).eval(), tokenizer, info, Catalogue.load(path), target)

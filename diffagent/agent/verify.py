@@ -1,0 +1,112 @@
+"""Is an answer an API that exists? The verdict on one text against the catalogue.
+
+An answer that names what is not in the catalogue, or does not parse, is a hallucination; the
+kinds below are what the evaluation counts. As in Gorilla, a wrong but existing model is no
+hallucination. The first kind that applies is reported, in the order of ``KINDS``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from schemas.api import ApiError, LoRA, T2IAPI, parse_api
+
+if TYPE_CHECKING:
+    from diffagent.dabench.catalogue import Catalogue, Entry
+
+#: Kind of hallucination -> what it means.
+KINDS = {
+    "unparsable": "the text is not JSON",
+    "schema": "a field is missing, unknown or of the wrong type",
+    "param_out_of_range": "a number is outside the bounds of the API record",
+    "wrong_type": "the model is not a checkpoint, or a LoRA is one",
+    "unknown_model": "no model of this name in the catalogue",
+    "unknown_version": "the model has no version of this name",
+    "wrong_base_model": "the version belongs to another base model",
+    "unknown_lora": "no LoRA of this name and version in the catalogue",
+    "incompatible_lora": "the LoRA was made for another base model",
+    "unknown_sampler": "the sampler is not in the mapping dictionary",
+}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What an answer turned out to be.
+
+    Attributes:
+        api: when valid, the full record: air and description come from the catalogue.
+        status: 'valid' or 'invalid'.
+        reason: when invalid, a key of ``KINDS``.
+        detail: when invalid, the sentence for people, naming field and value.
+    """
+
+    api: T2IAPI | None
+    status: Literal["valid", "invalid"]
+    reason: str | None = None
+    detail: str = ""
+
+
+def verify(text: str, catalogue: Catalogue) -> Verdict:
+    """Judge one answer. Never raises: every text has a verdict."""
+    try:
+        api = parse_api(text)
+    except ApiError as error:
+        return _invalid(_kind_of(error), str(error))
+    entry = catalogue.checkpoint(api.model, api.version)
+    if entry is None:
+        return _missing_checkpoint(api, catalogue)
+    if api.base_model != entry.base_model:
+        return _invalid(
+            "wrong_base_model",
+            f"base_model: {api.model!r} {api.version!r} is {entry.base_model!r}, "
+            f"not {api.base_model!r}",
+        )
+    for position, lora in enumerate(api.loras):
+        if (fault := _check_lora(position, lora, entry, catalogue)) is not None:
+            return fault
+    if api.params.sampler not in catalogue.samplers:
+        return _invalid("unknown_sampler", f"params.sampler: {api.params.sampler!r} is not known")
+    full = {"air": entry.air, "description": entry.description[:500] or None}
+    return Verdict(api.model_copy(update=full), "valid")
+
+
+def _kind_of(error: ApiError) -> str:
+    if error.code == "json":
+        return "unparsable"
+    if error.code in {"greater_than", "greater_than_equal", "less_than", "less_than_equal"} or (
+        error.code == "multiple_of"
+    ):
+        return "param_out_of_range"
+    return "wrong_type" if error.field == "type" and error.code == "literal_error" else "schema"
+
+
+def _missing_checkpoint(api: T2IAPI, catalogue: Catalogue) -> Verdict:
+    if catalogue.lora(api.model, api.version) is not None:
+        return _invalid("wrong_type", f"model: {api.model!r} is a LoRA, not a checkpoint")
+    if catalogue.has_model(api.model):
+        return _invalid(
+            "unknown_version", f"version: {api.model!r} has no checkpoint {api.version!r}"
+        )
+    return _invalid("unknown_model", f"model: {api.model!r} is not in the catalogue")
+
+
+def _check_lora(
+    position: int, lora: LoRA, checkpoint: Entry, catalogue: Catalogue
+) -> Verdict | None:
+    where = f"loras.{position}: {lora.model!r} {lora.version!r}"
+    entry = catalogue.lora(lora.model, lora.version)
+    if entry is None:
+        if catalogue.checkpoint(lora.model, lora.version) is not None:
+            return _invalid("wrong_type", f"{where} is a checkpoint, not a LoRA")
+        return _invalid("unknown_lora", f"{where} is not in the catalogue")
+    if entry.ecosystem != checkpoint.ecosystem:
+        return _invalid(
+            "incompatible_lora",
+            f"{where} is for {entry.base_model!r}, not {checkpoint.base_model!r}",
+        )
+    return None
+
+
+def _invalid(reason: str, detail: str) -> Verdict:
+    return Verdict(None, "invalid", reason, detail)

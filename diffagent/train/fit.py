@@ -1,0 +1,157 @@
+"""What both stages of training share: arguments, adapters, and a run that survives a kill."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback
+
+from diffagent.errors import TrainingError
+from schemas.config import RRHFConfig, SFTConfig
+
+log = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+LOGGING_STEPS = 20
+
+
+def training_arguments(
+    config: SFTConfig | RRHFConfig, out: Path, device: torch.device
+) -> dict[str, Any]:
+    """Keyword arguments of ``transformers.TrainingArguments`` and its subclasses."""
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return {
+        "output_dir": str(out / CHECKPOINTS),
+        "num_train_epochs": config.num_train_epochs,
+        "max_steps": config.max_steps,
+        "per_device_train_batch_size": config.per_device_train_batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "learning_rate": config.learning_rate,
+        "warmup_steps": config.warmup_ratio,  # below 1 it is a fraction of all steps
+        "lr_scheduler_type": "linear",
+        "weight_decay": getattr(config, "weight_decay", 0.0),
+        "bf16": bf16,
+        "use_cpu": device.type == "cpu",
+        "seed": config.seed,
+        "save_steps": config.save_steps,
+        "save_total_limit": 1,
+        "logging_steps": LOGGING_STEPS,
+        "logging_nan_inf_filter": False,
+        "report_to": [],
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": device.type == "cuda",
+        "disable_tqdm": not sys.stderr.isatty(),
+    }
+
+
+def weights_dtype(lora_rank: int, device: torch.device) -> torch.dtype:
+    """float32, but bfloat16 for the frozen base of an adapter on CUDA."""
+    return torch.bfloat16 if lora_rank and device.type == "cuda" else torch.float32
+
+
+def add_lora(model: Any, config: SFTConfig | RRHFConfig) -> Any:
+    """``model`` with adapters on all linear layers when ``config.lora_rank`` asks for them."""
+    if not config.lora_rank:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=2 * config.lora_rank,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = get_peft_model(model, lora)
+    if config.gradient_checkpointing:
+        model.enable_input_require_grads()
+    return model
+
+
+def merged(model: Any) -> Any:
+    """The plain model: adapters are folded into its weights, so every agent loads alike."""
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def fit(trainer: Trainer) -> dict[str, float | int]:
+    """Train, from the last whole checkpoint of an interrupted run when there is one.
+
+    The continuation is the one that the undisturbed run would have made: data order, optimizer,
+    schedule and random state come from the checkpoint.
+
+    Returns:
+        Steps, resumed step, first and last logged loss.
+
+    Raises:
+        TrainingError: the loss is not finite.
+    """
+    trainer.remove_callback(PrinterCallback)  # the library prints nothing
+    trainer.add_callback(_LogCallback())
+    checkpoint = last_checkpoint(Path(str(trainer.args.output_dir)))
+    if checkpoint is not None:
+        log.info("resuming from %s", checkpoint.name)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    metrics: dict[str, float | int] = {"steps": trainer.state.global_step}
+    if checkpoint is not None:
+        metrics["resumed_at_step"] = int(checkpoint.name.rpartition("-")[2])
+    if losses:
+        metrics |= {"first_loss": losses[0], "last_loss": losses[-1]}
+    return metrics
+
+
+def last_checkpoint(directory: Path) -> Path | None:
+    """The newest checkpoint that was written to its end; broken ones are removed.
+
+    Trainer writes its state last, so a checkpoint with a readable state is whole.
+    """
+    found = sorted(
+        directory.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True
+    )
+    for checkpoint in found:
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_bytes())
+        except (OSError, ValueError):
+            log.warning("%s was not written to its end; it is removed", checkpoint)
+            shutil.rmtree(checkpoint)
+        else:
+            return checkpoint
+    return None
+
+
+def discard_checkpoints(out: Path) -> None:
+    """Remove the checkpoints of a finished run.
+
+    Renamed first: half-removed ones must not be taken for whole ones after a kill.
+    """
+    discarded = out / f".{CHECKPOINTS}.discarded"
+    shutil.rmtree(discarded, ignore_errors=True)
+    if (out / CHECKPOINTS).exists():
+        (out / CHECKPOINTS).rename(discarded)
+        shutil.rmtree(discarded)
+
+
+class _LogCallback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+    """Logs what Trainer would print, and stops when the loss is no number."""
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise TrainingError(
+                f"the loss is {logs['loss']} at step {state.global_step}: training has diverged; "
+                "lower learning_rate"
+            )
+        numbers = " ".join(f"{k} {v:.4g}" for k, v in logs.items() if isinstance(v, int | float))
+        log.info("step %d of %d: %s", state.global_step, state.max_steps, numbers)
