@@ -269,9 +269,9 @@ def _describe_api(selector: str, api: T2IAPI, **shown: Any) -> Answer:
     params = api.params
     parts = [
         params.sampler,
-        f"{params.steps} steps",
-        f"CFG {params.cfg_scale:g}",
-        f"{params.width} × {params.height}",
+        f"{params.steps}\N{NO-BREAK SPACE}steps",
+        f"CFG\N{NO-BREAK SPACE}{params.cfg_scale:g}",
+        f"{params.width}×{params.height}",
         *([f"CLIP skip {params.clip_skip}"] if params.clip_skip > 1 else []),
         *(f"LoRA {lora.model} ({lora.weight:g})" for lora in api.loras),
     ]

@@ -21,7 +21,7 @@ BASELINES = ("popular", "random", "nearest")
 SELECTORS = {
     "popular": "most popular model",
     "random": "random valid API",
-    "nearest": "nearest neighbour over prompts",
+    "nearest": "nearest neighbour",
     "sft": "DiffAgent, SFT",
     "rrhf": "DiffAgent, SFT + RRHF",
 }
