@@ -32,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from diffagent import errors
 from diffagent.errors import ArtifactError, DiffAgentError
+from diffagent.mirror import pull, push
 from schemas.config import RuntimeConfig
 from schemas.manifest import SCHEMA_VERSION, FileEntry, Funnel, InputRef, Manifest
 
@@ -230,9 +231,12 @@ class Stage(Generic[C]):
         return Path(runtime.store) / self.name / self.identity(config, inputs)[:16]
 
     def cached(self, config: C, inputs: Inputs, runtime: RuntimeConfig) -> Artifact | None:
-        """The artefact of this request when it exists whole; a damaged one is removed."""
+        """The artefact of this request when it exists whole; a damaged one is removed.
+
+        With ``runtime.mirror`` one that is missing here is copied from there.
+        """
         directory = self.directory(config, inputs, runtime)
-        if not directory.exists():
+        if not directory.exists() and not (runtime.mirror and pull(directory, runtime.mirror)):
             return None
         try:
             artifact = open_artifact(directory)
@@ -265,9 +269,11 @@ class Stage(Generic[C]):
             known = self.cached(config, inputs, runtime)
             if known and not refresh:
                 log.info("%s: cached in %s", self.name, directory)
+                self._share(directory, runtime)
                 return known
             partial = directory.with_name(f".{directory.name}.partial")
             partial.mkdir(exist_ok=True)
+            (partial / MANIFEST).unlink(missing_ok=True)  # of a run killed just before the rename
             started = time.monotonic()
             context = StageContext(inputs, partial, runtime, site_url)
             result = self.body(config, context)
@@ -282,8 +288,13 @@ class Stage(Generic[C]):
                     directory.with_name(f"{directory.name}.{known.content_digest[:8]}")
                 )
             partial.rename(directory)
+            self._share(directory, runtime)
             log.info("%s: built %s in %.1f s", self.name, directory, manifest.wall_seconds)
         return open_artifact(directory)
+
+    def _share(self, directory: Path, runtime: RuntimeConfig) -> None:
+        if runtime.mirror:
+            push(directory, runtime.mirror)
 
     def _manifest(
         self, config: C, inputs: Inputs, out: Path, result: StageResult, started: float

@@ -219,6 +219,9 @@ class RuntimeConfig(_Section):
     """How stages run on this machine; never part of an identity."""
 
     store: str = Field(default="store", description="directory of artefacts")
+    mirror: str | None = Field(
+        default=None, description="fsspec URI that finished artefacts are shared through"
+    )
     models: str | None = Field(default=None, description="cache of model files; STORE/models")
     device: str = Field(default="auto", description="'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     workers: int = Field(default=2, ge=1, description="concurrent tasks of a flow")
@@ -277,6 +280,8 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Pi
         target = data
         for key in parents:
             target = target.setdefault(key, {})
+            if not isinstance(target, dict):
+                raise ConfigFileError(f"cannot set {dotted!r}: {key!r} is {target!r:.60}")
         target[leaf] = value
     try:
         return PipelineConfig.model_validate(data)

@@ -165,3 +165,26 @@ def test_child_process(runtime: RuntimeConfig) -> None:
     with pytest.raises(ArtifactError, match="ended with code -9") as crashed:
         run_in_child(entry, Words(fail="crash"), {}, runtime)
     assert crashed.value.retryable, "killed from outside: the next try resumes"
+
+
+def test_mirror(tmp_path: Path) -> None:
+    mirror = (tmp_path / "mirror").as_uri()
+    here = RuntimeConfig(store=str(tmp_path / "here"), mirror=mirror)
+    there = RuntimeConfig(store=str(tmp_path / "there"), mirror=mirror)
+    made = write_words.run(Words(), {}, here)
+    assert write_words.cached(Words(words=("z",)), {}, there) is None
+    copied = write_words.cached(Words(), {}, there)
+    assert copied and copied.content_digest == made.content_digest
+    assert copied.path.is_relative_to(tmp_path / "there")
+    verify_artifact(copied)
+
+    # A mirror is not trusted with paths.
+    manifest = tmp_path / "mirror" / "toy-words" / made.path.name / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"0.txt"', '"../../0.txt"'))
+    elsewhere = RuntimeConfig(store=str(tmp_path / "elsewhere"), mirror=mirror)
+    with pytest.raises(ArtifactError, match="leaves the artefact"):
+        write_words.cached(Words(), {}, elsewhere)
+
+    unwritable = RuntimeConfig(store=str(tmp_path / "new"), mirror="nonsense://x")
+    with pytest.raises(ArtifactError, match=r"runtime\.mirror"):
+        write_words.run(Words(), {}, unwritable)
