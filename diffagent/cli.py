@@ -1,0 +1,263 @@
+"""The command line. Everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from diffagent.artifacts import Artifact
+    from diffagent.pipeline import Node
+
+log = logging.getLogger(__name__)
+
+#: Commands that run one stage and what it needs: keys of ``diffagent.pipeline.plan``, the
+#: shards of a stage by its name.
+STAGES = {
+    "crawl": "Read the site's API into a raw snapshot.",
+    "filter": "Keep the models and records that DABench admits.",
+    "shard": "Write DABench: parquet shards, mappings, data card.",
+    "sft": "Fine-tune the language model on (prompt, API) pairs.",
+    "sample": "Sample candidates for RRHF from the fine-tuned agent.",
+    "render": "Render the candidates.",
+    "score": "Score the candidates' pictures.",
+    "rrhf": "Align the agent with the ranked candidates.",
+    "select-popular": "Answer held-out prompts: the most popular model.",
+    "select-random": "Answer held-out prompts: random valid APIs.",
+    "select-nearest": "Answer held-out prompts: nearest training prompt.",
+    "select-sft": "Answer held-out prompts: the fine-tuned agent.",
+    "select-rrhf": "Answer held-out prompts: the aligned agent.",
+    "evaluate": "Compare the selectors and write the report.",
+}
+
+
+def _set_up_logging(verbose: int) -> int:
+    """Warnings, and which stage runs; -v: what stages say; -vv: everything of this library."""
+    if not logging.getLogger().handlers:
+        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("diffagent.pipeline").setLevel(logging.INFO)
+    if verbose:
+        level = logging.INFO if verbose == 1 else logging.DEBUG
+        for name in ("diffagent", "diffagent.pipeline"):
+            logging.getLogger(name).setLevel(level)
+    return verbose
+
+
+Verbose = Annotated[
+    int,
+    typer.Option(
+        "--verbose", "-v", count=True, callback=_set_up_logging, help="Say more; -vv for all."
+    ),
+]
+ConfigFile = Annotated[
+    Path, typer.Option("--config", "-c", metavar="FILE", help="YAML file of the whole run.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="SECTION.KEY=VALUE", help="Change a setting (repeatable); VALUE is YAML."
+    ),
+]
+Refresh = Annotated[
+    bool, typer.Option("--refresh", help="Crawl again; nothing else runs if nothing is new.")
+]
+ArtifactDir = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of an artefact.")]
+
+app = typer.Typer(
+    name="diffagent",
+    help="Train an LLM to answer a prompt with the right text-to-image model and parameters.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+artifacts_app = typer.Typer(help="Look at artefacts.", no_args_is_help=True)
+app.add_typer(artifacts_app, name="artifact")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from diffagent import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    pass
+
+
+def parse_overrides(settings: list[str] | None) -> dict[str, Any]:
+    """``section.key=value`` texts as a mapping; values are read as YAML.
+
+    Raises:
+        ConfigError: a text has no '=' or no key, or its value is not YAML.
+    """
+    import yaml
+
+    from diffagent.errors import ConfigError
+
+    overrides: dict[str, Any] = {}
+    for text in settings or ():
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set needs SECTION.KEY=VALUE, got {text!r}")
+        try:
+            overrides[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {key}: {value!r} is not YAML") from None
+    return overrides
+
+
+def _run(
+    config: Path, settings: list[str] | None, upto: str | None, refresh: bool = False
+) -> dict[str, Artifact]:
+    from diffagent import pipeline
+    from schemas.config import load_config
+
+    def show(node: Node, artifact: Artifact, unchanged: bool) -> None:
+        state = "built"
+        if unchanged:
+            state = "nothing new" if refresh and node.key == "crawl" else "cached"
+        typer.echo(f"{node.key:<16} {state:<12} {artifact.path}")
+
+    settings_read = load_config(config, parse_overrides(settings))
+    return pipeline.run(settings_read, upto, refresh=refresh, on_done=show)
+
+
+def _add_stage_command(stage: str, text: str) -> None:
+    @app.command(stage, help=f"{text} What it needs comes from the store or is built first.")
+    def command(
+        config: ConfigFile,
+        settings: Overrides = None,
+        refresh: Refresh = False,
+        verbose: Verbose = 0,
+    ) -> None:
+        done = _run(config, settings, stage, refresh)
+        if stage == "evaluate":
+            _show_report(done)
+
+
+for _stage, _text in STAGES.items():
+    _add_stage_command(_stage, _text)
+
+
+@app.command()
+def run(
+    config: ConfigFile, settings: Overrides = None, refresh: Refresh = False, verbose: Verbose = 0
+) -> None:
+    """Run everything from the crawl to the report."""
+    done = _run(config, settings, None, refresh)
+    typer.echo(f"\ndata set: {done['shard'].path}\nagent:    {done['rrhf'].path}")
+    _show_report(done)
+
+
+def _show_report(done: dict[str, Artifact]) -> None:
+    from diffagent.evaluation.summary import read_metrics, summary_markdown
+
+    typer.echo(f"report:   {done['evaluate'].file('report.html')}\n")
+    typer.echo(summary_markdown(read_metrics(done["evaluate"])))
+
+
+@app.command()
+def select(
+    prompt: Annotated[str, typer.Argument(help="What the picture should show.")],
+    agent: Annotated[Path, typer.Option(metavar="DIR", help="An agent, as sft or rrhf makes it.")],
+    n: Annotated[int, typer.Option(min=1, max=32, help="Different APIs, likeliest first.")] = 1,
+    device: Annotated[str, typer.Option(help="'auto', 'cpu', 'cuda', 'mps'")] = "auto",
+    verbose: Verbose = 0,
+) -> None:
+    """Print the API that an agent chooses for a prompt."""
+    from diffagent.agent import selectors
+
+    if n == 1:
+        typer.echo(selectors.select_one(prompt, agent, device).to_json())
+        return
+    from diffagent.agent.llm import load_agent
+    from diffagent.errors import SchemaError
+
+    (choices,) = selectors.LLM(load_agent(agent, device)).select([prompt], n)
+    valid = [choice.verdict.api for choice in choices if choice.verdict.api is not None]
+    if not valid:
+        raise SchemaError(f"none of {n} answers to {prompt!r:.80} is a valid API")
+    for api in valid:
+        typer.echo(api.to_json())
+
+
+@app.command(
+    "civitai",
+    help="A local Civitai: serve a dump or the sandbox.",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def civitai(context: typer.Context) -> None:
+    """Hand the arguments to the commands of ``diffagent.civitai.cli``."""
+    from diffagent.civitai.cli import app as civitai_app
+
+    civitai_app(args=context.args, prog_name="diffagent civitai")
+
+
+@artifacts_app.command("show")
+def show_artifact(directory: ArtifactDir, verbose: Verbose = 0) -> None:
+    """Print what an artefact is, what is in it, and what it was made from."""
+    from diffagent.artifacts import open_artifact
+    from diffagent.lineage import lineage_lines
+
+    artifact = open_artifact(directory)
+    manifest = artifact.manifest
+    facts = {
+        "stage": f"{manifest.stage} (version {manifest.stage_version})",
+        "identity": manifest.identity,
+        "content": manifest.content_digest,
+        "created": f"{manifest.created_at:%Y-%m-%d %H:%M:%S %Z}",
+        "took": f"{manifest.wall_seconds:.1f} s, {manifest.peak_memory_bytes / 1e6:.0f} MB at most",
+        "files": f"{len(manifest.files)}, {sum(f.size for f in manifest.files) / 1e6:.1f} MB",
+        **{f"rows {name}": f"{count:,}" for name, count in manifest.rows.items()},
+        **{f"config {name}": value for name, value in manifest.config.items()},
+        **{f"metric {name}": value for name, value in manifest.metrics.items()},
+    }
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        typer.echo(f"{name:<{width}}  {value}")
+    for funnel in manifest.funnels:
+        typer.echo(f"\n{funnel.unit}: {funnel.kept:,} of {funnel.seen:,} kept")
+        for step in funnel.steps:
+            typer.echo(f"  {step.dropped:>10,}  {step.filter}: {step.reason}")
+    typer.echo("\n" + "\n".join(lineage_lines(artifact)))
+
+
+@artifacts_app.command("verify")
+def verify_artifact(directory: ArtifactDir, verbose: Verbose = 0) -> None:
+    """Read every file of an artefact and compare it with the manifest."""
+    from diffagent import artifacts
+
+    artifact = artifacts.open_artifact(directory)
+    artifacts.verify_artifact(artifact)
+    typer.echo(f"{artifact.path}: all {len(artifact.manifest.files)} files are as they were made")
+
+
+def main() -> None:
+    """The console command: errors made on purpose are one line and exit code 1."""
+    try:
+        app()
+    except Exception as error:
+        from diffagent.errors import DiffAgentError
+        from schemas.config import ConfigFileError
+
+        if not isinstance(error, DiffAgentError | ConfigFileError):
+            raise
+        log.debug("where it came from", exc_info=True)
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""The command line: what it imports, what it prints, how it fails."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from diffagent import cli, pipeline
+from diffagent.artifacts import StageContext, StageResult, stage
+from diffagent.errors import ArtifactError, ConfigError
+from schemas.api import T2IAPI, Params
+from schemas.config import CrawlConfig, FilterConfig, PipelineConfig
+from schemas.manifest import Funnel, FunnelStep
+
+runner = CliRunner()
+API = T2IAPI(
+    model="A",
+    version="v1",
+    base_model="SD 1.5",
+    params=Params(sampler="Euler a", steps=20, cfg_scale=7, width=64, height=64),
+)
+
+
+def invoke(*arguments: Any) -> str:
+    result = runner.invoke(cli.app, [str(a) for a in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@stage("crawl", version=1, config=CrawlConfig)
+def crawl(config: CrawlConfig, context: StageContext) -> StageResult:
+    (context.out / "page").write_text("a page")
+    return StageResult(rows={"models": 1234})
+
+
+@stage("filter", version=1, config=FilterConfig)
+def filter_records(config: FilterConfig, context: StageContext) -> StageResult:
+    if config.allow_nsfw:
+        raise ArtifactError("the snapshot is damaged; delete it")
+    (context.out / "kept").write_text(context.one("snapshot").file("page").read_text())
+    step = FunnelStep(filter="type", reason="not a checkpoint", dropped=3)
+    return StageResult(funnels=(Funnel(unit="models", seen=10, kept=7, steps=(step,)),))
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A configuration, with the stages ``crawl`` and ``filter`` of this file."""
+    stages = {"crawl": crawl, "filter": filter_records}
+    monkeypatch.setattr(pipeline, "load_stage", lambda node: stages[node.key])
+    monkeypatch.setattr(pipeline, "open_site", lambda config: contextlib.nullcontext("http://x"))
+    rewards = {"scorers": [{"name": "clip", "model": "tiny"}], "unify": "chatgen"}
+    path = tmp_path / "run.yaml"
+    runtime = {"store": str(tmp_path / "store")}
+    path.write_text(yaml.safe_dump({"rewards": rewards, "runtime": runtime}))
+    return path
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from diffagent import cli\n"
+        "try: cli.app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'prefect', 'polars', 'pyarrow', 'pydantic', 'yaml'}\n"
+        "print('loaded', sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "Commands:" in done.stdout
+    assert done.stdout.splitlines()[-1] == "loaded []"
+
+
+def test_every_stage_of_the_plan_has_a_command() -> None:
+    config = PipelineConfig.model_validate(
+        {"rewards": {"scorers": [{"name": "clip", "model": "tiny"}], "unify": "chatgen"}}
+    )
+    nodes = pipeline.plan(config)
+    reached = {key for name in cli.STAGES for key in pipeline.targets(nodes, name)}
+    judged = {f"{verb}-{s}" for s in config.evaluation.selectors for verb in ("render", "score")}
+    assert reached | judged == set(nodes)  # the selectors' pictures come with 'evaluate'
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    assert set(cli.STAGES) < set(commands)
+
+
+def test_a_stage_is_built_then_cached(config_file: Path) -> None:
+    lines = [line.split() for line in invoke("filter", "-c", config_file).splitlines()]
+    assert [line[:2] for line in lines] == [["crawl", "built"], ["filter", "built"]]
+    assert Path(lines[1][2], "kept").read_text() == "a page"
+    again = [line.split() for line in invoke("filter", "-c", config_file).splitlines()]
+    assert again == [[key, "cached", path] for key, _, path in lines]
+
+
+def test_a_refresh_that_finds_nothing_new_says_so(config_file: Path) -> None:
+    invoke("filter", "-c", config_file)
+    first, second = invoke("filter", "-c", config_file, "--refresh").splitlines()
+    assert "nothing new" in first
+    assert "cached" in second
+
+
+def test_settings_change_the_run(config_file: Path, tmp_path: Path) -> None:
+    out = invoke(
+        *("crawl", "-c", config_file, "--set", f"runtime.store={tmp_path / 'other'}"),
+        *("--set", "crawl.model_types=[LORA]"),
+    )
+    assert str(tmp_path / "other") in out
+    (manifest,) = (tmp_path / "other").glob("crawl/*/manifest.json")
+    assert '"LORA"' in manifest.read_text() and '"Checkpoint"' not in manifest.read_text()
+
+
+@pytest.mark.parametrize("text", ["crawl.site", "=1", "a.b=[1"])
+def test_wrong_settings_are_named(text: str) -> None:
+    with pytest.raises(ConfigError, match="--set"):
+        cli.parse_overrides([text])
+
+
+def test_settings_are_yaml() -> None:
+    found = cli.parse_overrides(["a.b=3", "a.c=[x, y]", "d.e=null", "f.g=http://h:1/?q=2"])
+    assert found == {"a.b": 3, "a.c": ["x", "y"], "d.e": None, "f.g": "http://h:1/?q=2"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["filter", "--set", "filters.allow_nsfw=true"], "error: the snapshot is damaged"),
+        (["crawl", "--set", "crawl.max_models=0"], "crawl.max_models: Input should be greater"),
+        (["crawl", "--set", "crawl.site.x=1"], "cannot set 'crawl.site.x'"),
+        (["crawl", "--set", "nonsense"], "--set needs SECTION.KEY=VALUE"),
+    ],
+)
+def test_errors_are_a_line_on_stderr_and_exit_code_1(
+    config_file: Path,
+    arguments: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if "crawl.site.x=1" in arguments:
+        config_file.write_text(config_file.read_text() + "crawl: {site: sandbox}\n")
+    command, *rest = arguments
+    monkeypatch.setattr(sys, "argv", ["diffagent", command, "-c", str(config_file), *rest])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.startswith("error: ") or "\nerror: " in error
+    assert "Traceback" not in error
+
+
+def test_errors_that_nobody_meant_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_artifact_show_and_verify(config_file: Path) -> None:
+    path = Path(invoke("filter", "-c", config_file).splitlines()[-1].split()[-1])
+    shown = invoke("artifact", "show", path)
+    assert "models: 7 of 10 kept" in shown and "type: not a checkpoint" in shown
+    assert "  snapshot: crawl " in shown
+    (snapshot,) = path.parent.parent.glob("crawl/*/")
+    assert ["rows", "models", "1,234"] in [
+        line.split() for line in invoke("artifact", "show", snapshot).splitlines()
+    ]
+    assert "all 1 files" in invoke("artifact", "verify", path)
+    (path / "kept").write_text("b page")  # the same size
+    with pytest.raises(ArtifactError, match="damaged"):
+        invoke("artifact", "verify", path)
+
+
+def test_select_prints_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffagent.agent import selectors
+
+    asked: list[tuple[str, str]] = []
+
+    def select_one(prompt: str, agent: Path, device: str) -> T2IAPI:
+        asked.append((prompt, f"{agent} {device}"))
+        return API
+
+    monkeypatch.setattr(selectors, "select_one", select_one)
+    assert invoke("select", "a red circle", "--agent", "here") == API.to_json() + "\n"
+    assert asked == [("a red circle", "here auto")]
+
+
+def test_select_needs_an_agent(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="agent"):
+        invoke("select", "a red circle", "--agent", tmp_path)
+
+
+def test_civitai_gets_its_arguments_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    module = types.ModuleType("diffagent.civitai.cli")
+    module.app = lambda **named: given.update(named)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "diffagent.civitai.cli", module)
+    monkeypatch.setitem(sys.modules, "diffagent.civitai", types.ModuleType("diffagent.civitai"))
+    invoke("civitai", "serve", "--dump", "DIR", "--help")
+    assert given["args"] == ["serve", "--dump", "DIR", "--help"]
