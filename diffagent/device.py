@@ -26,7 +26,8 @@ def resolve_device(name: str = "auto") -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(
-            f"runtime.device: {name!r} is not a device; use 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'"
+            f"runtime.device: {name!r} is not a device; "
+            "use 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'"
         ) from None
     present = {
         "cpu": True,

@@ -18,7 +18,10 @@ from torch import Tensor
 class Decoding(Protocol):
     """A way to write ``num_candidates`` answers to each prompt."""
 
-    num_candidates: int
+    @property
+    def num_candidates(self) -> int:
+        """Answers a prompt."""
+        ...
 
     def processor(
         self, prompts: Sequence[str], prompt_length: int, max_new_tokens: int, eos_token_id: int

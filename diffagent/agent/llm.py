@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,7 @@ class Agent:
         Returns:
             ``decoding.num_candidates`` completions a prompt, duplicates included.
         """
-        answers = []
+        answers: list[list[Completion]] = []
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
             answers += self._generate_batch(batch, max_new_tokens, decoding or Greedy())
@@ -180,6 +181,14 @@ class Agent:
         return torch.tensor(rows, device=self.device)
 
 
+def _hide_progress_bars() -> None:
+    """A log file needs no bars for reading and writing weights."""
+    from transformers.utils import logging as transformers_logging
+
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
 def align_special_tokens(model: Any, tokenizer: Any) -> None:
     """Make model and tokenizer agree on where an answer ends and what padding is.
 
@@ -213,10 +222,9 @@ def align_special_tokens(model: Any, tokenizer: Any) -> None:
     model.generation_config = GenerationConfig(**ids)
 
 
-def save_agent(
-    directory: Path, model: Any, tokenizer: Any, info: AgentInfo, dataset: Path
-) -> None:
+def save_agent(directory: Path, model: Any, tokenizer: Any, info: AgentInfo, dataset: Path) -> None:
     """Write an agent directory; ``dataset`` is where DATASET_FILES are copied from."""
+    _hide_progress_bars()
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     for name in DATASET_FILES:
@@ -259,6 +267,7 @@ def load_agent(directory: str | Path, device: str = "auto") -> Agent:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    _hide_progress_bars()
     path, target = Path(directory), resolve_device(device)
     info = read_info(path)
     dtype = torch.bfloat16 if target.type == "cuda" else torch.float32

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from schemas.api import ApiError, LoRA, T2IAPI, parse_api
+from schemas.api import T2IAPI, ApiError, LoRA, parse_api
 
 if TYPE_CHECKING:
     from diffagent.dabench.catalogue import Catalogue, Entry

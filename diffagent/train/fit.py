@@ -33,7 +33,7 @@ def training_arguments(
         "max_steps": config.max_steps,
         "per_device_train_batch_size": config.per_device_train_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "gradient_checkpointing": config.gradient_checkpointing,
+        "activation_checkpointing": config.gradient_checkpointing,  # its name since 5.23
         "learning_rate": config.learning_rate,
         "warmup_steps": config.warmup_ratio,  # below 1 it is a fraction of all steps
         "lr_scheduler_type": "linear",

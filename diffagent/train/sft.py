@@ -9,7 +9,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 from datasets import Dataset
 from trl import SFTConfig as TRLConfig
@@ -17,18 +16,17 @@ from trl import SFTTrainer
 
 from diffagent.agent.format import Example, encode_example, response_text
 from diffagent.agent.llm import AgentInfo, align_special_tokens, save_agent
-from diffagent.artifacts import Artifact, StageContext, StageResult, stage
+from diffagent.agent.prompts import read_split
+from diffagent.artifacts import StageContext, StageResult, stage
 from diffagent.device import resolve_device
 from diffagent.errors import TrainingError
 from diffagent.train import fit
 from diffagent.train.sandbox_llama import build_model, build_tokenizer
-from schemas.api import parse_api
 from schemas.config import SFTConfig
 
 log = logging.getLogger(__name__)
 
 SANDBOX_MODEL = "sandbox-llama"
-Pair = tuple[str, str]
 
 
 class ResponseTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
@@ -46,7 +44,8 @@ def train_sft(config: SFTConfig, context: StageContext) -> StageResult:
     """DABench's train split -> agent directory."""
     dabench = context.one("dabench")
     device = resolve_device(context.runtime.device)
-    pairs = read_pairs(dabench, "train")
+    train = read_split(dabench.path, "train")
+    pairs = [(pair.prompt, response_text(pair.api)) for pair in train]
     model, tokenizer = load_base(config, pairs, fit.weights_dtype(config.lora_rank, device))
     examples, counts = encode_pairs(tokenizer, pairs, config.max_length)
     trainer = ResponseTrainer(
@@ -79,23 +78,9 @@ def train_sft(config: SFTConfig, context: StageContext) -> StageResult:
     )
 
 
-def read_pairs(dabench: Artifact, split: str) -> list[Pair]:
-    """(prompt, response) pairs of a split, in order of id."""
-    tables = [
-        pq.read_table(path, columns=["id", "prompt", "api"])
-        for path in dabench.glob(f"data/{split}-*.parquet")
-    ]
-    rows = sorted(
-        (row["id"], row["prompt"], response_text(parse_api(row["api"])))
-        for table in tables
-        for row in table.to_pylist()
-    )
-    if not rows:
-        raise TrainingError(f"the {split} split of {str(dabench.path)!r} is empty; loosen filters")
-    return [(prompt, response) for _, prompt, response in rows]
-
-
-def load_base(config: SFTConfig, pairs: list[Pair], dtype: torch.dtype) -> tuple[Any, Any]:
+def load_base(
+    config: SFTConfig, pairs: list[tuple[str, str]], dtype: torch.dtype
+) -> tuple[Any, Any]:
     """Model and tokenizer to start from: 'sandbox-llama', or a causal LM by name or path.
 
     Raises:
@@ -127,7 +112,7 @@ def load_base(config: SFTConfig, pairs: list[Pair], dtype: torch.dtype) -> tuple
 
 
 def encode_pairs(
-    tokenizer: Any, pairs: list[Pair], max_length: int
+    tokenizer: Any, pairs: list[tuple[str, str]], max_length: int
 ) -> tuple[list[Example], dict[str, int]]:
     """Examples, and how many prompts were cut and how many pairs did not fit at all.
 

@@ -1,0 +1,247 @@
+"""SFTA, stage 2: RRHF on candidates ranked by the unified reward of their pictures.
+
+``python -m diffagent.train.rrhf RUN.json`` runs the stage by hand (see diffagent.run_stage).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import polars as pl
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+
+from diffagent.agent.format import encode_example
+from diffagent.agent.llm import AgentInfo, align_special_tokens, read_info, save_agent
+from diffagent.artifacts import Artifact, StageContext, StageResult, stage
+from diffagent.device import resolve_device
+from diffagent.errors import ArtifactError, TrainingError
+from diffagent.train import fit
+from diffagent.train.collate import RankedPrompt, RRHFCollator
+from diffagent.train.losses import INVALID_REWARD, RRHFLoss, rrhf_loss, sequence_logps
+from schemas.config import RRHFConfig
+
+log = logging.getLogger(__name__)
+
+_KEY = ["prompt_id", "source", "candidate"]
+
+
+class RankedPrompts(Dataset[RankedPrompt]):
+    """Ranked prompts as a torch dataset."""
+
+    def __init__(self, prompts: Sequence[RankedPrompt]) -> None:
+        self.prompts = prompts
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> RankedPrompt:
+        return self.prompts[index]
+
+
+class RRHFTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
+    """transformers' Trainer with the loss of RRHF.
+
+    A batch is what ``RRHFCollator`` makes, ``per_device_train_batch_size`` counts prompts, and
+    the loss is a mean over prompts. The two terms are logged as ``rank_loss`` and ``sft_loss``.
+
+    Args:
+        model: a causal LM.
+        args: arguments of the run; ``remove_unused_columns`` must be False.
+        rrhf: options of the loss.
+        train_dataset: ranked prompts.
+        processing_class: the model's tokenizer.
+    """
+
+    #: A mean over the batch: Trainer divides it by the number of accumulation steps.
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        rrhf: RRHFConfig,
+        train_dataset: RankedPrompts,
+        processing_class: Any,
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=RRHFCollator(processing_class.pad_token_id),
+            train_dataset=train_dataset,
+            processing_class=processing_class,
+        )
+        self.rrhf = rrhf
+        self._terms: dict[str, list[float]] = defaultdict(list)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """RRHF's loss of one batch."""
+        outputs = model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            use_cache=False,
+        )
+        loss = batch_loss(outputs.logits, inputs, self.rrhf)
+        self._terms["rank_loss"].append(loss.rank.item())
+        self._terms["sft_loss"].append(loss.sft.item())
+        return (loss.total, outputs) if return_outputs else loss.total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log with the two terms, averaged since the last one."""
+        means = {name: sum(values) / len(values) for name, values in self._terms.items()}
+        self._terms.clear()
+        super().log({**logs, **means}, start_time)
+
+
+def batch_loss(logits: Tensor, batch: dict[str, Tensor], config: RRHFConfig) -> RRHFLoss:
+    """RRHF's loss of a collated batch given its logits (N, T, V)."""
+    sums, counts = sequence_logps(logits.float(), batch["labels"])
+    mask = batch["mask"]
+    grid = sums.new_zeros(mask.shape)
+    return rrhf_loss(
+        grid.masked_scatter(mask, sums),
+        torch.zeros_like(mask, dtype=counts.dtype).masked_scatter(mask, counts),
+        batch["rewards"],
+        mask,
+        length_normalization=config.length_normalization,
+        pairs=config.pairs,
+        margin=config.margin,
+        rank_weight=config.rank_weight,
+        sft_weight=config.sft_weight,
+    )
+
+
+@stage("rrhf", version=1, config=RRHFConfig)
+def train_rrhf(config: RRHFConfig, context: StageContext) -> StageResult:
+    """SFT agent, candidates and their scores -> aligned agent directory."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    agent = context.one("agent")
+    device = resolve_device(context.runtime.device)
+    info = read_info(agent.path)
+    tokenizer = AutoTokenizer.from_pretrained(agent.path, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        agent.path,
+        dtype=fit.weights_dtype(config.lora_rank, device),
+        local_files_only=True,
+        use_safetensors=True,
+    )
+    align_special_tokens(model, tokenizer)
+    ranked = rank(context.many("candidates"), context.many("scores"))
+    prompts, counts = encode_ranked(tokenizer, ranked, config.max_length, info.prompt_template)
+    trainer = RRHFTrainer(
+        model=fit.add_lora(model, config),
+        args=TrainingArguments(**fit.training_arguments(config, context.out, device)),
+        rrhf=config,
+        train_dataset=RankedPrompts(prompts),
+        processing_class=tokenizer,
+    )
+    metrics = fit.fit(trainer)
+    aligned = AgentInfo(
+        base_model=info.base_model,
+        trained_by=(*info.trained_by, "rrhf"),
+        prompt_template=info.prompt_template,
+        max_length=max(info.max_length, config.max_length),
+    )
+    dabench = context.one("dabench").path
+    save_agent(context.out, fit.merged(trainer.model), tokenizer, aligned, dabench)
+    fit.discard_checkpoints(context.out)
+    return StageResult(rows={"prompts": len(prompts)}, metrics={**metrics, **counts})
+
+
+def rank(candidates: Sequence[Artifact], scores: Sequence[Artifact]) -> pl.DataFrame:
+    """Every candidate with its reward.
+
+    The reward is the mean unified score over the seeds that were rendered, INVALID_REWARD for an
+    invalid answer, and null where every render failed.
+
+    Returns:
+        Columns prompt_id, prompt, source, candidate, text, reward; the dataset's own response
+        first within a prompt, then by source and candidate.
+
+    Raises:
+        ArtifactError: a candidate has no score, so the shards do not belong together.
+    """
+    answers = pl.concat([pl.read_parquet(a.file("candidates.parquet")) for a in candidates])
+    judged = pl.concat([pl.read_parquet(a.file("scores.parquet")) for a in scores])
+    rewards = judged.group_by(_KEY).agg(
+        pl.col("unified").filter(pl.col("status") == "ok").mean().alias("mean"),
+        pl.len().alias("seeds"),
+    )
+    joined = answers.join(rewards, on=_KEY, how="left")
+    unknown = joined.filter(pl.col("seeds").is_null())
+    if len(unknown):
+        raise ArtifactError(
+            f"{len(unknown)} candidates have no score, the first of prompt "
+            f"{unknown['prompt_id'][0]}; candidates and scores are of different runs"
+        )
+    invalid = pl.col("status") == "invalid"
+    return joined.select(
+        *_KEY[:1],
+        "prompt",
+        *_KEY[1:],
+        "text",
+        pl.when(invalid).then(INVALID_REWARD).otherwise(pl.col("mean")).alias("reward"),
+    ).sort("prompt_id", pl.col("source") != "dabench", "source", "candidate")
+
+
+def encode_ranked(
+    tokenizer: Any, ranked: pl.DataFrame, max_length: int, template: str
+) -> tuple[list[RankedPrompt], dict[str, int]]:
+    """Ranked prompts for the trainer, and counts of what was left out and why.
+
+    A candidate is left out when its render failed or its text does not fit into ``max_length``;
+    a prompt when no valid candidate is left.
+
+    Raises:
+        TrainingError: nothing is left to learn from.
+    """
+    counts: Counter[str] = Counter(
+        candidates=len(ranked), render_failed=0, too_long=0, invalid=0, prompts_dropped=0, pairs=0
+    )
+    prompts = []
+    for group in ranked.partition_by("prompt_id", maintain_order=True):
+        examples, rewards = [], []
+        for row in group.iter_rows(named=True):
+            if row["reward"] is None:
+                counts["render_failed"] += 1
+                continue
+            example = encode_example(tokenizer, row["prompt"], row["text"], max_length, template)
+            if example is None:
+                counts["too_long"] += 1
+                continue
+            counts["invalid"] += row["reward"] == INVALID_REWARD
+            examples.append(example)
+            rewards.append(float(row["reward"]))
+        if all(reward == INVALID_REWARD for reward in rewards):
+            counts["prompts_dropped"] += 1
+            continue
+        counts["pairs"] += sum(a < b for a in rewards for b in rewards)
+        prompts.append(RankedPrompt(tuple(examples), tuple(rewards)))
+    if not prompts:
+        raise TrainingError(
+            f"no prompt has a valid, rendered candidate that fits into {max_length} tokens: "
+            f"{dict(counts)}; look at the renders' reasons and at rrhf.max_length"
+        )
+    log.info("%d prompts to rank: %s", len(prompts), dict(counts))
+    return prompts, dict(counts)
+
+
+if __name__ == "__main__":
+    import sys
+
+    from diffagent.run_stage import main
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    main(sys.argv[1])
