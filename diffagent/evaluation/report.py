@@ -16,6 +16,7 @@ import jinja2
 import polars as pl
 import pyarrow.parquet as pq
 
+from diffagent.agent.verify import KINDS
 from diffagent.artifacts import (
     Artifact,
     StageContext,
@@ -45,6 +46,10 @@ __all__ = ["evaluate", "read_metrics", "render_report", "summary_markdown", "tab
 
 SANDBOX_NOTE = (
     "sandbox: tiny models trained on drawn shapes; the numbers say nothing about natural pictures"
+)
+SANDBOX_AGENT_NOTE = (
+    "sandbox agent: a tiny language model that has read nothing but this data set; the numbers "
+    "say nothing about a real one"
 )
 #: Pictures are shown at most this wide; larger ones are embedded as JPEG of this size.
 _SHOWN_PIXELS = 384
@@ -160,14 +165,20 @@ def _describe_run(config: EvaluationConfig, context: StageContext, read: _Tables
 
 
 def _sandbox_note(context: StageContext) -> str:
-    """A plain warning when the models or the scorers are those of the embedded world."""
-    for artifact in (*context.many("candidates"), *context.many("scores")):
-        for ancestor in ancestors(artifact):
-            config = ancestor.manifest.config
-            scorers = config.get("scorers", ())
-            named = [config.get("site"), *(s.get("weights") for s in scorers)]
-            if any(str(name or "").startswith("sandbox") for name in named):
-                return SANDBOX_NOTE
+    """A plain warning when what was compared or what judged it is of the embedded world."""
+    configs = [
+        ancestor.manifest.config
+        for artifact in (*context.many("scores"), *context.many("candidates"))
+        for ancestor in ancestors(artifact)
+    ]
+    scorers = [scorer for config in configs for scorer in config.get("scorers", ())]
+    named = [config.get("site") for config in configs]
+    named += [scorer.get(key) for scorer in scorers for key in ("model", "weights")]
+    if any(str(name).startswith("sandbox") for name in named):
+        return SANDBOX_NOTE
+    # Only the stage 'sft' has a model of its own in its config.
+    if any(str(config.get("model")).startswith("sandbox") for config in configs):
+        return SANDBOX_AGENT_NOTE
     return ""
 
 
@@ -329,6 +340,7 @@ def render_report(
         shown=shown,
         columns=METRICS,
         selectors=SELECTORS,
+        kinds=KINDS,
         best=_best(metrics),
         forest=_forest(metrics),
         number=format_number,

@@ -65,9 +65,9 @@ class Run:
         config: EvaluationConfig,
         *,
         site: str = "sandbox",
-        weights: str = "sandbox",
+        scorer: str = "sandbox",
     ) -> None:
-        self.config, self.weights = config, weights
+        self.config, self.scorer = config, scorer
         self.runtime = RuntimeConfig(store=str(store))
         self.truth = self._prompts()
         crawl = self._stage("crawl", CrawlConfig(site=site), {}, lambda out: None)
@@ -140,10 +140,7 @@ class Run:
                     draw(path, rng.choice(COLOURS), rng.choice(SHAPES), rng)
 
         render = self._stage("render", RenderConfig(seeds=(0, 1)), inputs, write_renders)
-        scorers = [
-            {"name": n, "model": f"tiny {n}", "weights": self.weights}
-            for n in ("clip", "image_reward", "hps_v2")
-        ]
+        scorers = [{"name": n, "model": self.scorer} for n in ("clip", "image_reward", "hps_v2")]
         score = self._stage(
             "score",
             RewardsConfig.model_validate({"scorers": scorers, "reference": "reference.json"}),
@@ -158,7 +155,7 @@ class Run:
         api: T2IAPI | None = truth if rng.random() < SKILL[name] else make_api(rng)
         reason = None
         if name in ("sft", "rrhf") and rng.random() < (0.15 if name == "sft" else 0.05):
-            api, reason = None, rng.choice(("unknown-model", "not-json"))
+            api, reason = None, rng.choice(("unknown_model", "unparsable"))
         return {
             "prompt_id": prompt,
             "prompt": text,

@@ -144,15 +144,22 @@ def test_the_sandbox_is_called_a_sandbox(run: Run, report: Artifact, page: Page)
     assert SANDBOX_NOTE in summary_markdown(read_metrics(report))
 
 
-def test_a_real_site_and_scorers_carry_no_such_note(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("site", "scorer", "note"),
+    [
+        ("https://civitai.com", "ViT-L-14", ""),
+        ("https://civitai.com", "sandbox", SANDBOX_NOTE),
+        ("sandbox", "ViT-L-14", SANDBOX_NOTE),
+    ],
+)
+def test_only_the_sandbox_carries_the_note(
+    tmp_path: Path, site: str, scorer: str, note: str
 ) -> None:
     config = CONFIG.model_copy(update={"num_prompts": 3, "selectors": ("popular",)})
-    run = Run(tmp_path, config, site="https://civitai.com", weights="openai")
+    run = Run(tmp_path, config, site=site, scorer=scorer)
     found = evaluate.run(config, run.inputs, run.runtime)
-    assert read_metrics(found)["run"]["sandbox_note"] == ""
-    assert "sandbox:" not in found.file("report.html").read_text()
-    assert "Sandbox: tiny" not in found.file("report.html").read_text()
+    assert read_metrics(found)["run"]["sandbox_note"] == note
+    assert (SANDBOX_NOTE[1:] in found.file("report.html").read_text()) == bool(note)
 
 
 def test_inputs_of_other_selectors_are_refused(run: Run) -> None:
