@@ -138,3 +138,9 @@ def test_a_changed_section_rebuilds_from_there(small: PipelineConfig) -> None:
     changed = small.model_copy(update={"dabench": DABenchConfig(seed=3)})
     pipeline.run(changed, "shard")
     assert calls == ["shard"]
+
+
+def test_the_architecture_page_names_every_stage() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    for node in pipeline.plan(make_config()).values():
+        assert f"`{node.entry}`" in page
