@@ -15,7 +15,8 @@ imports torchvision (transformers' image models, diffusers, open_clip), ImageRew
   wheel lacks the BPE vocabulary, of which open_clip ships an identical copy.
 
 Names are lent to the importing module and taken back when it has been executed, so that
-transformers, torchvision and ``sys.modules`` look to everybody else as they were.
+transformers, torchvision and ``sys.modules`` look to everybody else as they were. Warnings and
+transformers' log level, which the two packages silence for the whole process, are kept too.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ class _FixingLoader(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        with self._fix(module):
+        # Some of these modules silence all warnings of the process when they are imported.
+        with warnings.catch_warnings(), self._fix(module):
             self._loader.exec_module(module)
 
     def __getattr__(self, name: str) -> Any:
@@ -135,11 +137,8 @@ def _fix_blip_vit(module: ModuleType) -> Iterator[None]:
         "fairscale.nn": {},
         "fairscale.nn.checkpoint": {},
     }
-    with (
-        _lend_modules({**parents, prefix: {"checkpoint_wrapper": checkpoint_wrapper}}),
-        warnings.catch_warnings(),  # timm's old module names still work, and warn
-    ):
-        warnings.simplefilter("ignore", FutureWarning)
+    with _lend_modules({**parents, prefix: {"checkpoint_wrapper": checkpoint_wrapper}}):
+        warnings.simplefilter("ignore", FutureWarning)  # timm's old module names work, and warn
         yield
 
 
@@ -206,6 +205,15 @@ def _init_blip_tokenizer(vocabulary: str = "bert-base-uncased") -> Any:
 
 
 @contextmanager
+def _keep_transformers_verbosity(module: ModuleType) -> Iterator[None]:
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
+
+
+@contextmanager
 def _fix_hpsv2_tokenizer(module: ModuleType) -> Iterator[None]:
     # It looks for the vocabulary beside its own file, while the module is being executed.
     spec = importlib.util.find_spec("open_clip.tokenizer")
@@ -229,6 +237,7 @@ _FIXES: dict[str, Fix] = {
     "ImageReward.models.BLIP.vit": _fix_blip_vit,
     "ImageReward.models.BLIP.med": _fix_blip_bert,
     "ImageReward.models.BLIP.blip": _fix_blip_tokenizer,
+    "ImageReward.models.BLIP.blip_pretrain": _keep_transformers_verbosity,
     "hpsv2.utils": _needs({"clint": {}, "clint.textui": {"progress": None}}),
     "hpsv2.img_score": _needs({"clint": {}, "clint.textui": {"progress": None}}),
     "hpsv2.src.open_clip.factory": _needs({"turtle": {"forward": None}}),

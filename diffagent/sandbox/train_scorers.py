@@ -667,7 +667,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = ("clip", "image-reward", "hps", "reference", "evaluate")
     parser.add_argument("what", choices=names)
     parser.add_argument("--steps", type=int, help="of the optimiser (contrast or ranking)")
-    parser.add_argument("--contrastive-steps", type=int, default=800, help="image-reward only")
+    parser.add_argument("--contrastive-steps", type=int, default=650, help="image-reward only")
     parser.add_argument("--prompts", type=int, default=400, help="evaluate only: per comparison")
     parser.add_argument("--seed", type=int, default=0, help="of weights and dropout")
     parser.add_argument("--out", type=Path, default=sandbox_directory(), help="directory")
@@ -686,7 +686,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             train_image_reward(
                 root / "image_reward",
                 contrastive_steps=options.contrastive_steps,
-                steps=options.steps or 600,
+                steps=options.steps or 500,
             )
     elif options.what == "reference":
         measure_reference(root)

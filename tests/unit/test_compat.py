@@ -46,7 +46,11 @@ def test_operators_are_declared_only_where_the_extension_is_missing():
 
 def test_image_reward_imports_without_its_trainer_and_leaves_nothing_behind():
     run(
+        "import warnings\n"
+        "from transformers.utils import logging\n"
+        "before = list(warnings.filters), logging.get_verbosity()\n"
         "import ImageReward\n"
+        "assert before == (list(warnings.filters), logging.get_verbosity())\n"
         "from ImageReward.models.BLIP.med import BertModel\n"
         "from transformers import modeling_utils, PreTrainedModel\n"
         "assert callable(ImageReward.load)\n"
