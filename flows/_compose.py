@@ -13,9 +13,9 @@ from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.futures import PrefectFuture, as_completed
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from diffagent import pipeline
 from diffagent.artifacts import Artifact
 from diffagent.errors import ArtifactError
-from diffagent import pipeline
 from diffagent.pipeline import Group, Node, find_cached, open_site
 from schemas.config import PipelineConfig, load_config
 
@@ -82,7 +82,7 @@ def _depth(nodes: Mapping[str, Node], key: str) -> int:
 
 
 def _task(key: str) -> Any:
-    return importlib.import_module(f"tasks.{key.split('-')[0]}").task
+    return importlib.import_module(f"tasks.{key.split('-', maxsplit=1)[0]}").task
 
 
 def _wait(group: Group, futures: Mapping[str, PrefectFuture[Artifact]]) -> None:

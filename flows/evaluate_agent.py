@@ -8,6 +8,7 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
+from diffagent.evaluation.summary import read_metrics, summary_markdown, tables
 from flows._compose import configure, run_group
 from tasks._report import report_evaluation
 
@@ -24,5 +25,6 @@ def evaluate_agent(
     """
     settings = configure(config, overrides)
     report = run_group(settings, "evaluate-agent")["evaluate"]
-    report_evaluation(report, tables(read_metrics(report)))
+    metrics = read_metrics(report)
+    report_evaluation(report, summary_markdown(metrics), tables(metrics))
     return Completed(message=f"The report is {report.file('report.html')}.")

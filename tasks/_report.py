@@ -58,8 +58,11 @@ def funnel_rows(funnel: Funnel) -> list[dict[str, Any]]:
     return table
 
 
-def report_evaluation(artifact: Artifact, tables: Mapping[str, list[dict[str, Any]]]) -> None:
-    """The evaluation's tables, and a link to the report with the pictures."""
+def report_evaluation(
+    artifact: Artifact, summary: str, tables: Mapping[str, list[dict[str, Any]]]
+) -> None:
+    """The evaluation's summary and tables, and a link to the report with the pictures."""
+    create_markdown_artifact(summary, key="evaluation-overview")
     for name, rows in tables.items():
         create_table_artifact(rows, key=f"evaluation-{name}".replace("_", "-"), description=name)
     address = f"{STORE_URL}/{artifact.stage}/{artifact.path.name}/report.html"

@@ -21,8 +21,8 @@ from prefect.context import TaskRunContext
 from prefect.filesystems import LocalFileSystem
 from prefect.tasks import exponential_backoff
 
-from diffagent.artifacts import Artifact
 from diffagent import pipeline
+from diffagent.artifacts import Artifact
 from diffagent.pipeline import Node, load_stage, run_node
 from schemas.config import PipelineConfig
 from tasks._report import report_artifact
