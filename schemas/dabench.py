@@ -36,8 +36,8 @@ CATALOGUE = _schema(
     ("allow_no_credit", _bool, True),
 )
 
-#: One row an (instruction, API) pair of DABench.
-DABENCH = _schema(
+#: One row an (instruction, API) pair that passed the filters.
+RECORDS = _schema(
     ("id", _int, False),  # image id
     ("prompt", _text, False),  # instruction: cleaned prompt
     ("prompt_raw", _text, False),
@@ -48,12 +48,20 @@ DABENCH = _schema(
     ("model_id", _int, False),
     ("version_id", _int, False),
     ("resolved_via", _text, False),  # civitaiResources | hash | by-hash
+    ("hash_candidates", _int, False),  # versions sharing that hash; the earliest was taken
     ("sampler_raw", _text, False),
+    ("loras_dropped", _int, False),  # LoRAs of the metadata that the API does not have
+    ("form", _text, False),  # dialect of the metadata: a1111 | civitai | comfyui
     ("creator", _text, True),
+    ("post_id", _int, True),
     ("url", _text, True),
     ("nsfw_level", _int, False),
     ("reactions", _int, False),
 )
+
+#: One row a pair of DABench. ``group``: smallest id among its near-duplicates and its post,
+#: which all lie in one split.
+DABENCH = pa.schema([*RECORDS, pa.field("group", _int, nullable=False)])
 
 #: One row a candidate answer to a prompt: sampled, taken from DABench or given by a selector.
 CANDIDATES = _schema(

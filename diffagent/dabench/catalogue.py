@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffagent.errors import ArtifactError
-from diffagent.render.samplers import SAMPLERS
+from diffagent.render.samplers import SAMPLERS, SamplerSpec
 from schemas.dabench import CATALOGUE
 
 CHECKPOINT = "Checkpoint"
@@ -30,6 +30,7 @@ LORA_TYPES: Mapping[str, str] = {"LORA": "lora", "LoCon": "lycoris", "DoRA": "do
 WEIGHT_TYPES = frozenset({"Model", "Pruned Model", "UNet", "Diffusion Model"})
 
 _MAX_DESCRIPTION = 300
+_MAX_HTML = 10_000  # descriptions of megabytes exist; the first sentences are at the beginning
 _ROOT_ECOSYSTEMS: tuple[tuple[str, str], ...] = (  # first match of a lower-case prefix
     ("sd 1", "sd1"),
     ("sd 2", "sd2"),
@@ -99,12 +100,17 @@ class Entry:
 _COLUMNS = tuple(field.name for field in fields(Entry))
 
 
+def renderable_samplers() -> dict[str, SamplerSpec]:
+    """The samplers that an API may name: those that diffusers can run."""
+    return {name: spec for name, spec in SAMPLERS.items() if spec.renderable}
+
+
 class Catalogue:
     """Entries by (model, version). Order of entries: by version id."""
 
-    def __init__(self, entries: Iterable[Entry], samplers: Iterable[str] = SAMPLERS) -> None:
+    def __init__(self, entries: Iterable[Entry], samplers: Iterable[str] | None = None) -> None:
         self.entries: tuple[Entry, ...] = tuple(sorted(entries, key=lambda e: e.version_id))
-        self.samplers: frozenset[str] = frozenset(samplers)
+        self.samplers = frozenset(renderable_samplers() if samplers is None else samplers)
         self._by_name = {(entry.model, entry.version): entry for entry in self.entries}
         if len(self._by_name) != len(self.entries):
             raise ArtifactError(
@@ -130,7 +136,7 @@ class Catalogue:
                 "build the dataset again"
             )
         mapping = Path(directory, "mapping", "samplers.json")
-        samplers = orjson.loads(mapping.read_bytes()) if mapping.exists() else SAMPLERS
+        samplers = orjson.loads(mapping.read_bytes()) if mapping.exists() else None
         return cls((_from_row(row) for row in table.to_pylist()), samplers)
 
     @cached_property
@@ -142,6 +148,14 @@ class Catalogue:
     def loras(self) -> tuple[Entry, ...]:
         """Entries that an API may lay over its model."""
         return tuple(entry for entry in self.entries if not entry.is_checkpoint)
+
+    @cached_property
+    def _models(self) -> frozenset[str]:
+        return frozenset(entry.model for entry in self.entries)
+
+    def has_model(self, model: str) -> bool:
+        """Whether any version of a model has this name."""
+        return model in self._models
 
     def checkpoint(self, model: str, version: str) -> Entry | None:
         """The checkpoint of that name, or None."""
@@ -166,9 +180,10 @@ def _plain(value: Any) -> Any:
 
 
 def _from_row(row: Mapping[str, Any]) -> Entry:
-    return Entry(
-        **{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
-    )
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in row.items()
+    }
+    return Entry(**values)
 
 
 def unique_names(names: Mapping[int, str]) -> dict[int, str]:
@@ -192,9 +207,9 @@ def unique_names(names: Mapping[int, str]) -> dict[int, str]:
 def choose_file(files: Sequence[Any], *, require_scans: bool) -> tuple[dict[str, Any] | None, str]:
     """The file of a version to download, and why there is none: ``(file, "")`` or ``(None, why)``.
 
-    Only safetensors that hold the model's own weights and passed both scans are eligible; the
-    site's own score decides between them (pruned +10, fp16 +1), then its primary flag, then the
-    lowest id.
+    Only safetensors that hold the model's own weights, passed both scans and have a SHA256 are
+    eligible; the site's own score decides between them (pruned +10, fp16 +1), then its primary
+    flag, then the lowest id.
     """
     weights = [f for f in files if isinstance(f, dict) and f.get("type") in WEIGHT_TYPES]
     if not weights:
@@ -205,7 +220,10 @@ def choose_file(files: Sequence[Any], *, require_scans: bool) -> tuple[dict[str,
     scanned = [f for f in safe if not require_scans or _scans_passed(f)]
     if not scanned:
         return None, "scan not passed"
-    return max(scanned, key=_file_score), ""
+    hashed = [f for f in scanned if _sha256(f)]
+    if not hashed:
+        return None, "no SHA256"  # what is downloaded could not be verified
+    return max(hashed, key=_file_score), ""
 
 
 def _metadata(file: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -220,6 +238,12 @@ def _is_safetensors(file: Mapping[str, Any]) -> bool:
     return str(file.get("name", "")).lower().endswith(".safetensors")
 
 
+def _sha256(file: Mapping[str, Any]) -> str | None:
+    hashes = file.get("hashes")
+    value = hashes.get("SHA256") if isinstance(hashes, dict) else None
+    return value.lower() if isinstance(value, str) and len(value) == 64 else None
+
+
 def _scans_passed(file: Mapping[str, Any]) -> bool:
     return file.get("pickleScanResult") == file.get("virusScanResult") == "Success"
 
@@ -231,18 +255,25 @@ def _file_score(file: Mapping[str, Any]) -> tuple[int, bool, int]:
     return score, file.get("primary") is True, -ident if isinstance(ident, int) else 0
 
 
-def make_entry(
-    model: Mapping[str, Any], version: Mapping[str, Any], file: Mapping[str, Any]
-) -> Entry:
-    """An entry under the site's own names (see `rename`), from payloads that passed the filters."""
+def describe(model: Mapping[str, Any]) -> str:
+    """The first sentences of a model's description, without HTML; '' when it has none."""
     from diffagent.civitai.html import plain_text  # an agent that loads a catalogue needs no HTML
 
+    html = model.get("description")
+    return first_sentences(plain_text(html[:_MAX_HTML])) if isinstance(html, str) else ""
+
+
+def make_entry(
+    model: Mapping[str, Any],
+    version: Mapping[str, Any],
+    file: Mapping[str, Any],
+    description: str = "",
+) -> Entry:
+    """An entry under the site's own names (see `rename`), from payloads that passed the filters."""
     kind, base_model = str(model["type"]), str(version["baseModel"])
     model_id, version_id = int(model["id"]), int(version["id"])
     air_type = "checkpoint" if kind == CHECKPOINT else LORA_TYPES.get(kind, kind.lower())
     size, file_id = file.get("sizeKB"), file.get("id")
-    hashes = file.get("hashes")
-    sha256 = hashes.get("SHA256") if isinstance(hashes, dict) else None
     creator = model.get("creator")
     stats = version.get("stats")
     downloads = stats.get("downloadCount") if isinstance(stats, dict) else None
@@ -257,9 +288,9 @@ def make_entry(
         file_name=str(file.get("name") or ""),
         file_id=file_id if isinstance(file_id, int) else None,
         size_bytes=round(size * 1024) if isinstance(size, int | float) else None,
-        sha256=sha256.lower() if isinstance(sha256, str) else None,
+        sha256=_sha256(file),
         download_path=_download_path(version_id, file),
-        description=first_sentences(plain_text(_html(model.get("description")))),
+        description=description,
         tags=_texts(model.get("tags")),
         trained_words=_texts(version.get("trainedWords")),
         downloads=downloads if isinstance(downloads, int) else 0,
@@ -273,10 +304,6 @@ def make_entry(
 def _name(value: object) -> str:
     # An API's name has 300 characters at most; ' #ID' must still fit.
     return " ".join(str(value or "").split())[:270]
-
-
-def _html(value: object) -> str | None:
-    return value if isinstance(value, str) else None
 
 
 def _texts(value: object) -> tuple[str, ...]:

@@ -1,0 +1,56 @@
+"""Reading a crawl's snapshot: compressed JSON lines in the API's own shape, sorted by id."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+
+from diffagent.artifacts import Artifact
+from diffagent.errors import ArtifactError
+
+
+def read_items(snapshot: Artifact, kind: str) -> Iterator[dict[str, Any] | None]:
+    """Items of ``kind`` ('models' or 'images') in the order of their ids, each once.
+
+    A line that is no JSON object with an integer id is yielded as None, so that whoever counts
+    can count it. An item that appears again (same id) is passed over.
+
+    Raises:
+        ArtifactError: a file is damaged, or the ids are not in order.
+    """
+    last = -1
+    for path in snapshot.glob(f"{kind}/*.jsonl.gz"):
+        try:
+            with gzip.open(path) as lines:
+                for line in lines:
+                    item = _parse(line)
+                    if item is not None:
+                        if item["id"] == last:
+                            continue
+                        if item["id"] < last:
+                            raise ArtifactError(
+                                f"{str(path)!r}: item {item['id']} comes after {last}; a snapshot "
+                                "is sorted by id: delete it and crawl again"
+                            )
+                        last = item["id"]
+                    yield item
+        except (OSError, EOFError, zlib.error) as error:
+            raise ArtifactError(
+                f"cannot read {str(path)!r} ({error}); delete "
+                f"{str(snapshot.path)!r} and crawl again"
+            ) from None
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        item = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+    if not isinstance(item, dict):
+        return None
+    ident = item.get("id")
+    return item if type(ident) is int and 0 <= ident < 2**63 else None
