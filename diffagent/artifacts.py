@@ -20,7 +20,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -378,35 +380,51 @@ def run_in_child(
                 }
             )
         )
-        command = [sys.executable, "-m", "diffagent.run_stage", str(request)]
-        with tempfile.TemporaryFile(dir=folder) as output:
-            try:
-                done = subprocess.run(
-                    command,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    timeout=runtime.stage_timeout_seconds,
-                    check=False,
-                )
-            except subprocess.TimeoutExpired:
-                raise ArtifactError(
-                    f"{entry} took longer than {runtime.stage_timeout_seconds:.0f} s and was "
-                    "stopped; raise runtime.stage_timeout_seconds, or run it again to resume"
-                ) from None
-            output.seek(0)
-            text = output.read().decode(errors="replace")
-        for line in text.splitlines():
-            log.info("%s | %s", entry.rpartition(":")[2], line)
-        if done.returncode == 0:
+        code, tail = _run_logged(
+            [sys.executable, "-m", "diffagent.run_stage", str(request)],
+            name=entry.rpartition(":")[2],
+            timeout=runtime.stage_timeout_seconds,
+        )
+        if code == 0:
             return Artifact.model_validate_json(answer.read_bytes())
-        if done.returncode == EXPECTED_FAILURE:
+        if code == EXPECTED_FAILURE:
             said = json.loads(answer.read_bytes())
             failure: DiffAgentError = getattr(errors, said["error"])(said["message"])
             failure.retryable = said["retryable"]
             raise failure
-        crash = ArtifactError(f"{entry} ended with code {done.returncode}:\n{text[-3000:]}")
-        crash.retryable = done.returncode < 0  # killed from outside: the next try resumes
+        crash = ArtifactError(f"{entry} ended with code {code}:\n{tail}")
+        crash.retryable = code < 0  # killed from outside: the next try resumes
         raise crash
+
+
+def _run_logged(command: list[str], *, name: str, timeout: float) -> tuple[int, str]:
+    """Run a command, logging its lines as they come; returns its exit code and last lines."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    expired = threading.Event()
+
+    def stop() -> None:
+        expired.set()
+        process.kill()
+
+    timer = threading.Timer(timeout, stop)
+    timer.start()
+    tail: deque[str] = deque(maxlen=40)
+    try:
+        for line in process.stdout or ():
+            tail.append(line)
+            log.info("%s | %s", name, line.rstrip())
+        code = process.wait()
+    finally:
+        timer.cancel()
+        process.kill()
+    if expired.is_set():
+        raise ArtifactError(
+            f"{name} took longer than {timeout:.0f} s and was stopped; raise "
+            "runtime.stage_timeout_seconds, or run it again to resume"
+        )
+    return code, "".join(tail)
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,9 @@ def write_words(config: Words, context: StageContext) -> StageResult:
         raise ServerError("toy: try again")
     if config.fail == "training":
         raise TrainingError("toy: never again")
+    if config.fail == "slow":
+        print("still here", flush=True)
+        time.sleep(60)
     if config.fail == "crash":
         os.kill(os.getpid(), signal.SIGKILL)
     for number, word in enumerate(config.words):
@@ -165,6 +169,14 @@ def test_child_process(runtime: RuntimeConfig) -> None:
     with pytest.raises(ArtifactError, match="ended with code -9") as crashed:
         run_in_child(entry, Words(fail="crash"), {}, runtime)
     assert crashed.value.retryable, "killed from outside: the next try resumes"
+
+
+def test_child_timeout(runtime: RuntimeConfig, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "diffagent")
+    hasty = runtime.model_copy(update={"stage_timeout_seconds": 3.0})
+    with pytest.raises(ArtifactError, match="longer than 3 s"):
+        run_in_child("tests.unit.test_artifacts:write_words", Words(fail="slow"), {}, hasty)
+    assert "write_words | still here" in caplog.text
 
 
 def test_mirror(tmp_path: Path) -> None:
