@@ -1,0 +1,133 @@
+"""A recipe: everything that determines a picture, in no renderer's terms.
+
+Models are named by the SHA256 of their files, not by names that a site may reuse, so that equal
+recipes are equal pictures in any run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from diffagent.artifacts import canonical_json
+from diffagent.errors import RenderError
+from diffagent.render.samplers import SAMPLERS, normalise
+from schemas.api import T2IAPI
+
+if TYPE_CHECKING:
+    from diffagent.dabench.catalogue import Catalogue, Entry
+
+#: Ecosystems whose checkpoints the diffusers backend reads from a single file.
+SUPPORTED = frozenset({"sd1", "sd2", "sdxl"})
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LoRAUse(_Frozen):
+    """A LoRA file and its strength."""
+
+    sha256: str
+    weight: float
+
+
+class Recipe(_Frozen):
+    """One picture to be made. ``loras`` are sorted by hash, each file once."""
+
+    prompt: str
+    negative_prompt: str
+    checkpoint: str = Field(description="SHA256 of the checkpoint's file, lower case")
+    loras: tuple[LoRAUse, ...] = ()
+    sampler: str = Field(description="a key of diffagent.render.samplers.SAMPLERS")
+    steps: int
+    cfg_scale: float
+    width: int = Field(description="pixels")
+    height: int = Field(description="pixels")
+    clip_skip: int = Field(description="1 = last layer of CLIP")
+    seed: int
+
+    @property
+    def digest(self) -> str:
+        """SHA256 of the canonical JSON: the picture's name."""
+        return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()
+
+
+def resolve(api: T2IAPI, prompt: str, seed: int, catalogue: Catalogue) -> Recipe:
+    """The recipe of an API call.
+
+    Args:
+        api: the call; its own seed is not used, so that all answers are drawn with the same.
+        prompt: the text to draw.
+        seed: of the initial noise.
+        catalogue: what the names mean.
+
+    Raises:
+        RenderError: the call cannot be rendered; ``reason`` is one of 'unknown-model',
+            'unknown-lora', 'unsupported-base-model', 'lora-base-mismatch', 'no-hash',
+            'unsupported-sampler'.
+    """
+    checkpoint = catalogue.checkpoint(api.model, api.version)
+    if checkpoint is None:
+        raise RenderError(
+            f"the catalogue has no checkpoint {api.model!r}, {api.version!r}",
+            reason="unknown-model",
+        )
+    if checkpoint.ecosystem not in SUPPORTED:
+        raise RenderError(
+            f"{api.model!r} is based on {checkpoint.base_model!r}, which is not supported",
+            reason="unsupported-base-model",
+        )
+    weights: dict[str, float] = {}
+    for lora in api.loras:
+        entry = catalogue.lora(lora.model, lora.version)
+        if entry is None:
+            raise RenderError(
+                f"the catalogue has no LoRA {lora.model!r}, {lora.version!r}",
+                reason="unknown-lora",
+            )
+        if entry.ecosystem != checkpoint.ecosystem:
+            raise RenderError(
+                f"LoRA {lora.model!r} is for {entry.base_model!r}, "
+                f"{api.model!r} is {checkpoint.base_model!r}",
+                reason="lora-base-mismatch",
+            )
+        sha256 = _hash(entry)
+        weights[sha256] = weights.get(sha256, 0.0) + lora.weight
+    return Recipe(
+        prompt=prompt,
+        negative_prompt=api.negative_prompt,
+        checkpoint=_hash(checkpoint),
+        loras=tuple(LoRAUse(sha256=sha, weight=weights[sha]) for sha in sorted(weights)),
+        sampler=_sampler(api.params.sampler),
+        seed=seed,
+        **api.params.model_dump(include={"steps", "cfg_scale", "width", "height", "clip_skip"}),
+    )
+
+
+def _hash(entry: Entry) -> str:
+    if entry.sha256 is None:
+        raise RenderError(
+            f"{entry.model!r}, {entry.version!r} has no SHA256, so its file cannot be verified",
+            reason="no-hash",
+        )
+    return entry.sha256.lower()
+
+
+def _sampler(raw: str) -> str:
+    name = normalise(raw)
+    if name is None or not SAMPLERS[name].renderable:
+        raise RenderError(f"no scheduler for sampler {raw!r}", reason="unsupported-sampler")
+    return name
+
+
+def by_hash(catalogue: Catalogue) -> Mapping[str, Entry]:
+    """The catalogue's entries by the hash of their file; the first of equal ones."""
+    index: dict[str, Entry] = {}
+    for entry in catalogue.entries:
+        if entry.sha256:
+            index.setdefault(entry.sha256.lower(), entry)
+    return index
