@@ -141,7 +141,6 @@ class RenderConfig(_Section):
 
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1, description="pictures per call")
     max_pixels: int = Field(default=1024 * 1024, ge=64 * 64, description="larger sizes are refused")
-    batch_size: int = Field(default=4, ge=1)
     max_failed_fraction: float = Field(default=0.1, ge=0, le=1)
 
 
