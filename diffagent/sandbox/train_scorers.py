@@ -667,7 +667,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = ("clip", "image-reward", "hps", "reference", "evaluate")
     parser.add_argument("what", choices=names)
     parser.add_argument("--steps", type=int, help="of the optimiser (contrast or ranking)")
-    parser.add_argument("--contrastive-steps", type=int, default=650, help="image-reward only")
+    parser.add_argument("--contrastive-steps", type=int, default=500, help="image-reward only")
     parser.add_argument("--prompts", type=int, default=400, help="evaluate only: per comparison")
     parser.add_argument("--seed", type=int, default=0, help="of weights and dropout")
     parser.add_argument("--out", type=Path, default=sandbox_directory(), help="directory")
@@ -680,13 +680,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             train_clip(root / "clip", steps=options.steps or 1700)
     elif options.what == "hps":
         with _logged(root / "hps_v2", options.seed):
-            train_hps(root / "hps_v2", steps=options.steps or 600)
+            train_hps(root / "hps_v2", steps=options.steps or 350)
     elif options.what == "image-reward":
         with _logged(root / "image_reward", options.seed):
             train_image_reward(
                 root / "image_reward",
                 contrastive_steps=options.contrastive_steps,
-                steps=options.steps or 500,
+                steps=options.steps or 400,
             )
     elif options.what == "reference":
         measure_reference(root)
