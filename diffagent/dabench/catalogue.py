@@ -27,7 +27,7 @@ CHECKPOINT = "Checkpoint"
 #: Types that are laid over a checkpoint, with the name of the type in an AIR.
 LORA_TYPES: Mapping[str, str] = {"LORA": "lora", "LoCon": "lycoris", "DoRA": "dora"}
 #: Files of a version that hold the weights of the model itself.
-WEIGHT_TYPES = frozenset({"Model", "Pruned Model", "UNet", "Diffusion Model"})
+WEIGHT_TYPES = ("Model", "Pruned Model", "UNet", "Diffusion Model")
 
 _MAX_DESCRIPTION = 300
 _MAX_HTML = 10_000  # descriptions of megabytes exist; the first sentences are at the beginning
@@ -273,8 +273,8 @@ def make_entry(
     kind, base_model = str(model["type"]), str(version["baseModel"])
     model_id, version_id = int(model["id"]), int(version["id"])
     air_type = "checkpoint" if kind == CHECKPOINT else LORA_TYPES.get(kind, kind.lower())
-    size, file_id = file.get("sizeKB"), file.get("id")
     creator = model.get("creator")
+    username = creator.get("username") if isinstance(creator, dict) else None
     stats = version.get("stats")
     downloads = stats.get("downloadCount") if isinstance(stats, dict) else None
     return Entry(
@@ -286,19 +286,30 @@ def make_entry(
         version_id=version_id,
         air=f"urn:air:{ecosystem(base_model)}:{air_type}:civitai:{model_id}@{version_id}",
         file_name=str(file.get("name") or ""),
-        file_id=file_id if isinstance(file_id, int) else None,
-        size_bytes=round(size * 1024) if isinstance(size, int | float) else None,
+        file_id=int64(file.get("id")),
+        size_bytes=_size_bytes(file.get("sizeKB")),
         sha256=_sha256(file),
         download_path=_download_path(version_id, file),
         description=description,
         tags=_texts(model.get("tags")),
         trained_words=_texts(version.get("trainedWords")),
-        downloads=downloads if isinstance(downloads, int) else 0,
-        creator=creator.get("username") if isinstance(creator, dict) else None,
+        downloads=int64(downloads) or 0,
+        creator=username if isinstance(username, str) else None,
         allow_commercial_use=commercial_use(model.get("allowCommercialUse")),
         allow_derivatives=_flag(model.get("allowDerivatives")),
         allow_no_credit=_flag(model.get("allowNoCredit")),
     )
+
+
+def _size_bytes(kilobytes: object) -> int | None:
+    if not isinstance(kilobytes, int | float) or not 0 < kilobytes < 2**40:
+        return None
+    return round(kilobytes * 1024)
+
+
+def int64(value: object) -> int | None:
+    """An integer that a table can hold, or None."""
+    return value if type(value) is int and -(2**63) <= value < 2**63 else None
 
 
 def _name(value: object) -> str:
@@ -324,8 +335,9 @@ def _download_path(version_id: int, file: Mapping[str, Any]) -> str:
     path = f"/api/download/models/{version_id}"
     if file.get("primary") is True:
         return path
-    if isinstance(file.get("id"), int):
-        return f"{path}?fileId={file['id']}"
+    file_id = int64(file.get("id"))
+    if file_id is not None:
+        return f"{path}?fileId={file_id}"
     query = urlsplit(str(file.get("downloadUrl") or "")).query
     return f"{path}?{query}" if query else path
 

@@ -9,6 +9,7 @@ is; else it is dropped for the reason of the version that came furthest.
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +18,15 @@ from typing import Any
 import orjson
 
 from diffagent.artifacts import StageContext, StageResult, stage
-from diffagent.dabench.catalogue import Catalogue, Entry, choose_file, describe, make_entry, rename
+from diffagent.dabench.catalogue import (
+    CHECKPOINT,
+    Catalogue,
+    Entry,
+    choose_file,
+    describe,
+    make_entry,
+    rename,
+)
 from diffagent.dabench.funnel import FunnelCounter
 from diffagent.dabench.records import RECORD_FILTERS, Dropped, PairBuilder
 from diffagent.dabench.resolve import Resolver
@@ -28,6 +37,8 @@ from schemas.config import FilterConfig
 from schemas.dabench import RECORDS
 
 log = logging.getLogger(__name__)
+
+_FORMS = {"inpaint": "Inpainting", "pix2pix": "Pix2Pix"}
 
 Payload = Mapping[str, Any]
 ModelFilter = Callable[[Payload, Payload, FilterConfig], str | None]
@@ -44,8 +55,18 @@ def base_model(model: Payload, version: Payload, config: FilterConfig) -> str | 
     name = version.get("baseModel")
     if name not in config.base_models:
         return _label(name)
-    form = version.get("baseModelType")
+    form = version.get("baseModelType") or _form_by_name(model, version)
     return None if form in (None, "Standard") else f"{name} {_label(form)}"
+
+
+def _form_by_name(model: Payload, version: Payload) -> str | None:
+    """Records of 2023 do not say that a checkpoint is for inpainting; its names do."""
+    if model.get("type") != CHECKPOINT:
+        return None
+    files = [f.get("name") for f in _items(version.get("files")) if isinstance(f, dict)]
+    names = " ".join(str(name) for name in [version.get("name"), *files])
+    found = re.search(r"inpaint|pix2pix", names, re.IGNORECASE)
+    return _FORMS[found.group().lower()] if found else None
 
 
 def nsfw(model: Payload, version: Payload, config: FilterConfig) -> str | None:

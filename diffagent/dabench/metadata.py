@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 import orjson
@@ -24,6 +25,7 @@ Form = Literal["none", "a1111", "civitai", "comfyui"]
 
 #: Prompt tags that load a network; (kind, name, the rest after the name).
 _TAG = re.compile(r"<(lora|lyco|lycoris|locon|dora|hypernet):([^<>:]+)(?::([^<>]*))?>", re.I)
+_COMMAS = re.compile(r"(?: ?,)+")
 _NUMBER = re.compile(r"-?(?:\d+\.?\d*|\.\d+)")
 _INTEGER = re.compile(r"\s*([+-]?\d{1,20})\b")
 _SIZE = re.compile(r"\s*(\d{1,5})\s*[x×]\s*(\d{1,5})\s*$", re.I)
@@ -33,6 +35,7 @@ _ADDNET = re.compile(r"(.*?)\s*\(([0-9a-f]{8,64})\)$", re.I)
 _LORA_HASHES = re.compile(r"([^:,\"]+):\s*([0-9a-f]{8,64})\b", re.I)
 _LORA_RESOURCES = frozenset({"lora", "locon", "lycoris", "dora"})
 _UPSCALED = re.compile(r"hires|upscal|first pass", re.I)
+_normalise = lru_cache(maxsize=4096)(normalise)  # a few spellings, millions of records
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +113,9 @@ def parse_generation(
 
 def clean_prompt(text: str) -> str:
     """A prompt in one line without the tags that load networks (``<lora:name:0.8>``)."""
-    text = " ".join(_TAG.sub(" ", text).split())
-    text = re.sub(r"(?: ?,){2,}", ",", text)
-    return re.sub(r" ,", ",", text).strip(" ,")
+    if "<" in text:
+        text = _TAG.sub(" ", text)
+    return _COMMAS.sub(",", " ".join(text.split())).strip(" ,")
 
 
 def _unwrap(meta: object) -> Mapping[str, Any]:
@@ -163,7 +166,7 @@ def _sampler(bag: Mapping[str, Any], graph: Mapping[str, Any]) -> tuple[str | No
         return None, None
     schedule = _text(_first(bag, "Schedule type", "scheduler")) or graph.get("scheduler")
     written = f"{raw} ({schedule})" if schedule else raw
-    return written, normalise(raw, schedule)
+    return written, _normalise(raw, schedule)
 
 
 def _size(

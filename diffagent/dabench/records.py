@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from diffagent.dabench.catalogue import Entry
+from diffagent.dabench.catalogue import Entry, int64
 from diffagent.dabench.metadata import Generation, parse_generation
 from diffagent.dabench.resolve import Resolved, Resolver
 from diffagent.render.samplers import SAMPLERS
@@ -192,7 +192,7 @@ class PairBuilder:
             "loras_dropped": len(outcomes) - len(loras),
             "form": generation.form,
             "creator": creator if isinstance(creator, str) else None,
-            "post_id": _int64(post_id),
+            "post_id": int64(post_id),
             "url": url if isinstance(url, str) else None,
             "nsfw_level": _highest(image_bits(item)),
             "reactions": _reactions(item.get("stats")),
@@ -223,15 +223,8 @@ def _digest(prompt: str, api: T2IAPI) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
-def _int64(value: object) -> int | None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        return None
-    return value if -(2**63) <= value < 2**63 else None
-
-
 def _reactions(stats: object) -> int:
     if not isinstance(stats, dict):
         return 0
-    return sum(
-        max(_int64(stats.get(f"{name}Count", stats.get(name))) or 0, 0) for name in _REACTIONS
-    )
+    counts = (int64(stats.get(f"{name}Count", stats.get(name))) or 0 for name in _REACTIONS)
+    return sum(count for count in counts if 0 < count < 2**31)

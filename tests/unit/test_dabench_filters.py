@@ -1,0 +1,281 @@
+"""Every item is kept or dropped for one reason; each filter drops what it is for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffagent.artifacts import Artifact
+from diffagent.dabench.catalogue import Catalogue, rename
+from diffagent.dabench.filters import ModelSift, filter_records
+from diffagent.dabench.records import Dropped, PairBuilder
+from diffagent.dabench.resolve import Resolver
+from diffagent.errors import ArtifactError
+from schemas.api import parse_api
+from schemas.config import FilterConfig, RuntimeConfig
+from schemas.dabench import CATALOGUE, RECORDS
+from schemas.manifest import Funnel
+from tests.unit.dabench_records import hashes, image, model, snapshot, version
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def patched(base: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
+    """``base`` with any of its keys replaced by any JSON, or removed."""
+    return st.dictionaries(st.sampled_from(sorted(base)), JSON, max_size=3).map(
+        lambda changes: {**base, **changes}
+    )
+
+
+FILES = patched(version(1)["files"][0])
+VERSIONS = st.lists(
+    patched(version(1)) | FILES.map(lambda file: version(1, files=[file])), max_size=3
+)
+MODELS = VERSIONS.map(lambda versions: model(1, modelVersions=versions))
+
+
+def sift(*models: Any, config: FilterConfig | None = None) -> tuple[ModelSift, Resolver]:
+    resolver = Resolver()
+    made = ModelSift(config or FilterConfig(), resolver)
+    for item in models:
+        made.add(item)
+    return made, resolver
+
+
+def builder(*models: Any, config: FilterConfig | None = None) -> PairBuilder:
+    made, resolver = sift(*models, config=config)
+    resolver.use(Catalogue(rename(made.entries)))
+    return PairBuilder(config or FilterConfig(), resolver)
+
+
+def reasons(funnel: Funnel) -> list[tuple[str, str]]:
+    funnel.check()
+    return [(step.filter, step.reason) for step in funnel.steps]
+
+
+@pytest.mark.parametrize(
+    ("changes", "filter_name", "reason"),
+    [
+        ({"type": "Poses"}, "model_type", "Poses"),
+        ({"modelVersions": [version(1, baseModel="SD 2.1")]}, "base_model", "SD 2.1"),
+        (
+            {"modelVersions": [version(1, baseModelType="Inpainting")]},
+            "base_model",
+            "SD 1.5 Inpainting",
+        ),
+        ({"modelVersions": [version(1, name="v1-inpainting")]}, "base_model", "SD 1.5 Inpainting"),
+        ({"nsfw": True}, "nsfw", "nsfw"),
+        ({"poi": True}, "nsfw", "real person"),
+        ({"minor": True}, "nsfw", "minor"),
+        ({"mode": "Archived"}, "file_availability", "archived"),
+        ({"mode": "TakenDown"}, "file_availability", "taken down"),
+        ({"availability": "Private"}, "file_availability", "availability Private"),
+        ({"modelVersions": []}, "file_availability", "no files"),
+        ({"modelVersions": [version(1, files=[])]}, "file_availability", "no files"),
+        (
+            {"modelVersions": [version(1, usageControl="Generation")]},
+            "file_availability",
+            "download not allowed",
+        ),
+    ],
+)
+def test_each_filter(changes: dict[str, Any], filter_name: str, reason: str) -> None:
+    made, _ = sift(model(1, **changes))
+    assert reasons(made.models.result()) == [(filter_name, reason)]
+    assert made.entries == []
+
+
+def test_a_model_is_dropped_for_the_reason_of_its_furthest_version() -> None:
+    versions = [version(1, baseModel="SD 2.1"), version(2, files=[]), version(3, baseModel="Pony")]
+    made, _ = sift(model(1, modelVersions=versions))
+    assert reasons(made.models.result()) == [("file_availability", "no files")]
+    assert made.versions.result().seen == 3
+
+
+def test_one_good_version_keeps_the_model() -> None:
+    made, _ = sift(model(1, modelVersions=[version(1, baseModel="SD 2.1"), version(2)]))
+    assert made.models.result().kept == 1
+    assert made.versions.result().kept == 1
+    assert made.distributions["base_model"] == {"SD 2.1": 1, "SD 1.5": 1}
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.none() | patched(model(1)) | MODELS, max_size=4))
+def test_model_funnels_add_up_for_any_json(models: list[dict[str, Any] | None]) -> None:
+    # The snapshot's reader hands out integer ids, each once.
+    items = [item and {**item, "id": number} for number, item in enumerate(models)]
+    made, _ = sift(*items)
+    funnel = made.models.result()
+    funnel.check()
+    made.versions.result().check()
+    assert funnel.seen == len(models)
+    Catalogue(rename(made.entries)).to_table()
+
+
+def dropped(found: object) -> tuple[str, str]:
+    assert isinstance(found, Dropped), found
+    return found.filter, found.reason
+
+
+@pytest.mark.parametrize(
+    ("item", "filter_name", "reason"),
+    [
+        (None, "record", "not an object with an id"),
+        ({**image(1), "type": "video"}, "media_type", "video"),
+        ({**image(1), "nsfwLevel": "Soft"}, "image_level", "level above the limit"),
+        ({**image(1), "nsfwLevel": 4}, "image_level", "level above the limit"),
+        ({**image(1), "browsingLevel": 2}, "image_level", "level above the limit"),
+        ({**image(1), "nsfwLevel": None}, "image_level", "level unknown"),
+        ({**image(1), "minor": True}, "image_level", "minor"),
+        ({**image(1), "meta": None}, "prompt", "no metadata"),
+        (image(1, prompt="<lora:x:1>"), "prompt", "no prompt"),
+        (image(1, sampler=None), "parameters_parsed", "no sampler"),
+        (image(1, sampler="Shapes 9000"), "parameters_parsed", "unknown sampler"),
+        (
+            image(1, sampler="DPM adaptive"),
+            "parameters_parsed",
+            "sampler without a diffusers scheduler",
+        ),
+        (image(1, steps="many"), "parameters_parsed", "no steps"),
+        (image(1, cfgScale=None), "parameters_parsed", "no cfg_scale"),
+        (image(1, steps=0), "parameters_in_range", "steps"),
+        (image(1, cfgScale=99), "parameters_in_range", "cfg_scale"),
+        (image(1, Size="8x512"), "parameters_in_range", "width"),
+        (image(1, 999), "checkpoint_resolved", "hash not in the snapshot"),
+        (image(1, **{"Model hash": None}), "checkpoint_resolved", "no id and no hash"),
+        (image(1, 200), "checkpoint_kept", "base_model: SD 2.1"),
+    ],
+)
+def test_each_record_filter(item: Any, filter_name: str, reason: str) -> None:
+    other = model(2, modelVersions=[version(200, baseModel="SD 2.1")])
+    assert dropped(builder(model(1), other).build(item)) == (filter_name, reason)
+
+
+def test_a_pair_names_the_catalogue_and_round_trips() -> None:
+    made = builder(model(1)).build(image(7))
+    assert isinstance(made, dict)
+    api = parse_api(made["api"])
+    assert api.to_json() == made["api"]
+    assert (api.model, api.version) == ("Synthetic 1", "v100")
+    assert api.air == "urn:air:sd1:checkpoint:civitai:1@100"
+    assert api.params.seed == 7
+    assert api.description == "Synthetic model 1."
+    assert (made["resolved_via"], made["reactions"], made["nsfw_level"]) == ("hash", 3, 1)
+
+
+def test_same_prompt_and_api_is_a_duplicate_whatever_the_seed() -> None:
+    pairs = builder(model(1))
+    assert isinstance(pairs.build(image(1, prompt="A shape")), dict)
+    assert dropped(pairs.build(image(2, prompt="a  shape"))) == (
+        "duplicate",
+        "same prompt and API",
+    )
+    assert isinstance(pairs.build(image(3, prompt="a shape", steps=21)), dict)
+
+
+def test_a_shared_hash_means_the_earliest_version() -> None:
+    late = version(100, publishedAt="2023-06-01")
+    early = version(200, publishedAt="2023-01-01")
+    early["files"][0]["hashes"] = hashes(100)
+    pairs = builder(model(1, modelVersions=[late]), model(2, modelVersions=[early]))
+    made = pairs.build(image(1))
+    assert isinstance(made, dict)
+    assert (made["version_id"], made["hash_candidates"]) == (200, 2)
+
+
+def test_ids_win_over_hashes_and_by_hash_comes_last() -> None:
+    asked = []
+
+    def lookup(digest: str) -> int | None:
+        asked.append(digest)
+        return 100
+
+    resolver = Resolver(lookup)
+    made = ModelSift(FilterConfig(), resolver)
+    made.add(model(1))
+    resolver.use(Catalogue(rename(made.entries)))
+    pairs = PairBuilder(FilterConfig(), resolver)
+    resource = [{"type": "checkpoint", "modelVersionId": 100}]
+    found = pairs.build(image(1, 999, civitaiResources=resource))
+    assert isinstance(found, dict)
+    assert (found["resolved_via"], asked) == ("civitaiResources", [])
+    found = pairs.build(image(2, 999))
+    assert isinstance(found, dict)
+    assert (found["resolved_via"], asked) == ("by-hash", [hashes(999)["AutoV2"]])
+
+
+def test_loras_move_from_the_prompt_into_the_api() -> None:
+    ink = model(3, type="LORA", name="Ink", modelVersions=[version(300)])
+    other = model(4, type="LORA", modelVersions=[version(400, baseModel="SDXL 1.0")])
+    pairs = builder(model(1), ink, other)
+    tags = "<lora:file300:0.6> <lora:file400:1> <lora:nobody:1> <lora:File300.safetensors:1>"
+    made = pairs.build(image(1, prompt=f"a shape {tags}"))
+    assert isinstance(made, dict)
+    assert made["prompt"] == "a shape"
+    assert [(x.model, x.weight) for x in parse_api(made["api"]).loras] == [("Ink", 0.6)]
+    assert made["loras_dropped"] == 3
+    assert pairs.loras == {"kept by file name": 1, "file name unknown": 2, "named twice": 1}
+
+
+@settings(max_examples=200, deadline=None)
+@given(patched(image(1)), patched(image(1)["meta"]))
+def test_building_never_raises_and_rows_fit_the_schema(item: Any, meta: Any) -> None:
+    for record in (item, {**image(2), "meta": meta}):
+        found = builder(model(1)).build({**record, "id": 3})
+        if not isinstance(found, Dropped):
+            pa.RecordBatch.from_pylist([found], schema=RECORDS).validate(full=True)
+
+
+def run(directory: Path, models: list[Any], images: list[Any], **options: Any) -> Artifact:
+    source = snapshot(directory / "snapshot", models, images, **options)
+    runtime = RuntimeConfig(store=str(directory / "store"))
+    return filter_records.run(FilterConfig(), {"snapshot": [source]}, runtime)
+
+
+def test_stage_accounts_for_every_line(tmp_path: Path) -> None:
+    images = [image(1), image(1), b"{broken\n", b"7\n", image(2, 999), image(3)]
+    made = run(tmp_path, [model(1), b"[]\n", model(2, nsfw=True)], images)
+    models, versions, records = made.manifest.funnels
+    assert (models.seen, models.kept, versions.seen) == (3, 1, 2)
+    assert (records.seen, records.kept) == (5, 2)  # the repeated item is no record of its own
+    assert pq.read_schema(made.file("catalogue.parquet")).equals(CATALOGUE)
+    table = pq.read_table(made.file("records-00000.parquet"))
+    assert table.schema.equals(RECORDS)
+    assert table["id"].to_pylist() == [1, 3]
+    distributions = orjson.loads(made.file("distributions.json").read_bytes())
+    assert distributions["nsfw"]["counts"] == {"none of these": 1, "nsfw": 1}
+
+
+def test_files_do_not_depend_on_how_the_snapshot_is_cut(tmp_path: Path) -> None:
+    models, images = [model(1), model(2)], [image(n) for n in range(9)]
+    one = run(tmp_path / "one", models, images)
+    other = run(tmp_path / "other", models, images, parts=2)
+    assert one.content_digest == other.content_digest
+
+
+def test_disorder_and_damage_are_errors(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="sorted by id"):
+        run(tmp_path / "a", [model(2), model(1)], [])
+    source = snapshot(tmp_path / "b", [model(1)], [image(1)])
+    path = source.path / "images" / "00000.jsonl.gz"
+    path.write_bytes(path.read_bytes()[:-12] + bytes(12))
+    with pytest.raises(ArtifactError, match="crawl again"):
+        filter_records.run(
+            FilterConfig(), {"snapshot": [source]}, RuntimeConfig(store=str(tmp_path / "store"))
+        )
+
+
+def test_nothing_kept_is_an_error_that_names_the_settings(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"filters\.base_models"):
+        run(tmp_path, [model(1, type="Other")], [])
