@@ -90,6 +90,7 @@ def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> lis
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
+    text = text.encode(errors="replace").decode()  # lone surrogates are no text for tokenizers
     ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)[
         "input_ids"
     ]

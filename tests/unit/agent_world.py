@@ -106,7 +106,9 @@ def make_rows(count: int, seed: int, faithful: float = 0.75) -> list[dict[str, o
             "base_model": api.base_model,
         }
         blank = {pa.int64(): 0, pa.string(): ""}
-        rows.append({name: row.get(name, blank[DABENCH.field(name).type]) for name in DABENCH.names})
+        rows.append(
+            {name: row.get(name, blank[DABENCH.field(name).type]) for name in DABENCH.names}
+        )
     return rows
 
 
@@ -136,5 +138,3 @@ def make_world(store: Path, **sizes: float) -> Artifact:
     """A DABench artefact in ``store``."""
     runtime = RuntimeConfig(store=str(store), device="cpu")
     return build_world.run(WorldConfig.model_validate(sizes), {}, runtime)
-
-

@@ -70,7 +70,14 @@ def test_special_tokens_in_a_prompt_are_text(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "é 日本語 😀 \x00\x1f\u202e", " , . ' s n't", '{"model":"A] (b)"},"x', "1234.50", "\t\n  x  "],
+    [
+        "",
+        "é 日本語 😀 \x00\x1f\u202e",
+        " , . ' s n't",
+        '{"model":"A] (b)"},"x',
+        "1234.50",
+        "\t\n  x  ",
+    ],
 )
 def test_the_tokenizer_loses_nothing(tokenizer: Any, text: str) -> None:
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]

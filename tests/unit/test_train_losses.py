@@ -80,7 +80,9 @@ def test_the_loss_equals_the_naive_loop(seed: int, data: st.DataObject) -> None:
     assert loss.total.item() == pytest.approx(rank + sft, abs=1e-9)
 
 
-def two(p: tuple[float, float], rewards: tuple[float, float], **options: float) -> tuple[float, ...]:
+def two(
+    p: tuple[float, float], rewards: tuple[float, float], **options: float
+) -> tuple[float, ...]:
     """(rank, sft) of one prompt with responses of 4 and 2 tokens and mean log-probs ``p``."""
     lengths = torch.tensor([[4, 2]])
     logps = torch.tensor([p], dtype=torch.float64) * lengths
@@ -141,11 +143,16 @@ def test_padding_and_company_change_nothing() -> None:
     labels = random_labels(2, generator)
     wider = torch.cat([logits, torch.randn(2, 5, 7, generator=generator)], 1)
     padded = torch.cat([labels, torch.full((2, 5), -100)], 1)
-    for ours, theirs in zip(sequence_logps(logits, labels), sequence_logps(wider, padded), strict=True):
+    for ours, theirs in zip(
+        sequence_logps(logits, labels), sequence_logps(wider, padded), strict=True
+    ):
         assert torch.allclose(ours, theirs)
 
     logps, lengths = -torch.rand(4, 3, generator=generator) * 9, torch.full((4, 3), 3)
-    rewards, mask = torch.randn(4, 3, generator=generator), torch.rand(4, 3, generator=generator) < 0.8
+    rewards, mask = (
+        torch.randn(4, 3, generator=generator),
+        torch.rand(4, 3, generator=generator) < 0.8,
+    )
     mask[:, 0] = True
     together = rrhf_loss(logps, lengths, rewards, mask).total
     alone = [

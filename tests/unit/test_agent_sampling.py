@@ -1,0 +1,107 @@
+"""The stage ``sample``: shards, duplicates, verdicts, determinism."""
+
+from __future__ import annotations
+
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+
+from diffagent.agent.format import response_text
+from diffagent.agent.llm import Completion
+from diffagent.agent.prompts import Pair, draw, read_split
+from diffagent.agent.sampling import distinct, sample
+from diffagent.artifacts import Artifact
+from diffagent.errors import ArtifactError
+from schemas.api import parse_api
+from schemas.config import SampleShard
+from schemas.dabench import CANDIDATES
+from tests.unit.agent_world import make_catalogue, make_rows
+from tests.unit.conftest import AgentRun
+
+SETTINGS = {"num_prompts": 7, "num_shards": 2, "num_candidates": 3, "max_new_tokens": 96}
+
+
+def run(agent_run: AgentRun, shard: int, **changes: object) -> Artifact:
+    config = SampleShard.model_validate({**SETTINGS, **changes, "shard": shard})
+    inputs = {"dabench": [agent_run.dabench], "agent": [agent_run.agent]}
+    return sample.run(config, inputs, agent_run.runtime)
+
+
+@pytest.fixture(scope="module")
+def shards(agent_run: AgentRun) -> list[Artifact]:
+    return [run(agent_run, shard) for shard in range(2)]
+
+
+def table(artifact: Artifact) -> pl.DataFrame:
+    return pl.read_parquet(artifact.file("candidates.parquet"))
+
+
+def test_shards_share_out_the_drawn_prompts(agent_run: AgentRun, shards: list[Artifact]) -> None:
+    ids = [set(table(artifact)["prompt_id"]) for artifact in shards]
+    assert [len(part) for part in ids] == [4, 3]
+    drawn = draw(read_split(agent_run.dabench.path, "train"), 7, seed=0)
+    assert ids[0] | ids[1] == {pair.id for pair in drawn}
+
+
+def test_rows_have_the_schema_the_order_and_no_duplicates(shards: list[Artifact]) -> None:
+    for artifact in shards:
+        assert pq.read_schema(artifact.file("candidates.parquet")).equals(CANDIDATES)
+        rows = table(artifact)
+        assert rows.equals(rows.sort("prompt_id", "source", "candidate"))
+        assert rows.select("prompt_id", "text").is_unique().all()
+        assert rows["logprob"].is_not_null().all()
+        assert (rows["logprob"] < 0).all()
+        metrics = artifact.manifest.metrics
+        assert metrics["sampled"] == 3 * metrics["prompts"]
+        assert metrics["sampled"] - metrics["duplicates"] + metrics["prompts"] == len(rows)
+
+
+def test_every_prompt_has_its_dabench_api(agent_run: AgentRun, shards: list[Artifact]) -> None:
+    pairs = {pair.id: pair for pair in read_split(agent_run.dabench.path, "train")}
+    own = table(shards[0]).filter(pl.col("source") == "dabench")
+    assert own["prompt_id"].to_list() == sorted(set(table(shards[0])["prompt_id"]))
+    assert set(own["status"]) == {"valid"}
+    for ident, text, api in own.select("prompt_id", "text", "api").iter_rows():
+        assert text == response_text(pairs[ident].api)
+        assert parse_api(api).response().to_json() == text
+        assert parse_api(api).air is not None
+
+
+def test_the_same_request_gives_the_same_bytes(agent_run: AgentRun, shards: list[Artifact]) -> None:
+    # Another batch composition: the draws of a prompt do not depend on it.
+    again = run(agent_run, 0, batch_size=3)
+    assert again.path != shards[0].path
+    assert table(again).drop("logprob").equals(table(shards[0]).drop("logprob"))
+    assert run(agent_run, 0, seed=1).content_digest != shards[0].content_digest
+
+
+def test_diverse_beams_are_an_option(agent_run: AgentRun) -> None:
+    artifact = run(agent_run, 1, num_beam_groups=3)
+    assert table(artifact).filter(pl.col("source") == "sft")["prompt_id"].n_unique() > 0
+
+
+def test_equal_apis_are_one_candidate_however_they_are_spelt() -> None:
+    row = make_rows(1, seed=9)[0]
+    pair = Pair(1, "a star", parse_api(str(row["api"])))
+    own = response_text(pair.api)
+    other = own.replace('"clip_skip":1', '"clip_skip":2')
+    texts = [own, own.replace(":", ": "), other, other + " ", "junk", "junk", "junk "]
+    found = distinct(pair, [Completion(text, True) for text in texts], make_catalogue())
+    assert [(a.source, a.candidate, a.text) for a in found] == [
+        ("dabench", 0, own),
+        ("sft", 0, other),
+        ("sft", 1, "junk"),
+        ("sft", 2, "junk "),
+    ]
+
+
+def test_drawing_more_prompts_keeps_the_others(agent_run: AgentRun) -> None:
+    pairs = read_split(agent_run.dabench.path, "train")
+    assert draw(pairs, 5, seed=2) == draw(pairs[::-1], 9, seed=2)[:5]
+    assert draw(pairs, 5, seed=3) != draw(pairs, 5, seed=2)
+    assert len(draw(pairs, 10**6, seed=0)) == len(pairs)
+
+
+def test_an_empty_split_is_an_error(agent_run: AgentRun) -> None:
+    with pytest.raises(ArtifactError, match="validation split"):
+        read_split(agent_run.dabench.path, "validation")
