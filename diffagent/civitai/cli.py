@@ -1,0 +1,74 @@
+"""``diffagent civitai``: a local Civitai."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffagent.errors import ConfigError
+
+app = typer.Typer(help="A local Civitai for development and tests.", no_args_is_help=True)
+
+
+class FaultProfile(StrEnum):
+    """Names of ``diffagent.civitai.faults.PROFILES``."""
+
+    none = "none"
+    flaky = "flaky"
+    hostile = "hostile"
+
+
+@app.callback()
+def _group() -> None:
+    """A local Civitai for development and tests."""
+
+
+@app.command()
+def serve(  # noqa: PLR0917  the command line calls it by name
+    dump: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Replay models*.jsonl[.gz], images*.")
+    ] = None,
+    sandbox: Annotated[bool, typer.Option("--sandbox", help="Serve the sandbox.")] = False,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8008,
+    faults: Annotated[FaultProfile, typer.Option(help="What goes wrong.")] = FaultProfile.none,
+    seed: Annotated[int, typer.Option(help="Seed of the faults.")] = 0,
+    while_stdin: Annotated[
+        bool, typer.Option("--while-stdin", hidden=True, help="End when standard input closes.")
+    ] = False,
+) -> None:
+    """Serve Civitai's REST API from a dump or from the sandbox; prints its address when ready."""
+    from diffagent.civitai.faults import Faults
+    from diffagent.civitai.server import LocalCivitai, Serving
+    from diffagent.civitai.site import replay_of
+
+    if sandbox == (dump is not None):
+        raise typer.BadParameter("give either --dump DIR or --sandbox")
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        replay = replay_of("sandbox" if sandbox else f"dump:{dump}")
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from None
+    serving = Serving(LocalCivitai(replay, Faults(faults.value, seed)), host, port)
+    if while_stdin:
+        threading.Thread(target=_exit_with_parent, daemon=True).start()
+    typer.echo(f"serving on {serving.url}")
+    sys.stdout.flush()
+    serving.serve_forever()
+
+
+def _exit_with_parent() -> None:
+    """A killed parent cannot stop its server, but its end of the pipe closes."""
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    app()

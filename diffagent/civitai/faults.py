@@ -1,0 +1,154 @@
+"""Faults that the local server injects, as the real site has shown them.
+
+Whether a request suffers is a hash of (seed, kind of fault, request, how often this request was
+made): the same run meets the same faults. Every fault can be survived: at most three attempts in
+a row of one request fail, and what a listing hides, another way of listing it shows:
+
+* a cursor leads back (loop): asking for the page again gives the right one;
+* an empty page with a cursor: the cursor leads on;
+* an item is skipped where a page begins: pages of another length begin elsewhere, and an item
+  is never skipped for both an even and an odd ``limit``;
+* cursors become stale (a deploy changes their arity): a listing started anew gets good ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+FaultName = Literal["none", "flaky", "hostile"]
+
+#: Faults of one answer, and what they do.
+TRANSPORT = (
+    "too_many",  # 429 without Retry-After
+    "too_many_wait",  # 429 with Retry-After: 1
+    "unavailable",  # 503, JSON
+    "timeout",  # 524, HTML body
+    "html",  # 200, but an HTML page
+    "truncated",  # the connection closes in the middle of the body
+    "cut",  # a whole answer whose JSON ends in the middle
+    "slow",  # the body trickles
+)
+#: Faults of a listing's page.
+LISTING = ("empty", "loop", "duplicate", "skip", "moved")
+
+_FREE_ATTEMPT = 4  # every fourth attempt of a request succeeds
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Probability of each fault per request; absent means never.
+
+    ``deploy_every``: after so many pages of listings all cursors become stale (0: never),
+    ``deploys`` times at most.
+    """
+
+    rates: Mapping[str, float] = field(default_factory=dict)
+    deploy_every: int = 0
+    deploys: int = 0
+
+
+PROFILES: Mapping[FaultName, Profile] = {
+    "none": Profile(),
+    "flaky": Profile(
+        {
+            "too_many": 0.02,
+            "too_many_wait": 0.001,
+            "unavailable": 0.02,
+            "timeout": 0.01,
+            "truncated": 0.01,
+            "slow": 0.005,
+            "empty": 0.03,
+            "duplicate": 0.03,
+        },
+        deploy_every=400,
+        deploys=1,
+    ),
+    "hostile": Profile(
+        {
+            "too_many": 0.05,
+            "too_many_wait": 0.002,
+            "unavailable": 0.05,
+            "timeout": 0.03,
+            "html": 0.02,
+            "truncated": 0.03,
+            "cut": 0.02,
+            "slow": 0.005,
+            "empty": 0.08,
+            "loop": 0.05,
+            "duplicate": 0.1,
+            "skip": 0.3,
+            "moved": 0.2,
+        },
+        deploy_every=150,
+        deploys=3,
+    ),
+}
+
+
+class Faults:
+    """The dice of one server: thread-safe, and equal for equal seeds and requests."""
+
+    def __init__(self, profile: Profile | FaultName = "none", seed: int = 0) -> None:
+        self.profile = PROFILES[profile] if isinstance(profile, str) else profile
+        self.seed = seed
+        self.injected: Counter[str] = Counter()
+        self._attempts: Counter[str] = Counter()
+        self._pages = 0
+        self._lock = threading.Lock()
+
+    def attempt(self, request: str) -> int:
+        """How often this request was made before."""
+        with self._lock:
+            number = self._attempts[request]
+            self._attempts[request] += 1
+            return number
+
+    def transport(self, request: str, attempt: int) -> str | None:
+        """The fault of this answer, if any."""
+        if attempt % _FREE_ATTEMPT == _FREE_ATTEMPT - 1:
+            return None
+        for kind in TRANSPORT:
+            if self._strikes(kind, f"{request}|{attempt}"):
+                return kind
+        return None
+
+    def page(self, kind: str, request: str, attempt: int) -> bool:
+        """Whether this page of a listing has the fault ``kind``."""
+        if kind == "loop" and attempt % _FREE_ATTEMPT == _FREE_ATTEMPT - 1:
+            return False
+        return self._strikes(kind, f"{request}|{attempt}")
+
+    def skips(self, item: int, limit: int) -> bool:
+        """Whether a page of ``limit`` items that begins with ``item`` leaves it out."""
+        if not self.profile.rates.get("skip"):
+            return False
+        parity = self._number(f"parity|{item}") % 2
+        return limit % 2 == parity and self._strikes("skip", str(item))
+
+    @property
+    def epoch(self) -> int:
+        """How many deploys have made older cursors stale."""
+        every = self.profile.deploy_every
+        return min(self._pages // every, self.profile.deploys) if every else 0
+
+    def count_page(self) -> None:
+        """A page of a listing was served."""
+        with self._lock:
+            self._pages += 1
+
+    def _strikes(self, kind: str, key: str) -> bool:
+        rate = self.profile.rates.get(kind, 0.0)
+        if not rate or self._number(f"{kind}|{key}") >= rate * 2**64:
+            return False
+        with self._lock:
+            self.injected[kind] += 1
+        return True
+
+    def _number(self, key: str) -> int:
+        digest = hashlib.blake2b(f"{self.seed}|{key}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big")

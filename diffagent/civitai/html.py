@@ -1,0 +1,87 @@
+"""What is read from HTML: descriptions, and the state inside a model's page."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import orjson
+from bs4 import BeautifulSoup
+
+from diffagent.errors import SchemaError
+
+_SPACES = re.compile(r"\s+")
+_BLOCKS = ["p", "h1", "h2", "h3", "h4", "li", "br", "hr", "div", "pre", "blockquote"]
+_MODEL_KEYS = ("checkpointType", "uploadType", "publishedAt", "updatedAt", "status")
+_VERSION_KEYS = (
+    "name",
+    "clipSkip",
+    "steps",
+    "epochs",
+    "settings",
+    "recommendedResources",
+    "canGenerate",
+    "canDownload",
+)
+
+
+def plain_text(description: str | None) -> str:
+    """The text of a description: one line a paragraph, without markup, scripts or pictures."""
+    if not description:
+        return ""
+    soup = BeautifulSoup(description, "html.parser")
+    for tag in soup(["script", "style", "iframe"]):
+        tag.decompose()
+    for tag in soup(_BLOCKS):
+        tag.insert_before("\n")
+        tag.append("\n")
+    lines = (_SPACES.sub(" ", line).strip() for line in soup.get_text("").split("\n"))
+    return "\n".join(line for line in lines if line)
+
+
+def page_settings(page: str) -> dict[str, Any]:
+    """What only a model's page tells: checkpoint type and recommended settings per version.
+
+    Returns:
+        {'id', 'checkpointType', ..., 'versions': [{'id', 'settings', 'clipSkip', ...}]}, each key
+        only where the page has it.
+
+    Raises:
+        SchemaError: the page has no ``__NEXT_DATA__`` with a model in a form known here.
+    """
+    script = BeautifulSoup(page, "html.parser").find("script", id="__NEXT_DATA__")
+    try:
+        state = orjson.loads(script.get_text() if script else "")
+    except orjson.JSONDecodeError as error:
+        raise SchemaError(f"the page has no readable __NEXT_DATA__ ({error})") from None
+    model = _find_model(state)
+    if model is None:
+        raise SchemaError("__NEXT_DATA__ holds no query model.getById", field="trpcState")
+    versions = model.get("modelVersions")
+    return {
+        "id": model["id"],
+        **{key: model[key] for key in _MODEL_KEYS if model.get(key) is not None},
+        "versions": [
+            {"id": v["id"], **{key: v[key] for key in _VERSION_KEYS if v.get(key) is not None}}
+            for v in (versions if isinstance(versions, list) else [])
+            if isinstance(v, dict) and isinstance(v.get("id"), int)
+        ],
+    }
+
+
+def _find_model(state: Any) -> dict[str, Any] | None:
+    """The data of the query ["model", "getById"], wherever the state keeps its queries."""
+    match state:
+        case {"queryKey": [["model", "getById"], *_], "state": {"data": dict(data)}}:
+            return data if isinstance(data.get("id"), int) else None
+        case dict():
+            children = list(state.values())
+        case list():
+            children = state
+        case _:
+            return None
+    for child in children:
+        found = _find_model(child)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,106 @@
+"""What a crawl has fetched so far: one append-only file that is also its checkpoint.
+
+Each page is one gzip member: a line with the state after the page, then a line an item. A member
+is whole or it is not there, so a page and the state after it are durable together; the torn
+member that a killed process leaves is cut off when the journal is opened again.
+"""
+
+from __future__ import annotations
+
+import gzip
+import logging
+import os
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import orjson
+
+log = logging.getLogger(__name__)
+
+_CHUNK = 1 << 20
+_SYNC_SECONDS = 1.0
+#: kind ('models', 'images', 'pages'), id, canonical JSON without a newline
+Item = tuple[str, int, bytes]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One page: the state of the crawl after it, and what was new in it."""
+
+    state: dict[str, Any]
+    items: Sequence[Item]
+
+
+class Journal:
+    """The journal at ``path``. ``read`` comes before the first ``append``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stream = path.open("ab")
+        self._synced = time.monotonic()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stream.close()
+
+    def append(self, state: dict[str, Any], items: Sequence[Item]) -> None:
+        """Add a page. A kill loses nothing of it; a power cut loses about a second at most."""
+        lines = [orjson.dumps(state)]
+        lines += [b"%s\t%d\t%s" % (kind.encode(), ident, data) for kind, ident, data in items]
+        self._stream.write(gzip.compress(b"\n".join(lines) + b"\n", compresslevel=1, mtime=0))
+        self._stream.flush()
+        if time.monotonic() - self._synced > _SYNC_SECONDS:
+            os.fsync(self._stream.fileno())
+            self._synced = time.monotonic()
+
+    def read(self) -> Iterator[Entry]:
+        """Every whole page, oldest first; a torn end is cut off."""
+        size, whole = self.path.stat().st_size, 0
+        with self.path.open("rb") as stream:
+            for member, end in _members(stream):
+                yield _entry(member)
+                whole = end
+        if whole < size:
+            log.info("the last page was not written whole (%d bytes); cut off", size - whole)
+            os.truncate(self.path, whole)
+
+
+def _members(stream: Any) -> Iterator[tuple[bytes, int]]:
+    """Contents of each whole gzip member and the offset where it ends."""
+    end = 0
+    rest = b""
+    while True:
+        decoder, parts, used = zlib.decompressobj(wbits=31), [], 0
+        while not decoder.eof:
+            data = rest or stream.read(_CHUNK)
+            if not data:
+                return
+            try:
+                parts.append(decoder.decompress(data))
+            except zlib.error:
+                return
+            rest = decoder.unused_data
+            used += len(data) - len(rest)
+        end += used
+        yield b"".join(parts), end
+
+
+def _entry(member: bytes) -> Entry:
+    state, *lines = member.rstrip(b"\n").split(b"\n")
+    items = []
+    for line in lines:
+        kind, ident, data = line.split(b"\t", 2)
+        items.append((kind.decode(), int(ident), data))
+    return Entry(orjson.loads(state), items)

@@ -1,0 +1,642 @@
+"""A local Civitai: the site's public REST API over a replay, with faults on demand.
+
+Routes, filters, error bodies and quirks follow the site as of 2026 (its public source and
+documentation). Two sockets serve one application: the API, and the storage that downloads are
+redirected to (another origin, which refuses requests that carry ``Authorization``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import html
+import logging
+import re
+import socket
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+
+import orjson
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import (
+    FileResponse,
+    HTMLResponse,
+    RedirectResponse,
+    Response,
+    StreamingResponse,
+)
+from starlette.routing import Route
+
+from diffagent.civitai.faults import Faults
+from diffagent.civitai.listing import (
+    MODEL_TYPES,
+    BadParameter,
+    ImageQuery,
+    Key,
+    Listings,
+    ModelQuery,
+    Parameters,
+    Selection,
+    StaleCursor,
+    decode_cursor,
+    encode_cursor,
+    is_legacy,
+)
+from diffagent.civitai.replay import PAGE_ONLY_MODEL, PAGE_ONLY_VERSION, Replay
+from schemas.civitai import PG, image_level
+
+log = logging.getLogger(__name__)
+
+_PAGE_CAP = 1000
+_PREVIEWS, _SHOWCASE = 20, 10
+_PUBLIC_CACHE = {"Cache-Control": "public, s-maxage=300, stale-while-revalidate=150"}
+_SCAN_LINK = re.compile(r"^https?://[^/]+(/api/download/models/.*)$")
+Handler = Callable[["LocalCivitai", Request], Response]
+
+
+class ApiFailure(Exception):  # noqa: N818
+    """An answer other than 200: status, JSON body and headers."""
+
+    def __init__(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
+        super().__init__(f"{status}: {body}")
+        self.status = status
+        self.body = body
+        self.headers = headers or {}
+
+
+class LocalCivitai:
+    """The application: a replay, its listings, the faults, and where the two origins are."""
+
+    def __init__(self, replay: Replay, faults: Faults) -> None:
+        self.replay = replay
+        self.listings = Listings(replay)
+        self.faults = faults
+        self.storage_port = 0
+        # A presigned address is good for this process only, as the site's expire too.
+        self.secret = hashlib.blake2b(str(id(self)).encode() + str(time.time()).encode()).digest()
+
+    def app(self) -> Starlette:
+        """The ASGI application of both origins."""
+        api = "/api/v1"
+        routes: list[tuple[str, Handler]] = [
+            (f"{api}/models", list_models),
+            (f"{api}/models/{{id}}", get_model),
+            (f"{api}/model-versions/by-hash/{{hash}}", get_by_hash),
+            (f"{api}/model-versions/{{id}}", get_version),
+            (f"{api}/images", list_images),
+            (f"{api}/tags", list_tags),
+            (f"{api}/creators", list_creators),
+            (f"{api}/enums", list_enums),
+            ("/api/download/models/{id}", download),
+            ("/models/{id}", model_page),
+            ("/models/{id}/{slug}", model_page),
+            ("/delivery/{key:path}", deliver),
+        ]
+        return Starlette(
+            routes=[
+                Route(path, self._endpoint(handler), methods=["GET"]) for path, handler in routes
+            ]
+        )
+
+    def _endpoint(self, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+        storage = handler is deliver
+
+        async def endpoint(request: Request) -> Response:
+            server = request.scope.get("server") or ("", 0)
+            if storage != (server[1] == self.storage_port):
+                return HTMLResponse("<h1>404</h1>", 404)
+            key = f"{request.url.path}?{request.url.query}" if not storage else request.url.path
+            request.state.attempt = self.faults.attempt(key)
+            fault = self.faults.transport(key, request.state.attempt)
+            early = _refusal(fault)
+            if early is not None:
+                return early
+            try:
+                response = handler(self, request)
+            except ApiFailure as failure:
+                return _json(failure.body, failure.status, failure.headers)
+            return _damaged(response, fault)
+
+        return endpoint
+
+
+# --- listings -------------------------------------------------------------------------------
+
+
+def list_models(site: LocalCivitai, request: Request) -> Response:
+    """GET /models."""
+    parameters = Parameters(parse_qsl(request.url.query, keep_blank_values=True))
+    for name in ("favorites", "hidden"):
+        if name in parameters:  # naming them is enough, whatever the value
+            raise ApiFailure(401, {"code": "UNAUTHORIZED", "message": "Unauthorized", "issues": []})
+    try:
+        query = ModelQuery.parse(parameters)
+        limit = _limit(parameters, high=100)
+        page = parameters.number("page", low=1)
+    except BadParameter as problem:
+        raise ApiFailure(400, _zod(problem)) from None
+    if query.query and page is not None:
+        text = "Cannot use page param with query search. Use cursor-based pagination."
+        raise ApiFailure(400, {"error": text})
+    window = _Window(site, request, site.listings.models(query), limit)
+    window.place(parameters, page)
+    host = _origin(request)
+    rows = site.replay.models
+    items = [
+        orjson.dumps(_rest_model(site.replay.model(i), host, adult=query.adult))
+        for i in window.items(lambda i: rows[i].id)
+    ]
+    return window.response(items)
+
+
+def list_images(site: LocalCivitai, request: Request) -> Response:
+    """GET /images. Bodies are spliced from stored JSON: no record is parsed."""
+    parameters = Parameters(parse_qsl(request.url.query, keep_blank_values=True))
+    try:
+        query = ImageQuery.parse(parameters)
+        limit = _limit(parameters, high=200)
+        page = parameters.number("page", low=1)
+        with_meta = parameters.flag("withMeta") is True
+        flat = parameters.flag("flatMeta")
+    except BadParameter as problem:
+        raise ApiFailure(400, _zod(problem)) from None
+    if flat is None:
+        flat = not is_legacy(parameters)
+    window = _Window(site, request, site.listings.images(query), limit)
+    window.place(parameters, page)
+    replay = site.replay
+    items = []
+    for i in window.items(lambda i: replay.image_id[i]):
+        meta = replay.image_meta[i] if with_meta else b"null"
+        if with_meta and not flat:
+            meta = b'{"id":%d,"meta":%s}' % (replay.image_id[i], meta)
+        items.append(replay.image_json[i] + b',"meta":' + meta + b"}")
+    return window.response(items)
+
+
+def _limit(parameters: Parameters, *, high: int) -> int:
+    limit = parameters.number("limit", high=high)
+    return 100 if limit is None else limit
+
+
+class _Window:
+    """One page of a selection, with the faults of this page."""
+
+    def __init__(
+        self, site: LocalCivitai, request: Request, selection: Selection, limit: int
+    ) -> None:
+        self.site, self.request, self.selection, self.limit = site, request, selection, limit
+        self.start = 0
+        self.marked = False  # an empty page was served here
+        self.page: int | None = None
+        self.numeric = False  # the cursor of a search is an offset
+        self.metadata: dict[str, Any] = {}
+
+    def place(self, parameters: Parameters, page: int | None) -> None:
+        """Find the first item by cursor or page.
+
+        Raises:
+            ApiFailure: 400 for a stale cursor, 429 for a page beyond the cap.
+        """
+        cursor, selection = parameters.text("cursor"), self.selection
+        self.numeric = bool(parameters.text("query"))
+        try:
+            if cursor and self.numeric:
+                (self.start,), self.marked = decode_cursor(cursor, 1, 0)
+                if self.start < 0:
+                    raise StaleCursor(cursor)
+            elif cursor:
+                epoch = self.site.faults.epoch
+                key, self.marked = decode_cursor(cursor, selection.columns, epoch)
+                self.start = selection.after(key)
+        except StaleCursor:
+            raise ApiFailure(400, {"error": "Invalid cursor", "code": "BAD_REQUEST"}) from None
+        if page is not None and not cursor:
+            if page * self.limit > _PAGE_CAP:
+                text = "You've requested too many pages, please use cursors instead"
+                raise ApiFailure(429, {"error": text})
+            self.page, self.start = page, (page - 1) * self.limit
+
+    def items(self, id_of: Callable[[int], int]) -> list[int]:
+        """Indexes of the items to serve; sets the metadata."""
+        faults = self.site.faults
+        faults.count_page()
+        key, attempt = self.request.url.query, self.request.state.attempt
+        stop = min(self.start + self.limit, len(self.selection.items))
+        served = list(self.selection.items[self.start : stop])
+        follows = self.start > 0 and self.page is None
+        if follows and served and not self.marked and faults.page("empty", key, attempt):
+            self._more(self.start, empty=True)
+            return []
+        if stop < len(self.selection.items) and self.limit:
+            back = max(self.start - self.limit, 1)
+            looping = follows and self.start > 1 and faults.page("loop", key, attempt)
+            self._more(back if looping else stop)
+        if follows and served and faults.skips(id_of(served[0]), self.limit):
+            del served[0]
+        if follows and faults.page("duplicate", key, attempt):
+            served = [*self.selection.items[max(self.start - 2, 0) : self.start], *served]
+        if self.page is not None:
+            self.metadata |= {"currentPage": self.page, "pageSize": self.limit}
+        return served
+
+    def response(self, items: list[bytes]) -> Response:
+        """The JSON answer."""
+        body = b'{"items":[%s],"metadata":%s}' % (b",".join(items), orjson.dumps(self.metadata))
+        return Response(body, media_type="application/json", headers=_PUBLIC_CACHE)
+
+    def _more(self, stop: int, *, empty: bool = False) -> None:
+        """Set nextCursor and nextPage for a page that begins at ``stop``."""
+        selection, faults = self.selection, self.site.faults
+        if self.numeric:
+            cursor = f"{stop}~1" if empty else str(stop)
+        else:
+            last: Key = selection.key(selection.items[stop - 1])
+            cursor = encode_cursor(last, faults.epoch, empty=empty)
+        pairs = [
+            pair
+            for pair in parse_qsl(self.request.url.query, keep_blank_values=True)
+            if pair[0] not in ("cursor", "page", "token")
+        ]
+        # In page mode the site's nextPage carries the page though a cursor is given too.
+        follow = ("page", str(self.page + 1)) if self.page else ("cursor", cursor)
+        origin = _origin(self.request)
+        if faults.page("moved", self.request.url.query, self.request.state.attempt):
+            port = urlsplit(origin).port
+            origin = f"http://localhost:{port}"
+        address = f"{origin}{self.request.url.path}?{urlencode([*pairs, follow])}"
+        self.metadata |= {"nextCursor": cursor, "nextPage": address}
+
+
+def list_tags(site: LocalCivitai, request: Request) -> Response:
+    """GET /tags."""
+    rows = [
+        {"name": name, "link": f"{_origin(request)}/api/v1/models?tag={quote(name)}"}
+        for name, _ in site.replay.tags.most_common()
+    ]
+    return _numbered(request, rows, "name")
+
+
+def list_creators(site: LocalCivitai, request: Request) -> Response:
+    """GET /creators."""
+    rows = [
+        {
+            "username": name,
+            "modelCount": count,
+            "link": f"{_origin(request)}/api/v1/models?username={quote(name)}",
+        }
+        for name, count in site.replay.creators.most_common()
+    ]
+    return _numbered(request, rows, "username")
+
+
+def list_enums(site: LocalCivitai, request: Request) -> Response:
+    """GET /enums."""
+    bases = sorted({base for row in site.replay.models for base in row.base_models})
+    return _json({"ModelType": MODEL_TYPES, "BaseModel": bases, "ActiveBaseModel": bases})
+
+
+def _numbered(request: Request, rows: list[dict[str, Any]], name: str) -> Response:
+    parameters = Parameters(parse_qsl(request.url.query, keep_blank_values=True))
+    try:
+        limit = parameters.number("limit", high=200)
+        page = parameters.number("page", low=1) or 1
+    except BadParameter as problem:
+        raise ApiFailure(400, _zod(problem)) from None
+    limit = 20 if limit is None else limit or len(rows)
+    query = parameters.text("query").lower()
+    rows = [row for row in rows if query in row[name].lower()]
+    pages = -(-len(rows) // limit) if limit else 1
+    address = f"{_origin(request)}{request.url.path}?" + urlencode({"limit": limit})
+    metadata: dict[str, Any] = {
+        "totalItems": len(rows),
+        "currentPage": page,
+        "pageSize": limit,
+        "totalPages": pages,
+    }
+    if page < pages:
+        metadata["nextPage"] = f"{address}&page={page + 1}"
+    if page > 1:
+        metadata["prevPage"] = f"{address}&page={page - 1}"
+    return _json({"items": rows[(page - 1) * limit : page * limit], "metadata": metadata})
+
+
+# --- single records -------------------------------------------------------------------------
+
+
+def get_model(site: LocalCivitai, request: Request) -> Response:
+    """GET /models/:id."""
+    return _json(_rest_model(_known_model(site, request), _origin(request), adult=True))
+
+
+def get_version(site: LocalCivitai, request: Request) -> Response:
+    """GET /model-versions/:id."""
+    return _version_answer(site, request, _number(request))
+
+
+def get_by_hash(site: LocalCivitai, request: Request) -> Response:
+    """GET /model-versions/by-hash/:hash, any kind of hash, either case."""
+    found = site.replay.by_hash.get(str(request.path_params["hash"]).upper())
+    if not found:
+        raise ApiFailure(404, {"error": "Model not found"})
+    return _version_answer(site, request, min(found)[1])
+
+
+def _version_answer(site: LocalCivitai, request: Request, version_id: int) -> Response:
+    found = site.replay.model_of_version(version_id)
+    if found is None:
+        raise ApiFailure(404, {"error": "Model not found"})
+    model, version = found
+    kind = {"LORA": "lora", "LoCon": "lycoris", "TextualInversion": "embedding"}
+    ecosystem = re.sub(r"[^a-z0-9]", "", str(version.get("baseModel")).split(".")[0].lower())
+    air = f"{kind.get(model['type'], str(model['type']).lower())}:civitai"
+    head = {key: model[key] for key in ("name", "type", "nsfw", "poi", "mode") if key in model}
+    body = _rest_version(version, _origin(request), adult=True, previews=_SHOWCASE, meta=True)
+    body = {
+        "modelId": model["id"],
+        "status": "Published",
+        "air": f"urn:air:{ecosystem}:{air}:{model['id']}@{version_id}",
+        "model": head,
+        **body,
+    }
+    for file in body.get("files") or ():
+        file["primary"] = file.get("primary") is True  # here a boolean on every file
+    return _json(body)
+
+
+def _known_model(site: LocalCivitai, request: Request) -> dict[str, Any]:
+    number = _number(request)
+    index = site.replay.model_index.get(number)
+    if index is None:
+        raise ApiFailure(404, {"error": f"No model with id {number}"})
+    return site.replay.model(index)
+
+
+def _number(request: Request) -> int:
+    text = request.path_params["id"]
+    if not (text.isascii() and text.isdigit()):
+        issue = BadParameter("id", f"Expected number, received {text[:40]!r}")
+        raise ApiFailure(400, _zod(issue))
+    return int(text)
+
+
+def _rest_model(model: dict[str, Any], host: str, *, adult: bool) -> dict[str, Any]:
+    """A model as /models shows it: no meta in the previews, what only the page has left out."""
+    for key in PAGE_ONLY_MODEL:
+        model.pop(key, None)
+    model["modelVersions"] = [
+        _rest_version(v, host, adult=adult, previews=_PREVIEWS, meta=False)
+        for v in model["modelVersions"]
+    ]
+    return model
+
+
+def _rest_version(
+    version: dict[str, Any], host: str, *, adult: bool, previews: int, meta: bool
+) -> dict[str, Any]:
+    for key in PAGE_ONLY_VERSION:
+        version.pop(key, None)
+    images = version.get("images")
+    if images:
+        shown = [image for image in images if adult or image_level(image) & PG][:previews]
+        if not meta:
+            for image in shown:
+                image.pop("meta", None)
+        version["images"] = shown
+    for item in (version, *(version.get("files") or ())):
+        link = item.get("downloadUrl")
+        if link:
+            item["downloadUrl"] = _SCAN_LINK.sub(lambda match: host + match[1], link)
+            if item["downloadUrl"].startswith("/"):
+                item["downloadUrl"] = host + item["downloadUrl"]
+    return version
+
+
+# --- the HTML page --------------------------------------------------------------------------
+
+
+def model_page(site: LocalCivitai, request: Request) -> Response:
+    """The page of a model: what its Next.js state holds, with hardly any HTML around."""
+    text = request.path_params["id"]
+    index = site.replay.model_index.get(int(text)) if text.isdigit() else None
+    if index is None:
+        return HTMLResponse("<!doctype html><title>404</title><h1>404</h1>", 404)
+    model = site.replay.model(index)
+    name = str(model.get("name") or "")
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "model"
+    if request.path_params.get("slug") != slug:
+        return RedirectResponse(f"/models/{model['id']}/{slug}", 308)
+    state = {"data": model, "status": "success"}
+    asked = {"input": {"id": model["id"]}, "type": "query"}
+    queries = [{"state": state, "queryKey": [["model", "getById"], asked]}]
+    data = {"props": {"pageProps": {"trpcState": {"json": {"queries": queries}}}}}
+    # '<' inside a script could end it; Next.js escapes it the same way.
+    script = orjson.dumps(data).decode().replace("<", "\\u003c")
+    return HTMLResponse(
+        f"<!doctype html><html><head><title>{html.escape(name)} | Civitai</title></head><body>"
+        f'<div id="__next"></div><script id="__NEXT_DATA__" type="application/json">{script}'
+        "</script></body></html>"
+    )
+
+
+# --- downloads ------------------------------------------------------------------------------
+
+
+def download(site: LocalCivitai, request: Request) -> Response:
+    """GET /api/download/models/:versionId: checks, then a presigned address elsewhere."""
+    found = site.replay.model_of_version(_number(request))
+    if found is None:
+        raise ApiFailure(404, {"error": "Model not found"})
+    model, version = found
+    if model.get("mode") == "Archived":
+        raise ApiFailure(410, {"error": "Model archived, not available for download"})
+    if version.get("usageControl") not in (None, "Download"):
+        raise ApiFailure(401, {"error": "Unauthorized", "message": "Downloads are disabled"})
+    if version.get("availability") == "EarlyAccess":
+        deadline = version.get("earlyAccessEndsAt")
+        raise ApiFailure(403, {"error": "Early Access", "deadline": deadline})
+    file = _chosen_file(version, Parameters(parse_qsl(request.url.query)))
+    digest = str((file.get("hashes") or {}).get("SHA256") or "").lower()
+    if not digest:
+        raise ApiFailure(404, {"error": "Missing model file"})
+    expires = str(int(time.time()) + 86400)
+    name = str(file.get("name") or "model.safetensors")
+    query = {
+        "X-Amz-Expires": "86400",
+        "X-Amz-Date": expires,
+        "response-content-disposition": f'attachment; filename="{name}"',
+        "X-Amz-Signature": _signature(site, digest, expires),
+    }
+    host = request.url.hostname or "127.0.0.1"
+    address = f"http://{host}:{site.storage_port}/delivery/{digest}?{urlencode(query)}"
+    return RedirectResponse(address, 307, headers={"Cache-Control": "no-store"})
+
+
+def _chosen_file(version: dict[str, Any], parameters: Parameters) -> dict[str, Any]:
+    files = version.get("files") or []
+    wanted = parameters.text("fileId")
+    if wanted:
+        files = [file for file in files if str(file.get("id")) == wanted]
+    else:
+        if kind := parameters.text("type"):
+            files = [file for file in files if file.get("type") == kind]
+        for name in ("format", "size", "fp"):
+            value = parameters.text(name)
+            if value:
+                files = [f for f in files if (f.get("metadata") or {}).get(name) == value]
+    if not files:
+        raise ApiFailure(404, {"error": "Missing model file"})
+    chosen: dict[str, Any] = next((file for file in files if file.get("primary")), files[0])
+    return chosen
+
+
+def _signature(site: LocalCivitai, key: str, expires: str) -> str:
+    return hmac.new(site.secret, f"{key}|{expires}".encode(), hashlib.sha256).hexdigest()
+
+
+def deliver(site: LocalCivitai, request: Request) -> Response:
+    """The storage behind the redirect. Range requests are served."""
+    key, query = request.path_params["key"], dict(request.query_params)
+    if "authorization" in request.headers:
+        text = "<Error><Code>InvalidArgument</Code><Message>Authorization</Message></Error>"
+        return Response(text, 400, media_type="application/xml")
+    expires = query.get("X-Amz-Date", "")
+    good = hmac.compare_digest(query.get("X-Amz-Signature", ""), _signature(site, key, expires))
+    if not good or float(expires) < time.time():
+        text = "<Error><Code>AccessDenied</Code></Error>"
+        return Response(text, 403, media_type="application/xml")
+    path = site.replay.files / key if site.replay.files else None
+    if path is None or not re.fullmatch("[0-9a-f]{64}", key) or not path.is_file():
+        text = "<Error><Code>NoSuchKey</Code></Error>"
+        return Response(text, 404, media_type="application/xml")
+    disposition = query.get("response-content-disposition", "attachment")
+    headers = {"Content-Disposition": disposition.encode("ascii", "replace").decode()}
+    return FileResponse(path, media_type="application/octet-stream", headers=headers)
+
+
+# --- answers and their faults ---------------------------------------------------------------
+
+
+def _origin(request: Request) -> str:
+    return f"http://{request.headers.get('host') or request.url.netloc}"
+
+
+def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(
+        orjson.dumps(body),
+        status,
+        media_type="application/json",
+        headers=headers or (_PUBLIC_CACHE if status == 200 else {"Cache-Control": "no-store"}),
+    )
+
+
+def _zod(problem: BadParameter) -> dict[str, Any]:
+    issue = {"code": "custom", "path": [problem.parameter], "message": problem.problem}
+    return {"error": {"issues": [issue], "name": "ZodError"}}
+
+
+def _refusal(fault: str | None) -> Response | None:
+    """The faults that replace an answer."""
+    match fault:
+        case "too_many":
+            return HTMLResponse("<h1>429 Too Many Requests</h1>", 429)
+        case "too_many_wait":
+            return _json({"error": "Too many requests"}, 429, {"Retry-After": "1"})
+        case "unavailable":
+            return _json({"error": "Model search is temporarily overloaded"}, 503)
+        case "timeout":
+            return HTMLResponse("<!doctype html><title>524: A timeout occurred</title>", 524)
+        case "html":
+            return HTMLResponse("<!doctype html><title>Just a moment...</title>", 200)
+    return None
+
+
+def _damaged(response: Response, fault: str | None) -> Response:
+    """The faults that damage an answer's body."""
+    if fault not in ("truncated", "cut", "slow") or response.status_code >= 300:
+        return response
+    if isinstance(response, FileResponse):
+        if fault == "slow":
+            return response
+        size = Path(response.path).stat().st_size
+        head = {"Content-Length": str(size)}
+        # The whole file although a range may have been asked for, and only the start of it.
+        start = _file_start(Path(response.path), size // 2)
+        return StreamingResponse(start, 200, head, "application/octet-stream")
+    body = bytes(response.body)
+    if fault == "cut":
+        return Response(body[: len(body) // 2], media_type=response.media_type)
+    headers = {"Content-Length": str(len(body))}
+    parts = [body[: len(body) // 2]]
+    if fault == "slow":
+        step = len(body) // 5 + 1
+        parts = [body[i : i + step] for i in range(0, len(body), step)]
+    return StreamingResponse(_trickle(parts), 200, headers, response.media_type or "text/html")
+
+
+async def _trickle(parts: list[bytes]) -> AsyncIterator[bytes]:
+    for part in parts:
+        yield part
+        await asyncio.sleep(0.05)
+
+
+async def _file_start(path: Path, length: int) -> AsyncIterator[bytes]:
+    with path.open("rb") as stream:
+        while length > 0:
+            data = stream.read(min(length, 1 << 18))
+            length -= len(data)
+            yield data
+
+
+# --- running it -----------------------------------------------------------------------------
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 takes a free one."""
+    bound = socket.socket()
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    bound.bind((host, port))
+    bound.listen(128)
+    return bound
+
+
+class Serving(uvicorn.Server):
+    """uvicorn over the two sockets of a local Civitai."""
+
+    def __init__(self, site: LocalCivitai, host: str, port: int) -> None:
+        self.bound = [bind(host, port), bind(host, 0)]
+        site.storage_port = self.bound[1].getsockname()[1]
+        self.url = f"http://{host}:{self.bound[0].getsockname()[1]}"
+        # Truncated bodies are errors to uvicorn; they are what the faults are for.
+        level = "warning" if not site.faults.profile.rates else "critical"
+        config = uvicorn.Config(
+            site.app(), log_level=level, access_log=False, lifespan="off", ws="none"
+        )
+        super().__init__(config)
+
+    def serve_forever(self) -> None:
+        """Serve until a signal, or until ``should_exit`` is set."""
+        self.run(sockets=self.bound)
+
+
+@contextmanager
+def serve(replay: Replay, faults: Faults, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
+    """Serve in a thread of this process as long as the block lasts; yields the address."""
+    serving = Serving(LocalCivitai(replay, faults), host, port)
+    thread = threading.Thread(target=serving.serve_forever, daemon=True)
+    thread.start()
+    try:
+        while not serving.started and thread.is_alive():
+            time.sleep(0.005)
+        yield serving.url
+    finally:
+        serving.should_exit = True
+        thread.join(timeout=10)

@@ -1,0 +1,82 @@
+"""Where a run's Civitai is: the real site, or an embedded one that lives as long as the run."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from diffagent.civitai.faults import PROFILES, FaultName
+from diffagent.civitai.replay import Replay
+from diffagent.errors import CivitaiError, ConfigError
+
+log = logging.getLogger(__name__)
+
+_READY = "serving on "
+
+
+@contextmanager
+def embedded_site(site: str, faults: FaultName = "none") -> Iterator[str]:
+    """Yield the address of a Civitai API.
+
+    Args:
+        site: an http(s) address (which is yielded as it is), 'sandbox', or 'dump:DIR'. The last
+            two start a server as a child process on a free port of the loopback interface.
+        faults: fault profile of the embedded server.
+
+    Raises:
+        ConfigError: ``site`` is none of these, or faults are asked of a real site.
+        CivitaiError: the embedded server does not start.
+    """
+    if site.startswith(("http://", "https://")):
+        yield site.rstrip("/")
+        return
+    if faults not in PROFILES:
+        raise ConfigError(f"no fault profile {faults!r}; choose one of {sorted(PROFILES)}")
+    command = [sys.executable, "-m", "diffagent.civitai.cli", "serve", "--port", "0"]
+    command += ["--while-stdin", "--faults", faults, *_source_arguments(site)]
+    server = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+    )
+    try:
+        assert server.stdout is not None
+        line = server.stdout.readline().strip()
+        if not line.startswith(_READY):
+            raise CivitaiError(
+                f"the local Civitai for {site!r} did not start (see above); "
+                f"try it by hand: {' '.join(command[2:])}"
+            )
+        url = line.removeprefix(_READY)
+        log.info("local Civitai for %r on %s, faults: %s", site, url, faults)
+        yield url
+    finally:
+        server.kill()  # it only reads: nothing to save
+        server.communicate()
+
+
+def replay_of(site: str) -> Replay:
+    """The records behind 'sandbox' or 'dump:DIR'.
+
+    Raises:
+        ConfigError: there is no such dump.
+    """
+    if site == "sandbox":
+        # Rendering the sandbox's catalogue needs no torch, but its weights are read.
+        from diffagent.sandbox.files import materialise  # type: ignore[import-not-found]
+
+        return Replay.dump(Path(materialise()))
+    return Replay.dump(Path(site.removeprefix("dump:")))
+
+
+def _source_arguments(site: str) -> list[str]:
+    if site == "sandbox":
+        return ["--sandbox"]
+    if site.startswith("dump:") and Path(site.removeprefix("dump:")).is_dir():
+        return ["--dump", site.removeprefix("dump:")]
+    raise ConfigError(
+        f"site {site!r} is neither an http(s) address nor 'sandbox' nor 'dump:DIR' "
+        "with a directory that exists"
+    )

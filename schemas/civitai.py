@@ -1,0 +1,263 @@
+"""Civitai's payloads, read leniently: every field may be absent or of an older shape.
+
+The API has changed its shapes several times and never versioned them, so these are readers of
+plain JSON values rather than models that reject: each takes what the site sent and returns one
+meaning. What no reader expects is counted by ``Drift``, so that a change of the site shows up
+in a crawl's metrics instead of in a crash. (Hundreds of thousands of records pass through here:
+that is why there are no pydantic models.)
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import orjson
+
+#: Browsing levels: one bit an image; a model has the union of its images' bits.
+PG, PG13, R, X, XXX, BLOCKED = 1, 2, 4, 8, 16, 32
+ALL_LEVELS = PG | PG13 | R | X | XXX
+
+_LEVEL_OF_NAME = {
+    "none": PG,
+    "soft": PG13,
+    "mature": R,
+    "x": X,
+    "xxx": XXX,
+    "blocked": BLOCKED,
+}
+
+
+def level_of(value: Any) -> int | None:
+    """One nsfw value in any shape the site has used, as a browsing level.
+
+    ``True`` is the boolean of early 2023 and means at least R. None: not a level.
+    """
+    if value is True:
+        return R
+    if value is False:
+        return PG
+    if isinstance(value, int) and 0 < value < 64:
+        return value
+    return _LEVEL_OF_NAME.get(value.lower()) if isinstance(value, str) else None
+
+
+def image_level(image: Mapping[str, Any]) -> int:
+    """Browsing level of an image, the most exact field first; PG when none says anything."""
+    for key in ("browsingLevel", "nsfwLevel", "nsfw"):
+        level = level_of(image.get(key))
+        if level is not None:
+            return level
+    return PG
+
+
+def model_levels(model: Mapping[str, Any]) -> int:
+    """Union of the browsing levels of a model; by its nsfw flag when there is no bitmask."""
+    level = model.get("nsfwLevel")
+    if isinstance(level, int) and not isinstance(level, bool) and level > 0:
+        return level
+    return X if model.get("nsfw") is True else PG
+
+
+def commercial_use(value: Any) -> tuple[str, ...] | None:
+    """``allowCommercialUse``: "Sell" (2023), ["Image", "Rent"] (2024) or "{Image,Rent}" (2026).
+
+    None when the site said nothing.
+    """
+    if isinstance(value, str):
+        value = value.strip().removeprefix("{").removesuffix("}").split(",")
+    if not isinstance(value, list):
+        return None
+    names = (str(name).strip().strip('"') for name in value)
+    return tuple(name for name in names if name and name != "None")
+
+
+def unwrap_meta(meta: Any) -> dict[str, Any] | None:
+    """Generation metadata as a flat dict: ``{"id": N, "meta": {...}}`` is opened."""
+    while isinstance(meta, dict) and "id" in meta and "meta" in meta:
+        meta = meta["meta"]
+    return meta if isinstance(meta, dict) else None
+
+
+def clip_skip(meta: Mapping[str, Any]) -> int | None:
+    """``clipSkip`` (int) or "Clip skip" (string); None when neither is a whole number."""
+    for key in ("clipSkip", "Clip skip"):
+        value = meta.get(key)
+        if isinstance(value, bool):
+            continue
+        if isinstance(value, int):
+            return value
+        if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit():
+            return int(value)
+    return None
+
+
+def comfy_workflow(meta: Mapping[str, Any]) -> dict[str, Any] | None:
+    """``comfy``, a JSON string that may hold NaN or undefined; None when it cannot be read."""
+    import json  # orjson refuses NaN, which this string is known to hold
+
+    value = meta.get("comfy")
+    if isinstance(value, str):
+        try:
+            value = json.loads(value.replace(":undefined", ":null"))
+        except (ValueError, RecursionError):
+            return None
+    return value if isinstance(value, dict) else None
+
+
+_TEXT, _NUMBER, _WHOLE, _FLAG = (str,), (int, float), (int,), (bool,)
+_LIST, _MAP, _MAYBE = (list,), (dict,), type(None)
+
+#: Known fields and the types seen in them. ``None`` is allowed where the site sends it.
+MODEL_FIELDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
+    {
+        "id": _WHOLE,
+        "name": _TEXT,
+        "description": (str, _MAYBE),
+        "type": _TEXT,
+        "nsfw": _FLAG,
+        "nsfwLevel": _WHOLE,
+        "availability": _TEXT,
+        "mode": (str, _MAYBE),
+        "poi": _FLAG,
+        "minor": _FLAG,
+        "sfwOnly": _FLAG,
+        "supportsGeneration": _FLAG,
+        "allowNoCredit": _FLAG,
+        "allowCommercialUse": (str, list, _MAYBE),
+        "allowDerivatives": _FLAG,
+        "allowDifferentLicense": _FLAG,
+        "cosmetic": (dict, _MAYBE),
+        "stats": _MAP,
+        "creator": (dict, _MAYBE),
+        "tags": _LIST,
+        "modelVersions": _LIST,
+    }
+)
+VERSION_FIELDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
+    {
+        "id": _WHOLE,
+        "index": _WHOLE,
+        "name": _TEXT,
+        "modelId": _WHOLE,
+        "baseModel": _TEXT,
+        "baseModelType": (str, _MAYBE),
+        "description": (str, _MAYBE),
+        "trainedWords": _LIST,
+        "publishedAt": (str, _MAYBE),
+        "createdAt": _TEXT,
+        "updatedAt": _TEXT,
+        "availability": _TEXT,
+        "status": _TEXT,
+        "uploadType": _TEXT,
+        "usageControl": _TEXT,
+        "trainingStatus": (str, _MAYBE),
+        "trainingDetails": (dict, _MAYBE),
+        "air": _TEXT,
+        "nsfwLevel": _WHOLE,
+        "supportsGeneration": _FLAG,
+        "stats": _MAP,
+        "files": _LIST,
+        "images": _LIST,
+        "downloadUrl": _TEXT,
+        "earlyAccessTimeFrame": (int, _MAYBE),
+        "earlyAccessEndsAt": (str, _MAYBE),
+        "earlyAccessConfig": (dict, _MAYBE),
+        "paidAccess": (dict, bool, _MAYBE),
+    }
+)
+FILE_FIELDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
+    {
+        "id": _WHOLE,
+        "name": _TEXT,
+        "type": _TEXT,
+        "sizeKB": _NUMBER,
+        "metadata": (dict, _MAYBE),
+        "pickleScanResult": (str, _MAYBE),
+        "pickleScanMessage": (str, _MAYBE),
+        "virusScanResult": (str, _MAYBE),
+        "virusScanMessage": (str, _MAYBE),
+        "scannedAt": (str, _MAYBE),
+        "hashes": _MAP,
+        "downloadUrl": _TEXT,
+        "primary": _FLAG,
+    }
+)
+IMAGE_FIELDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
+    {
+        "id": _WHOLE,
+        "url": (str, _MAYBE),
+        "hash": (str, _MAYBE),
+        "width": (int, _MAYBE),
+        "height": (int, _MAYBE),
+        "type": _TEXT,
+        "nsfw": (str, bool),
+        "nsfwLevel": (str, int),
+        "browsingLevel": _WHOLE,
+        "createdAt": _TEXT,
+        "postId": (int, _MAYBE),
+        "username": (str, _MAYBE),
+        "baseModel": (str, _MAYBE),
+        "modelVersionIds": _LIST,
+        "stats": _MAP,
+        "meta": (dict, _MAYBE),
+        "tags": _LIST,
+        "minor": _FLAG,
+        "poi": _FLAG,
+        "hasMeta": _FLAG,
+        "hasPositivePrompt": _FLAG,
+        "onSite": _FLAG,
+        "remixOfId": (int, _MAYBE),
+    }
+)
+
+
+class Drift:
+    """Counts of what the readers do not know: new fields, and known fields of a new type.
+
+    ``counts`` maps e.g. 'model.stats: str' or 'image.newField: unknown' to how often.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def model(self, model: Any) -> None:
+        """Look at a model with its versions and files."""
+        self._fields("model", model, MODEL_FIELDS)
+        for version in _items(model, "modelVersions"):
+            self._fields("version", version, VERSION_FIELDS)
+            for file in _items(version, "files"):
+                self._fields("file", file, FILE_FIELDS)
+
+    def image(self, image: Any) -> None:
+        """Look at an image."""
+        self._fields("image", image, IMAGE_FIELDS)
+
+    def report(self) -> dict[str, int]:
+        """The counts in a stable order."""
+        return dict(sorted(self.counts.items()))
+
+    def _fields(self, kind: str, item: Any, known: Mapping[str, tuple[type, ...]]) -> None:
+        if not isinstance(item, dict):
+            self.counts[f"{kind}: {type(item).__name__}"] += 1
+            return
+        for key, value in item.items():
+            types = known.get(key)
+            if types is None:
+                self.counts[f"{kind}.{key}: unknown"] += 1
+            elif type(value) not in types:
+                self.counts[f"{kind}.{key}: {type(value).__name__}"] += 1
+        if "id" not in item:
+            self.counts[f"{kind}.id: missing"] += 1
+
+
+def _items(parent: Any, key: str) -> list[Any]:
+    value = parent.get(key) if isinstance(parent, dict) else None
+    return value if isinstance(value, list) else []
+
+
+def canonical(item: Any) -> bytes:
+    """One byte string per JSON value: sorted keys, no spaces, UTF-8, no newline."""
+    return orjson.dumps(item, option=orjson.OPT_SORT_KEYS)
