@@ -137,9 +137,16 @@ def _fix_blip_vit(module: ModuleType) -> Iterator[None]:
         "fairscale.nn": {},
         "fairscale.nn.checkpoint": {},
     }
-    with _lend_modules({**parents, prefix: {"checkpoint_wrapper": checkpoint_wrapper}}):
-        warnings.simplefilter("ignore", FutureWarning)  # timm's old module names work, and warn
+    lent = {**parents, prefix: {"checkpoint_wrapper": checkpoint_wrapper}}
+    with _lend_modules(lent), _silence_timm(module):
         yield
+
+
+@contextmanager
+def _silence_timm(module: ModuleType) -> Iterator[None]:
+    # Its old module names work, and warn. The loader restores the filters.
+    warnings.filterwarnings("ignore", "Importing from timm", FutureWarning)
+    yield
 
 
 @contextmanager
@@ -241,5 +248,6 @@ _FIXES: dict[str, Fix] = {
     "hpsv2.utils": _needs({"clint": {}, "clint.textui": {"progress": None}}),
     "hpsv2.img_score": _needs({"clint": {}, "clint.textui": {"progress": None}}),
     "hpsv2.src.open_clip.factory": _needs({"turtle": {"forward": None}}),
+    "hpsv2.src.open_clip.timm_model": _silence_timm,
     "hpsv2.src.open_clip.tokenizer": _fix_hpsv2_tokenizer,
 }

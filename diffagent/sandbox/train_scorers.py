@@ -54,6 +54,9 @@ ATTRIBUTES = {
     "background": world.BACKGROUNDS,
     "style": world.STYLES,
 }
+EVENLY = tuple(ATTRIBUTES)
+# Shapes are what a tiny network learns last; later it sees them differ most often.
+MOSTLY_SHAPES = ("shape", "shape", "shape", "colour", "background", "style")
 DEGRADATIONS = ("blur", "noise", "washed out", "coarse")
 
 # Disjoint parts of the scorers' seeds: one number seeds one batch, or one reference prompt.
@@ -185,13 +188,16 @@ def as_pixels(images: Sequence[Image.Image]) -> torch.Tensor:
 
 
 def family_batch(
-    rng: random.Random, families: int
+    rng: random.Random, families: int, varied: Sequence[str] = EVENLY
 ) -> tuple[list[Prompt], list[Scene], list[Image.Image]]:
-    """Scenes in families of four that differ in one attribute: the negatives that teach."""
+    """Scenes in families of four that differ in one attribute: the negatives that teach.
+
+    The attribute is one of `varied`, where a name may stand several times.
+    """
     prompts, scenes, images = [], [], []
     for _ in range(families):
         base = world.sample_scene(rng)
-        for scene in (base, *(vary(base, [rng.choice([*ATTRIBUTES])], rng) for _ in range(3))):
+        for scene in (base, *(vary(base, [rng.choice(varied)], rng) for _ in range(3))):
             image = world.draw(scene, rng)
             # Generated pictures are softer than drawings, and must still be understood.
             if rng.random() < 0.3:
@@ -203,7 +209,7 @@ def family_batch(
 
 
 def ranked_pictures(
-    prompt: Prompt, rng: random.Random
+    prompt: Prompt, rng: random.Random, varied: Sequence[str] = EVENLY
 ) -> tuple[list[Image.Image], list[tuple[int, int]]]:
     """Five pictures for a prompt, and which of them is better than which.
 
@@ -212,7 +218,7 @@ def ranked_pictures(
         wrong) and pairs (better, worse). Wrong in a style that the prompt does not name is
         not wrong, so an attribute that it names is changed.
     """
-    named = [name for name in ATTRIBUTES if prompt.styled or name != "style"]
+    named = [name for name in varied if prompt.styled or name != "style"]
     near = world.draw(vary(prompt.scene, [rng.choice(named)], rng), rng)
     match = world.draw(prompt.scene, rng)
     far = world.draw(vary(prompt.scene, ["shape", "colour", "background"], rng), rng)
@@ -370,8 +376,16 @@ def match_matrix(prompts: Sequence[Prompt], scenes: Sequence[Scene]) -> torch.Te
     return torch.tensor([[float(p.matches(s)) for p in prompts] for s in scenes])
 
 
-def train_clip(directory: Path, *, steps: int, families: int = 24) -> None:
-    """Trains the tiny CLIP and writes it in open_clip's directory layout."""
+def train_clip(directory: Path, *, steps: int, first_batch: int = 0, families: int = 24) -> None:
+    """Trains the tiny CLIP and writes it in open_clip's directory layout.
+
+    Args:
+        directory: where to.
+        steps: of the optimiser.
+        first_batch: number of the first batch; above 0 the weights that are there are trained
+            further, at half the learning rate and on shapes above all.
+        families: of four scenes each, a batch.
+    """
     compat.install()
     from open_clip.model import CLIP
 
@@ -381,10 +395,14 @@ def train_clip(directory: Path, *, steps: int, families: int = 24) -> None:
     _write_json(directory / clip_files.CONFIG, config)
     model = CLIP(**config["model_cfg"])
     log.info("CLIP: %d parameters, %d tokens", _count(model), vocab_size)
+    varied, peak = (MOSTLY_SHAPES, 5e-4) if first_batch else (EVENLY, 1e-3)
+    if first_batch:
+        model.load_state_dict(load_file(directory / clip_files.WEIGHTS))
     tokenizer = clip_files.directory_tokenizer(directory)
 
     def loss_of_batch(step: int) -> tuple[torch.Tensor, float]:
-        prompts, scenes, images = family_batch(stream("clip", step), families)
+        rng = stream("clip", first_batch + step)
+        prompts, scenes, images = family_batch(rng, families, varied)
         ids = tokenizer([p.text for p in prompts])
         return contrastive_loss(
             model.encode_image(as_pixels(images)),
@@ -393,7 +411,7 @@ def train_clip(directory: Path, *, steps: int, families: int = 24) -> None:
             match_matrix(prompts, scenes),
         )
 
-    optimise(model, loss_of_batch, what="clip", steps=steps, learning_rate=1e-3)
+    optimise(model, loss_of_batch, what="clip", steps=steps, learning_rate=peak)
     _save(model, directory / clip_files.WEIGHTS)
 
 
@@ -420,7 +438,7 @@ def train_hps(directory: Path, *, steps: int, prompts_per_step: int = 20) -> Non
     def loss_of_batch(step: int) -> tuple[torch.Tensor, float]:
         rng = stream("hps", step)
         prompts = [write_prompt(world.sample_scene(rng), rng) for _ in range(prompts_per_step)]
-        pictures, pairs = _ranked_batch(prompts, rng)
+        pictures, pairs = _ranked_batch(prompts, rng, MOSTLY_SHAPES)
         image = F.normalize(model.encode_image(as_pixels(pictures)), dim=-1)
         ids = tokenizer([p.text for p in prompts])
         text = F.normalize(model.encode_text(ids), dim=-1)
@@ -433,13 +451,13 @@ def train_hps(directory: Path, *, steps: int, prompts_per_step: int = 20) -> Non
 
 
 def _ranked_batch(
-    prompts: Sequence[Prompt], rng: random.Random
+    prompts: Sequence[Prompt], rng: random.Random, varied: Sequence[str] = EVENLY
 ) -> tuple[list[Image.Image], torch.Tensor]:
     """Pictures of all prompts in a row, and (P, 2) positions of (better, worse)."""
     pictures: list[Image.Image] = []
     pairs: list[tuple[int, int]] = []
     for prompt in prompts:
-        own, ranks = ranked_pictures(prompt, rng)
+        own, ranks = ranked_pictures(prompt, rng, varied)
         pairs.extend((len(pictures) + better, len(pictures) + worse) for better, worse in ranks)
         pictures.extend(own)
     return pictures, torch.tensor(pairs)
@@ -636,16 +654,17 @@ def _write_json(path: Path, data: object) -> None:
 
 
 @contextmanager
-def _logged(directory: Path, seed: int) -> Iterator[None]:
+def _logged(directory: Path, seed: int, *, further: bool = False) -> Iterator[None]:
     """Seeds torch for the run alone, and keeps its log beside what it makes."""
     directory.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(directory / "training.log", mode="w", encoding="utf-8")
+    mode = "a" if further else "w"
+    handler = logging.FileHandler(directory / "training.log", mode=mode, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(handler)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        arguments = shlex.join(sys.argv[1:])
-        log.info("python -m diffagent.sandbox.train_scorers %s", arguments)
+        arguments = [word for word in sys.argv[1:] if not word.startswith("--out=")]
+        log.info("python -m diffagent.sandbox.train_scorers %s", shlex.join(arguments))
         log.info("seed %d, torch %s, %d threads", seed, torch.__version__, torch.get_num_threads())
         yield
     log.removeHandler(handler)
@@ -667,6 +686,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = ("clip", "image-reward", "hps", "reference", "evaluate")
     parser.add_argument("what", choices=names)
     parser.add_argument("--steps", type=int, help="of the optimiser (contrast or ranking)")
+    parser.add_argument(
+        "--first-batch", type=int, default=0, help="clip only: train further from this batch on"
+    )
     parser.add_argument("--contrastive-steps", type=int, default=500, help="image-reward only")
     parser.add_argument("--prompts", type=int, default=400, help="evaluate only: per comparison")
     parser.add_argument("--seed", type=int, default=0, help="of weights and dropout")
@@ -676,8 +698,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     log.setLevel(logging.INFO)  # of this module alone: open_clip tells a lot
     root: Path = options.out
     if options.what == "clip":
-        with _logged(root / "clip", options.seed):
-            train_clip(root / "clip", steps=options.steps or 1700)
+        first = options.first_batch
+        with _logged(root / "clip", options.seed, further=first > 0):
+            train_clip(root / "clip", steps=options.steps or 1700, first_batch=first)
     elif options.what == "hps":
         with _logged(root / "hps_v2", options.seed):
             train_hps(root / "hps_v2", steps=options.steps or 350)
