@@ -2,8 +2,8 @@
 
 A picture depends on its recipe alone: the noise comes from a generator on the CPU seeded by the
 recipe, the scheduler is built anew, LoRAs are taken off before the next ones go on. Pictures
-are made one by one, because the same picture in a batch of another size differs in the last
-bits of its floats.
+are made one by one: in a batch of another size the same picture differs by some 1e-6, which is
+enough to change a pixel here and there (measured on the CPU; batches of 4 are twice as fast).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -22,7 +23,7 @@ from diffagent import compat
 from diffagent.errors import RenderError
 from diffagent.render.recipe import LoRAUse, Recipe
 from diffagent.render.samplers import SAMPLERS
-from diffagent.render.store import read_header
+from diffagent.render.store import Tensor, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -71,13 +72,17 @@ def find_config(checkpoint: Path, configs: Sequence[Path]) -> Path | None:
         )
     width, channels = tensors[_FIRST_CONVOLUTION].shape[:2]
     contexts = {t.shape[-1] for name, t in tensors.items() if name.endswith(_CROSS_ATTENTION)}
-    is_sdxl = any(name.startswith(_SDXL_ENCODER) for name in tensors)
+    is_sdxl = _holds_sdxl(tensors)
     for config in configs:
         unet = json.loads((config / "unet" / "config.json").read_text(encoding="utf-8"))
         fits = (unet["block_out_channels"][0], unet["in_channels"]) == (width, channels)
         if fits and contexts == {unet["cross_attention_dim"]} and _is_sdxl(config) == is_sdxl:
             return config
     return None
+
+
+def _holds_sdxl(tensors: Mapping[str, Tensor]) -> bool:
+    return any(name.startswith(_SDXL_ENCODER) for name in tensors)
 
 
 def _is_sdxl(config: Path) -> bool:
@@ -102,6 +107,7 @@ class DiffusersRenderer:
         self._scheduler_config: Any = None
         self._checkpoint: Path | None = None
         self._loras: tuple[Path, ...] = ()
+        self._refused: dict[Path, RenderError] = {}
 
     def use(self, checkpoint: Path, loras: Mapping[str, Path]) -> None:
         """Make a checkpoint and LoRA files (by their SHA256) the ones that `render` draws with.
@@ -110,8 +116,14 @@ class DiffusersRenderer:
             RenderError: a file cannot be loaded; reason 'bad-model-file', 'bad-lora' or
                 'out-of-memory'. The renderer stays usable.
         """
+        if checkpoint in self._refused:  # loading may be slow to fail: the hub is asked
+            raise self._refused[checkpoint]
         if self._checkpoint != checkpoint:
-            self._load(checkpoint)
+            try:
+                self._load(checkpoint)
+            except RenderError as error:
+                self._refused[checkpoint] = error
+                raise
         if self._loras != tuple(loras.values()):
             self._lay(loras)
 
@@ -169,7 +181,7 @@ class DiffusersRenderer:
         diffusers.utils.logging.disable_progress_bar()
         diffusers.utils.logging.set_verbosity_error()
         config = find_config(checkpoint, self.configs)
-        is_sdxl = any(name.startswith(_SDXL_ENCODER) for name in read_header(checkpoint))
+        is_sdxl = _holds_sdxl(read_header(checkpoint))
         name = "StableDiffusionXLPipeline" if is_sdxl else "StableDiffusionPipeline"
         options: dict[str, Any] = {} if is_sdxl else {"safety_checker": None}
         if config:
@@ -186,7 +198,7 @@ class DiffusersRenderer:
                 f"{checkpoint.name!r} does not fit into the memory of {self.device}",
                 reason="out-of-memory",
             ) from error
-        except (RuntimeError, ValueError, KeyError, OSError) as error:
+        except Exception as error:  # an untrusted file can make a loader fail in any way
             raise RenderError(
                 f"diffusers cannot load {checkpoint.name!r}: {type(error).__name__}: {error}; a "
                 "checkpoint that is not the sandbox's needs its pipeline configuration from the "
@@ -194,6 +206,8 @@ class DiffusersRenderer:
                 reason="bad-model-file",
             ) from error
         pipeline.set_progress_bar_config(disable=True)
+        for convolutional in (pipeline.unet, pipeline.vae):  # 15 % faster on a CPU
+            convolutional.to(memory_format=torch.channels_last)
         self._scheduler_config = dict(pipeline.scheduler.config)
         self._checkpoint = checkpoint
         self.loads += 1
@@ -206,10 +220,12 @@ class DiffusersRenderer:
         try:
             for sha256, path in loras.items():
                 read_header(path)
-                self._pipeline.load_lora_weights(load_file(path), adapter_name=_adapter(sha256))
+                with warnings.catch_warnings():  # peft warns of every second adapter
+                    warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                    self._pipeline.load_lora_weights(load_file(path), adapter_name=_adapter(sha256))
             if loras:  # fails for a file that had nothing for this checkpoint
                 self._pipeline.set_adapters([_adapter(sha256) for sha256 in loras])
-        except (RuntimeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        except Exception as error:  # an untrusted file can make a loader fail in any way
             self._pipeline.unload_lora_weights()
             raise RenderError(
                 f"LoRA files {[path.name for path in loras.values()]} do not fit the checkpoint: "

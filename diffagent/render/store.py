@@ -17,7 +17,6 @@ from typing import Any, Protocol
 
 from filelock import FileLock
 
-from diffagent.artifacts import sha256_file
 from diffagent.errors import RenderError
 
 log = logging.getLogger(__name__)
@@ -47,7 +46,7 @@ class ModelFile(Protocol):
 
 
 class Downloader(Protocol):
-    """The part of the Civitai client that the store uses."""
+    """The part of the Civitai client that the store uses: it verifies size and SHA256."""
 
     def download(
         self, url: str, path: Path, *, sha256: str | None = None, size_bytes: int | None = None
@@ -79,38 +78,26 @@ class ModelStore:
         """The local file of a model, downloaded when it is not there.
 
         Raises:
-            RenderError: it is not what the catalogue says ('wrong-content') or not a sound
-                safetensors file ('bad-model-file').
-            CivitaiError: the site does not give it.
+            RenderError: not a sound safetensors file ('bad-model-file'), or the catalogue has no
+                hash to verify it by ('no-hash').
+            CivitaiError: the site does not give it, or gives something else.
         """
         target = self.path((file.sha256 or "").lower())
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
             if not target.exists():
-                # Stays when the process dies: the client goes on from where it ends.
                 partial = target.with_suffix(".partial")
                 self.client.download(
                     file.download_path, partial, sha256=file.sha256, size_bytes=file.size_bytes
                 )
                 try:
-                    _check(partial, file)
+                    read_header(partial)
                 except RenderError:
                     partial.unlink()
                     raise
                 partial.replace(target)
                 log.info("fetched %r: %d bytes", file.model, target.stat().st_size)
         return target
-
-
-def _check(path: Path, file: ModelFile) -> None:
-    digest = sha256_file(path)
-    if digest != (file.sha256 or "").lower():
-        raise RenderError(
-            f"the file of {file.model!r} has SHA256 {digest}, the catalogue says {file.sha256}; "
-            "it was replaced or damaged: crawl again",
-            reason="wrong-content",
-        )
-    read_header(path)
 
 
 def read_header(path: Path) -> dict[str, Tensor]:

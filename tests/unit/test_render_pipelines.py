@@ -77,7 +77,8 @@ def test_a_single_file_draws_what_its_pipeline_draws(world: World) -> None:
     ).images[0]
     drawn = pixels(renderer, sampler="DDIM")
     assert drawn.std() > 5
-    assert (drawn == (expected * 255).round().astype(np.uint8)).all()
+    # The renderer's memory layout sums in another order: one grey level at most.
+    assert np.abs(drawn - expected * 255).max() < 1
 
 
 def test_a_picture_depends_on_its_recipe_alone(world: World) -> None:

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from diffagent.errors import NotFound, RenderError
+from diffagent.errors import CivitaiError, RenderError
 from diffagent.render.store import ModelStore, Tensor, read_header
 
 CONTENT = save({"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros(0)})
@@ -72,11 +72,17 @@ def test_concurrent_fetches_share_one_download(tmp_path: Path) -> None:
     assert len(paths) == 4
 
 
-def test_other_content_is_refused_and_removed(tmp_path: Path) -> None:
-    store = ModelStore(tmp_path, Client(b'{"error": "Early Access"}'))
-    with pytest.raises(RenderError, match="catalogue says") as refused:
-        store.fetch(File())
-    assert refused.value.reason == "wrong-content"
+def test_what_the_client_refuses_leaves_nothing(tmp_path: Path) -> None:
+    class Strict(Client):
+        def download(self, url: str, path: Path, **expected: Any) -> None:
+            assert (url, expected) == (
+                "/api/download/models/1",
+                {"sha256": File.sha256, "size_bytes": len(CONTENT)},
+            )
+            raise CivitaiError("SHA256 0 instead of 1")
+
+    with pytest.raises(CivitaiError):
+        ModelStore(tmp_path, Strict()).fetch(File())
     assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".lock"]
 
 
@@ -86,15 +92,7 @@ def test_a_pickle_with_the_right_hash_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RenderError, match="pickle") as refused:
         store.fetch(File(sha256=hashlib.sha256(pickle).hexdigest()))
     assert refused.value.reason == "bad-model-file"
-
-
-def test_the_site_s_refusal_passes_through(tmp_path: Path) -> None:
-    class Gone(Client):
-        def download(self, url: str, path: Path, **expected: Any) -> None:
-            raise NotFound("404")
-
-    with pytest.raises(NotFound):
-        ModelStore(tmp_path, Gone()).fetch(File())
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".lock"]
 
 
 @pytest.mark.parametrize("sha256", [None, "", "../" * 21 + "x", "g" * 64])

@@ -1,0 +1,424 @@
+"""The stages ``render`` and ``score``: every row accounted for, resumable, loads counted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from diffagent.artifacts import Artifact, sha256_file
+from diffagent.dabench.catalogue import Catalogue, Entry
+from diffagent.errors import Forbidden, RenderError, ServerError
+from diffagent.render import stage as render_stage
+from diffagent.render.pnginfo import read_png
+from diffagent.render.recipe import Recipe
+from diffagent.render.stage import REASONS, render
+from diffagent.rewards import stage as score_stage
+from diffagent.rewards.base import ScoreBatch
+from diffagent.rewards.stage import score
+from diffagent.rewards.unified import MetricReference
+from schemas.api import T2IAPI, LoRA, Params
+from schemas.config import RenderConfig, RewardsConfig, RuntimeConfig, ScorerConfig
+from schemas.dabench import CANDIDATES, RENDERS, SCORES
+from tests.unit import tiny_sd
+from tests.unit.test_render_recipe import ENTRY
+
+NOWHERE = "http://127.0.0.1:9"  # nothing listens: all files are in the cache
+
+
+class World:
+    """A catalogue with its files in the model cache, and answers that use it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.runtime = RuntimeConfig(
+            store=str(folder / "store"), models=str(folder / "models"), device="cpu"
+        )
+        self.entries: list[Entry] = []
+        self.rows: list[dict[str, Any]] = []
+        (folder / "dabench").mkdir(parents=True)
+        (folder / "candidates").mkdir()
+
+    def add_model(self, name: str, file: Path | None = None, **fields: Any) -> None:
+        """Put a model into the catalogue and its file into the cache."""
+        number = len(self.entries) + 1
+        sha256 = sha256_file(file) if file else f"{number:064x}"
+        target = self.folder / "models" / sha256[:2] / f"{sha256}.safetensors"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if file:
+            shutil.copy(file, target)
+        elif fields.pop("cached", True):
+            target.write_bytes(b"not read by the renderer of this test")
+        self.entries.append(
+            replace(ENTRY, **{"model": name, "version_id": number, "sha256": sha256, **fields})
+        )
+
+    def answer(self, model: str, *loras: str, status: str = "valid", **fields: Any) -> None:
+        """Add a candidate to a prompt (``prompt_id`` 0 unless told)."""
+        params = {"sampler": "Euler a", "steps": 2, "cfg_scale": 7, "width": 64, "height": 64}
+        names = set(Params.model_fields)
+        params |= {name: fields.pop(name) for name in list(fields) if name in names}
+        api = T2IAPI(
+            model=model,
+            version="8",
+            base_model="SD 1.5",
+            loras=tuple(LoRA(model=lora, version="8", weight=1) for lora in loras),
+            params=Params.model_validate(params),
+        )
+        row = {
+            "prompt_id": 0,
+            "prompt": "a red circle",
+            "source": "sft",
+            "text": api.to_json(),
+            "api": api.to_json() if status == "valid" else None,
+            "status": status,
+            "reason": None if status == "valid" else "unknown-model",
+            **fields,
+        }
+        same = [
+            r
+            for r in self.rows
+            if (r["prompt_id"], r["source"]) == (row["prompt_id"], row["source"])
+        ]
+        self.rows.append({"candidate": len(same), **row})
+
+    def inputs(self) -> dict[str, list[Artifact]]:
+        table = Catalogue(self.entries).to_table()
+        pq.write_table(table, self.folder / "dabench" / "catalogue.parquet")
+        candidates = pa.Table.from_pylist(self.rows, schema=CANDIDATES)
+        pq.write_table(candidates, self.folder / "candidates" / "candidates.parquet")
+        return {
+            name: [
+                Artifact(
+                    stage=name,
+                    identity=name,
+                    content_digest=sha256_file(next((self.folder / name).glob("*.parquet"))),
+                    path=self.folder / name,
+                )
+            ]
+            for name in ("dabench", "candidates")
+        }
+
+    def render(self, store: str = "store", **config: Any) -> Artifact:
+        runtime = self.runtime.model_copy(update={"store": str(self.folder / store)})
+        return render.run(
+            RenderConfig(**{"max_failed_fraction": 1, **config}),
+            self.inputs(),
+            runtime,
+            site_url=NOWHERE,
+        )
+
+
+class Painter:
+    """A renderer that paints one colour a recipe; models that are called 'broken' fail."""
+
+    def __init__(self, device: Any, configs: Any = ()) -> None:
+        self.device = device
+        self.loads = self.truncated = 0
+        self.used: list[tuple[Path, tuple[Path, ...]]] = []
+
+    def use(self, checkpoint: Path, loras: dict[str, Path]) -> None:
+        self.loads += 1
+        self.used.append((checkpoint, tuple(loras.values())))
+
+    def render(self, recipe: Recipe) -> Image.Image:
+        if recipe.prompt == "darkness":
+            raise RenderError("black", reason="black")
+        return Image.new("RGB", (8, 8), f"#{recipe.digest[:6]}")
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    monkeypatch.setattr(render_stage, "DiffusersRenderer", Painter)
+    world = World(tmp_path)
+    world.add_model("A")
+    world.add_model("B")
+    world.add_model("ink", type="LORA")
+    return world
+
+
+def rows(artifact: Artifact, name: str = "renders") -> list[dict[str, Any]]:
+    return pq.read_table(artifact.file(f"{name}.parquet")).to_pylist()
+
+
+def test_equal_answers_share_a_picture(world: World) -> None:
+    world.answer("B", seed=5)
+    world.answer("A")
+    world.answer("A", "ink")
+    world.answer("A", source="dabench")
+    world.answer("A", prompt_id=1)  # the same text for another id
+    world.answer("A", prompt_id=2, prompt="a blue square")
+    artifact = world.render(seeds=(7, 3))
+    table = pq.read_table(artifact.file("renders.parquet"))
+    assert table.schema.equals(RENDERS)
+    renders = table.to_pylist()
+    keys = [(r["prompt_id"], r["source"], r["candidate"], r["seed"]) for r in renders]
+    assert keys == sorted(keys)
+    assert len(set(keys)) == 12
+    assert {r["status"] for r in renders} == {"ok"}
+    recipes = {r["recipe"] for r in renders}
+    assert len(recipes) == 8
+    assert {path.stem for path in artifact.glob("images/*")} == recipes
+    for row in renders:
+        recipe, text = read_png(artifact.file(f"images/{row['recipe']}.png"))
+        assert (recipe.prompt, recipe.seed) == (row["prompt"], row["seed"])
+        assert f"Seed: {row['seed']}" in text
+    assert artifact.manifest.metrics["pictures_drawn"] == 8
+    assert artifact.manifest.metrics["checkpoint_loads"] == 3  # a load a group with this painter
+
+
+def test_every_failure_is_a_row_with_its_reason(world: World, monkeypatch: Any) -> None:
+    world.add_model("Flux", base_model="Flux.1 D")
+    world.add_model("unhashed", sha256=None)
+    world.add_model("locked", cached=False)
+    world.add_model("xl ink", type="LORA", base_model="SDXL 1.0")
+    world.answer("A")
+    world.answer("A", status="invalid")
+    world.answer("A", prompt="darkness")
+    world.answer("nobody")
+    world.answer("A", "nobody")
+    world.answer("A", "xl ink")
+    world.answer("Flux")
+    world.answer("unhashed")
+    world.answer("locked")
+    world.answer("A", sampler="DPM adaptive")
+    world.answer("A", width=1024, height=2048)
+    world.answer("A", api='{"model":"A"}')
+
+    def fetch(store: Any, file: Entry) -> Path:
+        if file.model == "locked":
+            raise Forbidden("401: early access")
+        return store.path(file.sha256)
+
+    monkeypatch.setattr(render_stage.ModelStore, "fetch", fetch)
+    artifact = world.render()
+    told = [(row["status"], row["reason"], row["recipe"] is None) for row in rows(artifact)]
+    assert told == [
+        ("ok", None, False),
+        ("invalid", "unknown-model", True),
+        ("failed", "black", True),
+        ("failed", "unknown-model", True),
+        ("failed", "unknown-lora", True),
+        ("failed", "lora-base-mismatch", True),
+        ("failed", "unsupported-base-model", True),
+        ("failed", "no-hash", True),
+        ("failed", "download", True),
+        ("failed", "unsupported-sampler", True),
+        ("failed", "too-large", True),
+        ("failed", "unreadable-api", True),
+    ]
+    assert {reason for status, reason, _ in told if status == "failed"} <= set(REASONS)
+    (funnel,) = artifact.manifest.funnels
+    assert (funnel.seen, funnel.kept) == (12, 1)
+
+    with pytest.raises(RenderError, match=r"10 of 11 valid answers.*render.max_failed_fraction"):
+        world.render(max_failed_fraction=0.9)
+    world.render(max_failed_fraction=0.91)
+
+
+def test_trouble_of_the_site_is_not_a_failed_row(world: World, monkeypatch: Any) -> None:
+    world.answer("A")
+
+    def fetch(store: Any, file: Entry) -> Path:
+        raise ServerError("503")
+
+    with monkeypatch.context() as patch, pytest.raises(ServerError):
+        patch.setattr(render_stage.ModelStore, "fetch", fetch)
+        world.render()
+    assert [row["status"] for row in rows(world.render())] == ["ok"]
+
+
+def test_nothing_valid_is_no_failure(world: World) -> None:
+    world.answer("A", status="invalid")
+    artifact = world.render(max_failed_fraction=0)
+    assert [row["status"] for row in rows(artifact)] == ["invalid"]
+    assert not artifact.glob("images/*")
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from diffagent.artifacts import Artifact
+from diffagent.render import stage
+from schemas.config import RenderConfig, RuntimeConfig
+from tests.unit.test_render_stage import Painter
+
+written = 0
+write_bytes = pathlib.Path.write_bytes
+
+def die_in_the_fourth_picture(path, data):
+    global written
+    written += ".png" in path.name
+    write_bytes(path, data if written < 4 else data[: len(data) // 2])
+    if written == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+stage.DiffusersRenderer = Painter
+pathlib.Path.write_bytes = die_in_the_fourth_picture
+dabench, candidates = (Artifact.model_validate_json(text) for text in sys.argv[1:3])
+stage.render.run(
+    RenderConfig(max_failed_fraction=1),
+    {"dabench": [dabench], "candidates": [candidates]},
+    RuntimeConfig.model_validate_json(sys.argv[3]),
+    site_url="http://127.0.0.1:9",
+)
+"""
+
+
+def test_a_killed_run_goes_on_after_its_last_whole_picture(world: World) -> None:
+    for number in range(10):
+        world.answer("AB"[number % 2], prompt_id=number, prompt=f"picture {number}")
+    inputs = world.inputs()
+    arguments = [inputs[name][0].model_dump_json() for name in ("dabench", "candidates")]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments, world.runtime.model_dump_json()],
+        cwd=Path(__file__).parents[2],
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    (partial,) = (world.folder / "store" / "render").glob(".*.partial")
+    leftovers = sorted(partial.glob("images/*"))
+    assert len(leftovers) == 4
+    whole = next(path for path in leftovers if path.suffix == ".png")
+    whole.write_bytes(whole.read_bytes()[:-40])  # damaged: it is drawn again
+    (partial / "images" / f"{'0' * 64}.png").write_bytes(b"of another run")
+
+    artifact = world.render()
+    undisturbed = world.render(store="other")
+    assert artifact.content_digest == undisturbed.content_digest
+    assert artifact.manifest.files == undisturbed.manifest.files
+    assert artifact.manifest.metrics["pictures_resumed"] == 2
+    assert artifact.manifest.metrics["pictures_drawn"] == 8
+
+
+def test_real_pictures_load_each_checkpoint_once(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    config = tmp_path / "models" / "configs" / "tiny"
+    for seed in (0, 1):
+        pipeline = tiny_sd.build(config, seed)
+        tiny_sd.save_single_file(pipeline, tmp_path / "checkpoint.safetensors")
+        world.add_model(f"checkpoint {seed}", tmp_path / "checkpoint.safetensors")
+        tiny_sd.save_kohya_lora(pipeline, tmp_path / "lora.safetensors", seed)
+        world.add_model(f"lora {seed}", tmp_path / "lora.safetensors", type="LORA")
+    world.add_model("no checkpoint", tmp_path / "lora.safetensors", sha256="f" * 64)
+    broken = tmp_path / "models" / "ff" / f"{'f' * 64}.safetensors"
+    broken.parent.mkdir()
+    shutil.copy(tmp_path / "lora.safetensors", broken)
+    for prompt in range(2):
+        for name in ("checkpoint 1", "checkpoint 0", "no checkpoint"):
+            for loras in ((), ("lora 0",), ("lora 0", "lora 1")):
+                world.answer(name, *loras, prompt_id=prompt, prompt=f"circle {prompt}")
+    artifact = world.render()
+    assert artifact.manifest.metrics["checkpoint_loads"] == 2
+    renders = rows(artifact)
+    reasons = Counter(row["reason"] for row in renders)
+    assert reasons == {None: 12, "bad-model-file": 6}
+    digests = {path.stem: path.read_bytes() for path in artifact.glob("images/*")}
+    assert len(set(digests.values())) == 12
+
+    # One row alone, in another store: the same bytes.
+    world.rows = world.rows[1:2]
+    (alone,) = world.render(store="alone").glob("images/*")
+    assert digests[alone.stem] == alone.read_bytes()
+
+
+class Brightness:
+    """A scorer: mean of a picture and length of its prompt; 'a red circle' breaks ``clip``."""
+
+    version, digest = "test-1", "0" * 64
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.seen: Counter[tuple[str, bytes]] = Counter()
+
+    def score(self, prompts: Any, images: Any) -> ScoreBatch:
+        self.seen.update((p, i.tobytes()) for p, i in zip(prompts, images, strict=True))
+        values = [
+            np.nan if self.name == "clip" and p == "broken" else np.asarray(i).mean() + len(p)
+            for p, i in zip(prompts, images, strict=True)
+        ]
+        return ScoreBatch(np.array(values, np.float32), np.array([len(p) > 12 for p in prompts]))
+
+
+@pytest.fixture
+def scorers(monkeypatch: pytest.MonkeyPatch) -> list[Brightness]:
+    scorers = [Brightness(name) for name in ("clip", "image_reward", "hps_v2")]
+    monkeypatch.setattr(score_stage, "load_scorers", lambda config, device: scorers)
+    return scorers
+
+
+def rewards(folder: Path) -> RewardsConfig:
+    reference = {
+        name: vars(MetricReference(100.0, 10.0, "0" * 64))
+        for name in ("clip", "image_reward", "hps_v2")
+    }
+    (folder / "reference.json").write_text(json.dumps({"metrics": reference}))
+    return RewardsConfig(
+        scorers=tuple(
+            ScorerConfig(name=name, model="test")
+            for name in ("clip", "image_reward", "hps_v2")
+        ),
+        reference=str(folder / "reference.json"),
+        invalid_floor=-50,
+        batch_size=2,
+    )  # fmt: skip
+
+
+def test_scores_follow_the_rows(world: World, scorers: list[Brightness]) -> None:
+    world.answer("A")
+    world.answer("A", status="invalid")
+    world.answer("A", prompt="darkness")
+    world.answer("B", prompt="broken")
+    world.answer("B", prompt="a long red circle")
+    world.answer("A", source="dabench")
+    renders = world.render()
+    artifact = score.run(rewards(world.folder), {"renders": [renders]}, world.runtime)
+    table = pq.read_table(artifact.file("scores.parquet"))
+    assert table.schema.equals(SCORES)
+    scores = table.to_pylist()
+    kept = ("prompt_id", "source", "candidate", "seed", "recipe")
+    assert [[r[k] for k in kept] for r in scores] == [[r[k] for k in kept] for r in rows(renders)]
+    assert [(r["source"], r["status"], r["reason"]) for r in scores] == [
+        ("dabench", "ok", None),
+        ("sft", "ok", None),
+        ("sft", "invalid", "unknown-model"),
+        ("sft", "failed", "black"),
+        ("sft", "failed", "score-not-finite"),
+        ("sft", "ok", None),
+    ]
+    for row in scores:
+        values = [row[name] for name in ("clip", "image_reward", "hps_v2")]
+        if row["status"] == "ok":
+            assert row["unified"] == pytest.approx((values[0] - 100) / 10)
+            assert values[0] == values[1] == values[2]
+        else:
+            assert values == [None] * 3
+            assert row["unified"] == (-50 if row["status"] == "invalid" else None)
+    assert {key: scores[0][key] for key in ("clip", "unified")} == {
+        key: scores[1][key] for key in ("clip", "unified")
+    }
+    for scorer in scorers:  # each picture once
+        assert len(scorer.seen) == 3
+        assert set(scorer.seen.values()) == {1}
+    told = artifact.manifest.metrics["scorers"]["hps_v2"]
+    assert (told["version"], told["digest"], told["truncated_prompts"]) == ("test-1", "0" * 64, 1)
+    assert artifact.manifest.metrics["unified"]["invalid_floor"] == -50
+    assert (artifact.manifest.funnels[0].seen, artifact.manifest.funnels[0].kept) == (6, 3)
+
+
+def test_no_picture_no_scores(world: World, scorers: list[Brightness]) -> None:
+    world.answer("A", status="invalid")
+    artifact = score.run(rewards(world.folder), {"renders": [world.render()]}, world.runtime)
+    assert [row["unified"] for row in rows(artifact, "scores")] == [-50]
+    assert not scorers[0].seen
