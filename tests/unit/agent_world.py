@@ -63,10 +63,8 @@ def make_catalogue() -> Catalogue:
 def make_api(style: str, rng: random.Random, faithful: float = 0.75) -> T2IAPI:
     """The call of a user: mostly the specialist of the style, with habits that go with it."""
     position = STYLES.index(style)
-    if rng.random() < faithful:
-        model = NAMES[style]
-    else:
-        model = rng.choice([*NAMES.values(), *GENERALISTS])
+    others = [*NAMES.values(), *GENERALISTS]
+    model = NAMES[style] if rng.random() < faithful else rng.choice(others)
     loras: tuple[LoRA, ...] = ()
     if style == "outline" and rng.random() < 0.4:
         loras = (LoRA(model="Thick Outlines", version="v1", weight=rng.choice((0.6, 0.8, 1))),)

@@ -17,6 +17,10 @@ def chosen(scores: torch.Tensor) -> list[int]:
     return scores.argmax(1).tolist()
 
 
+def flat(rows: list[list[int]]) -> list[int]:
+    return [token for row in rows for token in row]
+
+
 def draw(decoding: TopP, probs: list[float], steps: int, prompt: str = "a star") -> list[list[int]]:
     """Tokens (candidates, steps) when every step has the same distribution."""
     processor = decoding.processor([prompt], 3, steps, EOS)
@@ -25,24 +29,25 @@ def draw(decoding: TopP, probs: list[float], steps: int, prompt: str = "a star")
     for _ in range(steps):
         token = torch.tensor(chosen(processor(ids, scores)))[:, None]
         ids = torch.cat([ids, token], 1)
-    return ids[:, 3:].tolist()
+    drawn: list[list[int]] = ids[:, 3:].tolist()
+    return drawn
 
 
 def test_sampling_follows_the_distribution() -> None:
-    tokens = sum(draw(TopP(20, seed=1), [0.5, 0.2, 0.3], 200), [])
+    tokens = flat(draw(TopP(20, seed=1), [0.5, 0.2, 0.3], 200))
     shares = [tokens.count(token) / len(tokens) for token in range(3)]
     assert shares == pytest.approx([0.5, 0.2, 0.3], abs=0.03)
 
 
 def test_the_nucleus_is_the_shortest_prefix_with_the_mass() -> None:
-    tokens = sum(draw(TopP(20, top_p=0.6, seed=1), [0.5, 0.2, 0.3], 200), [])
+    tokens = flat(draw(TopP(20, top_p=0.6, seed=1), [0.5, 0.2, 0.3], 200))
     shares = [tokens.count(token) / len(tokens) for token in range(3)]
     assert shares == pytest.approx([0.5 / 0.8, 0, 0.3 / 0.8], abs=0.03)
-    assert set(sum(draw(TopP(4, top_p=0.4), [0.5, 0.2, 0.3], 50), [])) == {0}
+    assert set(flat(draw(TopP(4, top_p=0.4), [0.5, 0.2, 0.3], 50))) == {0}
 
 
 def test_a_low_temperature_is_greedy() -> None:
-    assert set(sum(draw(TopP(4, temperature=0.01), [0.4, 0.35, 0.25], 50), [])) == {0}
+    assert set(flat(draw(TopP(4, temperature=0.01), [0.4, 0.35, 0.25], 50))) == {0}
 
 
 def test_draws_depend_on_seed_prompt_and_candidate_alone() -> None:

@@ -1,0 +1,164 @@
+"""The stage ``sft``: what it writes, that it learns, that it survives a kill."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer
+
+from diffagent.agent.llm import load_agent
+from diffagent.artifacts import Artifact
+from diffagent.errors import TrainingError
+from diffagent.train import fit, sft
+from schemas.config import RuntimeConfig, SFTConfig
+from tests.unit.agent_world import make_world
+from tests.unit.conftest import AgentRun
+
+TINY = SFTConfig(
+    hidden_size=32,
+    num_hidden_layers=1,
+    vocab_size=400,
+    max_steps=6,
+    learning_rate=5e-3,
+    per_device_train_batch_size=4,
+    save_steps=2,
+)
+
+
+def train(config: SFTConfig, store: Path) -> Artifact:
+    runtime = RuntimeConfig(store=str(store), device="cpu")
+    return sft.train_sft.run(config, {"dabench": [make_world(store, train=24, test=4)]}, runtime)
+
+
+def state(artifact: Artifact) -> dict[str, torch.Tensor]:
+    weights: dict[str, torch.Tensor] = load_agent(artifact.path, "cpu").model.state_dict()
+    return weights
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let the next training die when it begins optimizer step ``step`` (from 0)."""
+    original = Trainer.training_step
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step:
+            raise Killed
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+
+
+def test_an_agent_directory_is_whole_and_names_no_place(agent_run: AgentRun) -> None:
+    path = agent_run.agent.path
+    files = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
+    assert files == {
+        "agent.json",
+        "catalogue.parquet",
+        "config.json",
+        "generation_config.json",
+        "manifest.json",
+        "mapping/samplers.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    for name in files - {"catalogue.parquet", "model.safetensors", "manifest.json"}:
+        assert str(path.parents[1]) not in (path / name).read_text(encoding="utf-8")
+    info = json.loads((path / "agent.json").read_text())
+    assert (info["base_model"], info["trained_by"]) == ("sandbox-llama", ["sft"])
+    assert re.fullmatch(r".*\{prompt\}.*", info["prompt_template"], re.DOTALL)
+    metrics = agent_run.agent.manifest.metrics
+    assert metrics["last_loss"] < metrics["first_loss"] / 5
+    assert metrics["responses_too_long"] == metrics["prompts_cut"] == 0
+
+
+def test_every_trainable_parameter_changes_and_training_is_deterministic(tmp_path: Path) -> None:
+    trained = train(TINY, tmp_path / "a")
+    dabench = make_world(tmp_path / "a", train=24, test=4)
+    pairs = [
+        (pair.prompt, sft.response_text(pair.api)) for pair in sft.read_split(dabench.path, "train")
+    ]
+    start, _ = sft.load_base(TINY, pairs, torch.float32)
+    after = state(trained)
+    for name, before in start.state_dict().items():
+        assert not torch.equal(before, after[name]), name
+    assert train(TINY, tmp_path / "b").content_digest == trained.content_digest
+    other = train(TINY.model_copy(update={"seed": 1}), tmp_path / "a")
+    assert other.content_digest != trained.content_digest
+
+
+@pytest.mark.parametrize("step", [1, 5])
+def test_a_killed_run_continues_as_if_undisturbed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    undisturbed = train(TINY, tmp_path / "undisturbed")
+    with monkeypatch.context() as patch:
+        kill_at(patch, step)
+        with pytest.raises(Killed):
+            train(TINY, tmp_path / "killed")
+    [partial] = (tmp_path / "killed" / "sft").glob(".*.partial")
+    # A kill while checkpoint 99 was being written.
+    broken = partial / "checkpoints" / "checkpoint-99"
+    broken.mkdir(parents=True)
+    (broken / "trainer_state.json").write_text('{"global_st')
+    resumed = train(TINY, tmp_path / "killed")
+    assert resumed.content_digest == undisturbed.content_digest
+    assert resumed.manifest.metrics.get("resumed_at_step", 0) == step // 2 * 2
+
+
+def test_a_run_killed_after_its_last_step_trains_no_further(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = train(TINY, tmp_path / "undisturbed")
+
+    def die(*args: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "save_agent", die)
+        with pytest.raises(Killed):
+            train(TINY, tmp_path / "killed")
+    resumed = train(TINY, tmp_path / "killed")
+    assert resumed.manifest.metrics["resumed_at_step"] == TINY.max_steps
+    assert resumed.content_digest == undisturbed.content_digest
+
+
+def test_lora_is_merged_into_a_plain_model(agent_run: AgentRun, tmp_path: Path) -> None:
+    base = agent_run.agent.path
+    config = TINY.model_copy(update={"model": str(base), "lora_rank": 2, "max_steps": 3})
+    trained = train(config, tmp_path)
+    before, after = state(agent_run.agent), state(trained)
+    assert before.keys() == after.keys()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved == {name for name in before if re.search(r"(_proj)\.weight$", name)}
+    info = json.loads((trained.path / "agent.json").read_text())
+    assert info["base_model"] == base.name  # a path would name this machine
+
+
+def test_a_model_that_cannot_be_loaded_says_so(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"sft\.model: cannot load 'no/such-model'"):
+        train(TINY.model_copy(update={"model": "no/such-model"}), tmp_path)
+
+
+def test_what_does_not_fit_is_counted(tmp_path: Path) -> None:
+    metrics = train(TINY.model_copy(update={"max_length": 110}), tmp_path).manifest.metrics
+    assert metrics["longest_example"] <= 110
+    assert metrics["prompts_cut"] + metrics["responses_too_long"] > 0
+    with pytest.raises(TrainingError, match="no response fits into max_length 32"):
+        train(TINY.model_copy(update={"max_length": 32}), tmp_path)
+
+
+def test_a_loss_that_is_no_number_stops_the_run() -> None:
+    class State:
+        global_step, max_steps = 7, 9
+
+    with pytest.raises(TrainingError, match="diverged; lower learning_rate"):
+        fit._LogCallback().on_log(None, State(), None, {"loss": float("nan")})
