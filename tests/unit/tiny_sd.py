@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from diffagent import compat
-from diffagent.sandbox.networks import CONFIG_DIR
+from diffagent import compat, sandbox
 from diffagent.sandbox.single_file import single_file_tensors
+
+TOKENIZER = Path(sandbox.__file__).parent / "config" / "sd15-tiny" / "tokenizer"
 
 
 def build(folder: Path, seed: int = 0) -> Any:
@@ -37,7 +38,7 @@ def build(folder: Path, seed: int = 0) -> Any:
         norm_num_groups=8,
         sample_size=64,
     )
-    tokenizer = CLIPTokenizer.from_pretrained(CONFIG_DIR / "tokenizer")
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER)
     text = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
