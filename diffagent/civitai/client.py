@@ -290,9 +290,12 @@ class CivitaiClient:
         with self._follow(self.origin + path, {}) as response:
             if response.status_code != 200:
                 raise _failure(response, cursor=False)
-            if "__NEXT_DATA__" not in response.text:
-                raise ServerError(f"{path}: a page without __NEXT_DATA__ (a challenge?)")
-            return response.text
+            page = response.content.decode("utf-8", "replace")
+        if "__NEXT_DATA__" not in page:
+            raise ServerError(f"{path}: a page without __NEXT_DATA__ (a challenge?)")
+        if not page.rstrip().endswith("</html>"):
+            raise ServerError(f"{path}: a page that ends in the middle")
+        return page
 
     def _follow(self, url: str, params: Params) -> requests.Response:
         """GET with redirects within the site; elsewhere nothing is ever asked."""
@@ -310,6 +313,9 @@ class CivitaiClient:
 
     def _redirect_target(self, url: str) -> str:
         with self._send(url) as response:
+            if response.status_code == 200:
+                kind = response.headers.get("Content-Type", "")
+                raise ServerError(f"{urlsplit(url).path}: {kind!r} instead of a redirect")
             if not response.is_redirect:
                 raise _failure(response, cursor=False)
             target = urljoin(url, response.headers["Location"])

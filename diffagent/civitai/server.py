@@ -195,6 +195,8 @@ class _Window:
     ) -> None:
         self.site, self.request, self.selection, self.limit = site, request, selection, limit
         self.start = 0
+        # A deploy between two requests makes the cursor of the first one stale.
+        self.epoch = site.faults.epoch
         self.marked = False  # an empty page was served here
         self.page: int | None = None
         self.numeric = False  # the cursor of a search is an offset
@@ -214,8 +216,7 @@ class _Window:
                 if self.start < 0:
                     raise StaleCursor(cursor)
             elif cursor:
-                epoch = self.site.faults.epoch
-                key, self.marked = decode_cursor(cursor, selection.columns, epoch)
+                key, self.marked = decode_cursor(cursor, selection.columns, self.epoch)
                 self.start = selection.after(key)
         except StaleCursor:
             raise ApiFailure(400, {"error": "Invalid cursor", "code": "BAD_REQUEST"}) from None
@@ -260,7 +261,7 @@ class _Window:
             cursor = f"{stop}~1" if empty else str(stop)
         else:
             last: Key = selection.key(selection.items[stop - 1])
-            cursor = encode_cursor(last, faults.epoch, empty=empty)
+            cursor = encode_cursor(last, self.epoch, empty=empty)
         pairs = [
             pair
             for pair in parse_qsl(self.request.url.query, keep_blank_values=True)
