@@ -29,7 +29,7 @@ from diffagent.dabench.catalogue import (
 )
 from diffagent.dabench.funnel import FunnelCounter
 from diffagent.dabench.records import RECORD_FILTERS, Dropped, PairBuilder
-from diffagent.dabench.resolve import Resolver
+from diffagent.dabench.resolve import Lookup, Resolver
 from diffagent.dabench.snapshot import read_items
 from diffagent.dabench.tables import table_writer, write_table
 from diffagent.errors import ArtifactError
@@ -55,12 +55,14 @@ def base_model(model: Payload, version: Payload, config: FilterConfig) -> str | 
     name = version.get("baseModel")
     if name not in config.base_models:
         return _label(name)
-    form = version.get("baseModelType") or _form_by_name(model, version)
-    return None if form in (None, "Standard") else f"{name} {_label(form)}"
+    form = version.get("baseModelType")
+    if form in (None, "Standard"):
+        form = _form_by_name(model, version)
+    return f"{name} {_label(form)}" if form else None
 
 
 def _form_by_name(model: Payload, version: Payload) -> str | None:
-    """Records of 2023 do not say that a checkpoint is for inpainting; its names do."""
+    """A checkpoint for inpainting says so in its names; "Standard" is only the site's default."""
     if model.get("type") != CHECKPOINT:
         return None
     files = [f.get("name") for f in _items(version.get("files")) if isinstance(f, dict)]
@@ -218,8 +220,7 @@ def filter_records(config: FilterConfig, context: StageContext) -> StageResult:
         ArtifactError: the snapshot is damaged, or no model passes the filters.
     """
     snapshot = context.one("snapshot")
-    answers = None
-    resolver = Resolver(answers)
+    resolver = Resolver(_site_lookup(config, context))
     sift = ModelSift(config, resolver)
     for model in read_items(snapshot, "models"):
         sift.add(model)
@@ -249,6 +250,16 @@ def filter_records(config: FilterConfig, context: StageContext) -> StageResult:
         funnels=(sift.models.result(), sift.versions.result(), records.result()),
         metrics={"loras": dict(sorted(pairs.loras.items()))},
     )
+
+
+def _site_lookup(config: FilterConfig, context: StageContext) -> Lookup | None:
+    if not config.max_hash_lookups:
+        return None
+    from diffagent.civitai.client import client_for
+    from diffagent.dabench.lookup import SiteLookup
+
+    client = client_for(context.site_url, context.runtime.requests_per_second)
+    return SiteLookup(context.out / "by-hash.jsonl", client, config.max_hash_lookups)
 
 
 def _write_distributions(path: Path, distributions: Mapping[str, Counter[str]]) -> None:

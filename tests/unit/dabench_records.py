@@ -94,7 +94,7 @@ def snapshot(directory: Path, models: list[Any], images: list[Any], *, parts: in
                 item if isinstance(item, bytes) else orjson.dumps(item) + b"\n" for item in chunk
             )
             path = directory / kind / f"{part:05d}.jsonl.gz"
-            path.write_bytes(gzip.compress(lines, mtime=0))
+            path.write_bytes(gzip.compress(lines, compresslevel=1, mtime=0))
     files = tuple(
         FileEntry(
             path=p.relative_to(directory).as_posix(), size=p.stat().st_size, sha256=sha256_file(p)

@@ -110,7 +110,7 @@ def test_one_good_version_keeps_the_model() -> None:
     assert made.distributions["base_model"] == {"SD 2.1": 1, "SD 1.5": 1}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.none() | patched(model(1)) | MODELS, max_size=4))
 def test_model_funnels_add_up_for_any_json(models: list[dict[str, Any] | None]) -> None:
     # The snapshot's reader hands out integer ids, each once.
@@ -228,7 +228,7 @@ def test_loras_move_from_the_prompt_into_the_api() -> None:
     assert pairs.loras == {"kept by file name": 1, "file name unknown": 2, "named twice": 1}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(patched(image(1)), patched(image(1)["meta"]))
 def test_building_never_raises_and_rows_fit_the_schema(item: Any, meta: Any) -> None:
     for record in (item, {**image(2), "meta": meta}):
