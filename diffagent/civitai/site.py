@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import subprocess
 import sys
@@ -64,10 +65,9 @@ def replay_of(site: str) -> Replay:
         ConfigError: there is no such dump.
     """
     if site == "sandbox":
-        # Rendering the sandbox's catalogue needs no torch, but its weights are read.
-        from diffagent.sandbox.files import materialise  # type: ignore[import-not-found]
-
-        return Replay.dump(Path(materialise()))
+        # Only a run on the sandbox pays for assembling its model files.
+        files = importlib.import_module("diffagent.sandbox.files")
+        return Replay.dump(Path(files.materialise()))
     return Replay.dump(Path(site.removeprefix("dump:")))
 
 

@@ -18,7 +18,7 @@ from diffagent.civitai.server import serve
 
 MODELS = 230
 IMAGES = 620
-BIG_VERSION = 1_001  # the version whose gallery has more than one page
+BIG_VERSION = 1_000 + MODELS  # the version whose gallery has more than one page
 MODEL_FILE = bytes(range(256)) * 1200
 FILE_SHA256 = hashlib.sha256(MODEL_FILE).hexdigest()
 

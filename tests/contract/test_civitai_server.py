@@ -9,7 +9,7 @@ import pytest
 import requests
 from bs4 import BeautifulSoup
 
-from tests.contract.conftest import BIG_VERSION, FILE_SHA256, MODEL_FILE
+from tests.contract.conftest import BIG_VERSION, FILE_SHA256, MODEL_FILE, MODELS
 
 
 def get(site: str, path: str, **params: object) -> requests.Response:
@@ -139,9 +139,9 @@ def test_meta_needs_to_be_asked_for_and_is_nested_for_a_model(site):
     assert {str(i["meta"]) for i in items(site, "images", limit=10)} == {"None"}
     flat = items(site, "images", limit=10, withMeta="true", modelVersionId=BIG_VERSION)
     assert all("prompt" in i["meta"] for i in flat)
-    nested = items(site, "images", limit=10, withMeta="true", modelId=1)
+    nested = items(site, "images", limit=10, withMeta="true", modelId=MODELS)
     assert all(i["meta"]["id"] == i["id"] and "prompt" in i["meta"]["meta"] for i in nested)
-    flat = items(site, "images", limit=10, withMeta="true", modelId=1, flatMeta="true")
+    flat = items(site, "images", limit=10, withMeta="true", modelId=MODELS, flatMeta="true")
     assert all("prompt" in i["meta"] for i in flat)
     (image,) = items(site, "images", imageId=10_004, withMeta="true")
     assert image["meta"] == {"id": 10_004, "meta": None}

@@ -1,0 +1,201 @@
+"""The parts of the crawler that need no server: journal, walks, HTML, rate, answers."""
+
+from __future__ import annotations
+
+import gzip
+import threading
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffagent.civitai.client import is_loopback, is_site_host, next_cursor, origin_of, parse_json
+from diffagent.civitai.html import page_settings, plain_text
+from diffagent.civitai.journal import Entry, Journal
+from diffagent.civitai.listing import StaleCursor, decode_cursor, encode_cursor
+from diffagent.civitai.pagination import Page, Walk, walk
+from diffagent.civitai.ratelimit import TokenBucket
+from diffagent.civitai.site import embedded_site
+from diffagent.civitai.snapshot import summarise, write_snapshot
+from diffagent.errors import BadCursor, CivitaiError, ConfigError, SchemaError, ServerError
+
+# --- journal ---
+
+ENTRIES = [
+    Entry({"page": n}, [("images", n * 10 + i, b'{"id":%d}' % i) for i in range(n)])
+    for n in range(6)
+]
+
+
+def read(path) -> list[Entry]:
+    with Journal(path) as journal:
+        return list(journal.read())
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_a_journal_cut_anywhere_keeps_its_whole_pages(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("journal") / "journal.gz"
+    ends = [0]
+    with Journal(path) as journal:
+        for entry in ENTRIES:
+            journal.append(entry.state, entry.items)
+            ends.append(path.stat().st_size)
+    cut = data.draw(st.integers(0, ends[-1]))
+    garbage = data.draw(st.binary(max_size=20))
+    path.write_bytes(path.read_bytes()[:cut] + garbage)
+    whole = sum(end <= cut for end in ends) - 1
+    if cut in ends:  # behind a whole page anything but a whole page is cut off
+        assert read(path) == ENTRIES[:whole]
+    kept = len(read(path))
+    assert kept == whole or garbage
+    with Journal(path) as journal:
+        list(journal.read())
+        journal.append({"page": "next"}, [])
+    assert read(path)[-1] == Entry({"page": "next"}, [])
+
+
+def test_a_journal_is_readable_by_gzip(tmp_path):
+    with Journal(tmp_path / "j.gz") as journal:
+        journal.append({"a": 1}, [("models", 7, b"{}")])
+        journal.append({"b": 2}, [])
+    assert gzip.decompress((tmp_path / "j.gz").read_bytes()) == b'{"a":1}\nmodels\t7\t{}\n{"b":2}\n'
+
+
+@given(st.permutations(range(40)), st.integers(1, 7))
+@settings(deadline=None, max_examples=20)
+def test_a_snapshot_forgets_order_pages_and_repeats(tmp_path_factory, order, size):
+    out = tmp_path_factory.mktemp("snapshot")
+    items = [("images", n, b'{"id":%d}' % n) for n in [*order, *order[:5]]]
+    pages = [Entry({}, items[i : i + size]) for i in range(0, len(items), size)]
+    write_snapshot(out, pages, {"images": range(40)}, out / "scratch")
+    rows, digest, drift = summarise(out)
+    assert rows == {"images": 40, "models": 0, "pages": 0}
+    assert drift == {}
+    lines = gzip.decompress((out / "images/part-00000.jsonl.gz").read_bytes()).splitlines()
+    assert lines == [b'{"id":%d}' % n for n in range(40)]
+    reference = tmp_path_factory.mktemp("reference")
+    write_snapshot(reference, [Entry({}, sorted(items))], {"images": range(40)}, out / "scratch")
+    assert summarise(reference)[1] == digest
+    assert (reference / "images/part-00000.jsonl.gz").read_bytes() == (
+        out / "images/part-00000.jsonl.gz"
+    ).read_bytes()
+
+
+# --- walks ---
+
+
+def listing(pages: dict[str | None, tuple[list[int], str | None]]):
+    def fetch(cursor: str | None) -> Page:
+        if cursor not in pages:
+            raise BadCursor(f"no {cursor}")
+        ids, following = pages[cursor]
+        return Page.of([{"id": i} for i in ids], following)
+
+    return fetch
+
+
+def test_an_empty_page_is_not_the_end_and_repeats_are_dropped():
+    fetch = listing({None: ([1, 2], "a"), "a": ([], "b"), "b": ([2, 3], None)})
+    assert [i["id"] for i in walk(fetch)] == [1, 2, 3]
+
+
+def test_a_circle_ends_a_walk_as_incomplete():
+    fetch = listing({None: ([1], "a"), "a": ([2], "b"), "b": ([3], "a")})
+    pages = Walk(fetch)
+    assert [page.items[0]["id"] for page in pages] == [1, 2, 3]
+    assert not pages.complete
+    with pytest.raises(CivitaiError, match="circle"):
+        list(walk(fetch))
+
+
+def test_cursors_that_are_always_stale_end_with_an_error():
+    with pytest.raises(CivitaiError, match="stale"):
+        list(walk(listing({None: ([1], "a")})))
+
+
+def test_entries_that_are_no_items_are_counted():
+    page = Page.of([{"id": 1}, {"id": "2"}, None, {"id": True}], None)
+    assert [item["id"] for item in page.items] == [1]
+    assert page.malformed == 3
+
+
+@given(st.tuples(st.integers(), st.integers()), st.integers(0, 3), st.booleans())
+def test_cursors_are_read_as_they_were_written(key, epoch, empty):
+    cursor = encode_cursor(key, epoch, empty=empty)
+    assert decode_cursor(cursor, 2, epoch) == (key, empty)
+    with pytest.raises(StaleCursor):
+        decode_cursor(cursor, 2, epoch + 1)
+
+
+def test_the_next_cursor_is_found_in_either_field():
+    assert next_cursor({"nextCursor": 12}) == "12"
+    assert next_cursor({"nextPage": "https://civitai.red/x?cursor=a%7Cb&limit=2"}) == "a|b"
+    assert next_cursor({"nextPage": "https://civitai.red/x?page=2"}) is None
+    assert next_cursor({"nextCursor": None, "totalPages": 5}) is None
+
+
+# --- answers ---
+
+
+def test_json_that_the_site_may_write_is_read():
+    assert parse_json(b'{"a": NaN, "b": "\\ud83d"}', "x") == {"a": None, "b": "?"}
+    for broken in (b'{"a": [1, 2', b"<html>", b""):
+        with pytest.raises(ServerError):
+            parse_json(broken, "x")
+
+
+def test_hosts():
+    assert origin_of("HTTPS://Civitai.com/api?x=1") == "https://civitai.com"
+    assert origin_of("http://[::1]:80/x") == "http://[::1]:80"
+    assert is_site_host("civitai.red")
+    assert is_site_host("api.civitai.com")
+    assert not is_site_host("notcivitai.com")
+    assert is_loopback("http://127.0.0.1:1")
+    assert not is_loopback("https://civitai.com")
+
+
+# --- HTML ---
+
+
+def test_plain_text_keeps_paragraphs_and_drops_markup():
+    html = (
+        "<h2>Use</h2><p>Sampler: <strong>Euler&nbsp;a</strong>,<br>20 steps</p><script>x()</script>"
+    )
+    assert plain_text(html) == "Use\nSampler: Euler a,\n20 steps"
+    assert plain_text("<ul><li>one</li><li>two</li></ul>") == "one\ntwo"
+    assert plain_text(None) == plain_text("") == ""
+    assert plain_text("<p>never closed") == "never closed"
+
+
+def test_a_page_without_state_names_the_problem():
+    with pytest.raises(SchemaError, match="__NEXT_DATA__"):
+        page_settings("<html></html>")
+    with pytest.raises(SchemaError, match="getById"):
+        page_settings('<script id="__NEXT_DATA__">{"props":{}}</script>')
+
+
+# --- rate and site ---
+
+
+def test_threads_share_a_bucket():
+    bucket = TokenBucket(rate=50.0)
+    started = time.monotonic()
+    threads = [threading.Thread(target=bucket.acquire) for _ in range(11)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - started >= 0.2
+
+
+def test_an_address_is_its_own_site():
+    with embedded_site("https://civitai.red/") as url:
+        assert url == "https://civitai.red"
+
+
+@pytest.mark.parametrize("site", ["civitai.com", "dump:/nowhere/at/all", ""])
+def test_what_is_no_site_is_refused(site):
+    with pytest.raises(ConfigError, match="neither"), embedded_site(site):
+        pass

@@ -1,0 +1,126 @@
+"""Payloads of every age of the API have one meaning; what is new is counted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from schemas import civitai
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**62), 2**62) | st.text(max_size=5),
+    lambda children: (
+        st.lists(children, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["id", "meta", "files", "modelVersions", "nsfw", "x"]), children
+        )
+    ),
+    max_leaves=10,
+)
+
+
+@pytest.mark.parametrize(
+    ("image", "level"),
+    [
+        ({"nsfw": False}, 1),
+        ({"nsfw": True}, 4),
+        ({"nsfw": "Soft"}, 2),
+        ({"nsfw": False, "nsfwLevel": "Mature"}, 4),
+        ({"nsfw": True, "nsfwLevel": "X", "browsingLevel": 16}, 16),
+        ({"nsfwLevel": 8}, 8),
+        ({"nsfwLevel": "Blocked"}, 32),
+        ({"nsfwLevel": "a new name"}, 1),
+        ({}, 1),
+    ],
+)
+def test_image_level(image, level):
+    assert civitai.image_level(image) == level
+
+
+@pytest.mark.parametrize(
+    ("value", "names"),
+    [
+        ("Sell", ("Sell",)),
+        ("None", ()),
+        (["Image", "RentCivit"], ("Image", "RentCivit")),
+        ("{Image,RentCivit}", ("Image", "RentCivit")),
+        ("{}", ()),
+        (None, None),
+        (True, None),
+    ],
+)
+def test_commercial_use_has_three_shapes(value, names):
+    assert civitai.commercial_use(value) == names
+
+
+def test_meta_is_unwrapped_only_where_it_is_wrapped():
+    flat = {"prompt": "x", "id": 3}
+    assert civitai.unwrap_meta(flat) == flat
+    assert civitai.unwrap_meta({"id": 1, "meta": flat}) == flat
+    assert civitai.unwrap_meta({"id": 1, "meta": {"id": 2, "meta": flat}}) == flat
+    assert civitai.unwrap_meta({"id": 1, "meta": None}) is None
+    assert civitai.unwrap_meta(["x"]) is None
+
+
+@pytest.mark.parametrize(
+    ("meta", "value"),
+    [
+        ({"clipSkip": 2}, 2),
+        ({"Clip skip": "2"}, 2),
+        ({"Clip skip": 1, "clipSkip": 3}, 3),
+        ({"Clip skip": "two"}, None),
+        ({"clipSkip": True}, None),
+        ({}, None),
+    ],
+)
+def test_clip_skip(meta, value):
+    assert civitai.clip_skip(meta) == value
+
+
+def test_comfy_may_hold_what_json_does_not_allow():
+    text = '{"prompt": {"3": {"seed": NaN, "x":undefined}}, "workflow": {}}'
+    assert civitai.comfy_workflow({"comfy": text})["prompt"]["3"]["x"] is None
+    assert civitai.comfy_workflow({"comfy": "{"}) is None
+    assert civitai.comfy_workflow({"comfy": "[" * 100_000}) is None
+    assert civitai.comfy_workflow({}) is None
+
+
+def test_drift_names_new_fields_and_new_types():
+    drift = civitai.Drift()
+    version = {"id": 1, "files": [{"id": "7"}], "colour": 1}
+    drift.model({"id": 1, "name": None, "modelVersions": [version, 5]})
+    drift.image({"url": "x"})
+    drift.image("text")
+    assert drift.report() == {
+        "file.id: str": 1,
+        "image.id: missing": 1,
+        "image: str": 1,
+        "model.name: NoneType": 1,
+        "version.colour: unknown": 1,
+        "version: int": 1,
+    }
+
+
+@given(JSON)
+def test_no_payload_crashes_a_reader(value):
+    drift = civitai.Drift()
+    drift.model(value)
+    drift.image(value)
+    civitai.unwrap_meta(value)
+    civitai.commercial_use(value)
+    civitai.level_of(value)
+    if isinstance(value, dict):
+        civitai.image_level(value)
+        civitai.model_levels(value)
+        civitai.clip_skip(value)
+        civitai.comfy_workflow({"comfy": json.dumps(value)})
+
+
+@given(JSON)
+def test_canonical_json_is_one_line_and_keeps_the_value(value):
+    text = civitai.canonical(value)
+    assert b"\n" not in text
+    assert json.loads(text) == value
