@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 SIZE = 64
 """Side of a drawing in pixels."""
@@ -77,6 +78,9 @@ _STYLED_TEMPLATES = (
     "{style}, {colour} {shape} {background}",
     "a {style} picture of a {colour} {shape} {background}",
 )
+
+FLAWS = ("blurry", "low quality", "noisy", "deformed")
+"""What a spoiled drawing's caption says, and a negative prompt may."""
 
 _SCALE = 4  # drawn four times larger, then averaged down: anti-aliasing
 _GRID = 16  # cells a side in pixel art
@@ -179,6 +183,26 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
     return Image.fromarray(np.clip(pixels, 0, 255).round().astype(np.uint8), mode="RGB")
 
 
+def words() -> list[str]:
+    """Every word that captions can hold, sorted."""
+    phrases = [*SHAPES, *COLOURS, *_TEMPLATES, *_STYLED_TEMPLATES, *FLAWS, "an", "style"]
+    phrases += [text for texts in _BACKGROUND_PHRASES.values() for text in texts]
+    phrases += [text for texts in _STYLE_PHRASES.values() for text in texts]
+    plain = [re.sub(r"\{\w+\}", " ", phrase) for phrase in phrases]
+    return sorted({word for phrase in plain for word in re.findall(r"[a-z]+|[0-9]", phrase)})
+
+
+def spoil(picture: Image.Image, text: str, rng: random.Random) -> tuple[Image.Image, str]:
+    """Blurs and dirties a drawing and says so in its caption, so that negative prompts mean it."""
+    soft = picture.filter(ImageFilter.GaussianBlur(rng.uniform(1.5, 4.0)))
+    noise = np.random.default_rng(rng.getrandbits(32)).normal(
+        0, rng.uniform(5, 30), (SIZE, SIZE, 3)
+    )
+    dirty = np.clip(np.asarray(soft, dtype=np.float32) + noise, 0, 255).astype(np.uint8)
+    named = ", ".join(rng.sample(FLAWS, rng.randint(1, len(FLAWS))))
+    return Image.fromarray(dirty), named if rng.random() < 0.5 else f"{named}, {text}"
+
+
 def drawing(seed: int, **sampling: object) -> tuple[Image.Image, str, Scene]:
     """Draws the picture of a seed: a sampled scene, its drawing and a caption.
 
@@ -243,11 +267,13 @@ class _Placed:
         pen = ImageDraw.Draw(canvas)
         for outline in self.outlines():
             if wobble is not None:
-                outline = [
+                rough = [
                     (x + wobble.uniform(-0.7, 0.7), y + wobble.uniform(-0.7, 0.7))
                     for x, y in outline[:: 1 if len(outline) < 20 else 3]
                 ]
-            points = [(x * _SCALE, y * _SCALE) for x, y in [*outline, *outline[:2]]]
+            else:
+                rough = outline
+            points = [(x * _SCALE, y * _SCALE) for x, y in [*rough, *rough[:2]]]
             pen.line(points, fill=255, width=round(width * _SCALE), joint="curve")
         return _averaged(canvas, SIZE)
 
