@@ -181,7 +181,7 @@ class Agent:
         return torch.tensor(rows, device=self.device)
 
 
-def _hide_progress_bars() -> None:
+def hide_progress_bars() -> None:
     """A log file needs no bars for reading and writing weights."""
     from transformers.utils import logging as transformers_logging
 
@@ -224,7 +224,7 @@ def align_special_tokens(model: Any, tokenizer: Any) -> None:
 
 def save_agent(directory: Path, model: Any, tokenizer: Any, info: AgentInfo, dataset: Path) -> None:
     """Write an agent directory; ``dataset`` is where DATASET_FILES are copied from."""
-    _hide_progress_bars()
+    hide_progress_bars()
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     for name in DATASET_FILES:
@@ -267,7 +267,7 @@ def load_agent(directory: str | Path, device: str = "auto") -> Agent:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _hide_progress_bars()
+    hide_progress_bars()
     path, target = Path(directory), resolve_device(device)
     info = read_info(path)
     dtype = torch.bfloat16 if target.type == "cuda" else torch.float32

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
+from diffagent.agent.llm import hide_progress_bars
 from diffagent.errors import TrainingError
 from schemas.config import RRHFConfig, SFTConfig
 
@@ -94,6 +95,8 @@ def fit(trainer: Trainer) -> dict[str, float | int]:
     Raises:
         TrainingError: the loss is not finite.
     """
+    hide_progress_bars()
+    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it has a message for every step
     trainer.remove_callback(PrinterCallback)  # the library prints nothing
     trainer.add_callback(_LogCallback())
     checkpoint = last_checkpoint(Path(str(trainer.args.output_dir)))
