@@ -102,7 +102,9 @@ class Faults:
         self._lock = threading.Lock()
 
     def attempt(self, request: str) -> int:
-        """How often this request was made before."""
+        """How often this request was made before; not counted when nothing ever fails."""
+        if not self.profile.rates:
+            return 0
         with self._lock:
             number = self._attempts[request]
             self._attempts[request] += 1

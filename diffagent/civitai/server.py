@@ -58,7 +58,7 @@ log = logging.getLogger(__name__)
 _PAGE_CAP = 1000
 _PREVIEWS, _SHOWCASE = 20, 10
 _PUBLIC_CACHE = {"Cache-Control": "public, s-maxage=300, stale-while-revalidate=150"}
-_SCAN_LINK = re.compile(r"^https?://[^/]+(/api/download/models/.*)$")
+_DOWNLOAD_LINK = re.compile(r"^https?://[^/]+(/api/download/models/.*)$")
 Handler = Callable[["LocalCivitai", Request], Response]
 
 
@@ -357,7 +357,10 @@ def _version_answer(site: LocalCivitai, request: Request, version_id: int) -> Re
         raise ApiFailure(404, {"error": "Model not found"})
     model, version = found
     kind = {"LORA": "lora", "LoCon": "lycoris", "TextualInversion": "embedding"}
-    ecosystem = re.sub(r"[^a-z0-9]", "", str(version.get("baseModel")).split(".")[0].lower())
+    # "SD 1.5" is sd1, "SDXL 1.0" sdxl, "Flux.1 D" flux1.
+    base = str(version.get("baseModel")).lower()
+    ecosystem = f"sd{base[3:4]}" if base.startswith("sd ") else base.partition(" ")[0]
+    ecosystem = re.sub(r"[^a-z0-9]", "", ecosystem)
     air = f"{kind.get(model['type'], str(model['type']).lower())}:civitai"
     head = {key: model[key] for key in ("name", "type", "nsfw", "poi", "mode") if key in model}
     body = _rest_version(version, _origin(request), adult=True, previews=_SHOWCASE, meta=True)
@@ -415,7 +418,7 @@ def _rest_version(
     for item in (version, *(version.get("files") or ())):
         link = item.get("downloadUrl")
         if link:
-            item["downloadUrl"] = _SCAN_LINK.sub(lambda match: host + match[1], link)
+            item["downloadUrl"] = _DOWNLOAD_LINK.sub(lambda match: host + match[1], link)
             if item["downloadUrl"].startswith("/"):
                 item["downloadUrl"] = host + item["downloadUrl"]
     return version

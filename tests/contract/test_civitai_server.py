@@ -175,6 +175,8 @@ def test_a_version_has_ten_pictures_with_meta(site):
     assert version["modelId"] == 1
     assert version["model"]["type"] == "Checkpoint"
     assert version["air"] == "urn:air:sd1:checkpoint:civitai:1@1001"
+    other = get(site, "/api/v1/model-versions/1003").json()
+    assert other["air"] == "urn:air:sdxl:checkpoint:civitai:3@1003"
     assert len(version["images"]) == 10
     assert all("meta" in image for image in version["images"])
 
