@@ -13,10 +13,13 @@ import orjson
 import pytest
 
 from diffagent.artifacts import Artifact, verify_artifact
+from diffagent.civitai.client import CivitaiClient
 from diffagent.civitai.crawl import crawl
 from diffagent.civitai.faults import Faults, Profile
+from diffagent.civitai.pagination import Page
 from diffagent.civitai.replay import read_lines, write_dump
 from diffagent.civitai.site import embedded_site
+from diffagent.errors import ServerError
 from schemas.config import CrawlConfig, RuntimeConfig
 from tests.conftest import ROOT, SHARED_DATA
 from tests.contract.conftest import IMAGES, MODELS
@@ -114,6 +117,26 @@ def test_limits_keep_the_newest_under_any_faults(faulty, site, tmp_path, source)
         assert files(run(url, tmp_path / "stormy", config)) == files(calm)
     if source == "feed":
         assert len(rows(calm, "images")) == 350
+
+
+@pytest.mark.parametrize("dead", [1, 4])
+def test_galleries_that_time_out_are_left_out_and_named(site, tmp_path, monkeypatch, dead):
+    ask = CivitaiClient.get_images
+
+    def get_images(self: CivitaiClient, cursor: str | None = None, **params: object) -> Page:
+        if params["modelVersionId"] in range(1200, 1200 + dead):
+            raise ServerError("524")
+        return ask(self, cursor, **params)
+
+    monkeypatch.setattr(CivitaiClient, "get_images", get_images)
+    config = ALL.model_copy(update={"image_source": "versions", "max_models": 40})
+    if dead > 2:
+        with pytest.raises(ServerError):
+            run(site, tmp_path, config)
+    else:
+        snapshot = run(site, tmp_path, config)
+        assert snapshot.manifest.metrics["failed_galleries"] == [1200]
+        assert not any(i["modelVersionIds"] == [1200] for i in rows(snapshot, "images"))
 
 
 def test_types_and_browsing_level_are_those_asked_for(site, tmp_path):
