@@ -171,12 +171,14 @@ def file_hashes(content: bytes) -> dict[str, str]:
     sha256 = hashlib.sha256(content).hexdigest()
     header = 8 + int.from_bytes(content[:8], "little")
     hashes = {
-        "AutoV1": hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8],
         "AutoV2": sha256[:10],
         "AutoV3": hashlib.sha256(content[header:]).hexdigest()[:12],
         "SHA256": sha256,
         "CRC32": f"{zlib.crc32(content):08x}",
     }
+    # AutoV1 reads 64 kB from the second megabyte on: small files do not have it.
+    if window := content[0x100000:0x110000]:
+        hashes["AutoV1"] = hashlib.sha256(window).hexdigest()[:8]
     return {name: value.upper() for name, value in hashes.items()}
 
 
