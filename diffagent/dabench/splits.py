@@ -31,6 +31,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 _Ints = npt.NDArray[np.int64]
 _WEIGHT = re.compile(r":\s*[\d.]+")  # of "(word:1.2)"
 _WORD = re.compile(r"\w+")
+_BLOCK = 256  # prompts compared with all others at once
 
 
 def words(prompt: str) -> list[str]:
@@ -183,22 +184,25 @@ def find_leaks(
 ) -> list[tuple[int, int, float]]:
     """Near-duplicates that straddle a split: (index, index, similarity), none in a sound dataset.
 
-    An independent check of `group_prompts`: all pairs that share a word pair are counted, without
-    a prefix filter. Quadratic in the worst case; meant for tests and for samples.
+    An independent check of `group_prompts`: the sets of all pairs of prompts are intersected, as
+    one sparse product a block of rows. Quadratic in the worst case.
     """
+    from scipy import sparse
+
     sets = PromptSets(prompts)
-    holders: dict[int, list[int]] = {}
+    _, columns = np.unique(sets.tokens, return_inverse=True)
+    ones = np.ones(len(columns), dtype=np.int32)
+    members = sparse.csr_array((ones, columns, sets.starts), shape=(len(prompts), columns.size + 1))
+    names = np.array(splits)
     leaks: list[tuple[int, int, float]] = []
-    for index in range(len(prompts)):
-        shared: dict[int, int] = {}
-        for token in sets.tokens[sets.starts[index] : sets.starts[index + 1]].tolist():
-            for other in holders.get(token, ()):
-                shared[other] = shared.get(other, 0) + 1
-            holders.setdefault(token, []).append(index)
-        for other, count in shared.items():
-            union = int(sets.sizes[index] + sets.sizes[other]) - count
-            if splits[index] != splits[other] and count >= threshold * union - 1e-9:
-                leaks.append((other, index, count / union))
-                if len(leaks) == limit:
-                    return leaks
-    return leaks
+    for begin in range(0, len(prompts), _BLOCK):
+        shared = (members[begin : begin + _BLOCK] @ members.T).tocoo()
+        one, other, count = shared.row + begin, shared.col, shared.data
+        similarity = count / (sets.sizes[one] + sets.sizes[other] - count)
+        found = (one < other) & (names[one] != names[other]) & (similarity >= threshold - 1e-12)
+        leaks += zip(
+            one[found].tolist(), other[found].tolist(), similarity[found].tolist(), strict=True
+        )
+        if len(leaks) >= limit:
+            break
+    return leaks[:limit]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffagent.dabench.catalogue import (
@@ -37,6 +37,7 @@ def test_every_colliding_name_is_marked() -> None:
     }
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.integers(0, 30), st.sampled_from(["a", "A", "a #1", "a #2 #2", ""])))
 def test_names_become_unique(names: dict[int, str]) -> None:
     made = unique_names(names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffagent.dabench.metadata import Reference, clean_prompt, parse_generation
@@ -161,6 +161,7 @@ def test_clean_prompt(text: str, clean: str) -> None:
     assert clean_prompt(text) == clean
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_cleaning_twice_is_cleaning_once(text: str) -> None:
     once = clean_prompt(text)
@@ -168,6 +169,7 @@ def test_cleaning_twice_is_cleaning_once(text: str) -> None:
         assert clean_prompt(once) == once
 
 
+@settings(deadline=None)
 @given(JSON | st.dictionaries(st.sampled_from(KEYS), JSON), JSON)
 def test_parsing_never_raises_on_any_json(meta: object, size: object) -> None:
     made = parse_generation(meta, image_width=size, image_height=size)
@@ -175,6 +177,7 @@ def test_parsing_never_raises_on_any_json(meta: object, size: object) -> None:
     assert made.sampler is None or made.sampler_raw
 
 
+@settings(deadline=None)
 @given(JSON)
 def test_parsing_never_raises_on_any_comfy_text(graph: object) -> None:
     parse_generation({"comfy": json.dumps({"prompt": graph})})

@@ -32,7 +32,7 @@ def test_jaccard_of_word_pairs() -> None:
     assert sets.jaccard(3, 3) == 0
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(PROMPTS, st.sampled_from([0.3, 0.5, 0.6, 0.8, 1.0]))
 def test_groups_are_the_components_of_all_similar_pairs(
     prompts: list[str], threshold: float
@@ -46,6 +46,7 @@ def test_groups_are_the_components_of_all_similar_pairs(
     assert group_prompts(prompts, threshold).labels() == label
 
 
+@settings(deadline=None)
 @given(PROMPTS)
 def test_no_leaks(prompts: list[str]) -> None:
     config = DABenchConfig(validation_fraction=0.4, test_fraction=0.4)
