@@ -161,7 +161,7 @@ VERSION_FIELDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
         "stats": _MAP,
         "files": _LIST,
         "images": _LIST,
-        "downloadUrl": _TEXT,
+        "downloadUrl": (str, _MAYBE),
         "earlyAccessTimeFrame": (int, _MAYBE),
         "earlyAccessEndsAt": (str, _MAYBE),
         "earlyAccessConfig": (dict, _MAYBE),

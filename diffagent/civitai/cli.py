@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from diffagent.errors import ConfigError
+from diffagent.errors import DiffAgentError
 
 app = typer.Typer(help="A local Civitai for development and tests.", no_args_is_help=True)
 
@@ -54,7 +54,7 @@ def serve(  # noqa: PLR0917  the command line calls it by name
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         replay = replay_of("sandbox" if sandbox else f"dump:{dump}")
-    except ConfigError as error:
+    except DiffAgentError as error:
         raise typer.BadParameter(str(error)) from None
     serving = Serving(LocalCivitai(replay, Faults(faults.value, seed)), host, port)
     if while_stdin:
