@@ -46,5 +46,12 @@ serve-dashboard: install
 	$(BIN)/python -m http.server 4201 --bind 127.0.0.1 --directory $(STORE) >/dev/null 2>&1 & \
 	trap "kill $$!" EXIT INT TERM; $(BIN)/prefect server start
 
+# Hours of CPU. The weights are committed; diffagent/sandbox/README.md has their logs and numbers.
+sandbox: install
+	for step in vae unet export specialists; do \
+		$(BIN)/python -m diffagent.sandbox.train_generator $$step || exit 1; done
+	for step in clip image-reward hps reference evaluate; do \
+		$(BIN)/python -m diffagent.sandbox.train_scorers $$step || exit 1; done
+
 clean:
 	rm -rf $(STORE) build dist *.egg-info
