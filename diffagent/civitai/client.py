@@ -298,7 +298,7 @@ class CivitaiClient:
         return page
 
     def _follow(self, url: str, params: Params) -> requests.Response:
-        """GET with redirects within the site; elsewhere nothing is ever asked."""
+        """GET with redirects between the site's fronts; nobody else is ever asked."""
         response = self._send(url, params=params)
         for _ in range(_MAX_REDIRECTS):
             if not response.is_redirect:
@@ -307,7 +307,13 @@ class CivitaiClient:
             response.close()
             if urlsplit(target).path.startswith("/login"):
                 raise Forbidden(f"{urlsplit(url).path}: log-in required; set {TOKEN_VARIABLE}")
-            response = self._send(self._own_url(target))
+            if origin_of(target) != self.origin and not is_site_host(
+                urlsplit(target).hostname or ""
+            ):
+                raise CivitaiError(
+                    f"{urlsplit(url).path}: redirected to a foreign host; not followed"
+                )
+            response = self._send(target)
         response.close()
         raise ServerError(f"{urlsplit(url).path}: more than {_MAX_REDIRECTS} redirects")
 

@@ -163,6 +163,13 @@ def test_a_redirect_to_the_log_in_page_is_forbidden(recorder):
         client.resolve_download(1)
 
 
+def test_a_redirect_to_a_foreign_host_is_not_followed(recorder, site):
+    recorder.status, recorder.headers = 302, {"Location": f"{site}/api/v1/models/1"}
+    with client_of(recorder.url) as client, pytest.raises(CivitaiError, match="foreign host"):
+        client.get_model(1)
+    assert len(recorder.asked) == 1
+
+
 def test_download_verifies(site, tmp_path):
     path = tmp_path / "model.safetensors"
     with client_of(site) as client:
