@@ -25,7 +25,7 @@ from diffagent.sandbox import catalogue
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 3
 """Raise it when the same weights shall give other files or records."""
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -39,7 +39,8 @@ class ModelFile:
 
     Attributes:
         key: stable name of the model: "base", "early", "specialist-STYLE" or "lora-NAME".
-        path: where it lies: `files/SHA256` in the dump.
+        path: a link in the dump's `named`, since readers go by the ending .safetensors, to
+            `files/SHA256`, which the local Civitai serves.
         size: in bytes.
         hashes: as Civitai gives them: SHA256, AutoV1, AutoV2, AutoV3, CRC32, upper case.
     """
@@ -108,7 +109,7 @@ def model_files(directory: Path | None = None) -> list[ModelFile]:
     dump = materialise(directory)
     rows = json.loads((dump / "sandbox.json").read_text())["files"]
     return [
-        ModelFile(r["key"], dump / "files" / r["hashes"]["SHA256"].lower(), r["size"], r["hashes"])
+        ModelFile(r["key"], dump / "named" / f"{r['key']}.safetensors", r["size"], r["hashes"])
         for r in rows
     ]
 
@@ -131,10 +132,13 @@ def _sources() -> list[Path]:
 
 def _write_dump(directory: Path) -> None:
     (directory / "files").mkdir()
+    (directory / "named").mkdir()
     rows: list[dict[str, Any]] = []
     for key, content in _contents():
         hashes = file_hashes(content)
-        (directory / "files" / hashes["SHA256"].lower()).write_bytes(content)
+        name = hashes["SHA256"].lower()
+        (directory / "files" / name).write_bytes(content)
+        (directory / "named" / f"{key}.safetensors").symlink_to(Path("..", "files", name))
         rows.append({"key": key, "size": len(content), "hashes": hashes})
     files = {row["key"]: ModelFile(row["key"], Path(), row["size"], row["hashes"]) for row in rows}
     _write_lines(directory / "models.jsonl", catalogue.models(files))
@@ -153,7 +157,8 @@ def _contents() -> Iterable[tuple[str, bytes]]:
     compat.install()
     from diffagent.sandbox.adapters import merged
 
-    note = {"format": "pt", "sandbox": "a toy model of drawn shapes; see diffagent/sandbox"}
+    # One entry only: safetensors writes several in an order that changes from run to run.
+    note = {"format": "pt"}
     raw = {path.stem: path.read_bytes() for path in _sources()}
     base, early = load(raw["base"]), load(raw["early"])
     yield "base", save(base, note)
