@@ -22,6 +22,7 @@ from PIL import Image, ImageFilter
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from diffagent.errors import ArtifactError
 from diffagent.sandbox import world
 
 SEED = 31
@@ -72,7 +73,16 @@ def to_tensor(pictures: list[Image.Image]) -> torch.Tensor:
 
 
 def load_classifier(path: Path = WEIGHTS) -> AttributeClassifier:
-    """Loads the committed classifier in evaluation mode."""
+    """Loads the committed classifier in evaluation mode.
+
+    Raises:
+        ArtifactError: it has not been trained.
+    """
+    if not path.is_file():
+        raise ArtifactError(
+            f"no attribute classifier at {str(path)!r}; "
+            "run `python -m diffagent.sandbox.attributes train`"
+        )
     model = AttributeClassifier()
     model.load_state_dict({name: value.float() for name, value in load_file(path).items()})
     return model.eval()
@@ -147,7 +157,7 @@ def main() -> None:
     """Trains the classifier, or prints its accuracy, as one JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("command", choices=["train", "accuracy"])
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=600)
     arguments = parser.parse_args()
     result = train(arguments.steps) if arguments.command == "train" else accuracy()
     print(json.dumps(result))  # noqa: T201

@@ -146,7 +146,7 @@ def train_vae(work: Path, *, steps: int, batch: int, peak: float) -> None:
         guide = max(0.0, 1 - 2 * step / steps) * colour_guide(posterior.mean, x)
         total = loss + guide + 3e-5 * posterior.kl().mean() / 64
         optimizer.zero_grad()
-        total.backward()  # type: ignore[no-untyped-call]
+        total.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         if step % 20 == 0 or step == steps - 1:
@@ -242,7 +242,8 @@ def denoising_loss(
     noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
     error = (unet(noisy, t, text).sample - noise).square().mean(dim=(1, 2, 3))
     snr = kept[t] / (1 - kept[t])
-    return (error * snr.clamp(max=5) / snr).mean()
+    loss: torch.Tensor = (error * snr.clamp(max=5) / snr).mean()
+    return loss
 
 
 def encode(tokenizer: Any, text_encoder: Any, captions: list[str]) -> torch.Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -172,14 +172,14 @@ def draw(scene: Scene, rng: random.Random) -> Image.Image:
     """
     background = _background(scene.background, rng)
     shape = _Placed.sample(scene.shape, rng)
-    painter = {
+    painters: dict[str, Callable[[FloatArray, _Placed, FloatArray], FloatArray]] = {
         "flat": _paint_flat,
         "outline": _paint_outline,
         "3d": _paint_3d,
         "pixel art": _paint_pixel_art,
         "sketch": partial(_paint_sketch, rng=rng),
-    }[scene.style]
-    pixels = painter(background, shape, _jittered(_RGB[scene.colour], rng))
+    }
+    pixels = painters[scene.style](background, shape, _jittered(_RGB[scene.colour], rng))
     return Image.fromarray(np.clip(pixels, 0, 255).round().astype(np.uint8), mode="RGB")
 
 
@@ -337,7 +337,8 @@ def _crescent() -> list[Point]:
 
 def _averaged(canvas: Image.Image, size: int) -> FloatArray:
     small = canvas.resize((size, size), Image.Resampling.BOX)
-    return np.asarray(small, dtype=np.float32) / 255
+    coverage: FloatArray = np.asarray(small, dtype=np.float32) / np.float32(255)
+    return coverage
 
 
 def _jittered(colour: tuple[int, int, int], rng: random.Random) -> FloatArray:
@@ -369,11 +370,13 @@ def _background(name: str, rng: random.Random) -> FloatArray:
     hills = horizon + 3 * np.sin(xs / rng.uniform(7, 12) + rng.uniform(0, 6))
     below = np.clip(ys - hills, 0, 1)[..., None]
     field = _blend(ys / SIZE, (150, 196, 112), (108, 160, 80))
-    return (1 - below) * np.array((206, 228, 240), dtype=np.float32) + below * field
+    haze = np.array((206, 228, 240), dtype=np.float32)
+    meadow: FloatArray = (1 - below) * haze + below * field
+    return meadow
 
 
 def _sky(ys: FloatArray, rng: random.Random) -> FloatArray:
-    sky = _blend(ys / SIZE, (140, 190, 236), (206, 228, 246))
+    sky = _blend(ys / np.float32(SIZE), (140, 190, 236), (206, 228, 246))
     canvas = Image.new("L", (SIZE * _SCALE, SIZE * _SCALE), 0)
     pen = ImageDraw.Draw(canvas)
     for _ in range(3):
@@ -382,7 +385,8 @@ def _sky(ys: FloatArray, rng: random.Random) -> FloatArray:
             box = [x + dx - r, y + dy - r * 0.7, x + dx + r, y + dy + r * 0.7]
             pen.ellipse([value * _SCALE for value in box], fill=255)
     cloud = _averaged(canvas, SIZE)[..., None] * 0.9
-    return (1 - cloud) * sky + cloud * 250
+    clouded: FloatArray = (1 - cloud) * sky + cloud * 250
+    return clouded
 
 
 def _blend(amount: FloatArray, low: tuple[int, ...], high: tuple[int, ...]) -> FloatArray:
@@ -393,7 +397,8 @@ def _blend(amount: FloatArray, low: tuple[int, ...], high: tuple[int, ...]) -> F
 
 def _over(background: FloatArray, colour: FloatArray | float, coverage: FloatArray) -> FloatArray:
     alpha = coverage[..., None]
-    return (1 - alpha) * background + alpha * colour
+    mixed: FloatArray = (1 - alpha) * background + alpha * colour
+    return mixed
 
 
 def _paint_flat(background: FloatArray, shape: _Placed, colour: FloatArray) -> FloatArray:
