@@ -6,6 +6,10 @@
     python -m diffagent.sandbox.train_scorers reference      mean and deviation for z-scores
     python -m diffagent.sandbox.train_scorers evaluate       matched against mismatched
 
+The committed weights were made in this order: clip; image-reward; clip --first-batch 1700
+--steps 300; hps; image-reward --first-batch 1000 --steps 500; reference. The first run of
+image-reward ranked five pictures a prompt only; the families of `_reward_batch` came after it.
+
 Each is the architecture of the real one with few parameters. They know coloured shapes on a
 background and nothing else: never read their scores as those of CLIP, ImageReward or HPS v2.
 Weights go to ``weights/scorers`` beside this file, with the log of the run that made them.
@@ -477,8 +481,20 @@ def ranking_loss(scores: torch.Tensor, pairs: torch.Tensor) -> tuple[torch.Tenso
     return -F.logsigmoid(difference).mean(), (difference > 0).float().mean().item()
 
 
-def train_image_reward(directory: Path, *, contrastive_steps: int, steps: int) -> None:
-    """Trains the tiny ImageReward: BLIP's contrast first, as in its pretraining, then ranks."""
+def train_image_reward(
+    directory: Path, *, contrastive_steps: int, steps: int, first_batch: int = 0
+) -> None:
+    """Trains the tiny ImageReward: BLIP's contrast first, as in its pretraining, then ranks.
+
+    The image encoder starts from the tiny CLIP's, as BLIP's starts from an ImageNet ViT.
+
+    Args:
+        directory: where to; the CLIP lies in ``clip`` beside it.
+        contrastive_steps: of the first part.
+        steps: of the second part.
+        first_batch: number of the first batch; above 0 the first part is left out and the
+            weights that are there learn further to rank.
+    """
     text = {
         **IMAGE_REWARD_CONFIG.text,
         "vocab_size": write_wordpiece_vocabulary(directory / "vocab.txt"),
@@ -487,20 +503,26 @@ def train_image_reward(directory: Path, *, contrastive_steps: int, steps: int) -
     model = image_reward_files.build_model(config)
     tokenizer = image_reward_files.load_tokenizer(directory)
     log.info("ImageReward: %d parameters, %d tokens", _count(model), text["vocab_size"])
-    _pretrain_blip(model.blip, tokenizer, contrastive_steps)
-    for layer in model.mlp.layers:
-        # The package's initialisation is for 768 inputs; here its output would be nought.
-        if isinstance(layer, torch.nn.Linear):
-            torch.nn.init.xavier_normal_(layer.weight)
+    if first_batch:
+        image_reward_files.load_weights(model, directory / image_reward_files.WEIGHTS)
+    else:
+        _pretrain(model, tokenizer, directory.parent / "clip", contrastive_steps)
+    first_ranked = first_batch or contrastive_steps
 
     def loss_of_batch(step: int) -> tuple[torch.Tensor, float]:
-        rng = stream("image-reward", contrastive_steps + step)
-        prompts = [write_prompt(world.sample_scene(rng), rng) for _ in range(16)]
-        pictures, pairs = _ranked_batch(prompts, rng)
-        texts = [p.text for p in prompts for _ in range(len(pictures) // len(prompts))]
+        rng = stream("image-reward", first_ranked + step)
+        texts, images, shown, pairs = _reward_batch(rng)
         encoded = tokenizer(texts, padding=True, return_tensors="pt")
-        rewards = model.score_gard(encoded.input_ids, encoded.attention_mask, as_pixels(pictures))
-        return ranking_loss(rewards[:, 0], pairs)
+        # Pictures are encoded once, whatever the number of prompts that they are shown with.
+        embedded = model.blip.visual_encoder(as_pixels(images))[shown]
+        hidden = model.blip.text_encoder(
+            encoded.input_ids,
+            attention_mask=encoded.attention_mask,
+            encoder_hidden_states=embedded,
+            encoder_attention_mask=torch.ones(embedded.shape[:2]),
+            return_dict=True,
+        ).last_hidden_state
+        return ranking_loss(model.mlp(hidden[:, 0])[:, 0], pairs)
 
     optimise(model, loss_of_batch, what="image-reward", steps=steps, learning_rate=6e-4)
     _save(model, directory / image_reward_files.WEIGHTS)
@@ -512,11 +534,85 @@ def train_image_reward(directory: Path, *, contrastive_steps: int, steps: int) -
     _write_json(directory / image_reward_files.CONFIG, asdict(config))
 
 
+def _reward_batch(
+    rng: random.Random, families: int = 8, prompts: int = 6
+) -> tuple[list[str], list[Image.Image], torch.Tensor, torch.Tensor]:
+    """Prompts with pictures of their family, and others with better and worse pictures.
+
+    Returns:
+        texts (N), pictures (M), the number of the picture that each text is shown with (N,),
+        and (P, 2) positions among the N of the better and of the worse one.
+    """
+    own, scenes, images = family_batch(rng, families, MOSTLY_SHAPES)
+    texts, shown, pairs = list[str](), list[int](), list[tuple[int, int]]()
+    for number, prompt in enumerate(own):
+        relatives = range(number // 4 * 4, number // 4 * 4 + 4)
+        wrong = [i for i in relatives if not prompt.matches(scenes[i])]
+        pairs.extend((len(texts), len(texts) + k) for k in range(1, len(wrong) + 1))
+        shown.extend([number, *wrong])
+        texts.extend([prompt.text] * (1 + len(wrong)))
+    for _ in range(prompts):
+        prompt = write_prompt(world.sample_scene(rng), rng)
+        pictures, ranks = ranked_pictures(prompt, rng, MOSTLY_SHAPES)
+        pairs.extend((len(texts) + better, len(texts) + worse) for better, worse in ranks)
+        shown.extend(range(len(images), len(images) + len(pictures)))
+        texts.extend([prompt.text] * len(pictures))
+        images.extend(pictures)
+    return texts, images, torch.tensor(shown), torch.tensor(pairs)
+
+
+def _pretrain(model: Any, tokenizer: Any, clip: Path, steps: int) -> None:
+    source = ClipScorer.load(str(clip))
+    log.info("image encoder from %s %s", source.version, source.digest[:12])
+    start_from_clip(model.blip.visual_encoder, source.model.visual)
+    _pretrain_blip(model.blip, tokenizer, steps)
+    for layer in model.mlp.layers:
+        # The package's initialisation is for 768 inputs; here its output would be nought.
+        if isinstance(layer, torch.nn.Linear):
+            torch.nn.init.xavier_normal_(layer.weight)
+
+
+@torch.no_grad()
+def start_from_clip(encoder: Any, clip: Any) -> None:
+    """Copies a ViT of open_clip into BLIP's, which are alike but for CLIP's first layer norm.
+
+    That norm is folded into the embeddings: exactly for the class token, and for patches with
+    the mean deviation of the tokens of reference drawings, as BLIP has no norm there.
+    """
+    first = clip.ln_pre
+    place = clip.positional_embedding
+    patches = clip.conv1(as_pixels(_reference_set(16)[1])).flatten(2).mT + place[1:]
+    gain = first.weight / patches.std(-1, correction=0).mean()
+
+    def folded(embedding: torch.Tensor) -> torch.Tensor:
+        return (embedding - embedding.mean(-1, keepdim=True)) * gain
+
+    encoder.cls_token.copy_(first(clip.class_embedding + place[0]))
+    encoder.pos_embed[:, 0] = 0
+    encoder.pos_embed[:, 1:] = folded(place[1:]) + first.bias
+    encoder.patch_embed.proj.weight.copy_(folded(clip.conv1.weight.movedim(0, -1)).movedim(-1, 0))
+    encoder.patch_embed.proj.bias.zero_()
+    for ours, theirs in zip(encoder.blocks, clip.transformer.resblocks, strict=True):
+        state = {
+            "norm1": theirs.ln_1,
+            "attn.proj": theirs.attn.out_proj,
+            "norm2": theirs.ln_2,
+            "mlp.fc1": theirs.mlp.c_fc,
+            "mlp.fc2": theirs.mlp.c_proj,
+        }
+        for name, module in state.items():
+            ours.get_submodule(name).load_state_dict(module.state_dict())
+        ours.attn.qkv.weight.copy_(theirs.attn.in_proj_weight)
+        ours.attn.qkv.bias.copy_(theirs.attn.in_proj_bias)
+    encoder.norm.load_state_dict(clip.ln_post.state_dict())
+
+
 def _pretrain_blip(blip: Any, tokenizer: Any, steps: int, families: int = 20) -> None:
     scale = torch.tensor(1 / 0.07)  # BLIP's initial temperature
 
     def loss_of_batch(step: int) -> tuple[torch.Tensor, float]:
-        prompts, scenes, images = family_batch(stream("image-reward", step), families)
+        rng = stream("image-reward", step)
+        prompts, scenes, images = family_batch(rng, families, MOSTLY_SHAPES)
         encoded = tokenizer([p.text for p in prompts], padding=True, return_tensors="pt")
         hidden = blip.text_encoder(
             encoded.input_ids,
@@ -531,7 +627,7 @@ def _pretrain_blip(blip: Any, tokenizer: Any, steps: int, families: int = 20) ->
             match_matrix(prompts, scenes),
         )
 
-    optimise(blip, loss_of_batch, what="blip", steps=steps, learning_rate=1e-3)
+    optimise(blip, loss_of_batch, what="blip", steps=steps, learning_rate=5e-4)
 
 
 # ------------------------------------------------------------------------ reference, evaluation
@@ -687,9 +783,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("what", choices=names)
     parser.add_argument("--steps", type=int, help="of the optimiser (contrast or ranking)")
     parser.add_argument(
-        "--first-batch", type=int, default=0, help="clip only: train further from this batch on"
+        "--first-batch",
+        type=int,
+        default=0,
+        help="clip, image-reward: learn further from this batch on",
     )
-    parser.add_argument("--contrastive-steps", type=int, default=500, help="image-reward only")
+    parser.add_argument("--contrastive-steps", type=int, default=400, help="image-reward only")
     parser.add_argument("--prompts", type=int, default=400, help="evaluate only: per comparison")
     parser.add_argument("--seed", type=int, default=0, help="of weights and dropout")
     parser.add_argument("--out", type=Path, default=sandbox_directory(), help="directory")
@@ -697,19 +796,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     log.setLevel(logging.INFO)  # of this module alone: open_clip tells a lot
     root: Path = options.out
+    first: int = options.first_batch
     if options.what == "clip":
-        first = options.first_batch
         with _logged(root / "clip", options.seed, further=first > 0):
             train_clip(root / "clip", steps=options.steps or 1700, first_batch=first)
     elif options.what == "hps":
         with _logged(root / "hps_v2", options.seed):
             train_hps(root / "hps_v2", steps=options.steps or 350)
     elif options.what == "image-reward":
-        with _logged(root / "image_reward", options.seed):
+        with _logged(root / "image_reward", options.seed, further=first > 0):
             train_image_reward(
                 root / "image_reward",
                 contrastive_steps=options.contrastive_steps,
-                steps=options.steps or 400,
+                steps=options.steps or 600,
+                first_batch=first,
             )
     elif options.what == "reference":
         measure_reference(root)
