@@ -585,7 +585,8 @@ def start_from_clip(encoder: Any, clip: Any) -> None:
     gain = first.weight / patches.std(-1, correction=0).mean()
 
     def folded(embedding: torch.Tensor) -> torch.Tensor:
-        return (embedding - embedding.mean(-1, keepdim=True)) * gain
+        centred: torch.Tensor = (embedding - embedding.mean(-1, keepdim=True)) * gain
+        return centred
 
     encoder.cls_token.copy_(first(clip.class_embedding + place[0]))
     encoder.pos_embed[:, 0] = 0
