@@ -48,8 +48,11 @@ serve-dashboard: install
 
 # Hours of CPU. The weights are committed; diffagent/sandbox/README.md has their logs and numbers.
 sandbox: install
+	rm -f diffagent/sandbox/weights/specialist-*.safetensors diffagent/sandbox/weights/lora-*.safetensors
 	for step in vae unet export specialists; do \
 		$(BIN)/python -m diffagent.sandbox.train_generator $$step || exit 1; done
+	$(BIN)/python -m diffagent.sandbox.attributes train
+	$(BIN)/python -m diffagent.sandbox.evaluate_generator
 	for step in clip image-reward hps reference evaluate; do \
 		$(BIN)/python -m diffagent.sandbox.train_scorers $$step || exit 1; done
 

@@ -148,7 +148,10 @@ def _describe_run(config: EvaluationConfig, context: StageContext, read: _Tables
         "agents": agents,
         "picture_seeds": context.many("renders")[0].manifest.config.get("seeds", []),
         "scorers": judged.config.get("scorers", []),
-        "scorer_versions": judged.metrics.get("scorers", {}),
+        "scorer_versions": {
+            name: f"{scorer['version']}, digest {scorer['digest'][:16]}"
+            for name, scorer in judged.metrics.get("scorers", {}).items()
+        },
         "unify": judged.config.get("unify"),
         "invalid_floor": judged.config.get("invalid_floor"),
         "inputs": {
