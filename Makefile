@@ -27,6 +27,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt requirements-rewards.txt
 	touch $@
 
 demo: install
+	mkdir -p "$(PREFECT_HOME)"
 	$(BIN)/python -m flows.run_pipeline $(CONFIG) --store $(STORE)
 
 test: install
@@ -43,6 +44,7 @@ bench: install
 
 # Prefect's own UI on port 4200; the store with the reports on port 4201.
 serve-dashboard: install
+	mkdir -p "$(PREFECT_HOME)"
 	$(BIN)/python -m http.server 4201 --bind 127.0.0.1 --directory $(STORE) >/dev/null 2>&1 & \
 	trap "kill $$!" EXIT INT TERM; $(BIN)/prefect server start
 
