@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,12 @@ from pathlib import Path
 import pytest
 import requests
 import yaml
+from requests.adapters import HTTPAdapter
+from urllib3.util import Retry
 
 from tests.conftest import ROOT
+
+BUSY = Retry(total=10, status_forcelist=[503], allowed_methods=None, backoff_factor=0.5)
 
 #: configs/sandbox.yaml with everything that costs time made small.
 SMALL = {
@@ -47,7 +52,10 @@ class Prefect:
     environment: dict[str, str]
 
     def api(self, method: str, path: str, **body: object) -> object:
-        answer = requests.request(method, f"{self.url}/api{path}", json=body or None, timeout=30)
+        with requests.Session() as session:
+            # Prefect answers 503 while SQLite is locked; its own client retries as well.
+            session.mount("http://", HTTPAdapter(max_retries=BUSY))
+            answer = session.request(method, f"{self.url}/api{path}", json=body or None, timeout=60)
         answer.raise_for_status()
         return answer.json()
 
@@ -72,6 +80,7 @@ class Prefect:
             f"/deployments/{deployment['id']}/create_flow_run",
             parameters={**deployment["parameters"], **parameters},
             state={"type": "SCHEDULED"},
+            idempotency_key=uuid.uuid4().hex,
         )
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:

@@ -97,7 +97,8 @@ def test_the_report_is_whole(finished: Finished) -> None:
 
 
 def test_the_dashboard_shows_the_stages(finished: Finished, chromium: str) -> None:
-    page = f"{finished.prefect.url}/runs/flow-run/{finished.runs['train-rrhf']['id']}"
+    run = finished.runs["train-rrhf"]["id"]
+    page = f"{finished.prefect.url}/runs/flow-run/{run}?tab=Task%20Runs"
     with tempfile.TemporaryDirectory() as profile:
         dom = subprocess.run(
             [
