@@ -164,7 +164,8 @@ def test_kill_9_then_the_same_command(
     directory = find_cached(nodes, settings)[key].path
     shutil.rmtree(directory)
     config = small_config(tmp_path, store)
-    command = [sys.executable, "-m", "diffagent", key, "--config", str(config)]
+    stage = key.split("-")[0]
+    command = [sys.executable, "-m", "diffagent", stage, "--config", str(config)]
     kill_when_started(command, directory)
     assert not directory.exists(), "nothing half-written is visible"
     subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, check=True)
