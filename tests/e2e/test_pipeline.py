@@ -94,7 +94,9 @@ def test_the_report_is_whole(finished: Finished) -> None:
     assert "data:image/png;base64," in html and "sandbox" in html.lower()
     assert "<script" not in html and "http://127.0.0.1" not in html
     metrics = json.loads(artifact.file("metrics.json").read_text())
-    assert metrics
+    selectors = load_config(finished.config).evaluation.selectors
+    assert tuple(metrics["selectors"]) == selectors
+    assert all(row["difference"]["n"] == 6 for row in metrics["comparisons"])
 
 
 def test_the_dashboard_shows_the_stages(finished: Finished, chromium: str) -> None:
