@@ -96,7 +96,7 @@ def test_the_report_is_whole(finished: Finished) -> None:
     metrics = json.loads(artifact.file("metrics.json").read_text())
     selectors = load_config(finished.config).evaluation.selectors
     assert tuple(metrics["selectors"]) == selectors
-    assert all(row["difference"]["n"] == 6 for row in metrics["comparisons"])
+    assert all(0 < row["difference"]["n"] <= 6 for row in metrics["comparisons"])
 
 
 def test_the_dashboard_shows_the_stages(finished: Finished, chromium: str) -> None:
