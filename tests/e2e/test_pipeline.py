@@ -166,7 +166,7 @@ def test_kill_9_then_the_same_command(
     directory = find_cached(nodes, settings)[key].path
     shutil.rmtree(directory)
     config = small_config(tmp_path, store)
-    stage = key.split("-")[0]
+    stage = key.split("-", maxsplit=1)[0]
     command = [sys.executable, "-m", "diffagent", stage, "--config", str(config)]
     kill_when_started(command, directory)
     assert not directory.exists(), "nothing half-written is visible"
