@@ -1,7 +1,8 @@
 """Artefacts: directories that exist only when they are whole, and the stages that make them.
 
 A stage is a function of (config, inputs) that fills a directory. Its identity is the sha256 of
-{stage, versions, config, content digests of the inputs}; the artefact lies in
+{stage, versions, config, digests of the inputs and of local files that the config names}; the
+artefact lies in
 ``STORE/STAGE/IDENTITY[:16]``. Work happens in a hidden partial directory beside it, which stays
 when the process dies so that the stage can resume; ``manifest.json`` is written last and the
 directory is renamed into place. No manifest: it never happened.
@@ -10,6 +11,7 @@ directory is renamed into place. No manifest: it never happened.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -135,6 +137,26 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+@functools.lru_cache(maxsize=1024)
+def _known_digest(path: Path, size: int, mtime_ns: int) -> str:
+    """SHA256 of a file, read once by a process as long as its size and time stay."""
+    return sha256_file(path)
+
+
+def named_files(*names: str | Path | None) -> list[Path]:
+    """The local files that values of a config name.
+
+    Args:
+        names: a file, a directory (all files in it), or anything else (nothing), such as the
+            name of a model on a hub.
+    """
+    files: list[Path] = []
+    for path in (Path(name) for name in names if name):
+        files += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
+        files += [path] if path.is_file() else []
+    return files
+
+
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of an artefact's directory.
 
@@ -210,9 +232,11 @@ class Stage(Generic[C]):
     version: int
     body: Callable[[C, StageContext], StageResult]
     config_type: type[C]
+    files: Callable[[C], Sequence[Path]] = lambda config: ()
 
     def identity(self, config: C, inputs: Inputs) -> str:
         """sha256 that names this request; equal requests have equal identities."""
+        stats = [(path, path.stat()) for path in self.files(config)]
         return hashlib.sha256(
             canonical_json(
                 {
@@ -220,6 +244,10 @@ class Stage(Generic[C]):
                     "stage_version": self.version,
                     "schema_version": SCHEMA_VERSION,
                     "config": config.model_dump(mode="json"),
+                    "files": [
+                        [path.name, _known_digest(path, stat.st_size, stat.st_mtime_ns)]
+                        for path, stat in stats
+                    ],
                     "inputs": {
                         name: [artifact.content_digest for artifact in artifacts]
                         for name, artifacts in inputs.items()
@@ -337,14 +365,21 @@ class Stage(Generic[C]):
         )
 
 
-def stage(name: str, *, version: int, config: type[C]) -> Callable[..., Stage[C]]:
+def stage(
+    name: str,
+    *,
+    version: int,
+    config: type[C],
+    files: Callable[[C], Sequence[Path]] = lambda config: (),
+) -> Callable[..., Stage[C]]:
     """Make a stage of a function ``body(config, context) -> StageResult``.
 
-    Bump ``version`` whenever the same request would give a different answer.
+    Bump ``version`` whenever the same request would give a different answer. ``files`` says which
+    local files, weights for example, the config names: their contents are part of the request.
     """
 
     def wrap(body: Callable[[C, StageContext], StageResult]) -> Stage[C]:
-        return Stage(name, version, body, config)
+        return Stage(name, version, body, config, files)
 
     return wrap
 

@@ -31,6 +31,7 @@ from diffagent.artifacts import StageContext, StageResult, stage
 from diffagent.civitai.client import CivitaiClient, client_for, is_site_host, origin_of
 from diffagent.civitai.journal import Item, Journal
 from diffagent.civitai.pagination import Page, Walk
+from diffagent.civitai.site import site_files
 from diffagent.civitai.snapshot import summarise, write_snapshot
 from diffagent.errors import CivitaiError, ConfigError, NotFound, SchemaError, ServerError
 from schemas.civitai import ALL_LEVELS, PG, canonical, unwrap_meta
@@ -44,7 +45,7 @@ _LOG_SECONDS = 10.0
 _MAX_FAILED_GALLERIES = 0.01
 
 
-@stage("crawl", version=1, config=CrawlConfig)
+@stage("crawl", version=1, config=CrawlConfig, files=site_files)
 def crawl(config: CrawlConfig, context: StageContext) -> StageResult:
     """Fetch models, images and pages from ``context.site_url``.
 

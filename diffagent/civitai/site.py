@@ -9,13 +9,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from diffagent.civitai.faults import PROFILES, FaultName
 from diffagent.civitai.replay import Replay
 from diffagent.errors import CivitaiError, ConfigError
+from schemas.config import CrawlConfig
 
 log = logging.getLogger(__name__)
 
+SANDBOX = "sandbox"
 _READY = "serving on "
 
 
@@ -64,15 +67,23 @@ def replay_of(site: str) -> Replay:
     Raises:
         ConfigError: there is no such dump.
     """
-    if site == "sandbox":
-        # Only a run on the sandbox pays for assembling its model files.
-        files = importlib.import_module("diffagent.sandbox.files")
-        return Replay.dump(Path(files.materialise()))
+    if site == SANDBOX:
+        return Replay.dump(Path(_sandbox_files().materialise()))
     return Replay.dump(Path(site.removeprefix("dump:")))
 
 
+def site_files(config: CrawlConfig) -> list[Path]:
+    """The files that the sandbox's site is made of; none of any other site, which may change."""
+    return list(_sandbox_files().sources()) if config.site == SANDBOX else []
+
+
+def _sandbox_files() -> Any:
+    # Only a run on the sandbox pays for it.
+    return importlib.import_module("diffagent.sandbox.files")
+
+
 def _source_arguments(site: str) -> list[str]:
-    if site == "sandbox":
+    if site == SANDBOX:
         return ["--sandbox"]
     if site.startswith("dump:") and Path(site.removeprefix("dump:")).is_dir():
         return ["--dump", site.removeprefix("dump:")]

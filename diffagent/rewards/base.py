@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from diffagent.artifacts import named_files
 from diffagent.errors import ConfigError, ScoreError
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 SANDBOX = "sandbox"
 """Name of the committed tiny scorers and of their reference; they know the toy world only."""
+REFERENCE_FILE = "reference.json"
+"""Beside the sandbox's scorers."""
 
 T = TypeVar("T")
 
@@ -89,8 +92,23 @@ def load_scorers(
     ]
 
 
+def reward_files(config: RewardsConfig) -> list[Path]:
+    """The local files behind a configuration's scorers and their reference."""
+    scorers = [name for spec in config.scorers for name in (_model(spec), spec.weights)]
+    return named_files(*scorers, config.reference and reference_file(config.reference))
+
+
+def reference_file(name: str | Path) -> Path:
+    """The file that ``rewards.reference`` names."""
+    return sandbox_directory() / REFERENCE_FILE if str(name) == SANDBOX else Path(name)
+
+
+def _model(spec: ScorerConfig) -> str:
+    return str(sandbox_directory() / spec.name) if spec.model == SANDBOX else spec.model
+
+
 def _load_scorer(spec: ScorerConfig, **runtime: Any) -> Scorer:
-    model = str(sandbox_directory() / spec.name) if spec.model == SANDBOX else spec.model
+    model = _model(spec)
     if spec.name == "clip":
         from diffagent.rewards.clip import ClipScorer
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from diffagent.artifacts import Artifact, StageContext, StageResult, stage
 from diffagent.device import resolve_device
-from diffagent.rewards.base import Scorer, batches, load_scorers
+from diffagent.rewards.base import Scorer, batches, load_scorers, reward_files
 from diffagent.rewards.unified import Unifier
 from schemas.config import RewardsConfig
 from schemas.dabench import SCORES
@@ -44,7 +44,7 @@ class Judged:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-@stage("score", version=1, config=RewardsConfig)
+@stage("score", version=1, config=RewardsConfig, files=reward_files)
 def score(config: RewardsConfig, context: StageContext) -> StageResult:
     """Score the pictures of a ``render`` artefact.
 

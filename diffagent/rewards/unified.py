@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from diffagent.errors import ConfigError, ScoreError
-from diffagent.rewards.base import SANDBOX, Scorer, sandbox_directory
+from diffagent.rewards.base import Scorer, reference_file
 
 if TYPE_CHECKING:
     from schemas.config import RewardsConfig
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHATGEN_METRICS = ("clip", "hps_v2", "image_reward")
-REFERENCE_FILE = "reference.json"
 FLOOR_GAP = 1e-3
 """A valid call never comes closer than this to the floor of the invalid ones."""
 
@@ -198,9 +197,8 @@ def read_reference(path: str | Path) -> dict[str, MetricReference]:
     Raises:
         ConfigError: the file is missing or has another form.
     """
-    file = sandbox_directory() / REFERENCE_FILE if str(path) == SANDBOX else Path(path)
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = json.loads(reference_file(path).read_text(encoding="utf-8"))
         return {
             name: MetricReference(float(m["mean"]), float(m["std"]), str(m["digest"]))
             for name, m in data["metrics"].items()

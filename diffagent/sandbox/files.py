@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from diffagent.errors import ArtifactError
-from diffagent.sandbox import catalogue
+from diffagent.sandbox import catalogue, world
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def default_directory() -> Path:
 def identity() -> str:
     """Digest of everything that the dump is made of: weights, records' source, format."""
     digest = hashlib.sha256(f"format {FORMAT}".encode())
-    for path in (*_sources(), Path(catalogue.__file__), Path(__file__)):
+    for path in sources():
         digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
@@ -114,7 +114,17 @@ def model_files(directory: Path | None = None) -> list[ModelFile]:
     ]
 
 
-def _sources() -> list[Path]:
+def sources() -> list[Path]:
+    """Every file that the dump is made of: weights, and the code that makes its records.
+
+    Raises:
+        ArtifactError: weights are missing.
+    """
+    code = [Path(str(module.__file__)) for module in (catalogue, world)]
+    return [*_weights(), *code, Path(__file__)]
+
+
+def _weights() -> list[Path]:
     names = [
         "base",
         "early",
@@ -159,7 +169,7 @@ def _contents() -> Iterable[tuple[str, bytes]]:
 
     # One entry only: safetensors writes several in an order that changes from run to run.
     note = {"format": "pt"}
-    raw = {path.stem: path.read_bytes() for path in _sources()}
+    raw = {path.stem: path.read_bytes() for path in _weights()}
     base, early = load(raw["base"]), load(raw["early"])
     yield "base", save(base, note)
     vae = {name: value for name, value in base.items() if name.startswith("first_stage_model.")}

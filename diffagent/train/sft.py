@@ -17,7 +17,7 @@ from trl import SFTTrainer
 from diffagent.agent.format import Example, encode_example, response_text
 from diffagent.agent.llm import AgentInfo, align_special_tokens, save_agent
 from diffagent.agent.prompts import read_split
-from diffagent.artifacts import StageContext, StageResult, stage
+from diffagent.artifacts import StageContext, StageResult, named_files, stage
 from diffagent.device import resolve_device
 from diffagent.errors import TrainingError
 from diffagent.train import fit
@@ -39,7 +39,7 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         """An agent directory has agent.json."""
 
 
-@stage("sft", version=1, config=SFTConfig)
+@stage("sft", version=1, config=SFTConfig, files=lambda config: named_files(config.model))
 def train_sft(config: SFTConfig, context: StageContext) -> StageResult:
     """DABench's train split -> agent directory."""
     dabench = context.one("dabench")

@@ -21,6 +21,7 @@ from diffagent.artifacts import (
     StageContext,
     StageResult,
     canonical_json,
+    named_files,
     open_artifact,
     run_in_child,
     stage,
@@ -91,6 +92,22 @@ def test_identity_is_of_config_and_input_contents(runtime: RuntimeConfig) -> Non
     assert write_words.identity(Words(), {"a": [one]}) == write_words.identity(
         Words(), {"a": [elsewhere]}
     ), "where an input lies, or how it was asked for, is not what it is"
+
+
+def test_identity_is_of_the_files_that_the_config_names(tmp_path: Path) -> None:
+    weights = tmp_path / "model" / "weights.bin"
+    weights.parent.mkdir()
+    weights.write_bytes(b"one")
+    reader = stage(
+        "toy-reader", version=1, config=Words, files=lambda c: named_files("a hub's name", *c.words)
+    )(lambda config, context: StageResult())
+    config = Words(words=(str(weights.parent),))
+    first = reader.identity(config, {})
+    assert reader.identity(config, {}) == first
+    weights.write_bytes(b"two!")
+    assert reader.identity(config, {}) != first, "other weights under the same name"
+    weights.write_bytes(b"one")
+    assert reader.identity(config, {}) == first, "when they were written does not matter"
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists))

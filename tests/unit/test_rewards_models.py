@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 
 from diffagent import compat
 from diffagent.errors import ConfigError, ScoreError
-from diffagent.rewards.base import PromptCache
+from diffagent.rewards.base import PromptCache, reward_files, sandbox_directory
 
 compat.install()
 
@@ -21,6 +22,8 @@ from diffagent.rewards import image_reward as ir  # noqa: E402
 from diffagent.rewards.clip import ClipScorer  # noqa: E402
 from diffagent.rewards.hps import HPSScorer  # noqa: E402
 from diffagent.rewards.image_reward import ImageRewardConfig, ImageRewardScorer  # noqa: E402
+from diffagent.rewards.stage import score  # noqa: E402
+from schemas.config import RewardsConfig, ScorerConfig  # noqa: E402
 
 PROMPTS = ["a red circle", "blue", "a red circle", "one two three four five", "green star"]
 TINY_BERT = {
@@ -326,3 +329,21 @@ def test_wrong_weights_and_missing_files_are_named(tmp_path, image_reward_direct
         ClipScorer.load("ViT-B-32", "no-such-tag")
     with pytest.raises(ConfigError, match="v3"):
         HPSScorer.load("v3")
+
+
+def test_the_bytes_behind_the_word_sandbox_belong_to_the_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RewardsConfig(
+        scorers=(ScorerConfig(name="clip", model="sandbox"),), reference="sandbox"
+    )
+    names = {path.name for path in reward_files(config)}
+    assert {"open_clip_model.safetensors", "reference.json"} <= names
+    assert "model.safetensors" not in names, "of ImageReward, which was not asked for"
+    shutil.copytree(sandbox_directory(), tmp_path / "scorers")
+    before = score.identity(config, {})
+    monkeypatch.setattr("diffagent.rewards.base.sandbox_directory", lambda: tmp_path / "scorers")
+    assert score.identity(config, {}) == before, "where they lie does not matter"
+    with (tmp_path / "scorers" / "clip" / "open_clip_model.safetensors").open("ab") as weights:
+        weights.write(b"\0")
+    assert score.identity(config, {}) != before
