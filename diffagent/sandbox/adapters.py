@@ -49,7 +49,7 @@ class Adapter:
 
 
 SPECIALISTS = tuple(
-    Adapter(f"specialist-{style.replace(' ', '-')}", "style", style, 41 + number, 8, EVERYWHERE)
+    Adapter(f"specialist-{style.replace(' ', '-')}", "style", style, 41 + number, 16, EVERYWHERE)
     for number, style in enumerate(world.STYLES[1:])
 )
 LORAS = (

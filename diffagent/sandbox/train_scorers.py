@@ -6,9 +6,7 @@
     python -m diffagent.sandbox.train_scorers reference      mean and deviation for z-scores
     python -m diffagent.sandbox.train_scorers evaluate       matched against mismatched
 
-The committed weights were made in this order: clip; image-reward; clip --first-batch 1700
---steps 300; hps; image-reward --first-batch 1000 --steps 500; reference. The first run of
-image-reward ranked five pictures a prompt only; the families of `_reward_batch` came after it.
+The committed weights were made in this order, with the default numbers of steps.
 
 Each is the architecture of the real one with few parameters. They know coloured shapes on a
 background and nothing else: never read their scores as those of CLIP, ImageReward or HPS v2.
@@ -379,14 +377,12 @@ def match_matrix(prompts: Sequence[Prompt], scenes: Sequence[Scene]) -> torch.Te
     return torch.tensor([[float(p.matches(s)) for p in prompts] for s in scenes])
 
 
-def train_clip(directory: Path, *, steps: int, first_batch: int = 0, families: int = 24) -> None:
+def train_clip(directory: Path, *, steps: int, families: int = 24) -> None:
     """Trains the tiny CLIP and writes it in open_clip's directory layout.
 
     Args:
         directory: where to.
-        steps: of the optimiser.
-        first_batch: number of the first batch; above 0 the weights that are there are trained
-            further, at half the learning rate and on shapes above all.
+        steps: of the optimiser; the second half is on shapes above all.
         families: of four scenes each, a batch.
     """
     compat.install()
@@ -398,13 +394,11 @@ def train_clip(directory: Path, *, steps: int, first_batch: int = 0, families: i
     _write_json(directory / clip_files.CONFIG, config)
     model = CLIP(**config["model_cfg"])
     log.info("CLIP: %d parameters, %d tokens", _count(model), vocab_size)
-    varied, peak = (MOSTLY_SHAPES, 5e-4) if first_batch else (EVENLY, 1e-3)
-    if first_batch:
-        model.load_state_dict(load_file(directory / clip_files.WEIGHTS))
     tokenizer = clip_files.directory_tokenizer(directory)
 
     def loss_of_batch(step: int) -> tuple[torch.Tensor, float]:
-        rng = stream("clip", first_batch + step)
+        rng = stream("clip", step)
+        varied = EVENLY if step < steps // 2 else MOSTLY_SHAPES
         prompts, scenes, images = family_batch(rng, families, varied)
         ids = tokenizer([p.text for p in prompts])
         return contrastive_loss(
@@ -414,7 +408,7 @@ def train_clip(directory: Path, *, steps: int, first_batch: int = 0, families: i
             match_matrix(prompts, scenes),
         )
 
-    optimise(model, loss_of_batch, what="clip", steps=steps, learning_rate=peak)
+    optimise(model, loss_of_batch, what="clip", steps=steps, learning_rate=1e-3)
     _save(model, directory / clip_files.WEIGHTS)
 
 
@@ -480,9 +474,7 @@ def ranking_loss(scores: torch.Tensor, pairs: torch.Tensor) -> tuple[torch.Tenso
     return -F.logsigmoid(difference).mean(), (difference > 0).float().mean().item()
 
 
-def train_image_reward(
-    directory: Path, *, contrastive_steps: int, steps: int, first_batch: int = 0
-) -> None:
+def train_image_reward(directory: Path, *, contrastive_steps: int, steps: int) -> None:
     """Trains the tiny ImageReward: BLIP's contrast first, as in its pretraining, then ranks.
 
     The image encoder starts from the tiny CLIP's, as BLIP's starts from an ImageNet ViT.
@@ -491,8 +483,6 @@ def train_image_reward(
         directory: where to; the CLIP lies in ``clip`` beside it.
         contrastive_steps: of the first part.
         steps: of the second part.
-        first_batch: number of the first batch; above 0 the first part is left out and the
-            weights that are there learn further to rank.
     """
     text = {
         **IMAGE_REWARD_CONFIG.text,
@@ -502,14 +492,10 @@ def train_image_reward(
     model = image_reward_files.build_model(config)
     tokenizer = image_reward_files.load_tokenizer(directory)
     log.info("ImageReward: %d parameters, %d tokens", _count(model), text["vocab_size"])
-    if first_batch:
-        image_reward_files.load_weights(model, directory / image_reward_files.WEIGHTS)
-    else:
-        _pretrain(model, tokenizer, directory.parent / "clip", contrastive_steps)
-    first_ranked = first_batch or contrastive_steps
+    _pretrain(model, tokenizer, directory.parent / "clip", contrastive_steps)
 
     def loss_of_batch(step: int) -> tuple[torch.Tensor, float]:
-        rng = stream("image-reward", first_ranked + step)
+        rng = stream("image-reward", contrastive_steps + step)
         texts, images, shown, pairs = _reward_batch(rng)
         encoded = tokenizer(texts, padding=True, return_tensors="pt")
         # Pictures are encoded once, whatever the number of prompts that they are shown with.
@@ -750,11 +736,10 @@ def _write_json(path: Path, data: object) -> None:
 
 
 @contextmanager
-def _logged(directory: Path, seed: int, *, further: bool = False) -> Iterator[None]:
+def _logged(directory: Path, seed: int) -> Iterator[None]:
     """Seeds torch for the run alone, and keeps its log beside what it makes."""
     directory.mkdir(parents=True, exist_ok=True)
-    mode = "a" if further else "w"
-    handler = logging.FileHandler(directory / "training.log", mode=mode, encoding="utf-8")
+    handler = logging.FileHandler(directory / "training.log", mode="w", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(handler)
     with torch.random.fork_rng():
@@ -782,12 +767,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = ("clip", "image-reward", "hps", "reference", "evaluate")
     parser.add_argument("what", choices=names)
     parser.add_argument("--steps", type=int, help="of the optimiser (contrast or ranking)")
-    parser.add_argument(
-        "--first-batch",
-        type=int,
-        default=0,
-        help="clip, image-reward: learn further from this batch on",
-    )
     parser.add_argument("--contrastive-steps", type=int, default=400, help="image-reward only")
     parser.add_argument("--prompts", type=int, default=400, help="evaluate only: per comparison")
     parser.add_argument("--seed", type=int, default=0, help="of weights and dropout")
@@ -796,20 +775,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     log.setLevel(logging.INFO)  # of this module alone: open_clip tells a lot
     root: Path = options.out
-    first: int = options.first_batch
     if options.what == "clip":
-        with _logged(root / "clip", options.seed, further=first > 0):
-            train_clip(root / "clip", steps=options.steps or 1700, first_batch=first)
+        with _logged(root / "clip", options.seed):
+            train_clip(root / "clip", steps=options.steps or 2000)
     elif options.what == "hps":
         with _logged(root / "hps_v2", options.seed):
-            train_hps(root / "hps_v2", steps=options.steps or 350)
+            train_hps(root / "hps_v2", steps=options.steps or 400)
     elif options.what == "image-reward":
-        with _logged(root / "image_reward", options.seed, further=first > 0):
+        with _logged(root / "image_reward", options.seed):
             train_image_reward(
                 root / "image_reward",
                 contrastive_steps=options.contrastive_steps,
-                steps=options.steps or 600,
-                first_batch=first,
+                steps=options.steps or 1200,
             )
     elif options.what == "reference":
         measure_reference(root)
