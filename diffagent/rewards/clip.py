@@ -98,7 +98,7 @@ class ClipScorer:
             ConfigError: no such model, tag or file.
             ScoreError: the weights do not fit the architecture.
         """
-        network, tokenizer, version = load_open_clip(model, weights)
+        network, tokenizer, version = cls._network(model, weights)
         preprocess, settings = cls._preprocessing(network)
         return cls(
             network,
@@ -110,6 +110,10 @@ class ClipScorer:
             dtype=dtype,
             batch_size=batch_size,
         )
+
+    @staticmethod
+    def _network(model: str, weights: str | Path | None) -> tuple[Any, Any, str]:
+        return load_open_clip(model, weights)
 
     @staticmethod
     def _preprocessing(

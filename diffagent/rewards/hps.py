@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from diffagent import compat
 from diffagent.errors import ConfigError
-from diffagent.rewards.base import content_digest, hub_or_local
+from diffagent.rewards.base import hub_or_local
 from diffagent.rewards.clip import ClipScorer, load_open_clip
 
 if TYPE_CHECKING:
@@ -26,55 +26,25 @@ class HPSScorer(ClipScorer):
     The pictures are prepared by the package's own code: the longest side is resized and the
     rest padded, where CLIP would crop. Scores of v2 and v2.1 are not comparable, and scores
     mean something only among pictures of one prompt.
+
+    `load` takes a release (``v2``, ``v2.1``) as its model, with the release's file or the hub
+    repository that has it as its weights (``xswu/HPSv2`` when not given); or a directory in
+    open_clip's layout.
     """
 
     name = "hps_v2"
 
-    @classmethod
-    def load(
-        cls,
-        model: str = "v2",
-        weights: str | Path | None = None,
-        *,
-        device: str = "cpu",
-        dtype: str = "float32",
-        batch_size: int = 32,
-    ) -> Self:
-        """Loads a release of HPS, or a directory as `ClipScorer.load` does.
-
-        Args:
-            model: ``v2``, ``v2.1``, or a directory in open_clip's layout.
-            weights: for a release: its file, or the hub repository that has it
-                (``xswu/HPSv2`` when not given).
-            device: any torch device.
-            dtype: ``float32``, ``bfloat16`` or ``float16``.
-            batch_size: pictures, or prompts, a forward pass.
-
-        Raises:
-            ConfigError: no such model or file.
-            ScoreError: the weights do not fit the architecture.
-        """
+    @staticmethod
+    def _network(model: str, weights: str | Path | None) -> tuple[Any, Any, str]:
         if model in RELEASES:
             file = hub_or_local(weights or REPOSITORY, RELEASES[model])
             network, tokenizer, _ = load_open_clip(ARCHITECTURE, file)
-            version = model
-        elif Path(model).is_dir():
-            network, tokenizer, version = load_open_clip(model, weights)
-        else:
+            return network, tokenizer, model
+        if not Path(model).is_dir():
             raise ConfigError(
                 f"HPS model {model!r} is neither one of {sorted(RELEASES)} nor a directory"
             )
-        preprocess, settings = cls._preprocessing(network)
-        return cls(
-            network,
-            tokenizer,
-            preprocess,
-            version=version,
-            digest=content_digest(network, {"scorer": cls.name, **settings}),
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
-        )
+        return load_open_clip(model, weights)
 
     @staticmethod
     def _preprocessing(
