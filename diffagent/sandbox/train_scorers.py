@@ -509,7 +509,7 @@ def train_image_reward(directory: Path, *, contrastive_steps: int, steps: int) -
         ).last_hidden_state
         return ranking_loss(model.mlp(hidden[:, 0])[:, 0], pairs)
 
-    optimise(model, loss_of_batch, what="image-reward", steps=steps, learning_rate=6e-4)
+    optimise(model, loss_of_batch, what="image-reward", steps=steps, learning_rate=1.2e-3)
     _save(model, directory / image_reward_files.WEIGHTS)
     _write_json(directory / image_reward_files.CONFIG, asdict(config))
     # The release is standardised over its authors' pictures, this one over reference drawings.
@@ -786,7 +786,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             train_image_reward(
                 root / "image_reward",
                 contrastive_steps=options.contrastive_steps,
-                steps=options.steps or 1200,
+                steps=options.steps or 2000,
             )
     elif options.what == "reference":
         measure_reference(root)
