@@ -20,7 +20,7 @@ PROMPTS = 60
 # are weak (about 70 %), and known to be.
 LOWEST = {
     "colour": {"clip": 0.95, "image_reward": 0.9, "hps_v2": 0.95},
-    "shape": {"clip": 0.85, "image_reward": 0.52, "hps_v2": 0.75},
+    "shape": {"clip": 0.95, "image_reward": 0.6, "hps_v2": 0.9},
 }
 
 
