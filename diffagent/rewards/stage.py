@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 
 from diffagent.artifacts import Artifact, StageContext, StageResult, stage
 from diffagent.device import resolve_device
-from diffagent.rewards.base import Scorer, batches, load_scorers, reward_files
+from diffagent.rewards.base import Scorer, batches
+from diffagent.rewards.load import load_scorers, reward_files
 from diffagent.rewards.unified import Unifier
 from schemas.config import RewardsConfig
 from schemas.dabench import SCORES

@@ -27,7 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from diffagent.errors import ConfigError, ScoreError
-from diffagent.rewards.base import Scorer, reference_file
+from diffagent.rewards.base import Scorer
+from diffagent.rewards.load import reference_file
 
 if TYPE_CHECKING:
     from schemas.config import RewardsConfig

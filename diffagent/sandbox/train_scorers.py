@@ -40,10 +40,11 @@ from torch.nn import functional as F
 from diffagent import compat
 from diffagent.rewards import clip as clip_files
 from diffagent.rewards import image_reward as image_reward_files
-from diffagent.rewards.base import REFERENCE_FILE, Scorer, sandbox_directory
+from diffagent.rewards.base import Scorer
 from diffagent.rewards.clip import ClipScorer
 from diffagent.rewards.hps import HPSScorer
 from diffagent.rewards.image_reward import ImageRewardConfig, ImageRewardScorer
+from diffagent.rewards.load import REFERENCE_FILE, sandbox_directory
 from diffagent.sandbox import world
 from diffagent.sandbox.world import Scene
 

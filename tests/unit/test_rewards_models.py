@@ -11,7 +11,8 @@ from PIL import Image
 
 from diffagent import compat
 from diffagent.errors import ConfigError, ScoreError
-from diffagent.rewards.base import PromptCache, reward_files, sandbox_directory
+from diffagent.rewards.base import PromptCache
+from diffagent.rewards.load import reward_files, sandbox_directory
 
 compat.install()
 
@@ -342,7 +343,7 @@ def test_the_bytes_behind_the_word_sandbox_belong_to_the_request(
     assert "model.safetensors" not in names, "of ImageReward, which was not asked for"
     shutil.copytree(sandbox_directory(), tmp_path / "scorers")
     before = score.identity(config, {})
-    monkeypatch.setattr("diffagent.rewards.base.sandbox_directory", lambda: tmp_path / "scorers")
+    monkeypatch.setattr("diffagent.rewards.load.sandbox_directory", lambda: tmp_path / "scorers")
     assert score.identity(config, {}) == before, "where they lie does not matter"
     with (tmp_path / "scorers" / "clip" / "open_clip_model.safetensors").open("ab") as weights:
         weights.write(b"\0")

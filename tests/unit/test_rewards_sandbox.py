@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffagent.errors import ScoreError
-from diffagent.rewards.base import load_scorers, sandbox_directory
+from diffagent.rewards.load import load_scorers, sandbox_directory
 from diffagent.rewards.unified import Unifier
 from diffagent.sandbox import world
 from schemas.config import RewardsConfig
