@@ -80,10 +80,9 @@ def compare(a: Dataset, b: Dataset, *, examples: int = 5) -> dict[str, Any]:
                 "datasets that they were exported from"
             )
     rows, moved = _compare_rows(a, b, examples)
-    return {
-        "a": _name(a),
-        "b": _name(b),
-        "same": _same_content(a, b),
+    schemas = [_read_schema(next(p for paths in d.shards.values() for p in paths)) for d in (a, b)]
+    catalogues = [_read_schema(d.path / "catalogue.parquet") for d in (a, b)]
+    found = {
         "rows": rows.to_dict(),
         "splits": {
             "a": dict(a.rows),
@@ -95,14 +94,13 @@ def compare(a: Dataset, b: Dataset, *, examples: int = 5) -> dict[str, Any]:
         "catalogue": _compare_catalogues(a.path, b.path, examples),
         "samplers": _compare_keys(*(_samplers(d.path) for d in (a, b))),
         "schema": {
-            "rows": _compare_schemas(*(_first_schema(d) for d in (a, b))),
-            "catalogue": _compare_schemas(
-                *(_read_schema(d.path / "catalogue.parquet") for d in (a, b))
-            ),
+            "rows": _compare_keys(*map(_types, schemas)),
+            "catalogue": _compare_keys(*map(_types, catalogues)),
         },
         "config": _compare_keys(a.config, b.config),
         "funnels": _compare_funnels(a, b),
     }
+    return {"a": _name(a), "b": _name(b), "same": _is_empty(found), **found}
 
 
 def _name(dataset: Dataset) -> dict[str, str]:
@@ -111,10 +109,11 @@ def _name(dataset: Dataset) -> dict[str, str]:
     return {"path": str(dataset.path), **digest}
 
 
-def _same_content(a: Dataset, b: Dataset) -> bool:
-    """Whether the manifests say so (false when either has none)."""
-    digests = [d.manifest.content_digest if d.manifest else None for d in (a, b)]
-    return digests[0] is not None and digests[0] == digests[1]
+def _is_empty(found: Any) -> bool:
+    """Whether there is no change anywhere in a comparison."""
+    if isinstance(found, dict):
+        return all(_is_empty(v) for k, v in found.items() if k not in ("in_both", "a", "b"))
+    return not found
 
 
 def _compare_rows(a: Dataset, b: Dataset, limit: int) -> tuple[Changes, Counter[tuple[str, str]]]:
@@ -284,23 +283,15 @@ def _compare_keys(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _first_schema(dataset: Dataset) -> pa.Schema:
-    return _read_schema(next(path for paths in dataset.shards.values() for path in paths))
-
-
 def _read_schema(path: Path) -> pa.Schema:
     try:
         return pq.read_schema(path)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException) as error:
         raise ArtifactError(f"cannot read {str(path)!r}: {error}") from None
 
 
-def _compare_schemas(a: pa.Schema, b: pa.Schema) -> dict[str, Any]:
-    return _compare_keys(*({f.name: _type(f) for f in schema} for schema in (a, b)))
-
-
-def _type(column: pa.Field) -> str:
-    return f"{column.type}{'' if column.nullable else ' not null'}"
+def _types(schema: pa.Schema) -> dict[str, str]:
+    return {f.name: f"{f.type}{'' if f.nullable else ' not null'}" for f in schema}
 
 
 def _compare_funnels(a: Dataset, b: Dataset) -> dict[str, Any]:
@@ -327,7 +318,7 @@ def comparison_text(found: Mapping[str, Any]) -> str:
     """The comparison for a terminal."""
     parts = [aligned([(name, found[name]["path"]) for name in ("a", "b")], indent=0)]
     if found["same"]:
-        parts.append(["the contents are the same, byte for byte"])
+        parts.append(["nothing differs"])
     parts += [
         _split_text(found),
         _changes_text("rows", found["rows"]),

@@ -107,8 +107,11 @@ class Dataset:
     @property
     def made_from(self) -> list[str]:
         """The tree of its parents, a line each; an export remembers that of its source."""
-        known = self.manifest.metrics.get("made_from", []) if self.manifest else []
-        return [*(lineage_lines(self.artifact) if self.artifact else []), *known]
+        lines = lineage_lines(self.artifact) if self.artifact else []
+        known = self.manifest.metrics.get("made_from") if self.manifest else None
+        if not known:
+            return lines
+        return [lines[0], f"  dabench: {known[0]}", *(f"  {line}" for line in known[1:])]
 
     @property
     def dates(self) -> dict[str, str]:
@@ -176,7 +179,7 @@ def count_rows(path: Path) -> int:
         return sum(1 for _ in read_pairs(path))
     try:
         return int(pq.read_metadata(path).num_rows)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException) as error:
         raise ArtifactError(f"cannot read {str(path)!r}: {error}") from None
 
 
@@ -200,7 +203,7 @@ def _parquet_batches(path: Path, columns: Sequence[str] | None) -> Iterator[pa.R
             if columns is not None:
                 names = [name for name in columns if name in file.schema_arrow.names]
             yield from file.iter_batches(batch_size=_BATCH_ROWS, columns=names)
-    except (OSError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException) as error:
         raise ArtifactError(f"cannot read {str(path)!r}: {error}") from None
 
 

@@ -18,11 +18,13 @@ from diffagent.dabench.catalogue import Catalogue
 from diffagent.dabench.dataset import Batch, Dataset
 from diffagent.dabench.layout import aligned, printable, share
 from diffagent.errors import DiffAgentError, SchemaError
+from schemas.api import T2IAPI
 from schemas.manifest import Funnel
 
 PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 _MAX_VALUES = 64  # a column of more different values is no category
 _SHOWN = 10
+_IN_LINE = 5
 _CARRIED = ("seed",)  # parameters that every API has of its own
 
 
@@ -156,10 +158,13 @@ def summarise(dataset: Dataset, *, rows: int = 3, seed: int = 0) -> dict[str, An
             "models": _top(models),
             "loras": _top(Counter({f"{m} / {v}": n for (m, v), n in seen.loras.items()})),
             "base_models": _top(seen.base_models),
-            **{name: _top(counts) for name, counts in seen.params.items()},
+            "samplers": _top(samplers),
         },
+        "params": {n: _top(counts) for n, counts in seen.params.items() if n != "sampler"},
         "columns": {
-            name: _top(tally.counts) for name, tally in seen.columns.items() if not tally.full
+            name: _top(tally.counts)
+            for name, tally in seen.columns.items()
+            if not tally.full and _is_category(name, len(tally.counts), total)
         },
         "prompt_characters": seen.characters.percentiles(),
         "prompt_words": seen.words.percentiles(),
@@ -170,6 +175,12 @@ def summarise(dataset: Dataset, *, rows: int = 3, seed: int = 0) -> dict[str, An
 def _top(counts: Counter[str]) -> dict[str, int]:
     """The most frequent values first, those that are equal in alphabetical order."""
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _is_category(name: str, values: int, rows: int) -> bool:
+    """Whether the counts of a column tell something that is not told elsewhere."""
+    elsewhere = name in T2IAPI.model_fields or name == "id" or name.endswith("_id")
+    return not elsewhere and (values <= _SHOWN or 4 * values <= rows)
 
 
 def _identity(dataset: Dataset) -> dict[str, Any]:
@@ -217,7 +228,8 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         *(_funnel_text(funnel) for funnel in summary["funnels"]),
         *(_distribution_text(name, d) for name, d in summary["distributions"].items()),
         *(_counts_text(name, counts, total) for name, counts in summary["counts"].items()),
-        *(_counts_text(f"column {n}", counts, total) for n, counts in summary["columns"].items()),
+        _lines_text("parameters", summary["params"], total),
+        _lines_text("columns", summary["columns"], total),
         _length_text(summary),
         *(_row_text(row) for row in summary["sample"]),
     ]
@@ -237,7 +249,7 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, object]]:
         if name in summary
     ]
     facts += [(name, " to ".join(ends)) for name, ends in summary["dates"].items()]
-    facts += [(f"{name.replace('_', ' ')} used", f"{count:,}") for name, count in used.items()]
+    facts += [(name.replace("_", " "), f"{count:,}") for name, count in used.items()]
     facts += [(f"{name} in the catalogue", f"{count:,}") for name, count in catalogue.items()]
     return facts
 
@@ -274,6 +286,19 @@ def _counts_text(
     return [title.replace("_", " "), *aligned(rows)]
 
 
+def _lines_text(title: str, columns: Mapping[str, Mapping[str, int]], total: int) -> list[str]:
+    rows = [(name, _short(counts, total)) for name, counts in columns.items()]
+    return [title, *aligned(rows)] if rows else []
+
+
+def _short(counts: Mapping[str, int], total: int) -> str:
+    """The most frequent values of a column in one line."""
+    items = list(counts.items())
+    shown = [f"{printable(v, 24)} {share(count, total)}" for v, count in items[:_IN_LINE]]
+    rest = [f"{len(items) - _IN_LINE:,} others"] if len(items) > _IN_LINE else []
+    return ", ".join([*shown, *rest])
+
+
 def _length_text(summary: Mapping[str, Any]) -> list[str]:
     rows = [
         (unit, *summary[f"prompt_{unit}"].values())
@@ -288,7 +313,9 @@ def _row_text(row: Mapping[str, Any]) -> list[str]:
     api = orjson.loads(row["api"])
     params = ", ".join(f"{name} {value}" for name, value in api.pop("params").items())
     loras = ", ".join(f"{x['model']} / {x['version']} ({x['weight']})" for x in api.pop("loras"))
-    own = {k: v for k, v in row.items() if k not in ("api", "id", "split") and k not in api}
-    facts = {**own, **api, "params": params, "loras": loras}
+    facts = {"prompt": row["prompt"], **api, "params": params, "loras": loras}
+    facts |= {k: v for k, v in row.items() if k not in (*facts, "api", "id", "split")}
+    if facts.get("prompt_raw") == row["prompt"]:
+        del facts["prompt_raw"]
     shown = [(name, printable(v, 160)) for name, v in facts.items() if v not in (None, "", [])]
     return [f"row {row['id']} ({row['split']})", *aligned(shown)]

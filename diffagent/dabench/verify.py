@@ -179,9 +179,10 @@ def verify_dabench(directory: str | Path, *, limit: int = 20, leaks: bool = True
     whole = [rows.read(*file) for file in files]
     rows.finish()
     verdict.rows = rows.places.count
-    if manifest:
+    complete = all(whole) and not verdict.totals["file unreadable"]
+    if manifest and complete and not verdict.totals["shard missing"]:
         _check_counts(verdict, manifest, rows.per_split)
-    if leaks and all(whole):
+    if leaks and complete:
         _check_leaks(verdict, rows.places, files, dataset.near_duplicate_jaccard)
     return verdict
 
@@ -219,7 +220,7 @@ def _check_catalogue(verdict: Verdict) -> Catalogue | None:
     try:
         schema = pq.read_schema(verdict.path / name)
         catalogue = Catalogue.load(verdict.path)
-    except (OSError, pa.ArrowInvalid, orjson.JSONDecodeError, DiffAgentError) as error:
+    except (OSError, pa.ArrowException, orjson.JSONDecodeError, DiffAgentError) as error:
         verdict.add("catalogue", str(error), file=name)
         return None
     _check_schema(verdict, name, schema, CATALOGUE)
@@ -314,7 +315,7 @@ def _check_shards(verdict: Verdict, dataset: Dataset) -> Iterator[tuple[Split, P
             if path.suffix == ".parquet":
                 try:
                     schema = pq.read_schema(path)
-                except (OSError, pa.ArrowInvalid) as error:
+                except (OSError, pa.ArrowException) as error:
                     verdict.add("file unreadable", str(error), file=name)
                     continue
                 _check_schema(verdict, name, schema, DABENCH)
