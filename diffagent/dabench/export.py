@@ -126,9 +126,14 @@ def _copy(dataset: Dataset, name: str, folder: Path) -> None:
         raise ArtifactError(
             f"{str(dataset.path / name)!r} is missing; see 'diffagent dabench verify'"
         ) from None
+    _check_digest(dataset, name, target)
+
+
+def _check_digest(dataset: Dataset, name: str, path: Path) -> None:
+    """``path`` has the bytes that the dataset's manifest, if there is one, gives for ``name``."""
     files = dataset.manifest.files if dataset.manifest else ()
     wanted = {file.path: file.sha256 for file in files}
-    if name in wanted and sha256_file(target) != wanted[name]:
+    if name in wanted and sha256_file(path) != wanted[name]:
         raise ArtifactError(
             f"{str(dataset.path / name)!r} is damaged (SHA256 differs); build the dataset again"
         )
@@ -258,6 +263,7 @@ def _write_instruction_api(dataset: Dataset, folder: Path) -> None:
         with (folder / f"{split}.json").open("wb") as out:
             separator = b"[\n"
             for path in paths:
+                _check_digest(dataset, path.relative_to(dataset.path).as_posix(), path)
                 for batch in read_file(split, path, columns):
                     for row in batch.data.to_pylist():
                         out.write(separator + orjson.dumps(to_pair(row)))

@@ -91,6 +91,12 @@ def shards(directory: Path, split: str) -> list[Path]:
     return sorted(directory.glob(f"data/{split}-*.parquet"))
 
 
+def first_row(directory: Path, split: str) -> dict[str, Any]:
+    """The first row of a split."""
+    row: dict[str, Any] = pq.read_table(shards(directory, split)[0]).slice(0, 1).to_pylist()[0]
+    return row
+
+
 def edit_row(
     path: Path, row: int, change: Callable[[dict[str, Any]], object], *, signed: bool = True
 ) -> dict[str, Any]:

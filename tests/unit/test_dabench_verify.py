@@ -21,6 +21,7 @@ from tests.unit.dabench_sets import (
     edit_api,
     edit_json,
     edit_row,
+    first_row,
     make_dabench,
     shards,
     sign,
@@ -32,12 +33,6 @@ Break = Callable[[Path], object]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
     return make_dabench(tmp_path_factory.mktemp("dabench"))
-
-
-def first(directory: Path, split: str) -> dict[str, Any]:
-    """The first row of a split."""
-    row: dict[str, Any] = pq.read_table(shards(directory, split)[0]).slice(0, 1).to_pylist()[0]
-    return row
 
 
 def change(**values: Any) -> Break:
@@ -61,13 +56,13 @@ def change_api(edit: Callable[[dict[str, Any]], object]) -> Break:
 
 def copy_from_train(column: str) -> Break:
     """The first test row gets a value of the first train row."""
-    return lambda d: change(**{column: first(d, "train")[column]})(d)
+    return lambda d: change(**{column: first_row(d, "train")[column]})(d)
 
 
 def duplicate_id(directory: Path) -> None:
     """The second train row gets the id of the first."""
     path = shards(directory, "train")[0]
-    edit_row(path, 1, lambda row: row.update(id=first(directory, "train")["id"]))
+    edit_row(path, 1, lambda row: row.update(id=first_row(directory, "train")["id"]))
 
 
 def rename_model(row: dict[str, Any]) -> None:
