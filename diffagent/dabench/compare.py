@@ -24,9 +24,10 @@ from diffagent.dabench.layout import aligned, printable
 from diffagent.dabench.splits import SPLITS
 from diffagent.errors import ArtifactError, SchemaError
 
-_RANGE = 200_000  # ids compared at once
+_RANGE = 50_000  # ids compared at once
 _SPLIT = "\0split"  # no column has this name
 _Ids = npt.NDArray[np.int64]
+_File = tuple[str, int, int]  # split, least and greatest id
 
 
 @dataclass
@@ -118,7 +119,7 @@ def _is_empty(found: Any) -> bool:
 
 def _compare_rows(a: Dataset, b: Dataset, limit: int) -> tuple[Changes, Counter[tuple[str, str]]]:
     changes, moved = Changes(), Counter[tuple[str, str]]()
-    ids_a, ids_b = _ids(a), _ids(b)
+    (ids_a, files_a), (ids_b, files_b) = _read_ids(a), _read_ids(b)
     added, removed = np.setdiff1d(ids_b, ids_a), np.setdiff1d(ids_a, ids_b)
     common = np.intersect1d(ids_a, ids_b, assume_unique=True)
     changes.added, changes.removed, changes.common = len(added), len(removed), len(common)
@@ -126,7 +127,7 @@ def _compare_rows(a: Dataset, b: Dataset, limit: int) -> tuple[Changes, Counter[
     changes.show("removed", removed[:limit].tolist(), limit)
     for begin in range(0, len(common), _RANGE):
         ends = (int(common[begin]), int(common[min(begin + _RANGE, len(common)) - 1]))
-        joined = _join(_rows_between(a, *ends), _rows_between(b, *ends), "id")
+        joined = _join(_rows_between(files_a, *ends), _rows_between(files_b, *ends), "id")
         _count_changes(changes, joined, "id", limit, ignore=(_SPLIT,))
         apart = joined.filter(pl.col(_SPLIT) != pl.col(f"{_SPLIT}_b"))
         for old, new, count in apart.group_by(_SPLIT, f"{_SPLIT}_b").len().iter_rows():
@@ -137,27 +138,32 @@ def _compare_rows(a: Dataset, b: Dataset, limit: int) -> tuple[Changes, Counter[
     return changes, moved
 
 
-def _ids(dataset: Dataset) -> _Ids:
-    """Ids of all rows, sorted."""
-    found = [batch.data["id"].to_numpy() for batch in dataset.batches(["id"])]
-    ids: _Ids = np.sort(np.concatenate(found)) if found else np.zeros(0, np.int64)
-    if len(twice := ids[1:][ids[1:] == ids[:-1]]):
+def _read_ids(dataset: Dataset) -> tuple[_Ids, dict[Path, _File]]:
+    """Ids of all rows, sorted, and between which ids each file lies."""
+    found, files = [np.zeros(0, np.int64)], dict[Path, _File]()
+    for batch in dataset.batches(["id"]):
+        ids = batch.data["id"].to_numpy()
+        low, high = int(ids.min()), int(ids.max())
+        known = files.get(batch.path, (batch.split, low, high))
+        files[batch.path] = (batch.split, min(known[1], low), max(known[2], high))
+        found.append(ids)
+    every: _Ids = np.sort(np.concatenate(found))
+    if len(twice := every[1:][every[1:] == every[:-1]]):
         raise SchemaError(
             f"{str(dataset.path)!r} has {len(twice)} ids more than once, {twice[0]} for one: "
             "rows cannot be compared; 'diffagent dabench verify' lists them",
             field="id",
         )
-    return ids
+    return every, files
 
 
-def _rows_between(dataset: Dataset, low: int, high: int) -> pl.DataFrame:
-    scans = [
-        pl.scan_parquet(list(paths)).with_columns(pl.lit(split).alias(_SPLIT))
-        for split, paths in dataset.shards.items()
-        if paths
-    ]
+def _rows_between(files: Mapping[Path, _File], low: int, high: int) -> pl.DataFrame:
     inside = pl.col("id").is_between(low, high)
-    return pl.concat([scan.filter(inside).collect() for scan in scans])
+    return pl.concat(
+        pl.scan_parquet(path).filter(inside).with_columns(pl.lit(split).alias(_SPLIT)).collect()
+        for path, (split, least, most) in files.items()
+        if least <= high and low <= most
+    )
 
 
 def _join(a: pl.DataFrame, b: pl.DataFrame, key: str) -> pl.DataFrame:

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 Layout = Literal["hf", "instruction-api"]
 _VERSION = 1
+#: Names of types that are not Arrow's.
+_DTYPES = {"double": "float64", "float": "float32", "halffloat": "float16", "date32[day]": "date32"}
 _SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
 _SIZE_NAMES = ("1K", "10K", "100K", "1M", "10M", "100M")
 
@@ -211,17 +213,18 @@ def _front_matter(
     }
 
 
-def _features(schema: pa.Schema) -> list[dict[str, str]]:
-    """Columns as the card of a dataset names them: ``{name, dtype}`` or ``{name, list}``."""
-    features = []
-    for column in schema:
-        is_list = pa.types.is_list(column.type)
-        kind = column.type.value_type if is_list else column.type
-        if pa.types.is_nested(kind):
-            raise ConfigError(f"column {column.name!r} is {column.type}: export knows flat ones")
-        name = {"double": "float64", "float": "float32"}.get(str(kind), str(kind))
-        features.append({"name": column.name, "list" if is_list else "dtype": name})
-    return features
+def _features(columns: Iterable[pa.Field]) -> list[dict[str, Any]]:
+    """Columns as the card of a dataset names them: ``{name, dtype}``, lists and structs too."""
+    return [{"name": column.name, **_feature(column.type)} for column in columns]
+
+
+def _feature(kind: pa.DataType) -> dict[str, Any]:
+    if pa.types.is_struct(kind):
+        return {"struct": _features(kind)}
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        inner = _feature(kind.value_type)
+        return {"list": inner.get("dtype") or inner.get("struct") or inner}
+    return {"dtype": _DTYPES.get(str(kind), str(kind))}
 
 
 def _size_category(rows: int) -> str:

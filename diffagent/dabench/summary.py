@@ -39,6 +39,8 @@ class Tally:
         """Count a batch."""
         if self.full:
             return
+        if pa.types.is_nested(column.type):  # counted by their text
+            column = pa.array([None if v is None else str(v) for v in column.to_pylist()])
         for item in pc.value_counts(column):
             self.counts[str(item["values"].as_py())] += item["counts"].as_py()
         self.full = len(self.counts) > _MAX_VALUES
@@ -87,7 +89,7 @@ class _Pass:
         for name, column in zip(batch.data.schema.names, batch.data.columns, strict=True):
             if pa.types.is_temporal(column.type):
                 self._add_dates(name, column)
-            elif not pa.types.is_nested(column.type):
+            else:
                 self.columns.setdefault(name, Tally()).add(column)
         prompts = batch.data["prompt"]
         self.characters.add(pc.utf8_length(prompts))
@@ -200,12 +202,12 @@ def _identity(dataset: Dataset) -> dict[str, Any]:
     return facts
 
 
-def _catalogue(path: Path) -> dict[str, int]:
-    """Versions that may be called; {} when this version cannot read the catalogue."""
+def _catalogue(path: Path) -> dict[str, int | str]:
+    """Versions that may be called, or why the catalogue cannot be read."""
     try:
         catalogue = Catalogue.load(path)
-    except DiffAgentError:  # 'verify' says what is wrong with it
-        return {}
+    except (DiffAgentError, orjson.JSONDecodeError) as error:
+        return {"unreadable": str(error)}
     return {
         "checkpoints": len(catalogue.checkpoints),
         "loras": len(catalogue.loras),
@@ -250,7 +252,10 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, object]]:
     ]
     facts += [(name, " to ".join(ends)) for name, ends in summary["dates"].items()]
     facts += [(name.replace("_", " "), f"{count:,}") for name, count in used.items()]
-    facts += [(f"{name} in the catalogue", f"{count:,}") for name, count in catalogue.items()]
+    facts += [
+        (f"{name} in the catalogue", f"{count:,}" if isinstance(count, int) else count)
+        for name, count in catalogue.items()
+    ]
     return facts
 
 

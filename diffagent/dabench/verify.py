@@ -90,6 +90,7 @@ RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "sha256": ("64 lower-case hex digits", lambda value: bool(_HEX.fullmatch(value))),
     "allow_commercial_use": (f"some of {sorted(_USES)}", lambda value: set(value) <= _USES),
 }
+_STAGES = ("shard", "export")
 _NEEDED = ("id", "prompt", "api", "model", "version")  # without these no row can be checked
 _KEYS = ("id", "group", "post_id")
 _OF_ENTRY = ("base_model", "model_id", "version_id")  # columns that repeat the catalogue's
@@ -172,6 +173,11 @@ def verify_dabench(directory: str | Path, *, limit: int = 20, leaks: bool = True
         )
     verdict = Verdict(path, limit)
     manifest = _check_files(verdict)
+    if manifest and manifest.stage not in _STAGES:
+        raise ArtifactError(
+            f"{str(path)!r} is an artefact of {manifest.stage!r}: 'diffagent artifact verify' "
+            "checks its files"
+        )
     dataset = Dataset(path, manifest, shards)
     catalogue = _check_catalogue(verdict)
     rows = _Rows(verdict, catalogue)

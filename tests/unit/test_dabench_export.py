@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -15,7 +16,7 @@ from diffagent.artifacts import Artifact, open_artifact
 from diffagent.dabench import export as export_module
 from diffagent.dabench.catalogue import Catalogue
 from diffagent.dabench.dataset import open_dataset
-from diffagent.dabench.export import Layout, export_dabench
+from diffagent.dabench.export import Layout, _features, export_dabench
 from diffagent.dabench.pairs import API_KEYS, PAIR_KEYS, from_pair, read_pairs, to_pair
 from diffagent.dabench.shards import read_split
 from diffagent.dabench.splits import SPLITS
@@ -59,6 +60,23 @@ def test_datasets_loads_it_offline(
     )
     assert entries.to_list() == pq.read_table(made.file("catalogue.parquet")).to_pylist()
     assert entries.features == datasets.Features.from_arrow_schema(CATALOGUE)
+
+
+def test_columns_of_any_type_are_named_as_datasets_does() -> None:
+    import datasets
+
+    schema = pa.schema(
+        [
+            *CATALOGUE,
+            ("crawled_at", pa.timestamp("us", tz="UTC")),
+            ("day", pa.date32()),
+            ("score", pa.float32()),
+            ("evidence", pa.struct([("source", pa.string()), ("uses", pa.list_(pa.string()))])),
+            ("candidates", pa.list_(pa.struct([("id", pa.int64()), ("likely", pa.float64())]))),
+        ]
+    )
+    expected = datasets.Features.from_arrow_schema(schema)
+    assert datasets.Features._from_yaml_list(_features(schema)) == expected
 
 
 def test_the_card_keeps_its_text_and_says_what_is_there(

@@ -118,11 +118,13 @@ def test_columns_that_this_version_does_not_know_are_counted(
     for path in [path for split in SPLITS for path in shards(directory, split)]:
         table = pq.read_table(path)
         times = pa.array(range(len(table)), pa.int64()).cast(pa.timestamp("s"))
-        licences = pa.array(["RAIL"] * len(table))
-        table = table.append_column("crawled_at", times).append_column("licence", licences)
+        table = table.append_column("crawled_at", times)
+        table = table.append_column("licence", pa.array(["RAIL"] * len(table)))
+        table = table.append_column("uses", pa.array([["Image", "Rent"]] * len(table)))
         pq.write_table(table, path)
     found = summarise(open_dataset(directory), rows=1)
     assert found["columns"]["licence"] == {"RAIL": 48}
+    assert found["columns"]["uses"] == {"['Image', 'Rent']": 48}
     assert found["dates"]["crawled_at"] == ["1970-01-01 00:00:00", "1970-01-01 00:00:08"]
     assert "1970-01-01 00:00:08" in summary_text(found)
 
@@ -132,6 +134,14 @@ def test_a_broken_api_is_an_error_that_names_its_place(made: Artifact, tmp_path:
     edit_row(shards(directory, "test")[0], 3, lambda row: row.update(api="[]"))
     with pytest.raises(SchemaError, match=r"test-00000-of-\d+.parquet' row 3: 'api' is no API"):
         summarise(open_dataset(directory))
+
+
+def test_a_catalogue_that_cannot_be_read_is_named(made: Artifact, tmp_path: Path) -> None:
+    directory = copy_dabench(made, tmp_path)
+    (directory / "catalogue.parquet").write_bytes(b"PAR1")
+    found = summarise(open_dataset(directory), rows=0)
+    assert "cannot read the catalogue" in found["catalogue"]["unreadable"]
+    assert "unreadable in the catalogue  cannot read" in summary_text(found)
 
 
 def test_a_directory_of_something_else_is_an_error(made: Artifact, tmp_path: Path) -> None:

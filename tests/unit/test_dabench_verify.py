@@ -271,6 +271,9 @@ def test_rows_without_their_columns_are_not_read(made: Artifact, tmp_path: Path)
     assert set(verdict.totals) == {"schema", "row count"}
 
 
-def test_a_directory_of_something_else_is_an_error(tmp_path: Path) -> None:
+def test_a_directory_of_something_else_is_an_error(made: Artifact, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="holds no DABench"):
         verify_dabench(tmp_path)
+    (parent,) = made.path.parent.parent.glob("filter/*/")
+    with pytest.raises(ArtifactError, match="an artefact of 'filter'"):
+        verify_dabench(parent)
