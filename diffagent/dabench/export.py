@@ -86,7 +86,7 @@ def export_dabench(
             data = orjson.dumps(dataset.distributions, option=orjson.OPT_INDENT_2)
             (folder / DISTRIBUTIONS).write_bytes(data)
         manifest = _manifest(dataset, folder, layout, started)
-        (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1))
+        (folder / MANIFEST).write_bytes(manifest.model_dump_json(indent=1).encode())
     return manifest
 
 
@@ -160,7 +160,9 @@ def _write_hf(dataset: Dataset, folder: Path) -> None:
     schema = pq.read_schema(next(folder.glob("data/*.parquet")))
     front |= _front_matter(folder, schema, sizes)
     text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
-    (folder / "README.md").write_text(f"---\n{text}---\n\n{body.strip()}\n\n{_HF_USE}")
+    body = body.removesuffix(_HF_USE).strip()  # of an export that is exported again
+    card = f"---\n{text}---\n\n{body}\n\n{_HF_USE}"
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _card(path: Path) -> tuple[dict[str, Any], str]:
@@ -276,7 +278,7 @@ def _write_instruction_api(dataset: Dataset, folder: Path) -> None:
     apis = orjson.dumps(api_mapping(Catalogue.load(folder)), option=orjson.OPT_INDENT_2)
     (folder / "mapping" / "apis.json").write_bytes(apis)
     keys = "\n".join(f"| `{field}` | `{key}` |" for field, key in API_KEYS.items())
-    (folder / "README.md").write_text(_PAIRS_CARD.format(keys=keys, **PAIR_KEYS))
+    (folder / "README.md").write_text(_PAIRS_CARD.format(keys=keys, **PAIR_KEYS), encoding="utf-8")
 
 
 _PAIRS_CARD = """# DABench as instruction-API pairs

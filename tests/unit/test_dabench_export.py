@@ -123,6 +123,8 @@ def test_an_export_can_be_exported_and_is_the_same(
     again = export_dabench(open_dataset(exports["hf"]), tmp_path / "again", "instruction-api")
     first = open_artifact(exports["instruction-api"]).manifest
     assert again.files == first.files
+    again = export_dabench(open_dataset(exports["hf"]), tmp_path / "hf", "hf")
+    assert again.files == open_artifact(exports["hf"]).manifest.files
     with pytest.raises(ArtifactError, match="pairs in JSON"):
         export_dabench(open_dataset(exports["instruction-api"]), tmp_path / "x", "hf")
 
