@@ -180,7 +180,9 @@ def _card(path: Path) -> tuple[dict[str, Any], str]:
 def _front_matter(
     folder: Path, schema: pa.Schema, sizes: Mapping[str, Mapping[str, int]]
 ) -> dict[str, Any]:
-    splits = {name: size for name, size in sizes.items() if any(folder.glob(f"data/{name}-*"))}
+    splits = {name: size for name, size in sizes.items() if size["num_examples"]}
+    if empty := sorted(sizes.keys() - splits.keys()):
+        log.warning("'datasets' cannot load an empty split: the card leaves out %s", empty)
     rows = sum(size["num_examples"] for size in splits.values())
     catalogue = folder / "catalogue.parquet"
     return {

@@ -24,6 +24,7 @@ from diffagent.dabench.summary import summarise
 from diffagent.dabench.verify import verdict_text, verify_dabench
 from diffagent.errors import ArtifactError, ConfigError, SchemaError
 from schemas.api import T2IAPI
+from schemas.config import DABenchConfig
 from schemas.dabench import CATALOGUE, DABENCH
 from schemas.manifest import Manifest
 from tests.unit.dabench_sets import copy_dabench, edit_row, make_dabench, shards
@@ -60,6 +61,25 @@ def test_datasets_loads_it_offline(
     )
     assert entries.to_list() == pq.read_table(made.file("catalogue.parquet")).to_pylist()
     assert entries.features == datasets.Features.from_arrow_schema(CATALOGUE)
+
+
+def test_an_empty_split_does_not_hinder_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import datasets
+
+    few = DABenchConfig(validation_fraction=0.01, test_fraction=0.01)
+    made = make_dabench(tmp_path / "made", records=3, config=few)
+    assert made.manifest.rows["test"] == made.manifest.rows["validation"] == 0
+    export_dabench(open_dataset(made.path), tmp_path / "hf", "hf")
+    assert "leaves out ['test', 'validation']" in caplog.text
+    assert verify_dabench(tmp_path / "hf").sound
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    loaded = datasets.load_dataset(str(tmp_path / "hf"), cache_dir=str(tmp_path / "cache"))
+    assert {split: len(rows) for split, rows in loaded.items()} == {"train": 3}
+    export_dabench(open_dataset(made.path), tmp_path / "pairs", "instruction-api")
+    assert json.loads((tmp_path / "pairs" / "test.json").read_text()) == []
+    assert verify_dabench(tmp_path / "pairs").sound
 
 
 def test_columns_of_any_type_are_named_as_datasets_does() -> None:
