@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffagent.dabench.cli import app as dabench_app
+
 if TYPE_CHECKING:
     from diffagent.artifacts import Artifact
     from diffagent.pipeline import Node
@@ -76,6 +78,7 @@ app = typer.Typer(
 )
 artifacts_app = typer.Typer(help="Look at artefacts.", no_args_is_help=True)
 app.add_typer(artifacts_app, name="artifact")
+app.add_typer(dabench_app, name="dabench")
 
 
 def _print_version(wanted: bool) -> None:

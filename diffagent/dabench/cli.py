@@ -1,0 +1,104 @@
+"""``diffagent dabench``: look at datasets, compare, check and export them."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    help="Look at a DABench, compare two, check one, export one.", no_args_is_help=True
+)
+
+_HELP = "Directory of a 'shard' artefact, or of an export."
+Directory = Annotated[Path, typer.Argument(metavar="DIR", help=_HELP)]
+AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+class Format(StrEnum):
+    """Layouts that ``export`` writes."""
+
+    hf = "hf"
+    instruction_api = "instruction-api"
+
+
+@app.command()
+def inspect(
+    directory: Directory,
+    rows: Annotated[int, typer.Option(min=0, max=10_000, help="Sample rows to show.")] = 3,
+    seed: Annotated[int, typer.Option(help="Which rows.")] = 0,
+    as_json: AsJSON = False,
+) -> None:
+    """Show what a dataset holds: counts, lineage, funnel, distributions, lengths, sample rows."""
+    from diffagent.dabench.dataset import open_dataset
+    from diffagent.dabench.summary import summarise, summary_text
+
+    found = summarise(open_dataset(directory), rows=rows, seed=seed)
+    _print(found) if as_json else typer.echo(summary_text(found))
+
+
+@app.command()
+def diff(
+    a: Annotated[Path, typer.Argument(metavar="A", help=f"The older one. {_HELP}")],
+    b: Annotated[Path, typer.Argument(metavar="B", help=f"The newer one. {_HELP}")],
+    examples: Annotated[int, typer.Option(min=0, help="How many of a kind to name.")] = 5,
+    as_json: AsJSON = False,
+) -> None:
+    """Show what changed from A to B; exit code 1 when a held-out row of A is in B's train split."""
+    from diffagent.dabench.compare import compare, comparison_text
+    from diffagent.dabench.dataset import open_dataset
+
+    found = compare(open_dataset(a), open_dataset(b), examples=examples)
+    _print(found) if as_json else typer.echo(comparison_text(found))
+    if found["leaks"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def verify(
+    directory: Directory,
+    limit: Annotated[int, typer.Option(min=1, help="Problems of a kind to list.")] = 20,
+    leaks: Annotated[
+        bool, typer.Option(help="Compare prompts across splits (most of the time).")
+    ] = True,
+    as_json: AsJSON = False,
+) -> None:
+    """Check files, schema, references, ranges, mappings and splits; exit code 1 on any problem."""
+    from diffagent.dabench.verify import verdict_text, verify_dabench
+
+    verdict = verify_dabench(directory, limit=limit, leaks=leaks)
+    _print(verdict.to_dict()) if as_json else typer.echo(verdict_text(verdict))
+    if not verdict.sound:
+        raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    directory: Directory,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write.")],
+    layout: Annotated[
+        Format, typer.Option("--format", help="Hugging Face datasets, or the authors' JSON.")
+    ] = Format.hf,
+    force: Annotated[bool, typer.Option("--force", help="Replace all that is in OUT.")] = False,
+) -> None:
+    """Write a dataset for 'datasets.load_dataset', or as instruction-API pairs in JSON."""
+    from diffagent.dabench.dataset import open_dataset
+    from diffagent.dabench.export import export_dabench
+
+    manifest = export_dabench(open_dataset(directory), out, layout.value, force=force)
+    size = sum(file.size for file in manifest.files) / 1e6
+    rows = ", ".join(f"{name} {count:,}" for name, count in manifest.rows.items())
+    typer.echo(f"{out}: {rows}; {len(manifest.files)} files, {size:,.1f} MB")
+
+
+def _print(value: dict[str, Any]) -> None:
+    import orjson
+
+    options = orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS
+    typer.echo(orjson.dumps(value, option=options, default=str).decode())
+
+
+if __name__ == "__main__":
+    app()
