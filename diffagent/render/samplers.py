@@ -146,9 +146,11 @@ _SOLVERS: Mapping[str, _Solver] = {
     # ComfyUI's, for which diffusers has no equal; a record with one is read, and not rendered.
     **{
         name: _Solver(None, note=f"diffusers has no {name}")
-        for name in ("Euler CFG++", "Euler a CFG++", "DPM++ 2M CFG++", "DPM++ 2S a CFG++")
-        + ("Res Multistep", "Res Multistep a", "Gradient Estimation", "ER SDE", "SA Solver")
-        + ("iPNDM", "iPNDM V", "SEEDS 2", "SEEDS 3")
+        for name in (
+            *("Euler CFG++", "Euler a CFG++", "DPM++ 2M CFG++", "DPM++ 2S a CFG++", "ER SDE"),
+            *("Res Multistep", "Res Multistep a", "Gradient Estimation", "SA Solver"),
+            *("iPNDM", "iPNDM V", "SEEDS 2", "SEEDS 3"),
+        )
     },
     "LCM": _Solver("LCMScheduler", {"clip_sample": False}, scheduled=False),
     "TCD": _Solver("TCDScheduler", {"clip_sample": False}, scheduled=False),

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from decimal import Decimal
 
 from diffagent.dabench.metadata.generation import Generation, Reading, Reference
@@ -245,13 +246,14 @@ def write_parameters(generation: Generation, program: str = "diffagent") -> str:
     """
     prompt, negative = generation.prompt_raw or "", generation.negative_prompt_raw or ""
     tagged = {reference.name for reference in split_prompt(prompt).loras}
-    tags = [
-        f"<lora:{tag_name(use.name)}:{shortest(use.weight)}>"
+    loras = [
+        use if use.name in tagged else replace(use, name=tag_name(use.name))
         for use in generation.loras
-        if use.name and use.version_id is None and not {use.name, tag_name(use.name)} & tagged
+        if use.name and use.version_id is None
     ]
+    tags = [f"<lora:{use.name}:{shortest(use.weight)}>" for use in loras if use.name not in tagged]
     prompt = " ".join([*([prompt] if prompt else []), *tags])
-    fields = _fields(generation, program)
+    fields = _fields(generation, loras, program)
     lines = [prompt, *([f"{NEGATIVE} {negative}"] if negative else [])]
     if split_parameters("\n".join([*lines, _line(fields)])) != (prompt, negative, _line(fields)):
         fields |= {"Prompt": prompt, "Negative prompt": negative}
@@ -259,10 +261,15 @@ def write_parameters(generation: Generation, program: str = "diffagent") -> str:
     return "\n".join([*lines, _line(fields)])
 
 
-def _fields(generation: Generation, program: str) -> dict[str, object]:
+def _fields(generation: Generation, loras: list[Reference], program: str) -> dict[str, object]:
     checkpoint = next((ref for ref in generation.checkpoints if ref.hash or ref.name), Reference())
     size = f"{generation.width}x{generation.height}" if generation.width else None
     cfg_scale, clip_skip = generation.cfg_scale, generation.clip_skip
+    hashes = {"model": checkpoint.hash.lower()} if checkpoint.hash else {}
+    hashes |= {f"lora:{use.name}": use.hash.lower() for use in loras if use.hash}
+    for use in (*generation.embeddings, *generation.negative_embeddings):
+        if use.hash and use.name:
+            hashes[f"embed:{use.name}"] = use.hash.lower()
     fields: dict[str, object | None] = {
         "Steps": generation.steps,
         "Sampler": generation.sampler_name,
@@ -274,12 +281,12 @@ def _fields(generation: Generation, program: str) -> dict[str, object]:
         "Model": checkpoint.name,
         "Clip skip": clip_skip if clip_skip > 1 else None,
         "Civitai resources": _resources(generation) or None,
-        "Hashes": _hashes(generation, checkpoint) or None,
+        "Hashes": hashes or None,
         "Version": program,
     }
     made = {name: value for name, value in fields.items() if value is not None}
     if len(made) < _MIN_FIELDS or not _knows(made):  # else it would be read as a prompt
-        made = {"Clip skip": clip_skip, "Hashes": _hashes(generation, checkpoint), **made}
+        made = {"Clip skip": clip_skip, "Hashes": hashes, **made}
     return made
 
 
@@ -293,17 +300,6 @@ def _written(value: object) -> str:
     text = str(value)
     plain = text and text == text.strip() and not re.search(r'[,:\n"]|\A[{\[]', text)
     return text if plain else json.dumps(text, ensure_ascii=False)
-
-
-def _hashes(generation: Generation, checkpoint: Reference) -> dict[str, str]:
-    hashes = {"model": checkpoint.hash.lower()} if checkpoint.hash else {}
-    for use in generation.loras:
-        if use.hash and use.name:
-            hashes[f"lora:{tag_name(use.name)}"] = use.hash.lower()
-    for use in (*generation.embeddings, *generation.negative_embeddings):
-        if use.hash and use.name:
-            hashes[f"embed:{use.name}"] = use.hash.lower()
-    return hashes
 
 
 def _resources(generation: Generation) -> list[dict[str, object]]:

@@ -29,6 +29,8 @@ from diffagent.dabench.metadata.values import (
 )
 
 _MAX_STEPS = 200  # links of one walk
+#: What makes a part of a custom sampler; a node without any only hands one on.
+_PART_KEYS = frozenset({"sampler_name", "scheduler", "steps", "cfg", "noise_seed", "seed"})
 _MAX_PIPES = 8  # nodes that hand a bundle of links on
 _MAX_CHARS = 20_000  # of a text that is put together
 _LORA_AIRS = frozenset({"lora", "lycoris", "locon", "dora"})
@@ -39,11 +41,15 @@ _CHECKPOINTS = ("ckpt_name", "base_ckpt_name", "unet_name", "model_path", "gguf_
 _STRENGTHS = ("strength_model", "lora_model_strength", "model_strength", "strength", "lora_wt")
 _NUMBERS = ("value", "Value", "seed", "noise_seed", "int", "float", "number", "INT")
 #: Inputs of nodes that hand a name on: primitive nodes, selectors, loaders.
-_NAMES = "value Value string String text air lora_name sampler_name scheduler name".split()
-_NAMES += _CHECKPOINTS
+_NAMES = (
+    *("value", "Value", "string", "String", "text", "air", *_CHECKPOINTS, "lora_name"),
+    *("sampler_name", "scheduler", "name"),
+)
 #: Inputs of nodes that hold a text or hand a conditioning on.
-_TEXTS = "text prompt string String value Text text1 wildcard_text".split()
-_TEXTS += ("conditioning", "cond", "template", "any_01", "input1", *_PIPES)
+_TEXTS = (
+    *("text", "prompt", "string", "String", "value", "Text", "text1", "wildcard_text"),
+    *("conditioning", "cond", "template", "any_01", "input1", *_PIPES),
+)
 _STACKED = re.compile(r"lora_(?:name_)?0*(\d{1,3})(?:_name)?\Z")
 _TEXT_PART = re.compile(r"(?:text|string|prompt|str)_?(?:[a-h]|\d{1,2})\Z")
 _CONDITIONINGS = ("conditioning_to", "conditioning_from", "conditioning_1", "conditioning_2")
@@ -139,7 +145,7 @@ def _reading(form: Any, nodes: Nodes, workflow: Bag, prompt: Bag) -> Reading:
     versions = [air(name, _CHECKPOINT_AIRS) for name in names]
     # Two checkpoints are a merge, which is neither; an unnamed one is told by nothing.
     named = tuple(
-        Reference(version_id=version, name=_ENDING.sub("", name))
+        Reference(version_id=version, name=None if version else _ENDING.sub("", name))
         for name, version in zip(names[:1], versions[:1], strict=True)
         if len(set(names)) == 1
     )
@@ -272,17 +278,11 @@ class _Graph:
             if at is None:
                 return None
             node = at[1]
-            scalars = [v for v in node.inputs.values() if isinstance(v, str | int | float)]
-            if scalars or len([v for v in node.inputs.values() if is_link(v)]) != 1:
-                passed = _first_link(node, ("sigmas", "sampler", "guider", "noise"))
-                if passed is None or "scheduler" in node.inputs or "noise_seed" in node.inputs:
-                    return node
-                link = passed
-            else:
-                only = _only_link(node)
-                if only is None or "uider" in node.kind:
-                    return node
-                link = only
+            if not _PART_KEYS.isdisjoint(node.inputs) or "Guider" in node.kind:
+                return node
+            link = _first_link(node, ("sigmas", "sampler", "guider", "noise"))
+            if link is None and (link := _only_link(node)) is None:
+                return node
         return None
 
     def _custom(self, part: str, node: Node) -> dict[str, object]:

@@ -224,13 +224,14 @@ def _loras(
     found: dict[str, Reference] = {}
     hashes: set[str] = set()
     for reference in tagged:
-        if reference.name and (key := _stem(reference.name)) not in found:
+        if reference.name and (key := reference.name.casefold()) not in found:
             digest = _spilled_hash(bag, reference.name)
             found[key] = replace(reference, hash=digest) if digest else reference
     for reference in (*given, *_listed_loras(bag)):
-        key = _stem(reference.name or "") or reference.hash or str(reference.version_id or "")
+        key = (reference.name or reference.hash or str(reference.version_id or "")).casefold()
         if not key:
             continue
+        key = key if key in found else _stem(key)
         known = found.get(key)
         if known is None:
             if reference.hash not in hashes:  # the site shortens some names of AddNet
@@ -244,7 +245,6 @@ def _loras(
 
 def _stem(name: str) -> str:
     """A file's name without folder and ending: programs differ in whether they show them."""
-    name = name.casefold()
     if "/" in name or "\\" in name:
         name = name.replace("\\", "/").rpartition("/")[2]
     return name.removesuffix(".safetensors")
