@@ -14,6 +14,7 @@ from diffagent.dabench.metadata.parse import read_text
 
 log = logging.getLogger(__name__)
 
+_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "GIF")
 _EXIF_IFD, _USER_COMMENT = 0x8769, 0x9286
 #: Chunks that hold what a program wrote, most telling first. The WebUI and most others use
 #: "parameters"; NovelAI "Comment"; InvokeAI a chunk of its own.
@@ -62,7 +63,7 @@ def _texts(file: Any, name: str) -> tuple[dict[str, str], tuple[int, int] | tupl
     from PIL import Image
 
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=_FORMATS) as image:
             texts = _strings(image.info)
             texts |= _exif_texts(image)
             if not texts and image.format == "PNG":
