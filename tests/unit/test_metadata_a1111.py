@@ -6,6 +6,7 @@ import json
 import re
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -97,7 +98,8 @@ def test_json_values_are_read_whole() -> None:
          ("", "b", "Steps: 1, Seed: 2, Size: 8x8")),
         ("a\nSteps: 1, Seed: 2, Size: 8x8\nTemplate: {a|b}\nNegative Template: c",
          ("a", "", "Steps: 1, Seed: 2, Size: 8x8")),
-        ("parameters\n\na\nSteps: 1, Seed: 2, Size: 8x8", ("a", "", "Steps: 1, Seed: 2, Size: 8x8")),
+        ("parameters\n\na\nSteps: 1, Seed: 2, Size: 8x8",
+         ("a", "", "Steps: 1, Seed: 2, Size: 8x8")),
         ("Parameters  : a.Negative prompt: b.Steps: 1, Sampler: c, Seed: 2",
          ("a", "b", "Steps: 1, Sampler: c, Seed: 2")),
         ("a\nNegative prompt: b\nModel: m.ckpt, Steps: 40, Seed: 2\n\nUsed custom terms: x [0]",
@@ -158,23 +160,12 @@ def test_what_the_site_parsed_wins_over_what_it_left() -> None:
     assert (made.steps, made.cfg_scale, made.seed, made.prompt) == (30, 4.0, 7, "a")
 
 
-PROMPTS = st.text(max_size=60) | st.lists(
-    st.sampled_from(
-        ["a cat", "\n", " ", "Negative prompt: ", "Steps: 5, Seed: 1, Size: 8x8", ", ", "(x:1.2)"]
-        + [
-            "<lora:ink:0.5>",
-            "<lora:in k:1>",
-            "<lora:ink:te=1:unet=0.25>",
-            "parameters:",
-            "Template: b",
-            "embedding:foo",
-            '"',
-            "\\",
-            "猫",
-        ]
-    ),
-    max_size=8,
-).map("".join)
+PIECES = [
+    *("a cat", "\n", " ", "Negative prompt: ", "Steps: 5, Seed: 1, Size: 8x8", ", ", "(x:1.2)"),
+    *("<lora:ink:0.5>", "<lora:in k:1>", "<lora:ink:te=1:unet=0.25>", "parameters:"),
+    *("Template: b", "embedding:foo", '"', "\\", "猫"),
+]
+PROMPTS = st.text(max_size=60) | st.lists(st.sampled_from(PIECES), max_size=8).map("".join)
 HASHES = st.text(alphabet="0123456789ABCDEF", min_size=10, max_size=10)
 NAMES = st.text(min_size=1, max_size=20).filter(
     lambda name: name == name.strip() and "\0" not in name
@@ -220,6 +211,13 @@ def generations(draw: st.DrawFn) -> Generation:
 @given(generations())
 def test_reading_gives_back_what_was_written(generation: Generation) -> None:
     assert read_parameters(write_parameters(generation)) == generation
+
+
+@pytest.mark.parametrize("fields", [{}, {"seed": 5}, {"sampler_name": "Odd"}, {"width": 8}])
+def test_few_fields_are_not_taken_for_a_prompt(fields: dict[str, Any]) -> None:
+    made = Generation(form="a1111-text", prompt_raw="a", prompt="a", **fields)
+    made = replace(made, height=made.width)
+    assert read_parameters(write_parameters(made)) == made
 
 
 @settings(deadline=None, max_examples=200)
@@ -275,10 +273,12 @@ def test_reading_never_raises_on_any_text(text: str) -> None:
 
 @pytest.mark.parametrize(
     "piece",
-    ["a", " ", ",", ": ", "a:", "a: ", 'ab: "', 'ab: "\\', "ab: {", 'ab: {"', "Steps: 5, ", "(", "<",
-     "<a:", "\nSteps: 5, ", "\nNegative prompt: ", ", . ", "embedding:", "urn:air:", "-/ ", '"', "[",
-     "((embedding:x", "Steps: 5, Sampler: a\n"],
-)  # fmt: skip
+    [
+        *("a", " ", ",", ": ", "a:", "a: ", 'ab: "', 'ab: "\\', "ab: {", 'ab: {"', "(", "<", "<a:"),
+        *("Steps: 5, ", "\nSteps: 5, ", "\nNegative prompt: ", ", . ", "embedding:", "urn:air:"),
+        *("-/ ", '"', "[", "((embedding:x", "Steps: 5, Sampler: a\n"),
+    ],
+)
 def test_time_is_linear_in_the_text(piece: str) -> None:
     text = piece * (200_000 // len(piece))
     start = time.process_time()

@@ -331,7 +331,8 @@ def test_airs_and_the_sites_selector() -> None:
 def test_the_sites_generator_keeps_what_was_asked_for_beside_the_graph() -> None:
     extra = {"prompt": "a cat", "negativePrompt": "b", "steps": 30, "cfgScale": 7, "seed": 1,
              "sampler": "Euler a", "workflowId": "txt2img", "resources": [
-                 {"modelVersionId": 5, "strength": 1}, {"modelVersionId": 7, "strength": 0.4}]}  # fmt: skip
+                 {"modelVersionId": 5, "strength": 1},
+                 {"modelVersionId": 7, "strength": 0.4}]}  # fmt: skip
     airs = ["urn:air:sd1:checkpoint:civitai:1@5", "urn:air:sd1:lora:civitai:3@7"]
     prompt = {**graph(), "extra": {"airs": airs}, "extraMetadata": json.dumps(extra)}
     made = parse_generation(json.dumps(prompt))
@@ -433,7 +434,8 @@ KEYS = ["class_type", "inputs", "model", "positive", "negative", "latent_image",
         "sampler", "sigmas", "guider", "noise", "text", "lora_1", "loras", "conditioning_1",
         "conditioning_2", "nodes", "links", "type", "widgets_values", "id", "link", "name", "mode",
         "definitions", "subgraphs", "extra", "airs", "extraMetadata", "prompt", "workflow",
-        "select", "resources_json", "ckpt_name", "pipe", "basic_pipe", "seed", "widget"]  # fmt: skip
+        "select", "resources_json", "ckpt_name", "pipe", "basic_pipe", "seed",
+        "widget"]  # fmt: skip
 VALUES = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
     | st.sampled_from(["KSampler", "LoraLoader", "SetNode", "GetNode", "1", "2", "x" * 9])

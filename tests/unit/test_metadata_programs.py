@@ -92,7 +92,8 @@ def ref(**fields: Any) -> tuple[Reference, ...]:
             loras=ref(name="ink.safetensors", weight=0.5), **MADE)),
         (RUINED, Generation(
             form="ruinedfooocus", sampler_name="dpmpp_2m_sde_gpu", schedule_name="karras",
-            sampler="DPM++ 2M SDE Karras", checkpoints=ref(hash="BE9EDD61", name="base.safetensors"),
+            sampler="DPM++ 2M SDE Karras",
+            checkpoints=ref(hash="BE9EDD61", name="base.safetensors"),
             loras=ref(hash="AABBCCDDEE", name="ink.safetensors", weight=0.5), **MADE)),
         (SITE_RUINED, Generation(
             form="ruinedfooocus", sampler_name="DPM++ 2M SDE Karras",
@@ -252,7 +253,12 @@ ANY = st.recursive(
 )  # fmt: skip
 
 
-@settings(deadline=None, max_examples=200)
+def test_text_can_be_stored() -> None:
+    made = parse_generation({"prompt": "a\ud800\0b", "Model": "\ud800"})
+    assert (made.prompt_raw, made.checkpoints) == ("a?b", ref(name="?"))
+
+
+@settings(deadline=None, max_examples=100)
 @given(st.dictionaries(st.sampled_from(KEYS), ANY, max_size=12), ANY)
 def test_parsing_never_raises_on_any_json(meta: dict[str, object], size: object) -> None:
     made = parse_generation(meta, image_width=size, image_height=size)

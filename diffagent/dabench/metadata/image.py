@@ -65,10 +65,11 @@ def _texts(file: Any, name: str) -> tuple[dict[str, str], tuple[int, int] | tupl
     try:
         with Image.open(file, formats=_FORMATS) as image:
             texts = _strings(image.info)
-            texts |= _exif_texts(image)
-            if not texts and image.format == "PNG":
+            if image.format != "PNG":
+                texts |= _exif_texts(image)
+            elif texts.keys().isdisjoint({*_CHUNKS, "prompt", "workflow"}):
                 image.load()  # chunks may follow the pixels
-                texts = _strings(image.info)
+                texts = {**_exif_texts(image), **_strings(image.info)}
             return texts, image.size
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         log.info("%s: no metadata can be read from it (%r)", name, error)
