@@ -104,8 +104,12 @@ def test_json_values_are_read_whole() -> None:
          ("a", "b", "Steps: 1, Sampler: c, Seed: 2")),
         ("a\nNegative prompt: b\nModel: m.ckpt, Steps: 40, Seed: 2\n\nUsed custom terms: x [0]",
          ("a", "b", "Model: m.ckpt, Steps: 40, Seed: 2")),
+        ('a\nSteps: 1, Seed: 2, Wildcard prompt: "b\nc", Model: m\nTemplate: d',
+         ("a", "", 'Steps: 1, Seed: 2, Wildcard prompt: "b\nc", Model: m')),
         ("tutorial, steps: 1 2 3\nSteps: 5, Seed: 2, Hires steps: 15",
-         ("tutorial, steps: 1 2 3", "", "Steps: 5, Seed: 2, Hires steps: 15")),
+         ('a\nSteps: 1, Seed: 2, Wildcard prompt: "b\nc", Model: m\nTemplate: d',
+         ("a", "", 'Steps: 1, Seed: 2, Wildcard prompt: "b\nc", Model: m')),
+        ("tutorial, steps: 1 2 3", "", "Steps: 5, Seed: 2, Hires steps: 15")),
     ],
 )  # fmt: skip
 def test_where_the_settings_are(text: str, parts: tuple[str, str, str]) -> None:

@@ -71,8 +71,12 @@ def split_parameters(text: str) -> tuple[str, str, str]:
     heading = _HEADING.match(text[:40])
     lines = _unfold(text[heading.end() if heading else 0 :].strip()).split("\n")
     at = _settings_line(lines)
-    settings = lines[at] if at < len(lines) else ""
-    return (*_prompts(lines[:at]), settings)
+    end = at + 1
+    quotes = lines[at].count('"') if at < len(lines) else 0
+    while quotes % 2 and end < len(lines):  # a value whose line breaks were not escaped
+        quotes += lines[end].count('"')
+        end += 1
+    return (*_prompts(lines[:at]), "\n".join(lines[at:end]))
 
 
 def _unfold(text: str) -> str:
@@ -93,12 +97,13 @@ def _unfold(text: str) -> str:
 
 def _settings_line(lines: list[str]) -> int:
     """Index of the line of settings; the number of lines when there is none."""
-    if _is_settings(lines[-1]):
-        return len(lines) - 1
-    for at in range(len(lines) - 2, -1, -1):
+    last = len(lines) - 1
+    if _is_settings(lines[last]) and (last == 0 or _STEPS.search(lines[last])):
+        return last
+    for at in range(last - 1, -1, -1):
         if _STEPS.search(lines[at]) and _is_settings(lines[at]):
             return at
-    return len(lines)
+    return last if _is_settings(lines[last]) else len(lines)
 
 
 def _is_settings(line: str) -> bool:
@@ -119,6 +124,8 @@ def _prompts(lines: list[str]) -> tuple[str, str]:
     for line in map(str.strip, lines):
         if line.startswith(("Template:", "Negative Template:")):
             break
+        if line.startswith("Steps:") and _is_settings(line):
+            break  # another picture's text, pasted into this one's
         if line.startswith(NEGATIVE):
             found = negative
             line = line.removeprefix(NEGATIVE).strip()  # noqa: PLW2901
@@ -251,7 +258,11 @@ def write_parameters(generation: Generation, program: str = "diffagent") -> str:
         for use in generation.loras
         if use.name and use.version_id is None
     ]
-    tags = [f"<lora:{use.name}:{shortest(use.weight)}>" for use in loras if use.name not in tagged]
+    tags = [
+        f"<lora:{use.name}:{shortest(round(use.weight, 4))}>"
+        for use in loras
+        if use.name not in tagged
+    ]
     prompt = " ".join([*([prompt] if prompt else []), *tags])
     fields = _fields(generation, loras, program)
     lines = [prompt, *([f"{NEGATIVE} {negative}"] if negative else [])]
