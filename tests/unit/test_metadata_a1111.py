@@ -106,10 +106,10 @@ def test_json_values_are_read_whole() -> None:
          ("a", "b", "Model: m.ckpt, Steps: 40, Seed: 2")),
         ('a\nSteps: 1, Seed: 2, Wildcard prompt: "b\nc", Model: m\nTemplate: d',
          ("a", "", 'Steps: 1, Seed: 2, Wildcard prompt: "b\nc", Model: m')),
+        ("a\nNegative prompt: b\nSteps: 1, Seed: 2, Size: 8x8\nSteps: 3, Seed: 4, Size: 8x8",
+         ("a", "b", "Steps: 3, Seed: 4, Size: 8x8")),
         ("tutorial, steps: 1 2 3\nSteps: 5, Seed: 2, Hires steps: 15",
-         ('a\nSteps: 1, Seed: 2, Wildcard prompt: "b\nc", Model: m\nTemplate: d',
-         ("a", "", 'Steps: 1, Seed: 2, Wildcard prompt: "b\nc", Model: m')),
-        ("tutorial, steps: 1 2 3", "", "Steps: 5, Seed: 2, Hires steps: 15")),
+         ("tutorial, steps: 1 2 3", "", "Steps: 5, Seed: 2, Hires steps: 15")),
     ],
 )  # fmt: skip
 def test_where_the_settings_are(text: str, parts: tuple[str, str, str]) -> None:
