@@ -198,6 +198,11 @@ def test_addnets_names_that_the_site_shortened_count_once() -> None:
     )
 
 
+def test_addnet_may_begin_at_a_later_slot() -> None:
+    meta = {"prompt": "a", "AddNet Enabled": "True", "AddNet Model 2": "ink(aabbccddeeff)"}
+    assert parse_generation(meta).loras == ref(hash="AABBCCDDEEFF", name="ink")
+
+
 def test_embeddings() -> None:
     made = parse_generation(
         {

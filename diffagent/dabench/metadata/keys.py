@@ -258,7 +258,7 @@ def _spilled_hash(bag: Bag, name: str) -> str | None:
 
 def _listed_loras(bag: Bag) -> Iterator[Reference]:
     """What lists LoRAs: AddNet, resources, ComfyUI's resources, hashes, "Lora hashes"."""
-    if "AddNet Model 1" in bag:
+    if "AddNet Enabled" in bag or "AddNet Model 1" in bag:
         yield from _addnet_loras(bag)
     for item in items(bag.get("resources")):
         if str(item.get("type", "")).lower() in _LORA_TYPES:
