@@ -202,15 +202,17 @@ def test_only_the_loras_of_the_samplers_model_in_their_order() -> None:
 def test_two_merged_checkpoints_are_neither() -> None:
     ksampler = graph()["3"]["inputs"]
     made = read(
-        graph(
+        Model="shapes_v1",  # the site's guess
+        nodes=graph(
             **{
                 "3": node("KSampler", **{**ksampler, "model": ["20", 0]}),
                 "20": node("ModelMergeSimple", model1=["4", 0], model2=["21", 0], ratio=0.5),
                 "21": node("CheckpointLoaderSimple", ckpt_name="other.safetensors"),
             }
-        )
+        ),
     )
     assert made.checkpoints == ()
+    assert read(graph(), Model="shapes_v1").checkpoints == (Reference(name="shapes_v1"),)
 
 
 TEXTS = {

@@ -102,6 +102,8 @@ def _with_graph(bag: Bag) -> Reading:
             keys[key] = value
     if graph.loras:
         keys.pop("additionalResources", None)
+    if not graph.checkpoints and not bag.get("Model hash"):
+        keys.pop("Model", None)  # the first of several loaders, which the graph does not tell apart
     return Reading(
         "civitai" if form == "civitai" else graph.form,
         keys,
