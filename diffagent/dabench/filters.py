@@ -208,7 +208,7 @@ _STRICT = FilterConfig()
 _UNITS = {"model_type": "models", "nsfw": "models"}
 
 
-@stage("filter", version=1, config=FilterConfig)
+@stage("filter", version=2, config=FilterConfig)
 def filter_records(config: FilterConfig, context: StageContext) -> StageResult:
     """Turn a snapshot into the catalogue and the (prompt, API) pairs that pass all filters.
 

@@ -8,15 +8,15 @@ pixels give equal bytes.
 from __future__ import annotations
 
 import io
-import json
-import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from diffagent.artifacts import atomic_file
+from diffagent.dabench.metadata import Generation, Reference, write_parameters
 from diffagent.errors import RenderError
 from diffagent.render.recipe import Recipe
 
@@ -35,39 +35,24 @@ def infotext(recipe: Recipe, names: Mapping[str, str]) -> str:
         Prompt with ``<lora:NAME:WEIGHT>``, negative prompt, and one line of parameters with
         AutoV2 hashes (the first ten digits of the SHA256), which Civitai resolves.
     """
-    tags = [f"<lora:{_tag(_name(use.sha256, names))}:{use.weight:g}>" for use in recipe.loras]
-    hashes = {"model": recipe.checkpoint[:10]}
-    hashes |= {f"lora:{_tag(_name(use.sha256, names))}": use.sha256[:10] for use in recipe.loras}
-    fields = {
-        "Steps": recipe.steps,
-        "Sampler": recipe.sampler,
-        "CFG scale": f"{recipe.cfg_scale:g}",
-        "Seed": recipe.seed,
-        "Size": f"{recipe.width}x{recipe.height}",
-        "Model hash": recipe.checkpoint[:10],
-        "Model": _quoted(_name(recipe.checkpoint, names)),
-        **({"Clip skip": recipe.clip_skip} if recipe.clip_skip > 1 else {}),
-        "Hashes": json.dumps(hashes),
-        "Version": "diffagent",
-    }
-    lines = [" ".join([recipe.prompt, *tags])]
-    if recipe.negative_prompt:
-        lines.append(f"Negative prompt: {recipe.negative_prompt}")
-    lines.append(", ".join(f"{key}: {value}" for key, value in fields.items()))
-    return "\n".join(lines)
+    return write_parameters(
+        Generation(
+            prompt_raw=recipe.prompt,
+            negative_prompt_raw=recipe.negative_prompt,
+            sampler_name=recipe.sampler,
+            checkpoints=(_reference(recipe.checkpoint, names),),
+            loras=tuple(
+                replace(_reference(use.sha256, names), weight=use.weight) for use in recipe.loras
+            ),
+            **recipe.model_dump(
+                include={"steps", "cfg_scale", "width", "height", "clip_skip", "seed"}
+            ),
+        )
+    )
 
 
-def _name(sha256: str, names: Mapping[str, str]) -> str:
-    return names.get(sha256, sha256[:10])
-
-
-def _tag(name: str) -> str:
-    """A name that can stand between the colons of ``<lora:NAME:WEIGHT>``."""
-    return re.sub(r"[<>:\s]+", "_", name)
-
-
-def _quoted(value: str) -> str:
-    return json.dumps(value, ensure_ascii=False) if re.search(r"[,:\n\"]", value) else value
+def _reference(sha256: str, names: Mapping[str, str]) -> Reference:
+    return Reference(hash=sha256[:10], name=names.get(sha256, sha256[:10]))
 
 
 def write_png(path: Path, image: Image, recipe: Recipe, names: Mapping[str, str]) -> None:

@@ -29,7 +29,8 @@ class SamplerSpec:
     ``from_config(pipeline.scheduler.config, **options)``; None when nothing comes near.
     ``steps_multiplier`` converts the WebUI's steps to diffusers': a step of DPM++ SDE evaluates
     the model twice there, while one of ``DPMSolverSinglestepScheduler`` evaluates it once.
-    ``note`` is empty when the algorithm is the same.
+    ``note`` is empty when the algorithm is the same. ``solver`` and ``schedule`` are the two
+    parts of the name; the schedule is empty when it is uniform in time.
     """
 
     name: str
@@ -37,6 +38,8 @@ class SamplerSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
     steps_multiplier: int = 1
     note: str = ""
+    solver: str = ""
+    schedule: str = ""
 
     @property
     def renderable(self) -> bool:
@@ -140,6 +143,15 @@ _SOLVERS: Mapping[str, _Solver] = {
         scheduled=False,
     ),
     "DEIS": _Solver("DEISMultistepScheduler", {**_LINSPACE, "solver_order": 3}, _SIGMAS_ONLY),
+    # ComfyUI's, for which diffusers has no equal; a record with one is read, and not rendered.
+    **{
+        name: _Solver(None, note=f"diffusers has no {name}")
+        for name in (
+            *("Euler CFG++", "Euler a CFG++", "DPM++ 2M CFG++", "DPM++ 2S a CFG++", "ER SDE"),
+            *("Res Multistep", "Res Multistep a", "Gradient Estimation", "SA Solver"),
+            *("iPNDM", "iPNDM V", "SEEDS 2", "SEEDS 3"),
+        )
+    },
     "LCM": _Solver("LCMScheduler", {"clip_sample": False}, scheduled=False),
     "TCD": _Solver("TCDScheduler", {"clip_sample": False}, scheduled=False),
 }
@@ -158,6 +170,8 @@ def _specs() -> Iterator[SamplerSpec]:
                 options=MappingProxyType({**solver.options, **(options if native else {})}),
                 steps_multiplier=solver.steps_multiplier,
                 note="; ".join(filter(None, notes)) if solver.scheduler else solver.note,
+                solver=name,
+                schedule=schedule,
             )
 
 
@@ -185,6 +199,13 @@ _ALIASES: Mapping[str, str] = {
     "dpmsolver singlestep": "DPM++ 2S a",
     "dpmsolver sde": "DPM++ SDE",
     "pndm": "PLMS",
+    "dpm++ 2s ancestral cfg++": "DPM++ 2S a CFG++",
+    "euler ancestral cfg++": "Euler a CFG++",
+    "res multistep ancestral": "Res Multistep a",
+    "euler a2": "Euler a",
+    "kdpm 2": "DPM2",
+    "kdpm 2 a": "DPM2 a",
+    "sa solver pece": "SA Solver",
     "uni pc": "UniPC",
     "uni pc bh2": "UniPC BH2",
     "unipc multistep": "UniPC BH2",
@@ -222,9 +243,10 @@ _SUFFIX = re.compile(r"\b(karras|exponential|sgm uniform|beta)\b")
 
 def _key(text: str) -> str:
     """Lower case with single spaces; other programs' punctuation made the WebUI's."""
-    text = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])|[_\s-]+", " ", text.strip()).lower()
+    text = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])|[_\s()-]+", " ", text).strip().lower()
     text = re.sub(r"^k (?=[a-z])|\bdiffusion |^sample | scheduler$|\bgpu\b", "", text)
     text = re.sub(r"\bdpmpp\b|\bdpm pp\b|\bdpm plus plus\b", "dpm++", text)
+    text = re.sub(r"\bcfg pp\b", "cfg++", re.sub(r" k$", " karras", text))  # ComfyUI, InvokeAI
     return " ".join(text.split())
 
 

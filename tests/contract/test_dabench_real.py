@@ -134,8 +134,8 @@ def plain_fate(item: dict[str, Any], by_hash: dict[str, dict[str, Any]], wanted:
     level = item.get("nsfwLevel") or item.get("nsfw")
     if level != "None":
         return "image_level"
-    meta = item["meta"]
-    text = meta.get("prompt")
+    meta = {**left_in_prompts(item["meta"]), **item["meta"]}
+    text = re.split(r"\s*Negative prompt:|\s*Steps: \d+, ", str(meta.get("prompt")))[0]
     tags = r"(?i)<(lora|lyco|lycoris|locon|dora|hypernet):[^<>:]+(:[^<>]*)?>"
     clean = re.sub(r"( ?,)+", ",", " ".join(re.sub(tags, " ", str(text or "")).split())).strip(" ,")
     if not clean or len(clean) > 4000:
@@ -147,6 +147,15 @@ def plain_fate(item: dict[str, Any], by_hash: dict[str, dict[str, Any]], wanted:
     if found is None:
         return "checkpoint_resolved"
     return "kept" if found["id"] in wanted else "checkpoint_kept"
+
+
+def left_in_prompts(meta: dict[str, Any]) -> dict[str, Any]:
+    """Settings that the site's parser missed, and left in a prompt as they were written."""
+    texts = (str(meta.get(key)).replace("\\n", "\n") for key in ("prompt", "negativePrompt"))
+    lines = (line for text in texts for line in text.splitlines())
+    line = next((line for line in lines if re.search(r"\bSteps: \d+, ?Sampler: ", line)), "")
+    fields = dict(re.findall(r"([A-Z][a-z ]+): ([^,]+)", line))
+    return {"sampler": fields.get("Sampler"), "Model hash": fields.get("Model hash")}
 
 
 def resolved(meta: dict[str, Any], by_hash: dict[str, dict[str, Any]]) -> dict[str, Any] | None:

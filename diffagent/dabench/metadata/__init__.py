@@ -1,0 +1,25 @@
+"""Generation metadata: what a record or a picture says about how it was made.
+
+Civitai's ``meta`` is an open bag of keys (thousands of them) in a handful of dialects, and the
+files that it was read from have as many. Each reader turns its dialect into the keys of the site,
+and `keys` reads those into one `Generation`, which names the reader. Nothing here raises on what a
+record says: what cannot be read is None, and the filters decide what that means.
+"""
+
+from diffagent.dabench.metadata.a1111 import read_parameters, tag_name, write_parameters
+from diffagent.dabench.metadata.generation import Form, Generation, Reference
+from diffagent.dabench.metadata.image import read_image_metadata
+from diffagent.dabench.metadata.parse import parse_generation
+from diffagent.dabench.metadata.prompts import clean_prompt
+
+__all__ = [
+    "Form",
+    "Generation",
+    "Reference",
+    "clean_prompt",
+    "parse_generation",
+    "read_image_metadata",
+    "read_parameters",
+    "tag_name",
+    "write_parameters",
+]

@@ -1,0 +1,113 @@
+"""From a record's ``meta`` to a `Generation`: which reader a record is for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffagent.dabench.metadata.a1111 import parameters_reading, recover
+from diffagent.dabench.metadata.comfy import read_comfy
+from diffagent.dabench.metadata.generation import Generation, Reading
+from diffagent.dabench.metadata.keys import form_of_keys, read_keys
+from diffagent.dabench.metadata.programs import read_program
+from diffagent.dabench.metadata.values import Bag, load_json
+
+#: Keys without which no program of `programs` has written the record.
+_PROGRAM_KEYS = frozenset(
+    {"sui_image_params", "software", "base_model", "Base Model", "positive_prompt", "uc"}
+    | {"model_weights"}
+)
+
+
+def parse_generation(
+    meta: object, *, image_width: object = None, image_height: object = None
+) -> Generation:
+    """Read generation metadata of any dialect. Never raises, whatever the JSON.
+
+    Args:
+        meta: the record's ``meta``; also the text or the JSON text that a picture carries.
+        image_width: pixels of the picture itself, which stand in for a missing size when
+            nothing says that it was scaled up.
+        image_height: as ``image_width``.
+    """
+    if isinstance(meta, str):
+        reading: Reading | None = read_text(meta)
+    else:
+        bag = _unwrap(meta)
+        reading = read_bag(bag) if bag else None
+    if reading is None:
+        return Generation()
+    return read_keys(reading, image_width, image_height)
+
+
+def _unwrap(meta: object) -> Mapping[str, Any]:
+    """Undo ``{id, meta: {...}}``, as often as it was done."""
+    while isinstance(meta, dict) and "id" in meta and "meta" in meta:
+        meta = meta["meta"]
+    return meta if isinstance(meta, dict) else {}
+
+
+def read_text(value: str) -> Reading | None:
+    """What a picture carries: JSON of a program or a graph, or the WebUI's text."""
+    if value.lstrip()[:1] == "{":
+        bag = load_json(value)
+        if isinstance(bag, dict) and bag:
+            return read_bag(bag)
+    return parameters_reading(value) if value.strip() else None
+
+
+def read_bag(bag: Bag) -> Reading:
+    """The reader that a bag of keys is for."""
+    if bag.get("comfy"):
+        return _with_graph(bag)
+    if not _PROGRAM_KEYS.isdisjoint(bag):
+        reading = read_program(bag)
+        if reading is not None:
+            return reading
+    if not isinstance(bag.get("prompt"), str):
+        reading = _unparsed(bag)
+        if reading is not None:
+            return reading
+    return recover(bag) or Reading(
+        "swarmui" if "originalSampler" in bag else form_of_keys(bag), bag
+    )
+
+
+def _unparsed(bag: Bag) -> Reading | None:
+    """A picture's chunks as they are: ``parameters``, or graphs."""
+    parameters = bag.get("parameters")
+    if isinstance(parameters, str):
+        return read_text(parameters)
+    details = bag.get("external")
+    if isinstance(details, dict) and isinstance(details.get("details"), dict):
+        return Reading("external", {**details["details"], **bag})
+    graph = isinstance(bag.get("prompt"), dict) or isinstance(bag.get("nodes"), list)
+    if graph or any(isinstance(node, dict) and "class_type" in node for node in bag.values()):
+        return read_comfy(bag)
+    return None
+
+
+def _with_graph(bag: Bag) -> Reading:
+    """What the site read from a graph, completed by the graph.
+
+    Where the site met a link instead of a value, it left an object or 0.
+    """
+    form = form_of_keys(bag)
+    graph = read_comfy(bag["comfy"])
+    if graph is None:
+        return Reading("civitai" if form == "civitai" else "comfyui", bag)
+    keys: dict[str, object] = dict(bag)
+    for key, value in graph.keys.items():
+        if not keys.get(key) or isinstance(keys[key], dict | list):
+            keys[key] = value
+    if graph.loras:
+        keys.pop("additionalResources", None)
+    if not graph.checkpoints and not bag.get("Model hash"):
+        keys.pop("Model", None)  # the first of several loaders, which the graph does not tell apart
+    return Reading(
+        "civitai" if form == "civitai" else graph.form,
+        keys,
+        graph.checkpoints,
+        graph.loras,
+        graph.from_image,
+    )
