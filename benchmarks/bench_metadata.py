@@ -1,8 +1,8 @@
 """How much of real records the metadata reader reads, and how fast.
 
-    python benchmarks/bench_metadata.py IMAGES.jsonl.gz [LIMIT]
+    python benchmarks/bench_metadata.py [IMAGES.jsonl[.gz] [LIMIT]]
 
-One JSON line a form (records, records per second of processor time) and one for all: the share of
+Without a file, the sandbox's synthetic records. One JSON line a form (records, records per second of processor time) and one for all: the share of
 records with each field. The records are items of ``GET /api/v1/images``, one a line.
 """
 
@@ -15,11 +15,13 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import orjson
 
 from diffagent.dabench.metadata import Generation, parse_generation
+from diffagent.sandbox.files import materialise
 
 REPEATS = 3
 FIELDS: Mapping[str, Callable[[Generation], bool]] = {
@@ -55,8 +57,8 @@ def rate(items: list[dict[str, Any]]) -> float:
     return len(items) / max(min(times), 1e-9)
 
 
-def main(path: str, limit: int | None) -> None:
-    with gzip.open(path) as lines:
+def main(path: Path, limit: int | None) -> None:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
         items = [orjson.loads(line) for line in islice(lines, limit)]
     forms: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     found: Counter[str] = Counter()
@@ -76,4 +78,5 @@ def main(path: str, limit: int | None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else None)
+    records = Path(sys.argv[1]) if len(sys.argv) > 1 else materialise() / "images.jsonl"
+    main(records, int(sys.argv[2]) if len(sys.argv) > 2 else None)
