@@ -2,8 +2,9 @@
 
     python benchmarks/bench_metadata.py [IMAGES.jsonl[.gz] [LIMIT]]
 
-Without a file, the sandbox's synthetic records. One JSON line a form (records, records per second of processor time) and one for all: the share of
-records with each field. The records are items of ``GET /api/v1/images``, one a line.
+Without a file, the sandbox's synthetic records. One JSON line a form (records, records per second
+of processor time) and one for all: the share of records with each field. The records are items of
+``GET /api/v1/images``, one a line.
 """
 
 from __future__ import annotations
