@@ -30,6 +30,15 @@ _LEVEL_OF_NAME = {
 }
 
 
+def whole_number(value: Any) -> int | None:
+    """An id: an integer, also one that was sent in quotes; None for anything else."""
+    if type(value) is int:
+        return value
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 19:
+        return int(value)
+    return None
+
+
 def level_of(value: Any) -> int | None:
     """One nsfw value in any shape the site has used, as a browsing level.
 
@@ -105,6 +114,37 @@ def comfy_workflow(meta: Mapping[str, Any]) -> dict[str, Any] | None:
         except (ValueError, RecursionError):
             return None
     return value if isinstance(value, dict) else None
+
+
+#: What moves though nothing has changed: counters, the decoration that a card wears, and the time
+#: of a file's last scan (the scan's results count as content).
+VOLATILE = frozenset({"stats", "rank", "cosmetic", "scannedAt"})
+
+
+def content(item: Mapping[str, Any]) -> dict[str, Any]:
+    """A model, version or image without what is ``VOLATILE`` in it, its versions and files.
+
+    Two records are the same when their contents are. Generation metadata is left as it is.
+    """
+    kept = _steady(item)
+    versions = kept.get("modelVersions")
+    if isinstance(versions, list):
+        kept["modelVersions"] = [_steady_version(version) for version in versions]
+    return _steady_version(kept)
+
+
+def _steady(item: Any) -> Any:
+    if not isinstance(item, dict):
+        return item
+    return {key: value for key, value in item.items() if key not in VOLATILE}
+
+
+def _steady_version(version: Any) -> Any:
+    kept = _steady(version)
+    for part in ("files", "images"):
+        if isinstance(kept, dict) and isinstance(kept.get(part), list):
+            kept[part] = [_steady(item) for item in kept[part]]
+    return kept
 
 
 _TEXT, _NUMBER, _WHOLE, _FLAG = (str,), (int, float), (int,), (bool,)

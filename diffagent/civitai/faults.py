@@ -8,6 +8,7 @@ a row of one request fail, and what a listing hides, another way of listing it s
 * an empty page with a cursor: the cursor leads on;
 * an item is skipped where a page begins: pages of another length begin elsewhere, and an item
   is never skipped for both an even and an odd ``limit``;
+* an answer to ``ids=`` leaves an item out: asked for singly it is there;
 * cursors become stale (a deploy changes their arity): a listing started anew gets good ones.
 """
 
@@ -34,7 +35,7 @@ TRANSPORT = (
     "slow",  # the body trickles
 )
 #: Faults of a listing's page.
-LISTING = ("empty", "loop", "duplicate", "skip", "moved")
+LISTING = ("empty", "loop", "duplicate", "skip", "moved", "missing")
 
 _FREE_ATTEMPT = 4  # every fourth attempt of a request succeeds
 
@@ -83,6 +84,7 @@ PROFILES: Mapping[FaultName, Profile] = {
             "duplicate": 0.1,
             "skip": 0.3,
             "moved": 0.2,
+            "missing": 0.01,
         },
         deploy_every=150,
         deploys=3,
@@ -131,6 +133,10 @@ class Faults:
             return False
         parity = self._number(f"parity|{item}") % 2
         return limit % 2 == parity and self._strikes("skip", str(item))
+
+    def leaves_out(self, item: int) -> bool:
+        """Whether answers to ``ids=`` leave this item out."""
+        return self._strikes("missing", f"item {item}")
 
     @property
     def epoch(self) -> int:

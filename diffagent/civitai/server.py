@@ -153,6 +153,7 @@ def list_models(site: LocalCivitai, request: Request) -> Response:
     items = [
         orjson.dumps(_rest_model(site.replay.model(i), host, adult=query.adult))
         for i in window.items(lambda i: rows[i].id)
+        if query.ids is None or not site.faults.leaves_out(rows[i].id)
     ]
     return window.response(items)
 
