@@ -254,10 +254,55 @@ IMAGE_FIELDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
 )
 
 
-class Drift:
-    """Counts of what the readers do not know: new fields, and known fields of a new type.
+#: What every record of a kind has, and the values that are known of the site's enumerations
+#: (``baseModel`` is none of them: its names are free and grow).
+_REQUIRED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "model": ("id", "name", "type", "modelVersions"),
+        "version": ("id", "files"),
+        "file": ("id",),
+        "image": ("id", "url"),
+    }
+)
+MODEL_TYPES = (
+    *("Checkpoint", "TextualInversion", "Hypernetwork", "AestheticGradient", "LORA", "LoCon"),
+    *("DoRA", "Controlnet", "Upscaler", "MotionModule", "VAE", "TextEncoder", "UNet", "CLIPVision"),
+    *("Poses", "Wildcards", "Workflows", "ComfyWorkflows", "Detection", "VisionLanguage", "CLIP"),
+    *("LLM", "Other"),
+)
+_AVAILABILITY = ("Public", "Unsearchable", "Private", "EarlyAccess")
+_VALUES: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "model": {
+            "type": MODEL_TYPES,
+            "mode": ("Archived", "TakenDown"),
+            "availability": _AVAILABILITY,
+        },
+        "version": {
+            "availability": _AVAILABILITY,
+            "baseModelType": ("Standard", "Inpainting", "Refiner", "Pix2Pix"),
+            "usageControl": (
+                *("Download", "Generation", "InternalGeneration", "ExternalGeneration"),
+            ),
+        },
+        "file": {
+            "pickleScanResult": ("Pending", "Success", "Danger", "Error"),
+            "virusScanResult": ("Pending", "Success", "Danger", "Error"),
+        },
+        "image": {
+            "type": ("image", "video", "audio"),
+            "nsfwLevel": ("None", "Soft", "Mature", "X", "XXX", "Blocked"),
+        },
+    }
+)
+_MAX_DRIFT = 1000  # a site that sends random keys does not fill the manifest
 
-    ``counts`` maps e.g. 'model.stats: str' or 'image.newField: unknown' to how often.
+
+class Drift:
+    """Counts of what the readers do not know: fields that are new, missing or of a new type.
+
+    ``counts`` maps e.g. 'model.stats: str', 'image.newField: unknown', 'model.type: missing' or
+    "model.type: new value 'Hologram'" to how often.
     """
 
     def __init__(self) -> None:
@@ -281,16 +326,24 @@ class Drift:
 
     def _fields(self, kind: str, item: Any, known: Mapping[str, tuple[type, ...]]) -> None:
         if not isinstance(item, dict):
-            self.counts[f"{kind}: {type(item).__name__}"] += 1
+            self._count(f"{kind}: {type(item).__name__}")
             return
+        values = _VALUES[kind]
         for key, value in item.items():
             types = known.get(key)
             if types is None:
-                self.counts[f"{kind}.{key}: unknown"] += 1
+                self._count(f"{kind}.{key[:40]}: unknown")
             elif type(value) not in types:
-                self.counts[f"{kind}.{key}: {type(value).__name__}"] += 1
-        if "id" not in item:
-            self.counts[f"{kind}.id: missing"] += 1
+                self._count(f"{kind}.{key}: {type(value).__name__}")
+            elif key in values and isinstance(value, str) and value not in values[key]:
+                self._count(f"{kind}.{key}: new value {value[:40]!r}")
+        for key in _REQUIRED[kind]:
+            if key not in item:
+                self._count(f"{kind}.{key}: missing")
+
+    def _count(self, what: str) -> None:
+        full = len(self.counts) >= _MAX_DRIFT and what not in self.counts
+        self.counts["others" if full else what] += 1
 
 
 def _items(parent: Any, key: str) -> list[Any]:

@@ -131,7 +131,8 @@ class CivitaiClient:
         self._stopped.set()
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections; see ``stop`` for what other threads still wait for."""
+        self.stop()
         for session in self._sessions:
             session.close()
 
@@ -385,10 +386,10 @@ class CivitaiClient:
                     f"gave up after {failures} tries in {self.patience.budget:.0f} s: {problem}",
                     retry_after=problem.retry_after,
                 ) from None
-            with self._lock:
-                self.retries += 1
             if problem.retry_after:  # it was said to all of this process
                 self._bucket.hold(problem.retry_after)
+            with self._lock:
+                self.retries += 1
             log.debug("try %d failed (%s); again in %.2f s", failures, problem, pause)
             if self._stopped.wait(pause):
                 raise problem

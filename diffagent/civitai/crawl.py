@@ -64,6 +64,8 @@ def crawl(config: CrawlConfig, context: StageContext) -> StageResult:
                 rows, metrics=metrics, content_digest=context.previous.content_digest
             )
     rows, digest, drift = summarise(context.out)
+    if metrics.get("text_ids"):
+        drift["ids in quotes, made numbers"] = metrics["text_ids"]
     metrics |= {"seconds": round(time.monotonic() - started, 2), "schema_drift": drift}
     if drift:
         log.warning("%d field(s) of a shape not known here: see schema_drift", len(drift))
@@ -83,10 +85,9 @@ def _fetch(
             pages,
             threads=runtime.crawl_threads,
             budget_seconds=runtime.crawl_budget_seconds,
-            report=context.progress,
             known=known,
         )
-        work = Crawler(config, client, pages, walks)
+        work = Crawler(config, client, pages, walks, report=context.progress)
         if known and previous:
             work = Refresh(
                 config,
@@ -97,6 +98,7 @@ def _fetch(
                 known=known,
                 previous=previous,
                 memory=context.memory,
+                report=context.progress,
             )
         request = {
             "previous": known.digest if known else None,

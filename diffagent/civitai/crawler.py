@@ -20,8 +20,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from diffagent.artifacts import Progress
 from diffagent.civitai.client import CivitaiClient
 from diffagent.civitai.journal import Journal
+from diffagent.civitai.meter import meter
 from diffagent.civitai.snapshot import write_snapshot
 from diffagent.civitai.walks import Pages, Steps, Walks
 from diffagent.errors import NotFound, SchemaError, ServerError
@@ -33,15 +35,25 @@ _FILE_NAME = re.compile(r"/(\d{1,18})\.\w+$")
 
 
 class Crawler:
-    """A first crawl: everything that the configuration asks for. ``date``: when it began."""
+    """A first crawl: everything that the configuration asks for.
+
+    ``report`` is told how far it is, and ``date`` is the day on which it began.
+    """
 
     date = ""
 
     def __init__(
-        self, config: CrawlConfig, client: CivitaiClient, journal: Journal, walks: Walks
+        self,
+        config: CrawlConfig,
+        client: CivitaiClient,
+        journal: Journal,
+        walks: Walks,
+        *,
+        report: Progress = lambda fraction, text: None,
     ) -> None:
         self.config, self.client, self.walks = config, client, walks
         self._journal = journal
+        self.meter = partial(meter, report)
 
     def run(self) -> None:
         """Fetch what is missing."""
@@ -89,7 +101,7 @@ class Crawler:
         self, kind: str, pages: Pages, maximum: int | None, overlap: int | None
     ) -> None:
         name = "feed" if kind == "images" else kind
-        with self.walks.meter(name, maximum) as more:
+        with self.meter(name, maximum) as more:
             more(len(self.walks.seen[kind]))
             steps = self.walks.listing(
                 name, kind, pages, maximum=maximum, overlap=overlap, more=more
@@ -113,8 +125,9 @@ class Crawler:
         One that the site cannot give in the whole patience of a call is left out and named in the
         metrics; more than 1 % of them fail the crawl.
         """
-        with self.walks.meter(f"{self.config.image_source} of versions", len(versions)) as more:
-            if self.config.image_source == "showcase":
+        showcases = self.config.image_source == "showcase"
+        with self.meter("showcases" if showcases else "galleries", len(versions)) as more:
+            if showcases:
                 self._showcases(versions, more)
                 return
             # Which galleries are the last ones below a limit depends on what the ones before held.

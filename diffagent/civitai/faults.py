@@ -19,7 +19,7 @@ import threading
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 FaultName = Literal["none", "flaky", "hostile"]
 
@@ -45,12 +45,14 @@ class Profile:
     """Probability of each fault per request; absent means never.
 
     ``deploy_every``: after so many pages of listings all cursors become stale (0: never),
-    ``deploys`` times at most.
+    ``deploys`` times at most. ``new_schema_after``: from the page after that many on, items have
+    another schema (0: never); see ``Faults.evolve``.
     """
 
     rates: Mapping[str, float] = field(default_factory=dict)
     deploy_every: int = 0
     deploys: int = 0
+    new_schema_after: int = 0
 
 
 PROFILES: Mapping[FaultName, Profile] = {
@@ -137,6 +139,35 @@ class Faults:
     def leaves_out(self, item: int) -> bool:
         """Whether answers to ``ids=`` leave this item out."""
         return self._strikes("missing", f"item {item}")
+
+    @property
+    def schema_has_changed(self) -> bool:
+        """Whether a deploy has changed the schema."""
+        after = self.profile.new_schema_after
+        return 0 < after < self._pages
+
+    def evolve(self, item: dict[str, Any]) -> dict[str, Any]:
+        """An item of a listing as the site sends it now.
+
+        The new schema has ids and numbers in quotes, values that its enumerations did not have,
+        a new field, and no ``tags``, ``stats`` and ``hash``.
+        """
+        if not self.schema_has_changed:
+            return item
+        dropped = ("tags", "stats", "hash")
+        new = {key: value for key, value in item.items() if key not in dropped}
+        new |= {"id": str(item["id"]), "schemaVersion": 2, "availability": "Lent"}
+        for name in ("width", "height"):
+            if name in new:
+                new[name] = str(new[name])
+        if "modelVersionIds" in new:
+            new["modelVersionIds"] = list(map(str, new["modelVersionIds"]))
+        if "modelVersions" in new:
+            new["modelVersions"] = [
+                {**version, "id": str(version["id"]), "baseModelType": "Quantum"}
+                for version in new["modelVersions"]
+            ]
+        return new
 
     @property
     def epoch(self) -> int:

@@ -34,7 +34,7 @@ from typing import Any
 
 import orjson
 
-from diffagent.artifacts import Artifact, atomic_file
+from diffagent.artifacts import Artifact, Progress, atomic_file
 from diffagent.civitai.client import CivitaiClient
 from diffagent.civitai.crawler import MODELS_LIMIT, Crawler
 from diffagent.civitai.journal import Journal
@@ -48,7 +48,7 @@ from diffagent.civitai.known import (
 from diffagent.civitai.pagination import walk
 from diffagent.civitai.snapshot import read_snapshot, write_gone, write_snapshot
 from diffagent.civitai.walks import Walks
-from diffagent.errors import NotFound, ServerError
+from diffagent.errors import Forbidden, NotFound, ServerError
 from schemas.civitai import ALL_LEVELS, PG, canonical, image_level
 from schemas.config import CrawlConfig, RuntimeConfig
 
@@ -129,8 +129,9 @@ class Refresh(Crawler):
         known: Known,
         previous: Artifact,
         memory: Path,
+        report: Progress = lambda fraction, text: None,
     ) -> None:
-        super().__init__(config, client, journal, walks)
+        super().__init__(config, client, journal, walks, report=report)
         self._known, self._previous = known, previous
         self._full, self._share = runtime.reconcile, runtime.refresh_share
         self._memory = memory
@@ -187,7 +188,7 @@ class Refresh(Crawler):
         starts = range(0, len(known), MODELS_LIMIT)
         batches = {known[start]: known[start : start + MODELS_LIMIT] for start in starts}
         missing: list[int] = []
-        with self.walks.meter("known models", len(known)) as more:
+        with self.meter("known models", len(known)) as more:
             calls = ((first, partial(self._batch, batch)) for first, batch in batches.items())
             for first, answer in self.walks.answers(calls):
                 try:
@@ -242,7 +243,7 @@ class Refresh(Crawler):
     def _ask_singly(self, kind: str, idents: Sequence[int], call: Any) -> None:
         if not idents:
             return
-        with self.walks.meter(f"missing {kind}", len(idents)) as more:
+        with self.meter(f"missing {kind}", len(idents)) as more:
             for ident, answer in self.walks.answers((i, partial(call, i)) for i in idents):
                 more(1)
                 try:
@@ -251,6 +252,8 @@ class Refresh(Crawler):
                     self.walks.judge(kind, ident, gone=True)
                 except ServerError as error:
                     self.walks.tolerate(error, kind, ident, len(idents))
+                except Forbidden as error:
+                    log.warning("%s %d is left as it is: %s", kind, ident, error)
                 else:
                     self._take_over(kind, ident, item)
 

@@ -14,14 +14,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import orjson
-from tqdm import tqdm
 
 from diffagent.civitai.client import CivitaiClient, is_site_host, origin_of
 from diffagent.civitai.journal import Item, Journal
@@ -37,10 +35,7 @@ T = TypeVar("T")
 Steps = Generator[Callable[[], Any], Any, T]
 #: (sort, fewer) -> how to fetch a page of a listing in that order and with a shorter limit
 Pages = Callable[[str, int], Fetch]
-#: What a stage tells of its progress: the fraction done (None: unknown), and a text.
-Report = Callable[[float | None, str], None]
 
-_TELL_SECONDS = 5.0
 _MAX_FAILED = 0.01
 
 
@@ -80,11 +75,10 @@ class Walks:
         *,
         threads: int = 1,
         budget_seconds: float | None = None,
-        report: Report = lambda fraction, text: None,
         known: Known | None = None,
     ) -> None:
         self._client, self._journal, self._threads = client, journal, threads
-        self._budget, self._report, self._known = budget_seconds, report, known
+        self._budget, self._known = budget_seconds, known
         self._started = time.monotonic()
         self.seen: dict[str, set[int]] = {"models": set(), "images": set(), "pages": set()}
         self.versions: dict[int, list[int]] = {}
@@ -415,37 +409,3 @@ class Walks:
         parts = urlsplit(link)
         if origin_of(link) == self._client.origin or is_site_host(parts.hostname or ""):
             item["downloadUrl"] = parts.path + (f"?{parts.query}" if parts.query else "")
-
-    # What is told
-
-    @contextmanager
-    def meter(self, what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-        """Tell how far it is: a bar on a terminal, and every few seconds to log and report.
-
-        Yields:
-            A function that is called with how many more (of ``total``) are done.
-        """
-        done, begun, told = 0, time.monotonic(), time.monotonic()
-        with tqdm(desc=what, total=total, disable=None) as bar:
-
-            def more(number: int) -> None:
-                nonlocal done, told
-                done += number
-                bar.update(number)
-                now = time.monotonic()
-                if now - told < _TELL_SECONDS and done != total:
-                    return
-                told = now
-                text = f"{what}: {done:,}" + (f" of {total:,}" if total else "")
-                if total and done and done < total:
-                    text += f", about {_span((now - begun) / done * (total - done))} left"
-                log.info("%s", text)
-                self._report(done / total if total else None, text)
-
-            yield more
-
-
-def _span(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
