@@ -136,6 +136,12 @@ class Known:
             known.pages[page["id"]] = page.get("status") == "ok"
         return known
 
+    def count(self, kind: str) -> int:
+        """How many models, versions or images there are."""
+        if kind == "versions":
+            return sum(len(model.versions) for model in self.models.values())
+        return len(self.models if kind == "models" else self.images)
+
     def has_image(self, ident: int) -> bool:
         """Whether an image is known and not gone."""
         return ident in self.images and ("images", ident) not in self.gone

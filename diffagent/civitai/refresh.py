@@ -49,7 +49,7 @@ from diffagent.civitai.pagination import walk
 from diffagent.civitai.snapshot import read_snapshot, write_gone, write_snapshot
 from diffagent.civitai.walks import Walks
 from diffagent.errors import Forbidden, NotFound, ServerError
-from schemas.civitai import ALL_LEVELS, PG, canonical, image_level
+from schemas.civitai import ALL_LEVELS, PG, canonical, image_level, whole_number
 from schemas.config import CrawlConfig, RuntimeConfig
 
 log = logging.getLogger(__name__)
@@ -251,7 +251,7 @@ class Refresh(Crawler):
                 except NotFound:
                     self.walks.judge(kind, ident, gone=True)
                 except ServerError as error:
-                    self.walks.tolerate(error, kind, ident, len(idents))
+                    self.walks.tolerate(error, kind, ident, self._known.count(kind))
                 except Forbidden as error:
                     log.warning("%s %d is left as it is: %s", kind, ident, error)
                 else:
@@ -259,11 +259,12 @@ class Refresh(Crawler):
 
     def _take_over(self, kind: str, ident: int, item: dict[str, Any]) -> None:
         """What was missing in a listing is there when it is asked for."""
-        if item.get("id") != ident:
+        if whole_number(item.get("id")) != ident:
             log.warning("%s %d: an answer that is something else; left as it is", kind, ident)
         elif kind == "versions":
             self.walks.judge(kind, ident, gone=False)
         else:
+            item["id"] = ident
             if kind == "models" and not self.config.nsfw:
                 _hide_previews(item)
             self.walks.save({"single": ident}, kind, self.walks.unseen(kind, [item]))
