@@ -126,11 +126,11 @@ def content(item: Mapping[str, Any]) -> dict[str, Any]:
 
     Two records are the same when their contents are. Generation metadata is left as it is.
     """
-    kept = _steady(item)
+    kept: dict[str, Any] = _steady_version(dict(item))
     versions = kept.get("modelVersions")
     if isinstance(versions, list):
         kept["modelVersions"] = [_steady_version(version) for version in versions]
-    return _steady_version(kept)
+    return kept
 
 
 def _steady(item: Any) -> Any:

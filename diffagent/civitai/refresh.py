@@ -81,11 +81,11 @@ class Changes:
             self._add_model(item)
 
     def _add_model(self, model: dict[str, Any]) -> None:
-        ident, before = model["id"], self._known.models.get(model["id"])
-        versions = {i: fingerprint(v) for i, v in versions_of(model).items()}
-        for version, mark in versions.items():
-            self._compare("versions", version, before and before.versions.get(version), mark)
-        self._compare("models", ident, before and before.head, fingerprint(head_of(model)))
+        before = self._known.models.get(model["id"])
+        head, versions = (before.head, before.versions) if before else (None, {})
+        for ident, version in versions_of(model).items():
+            self._compare("versions", ident, versions.get(ident), fingerprint(version))
+        self._compare("models", model["id"], head, fingerprint(head_of(model)))
 
     def _compare(self, kind: str, ident: int, before: int | None, mark: int) -> None:
         if before is None:
@@ -299,7 +299,8 @@ class Refresh(Crawler):
     def _due(self) -> list[int]:
         """Versions whose pictures this refresh asks for, newest first."""
         looked = self._looks()
-        due, others = [], []
+        due: list[int] = []
+        others: list[int] = []
         for model in self.newest("models"):
             for version in self._there(model):
                 new = self.changes.touched("versions", version)
