@@ -13,10 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
-
 from diffagent.artifacts import Artifact
-from diffagent.civitai.snapshot import GONE, read_lines
+from diffagent.civitai.snapshot import GONE, read_rows
 from schemas.civitai import canonical, content, whole_number
 
 
@@ -121,18 +119,15 @@ class Known:
             ArtifactError: it is damaged.
         """
         known = cls(snapshot.content_digest)
-        for line in read_lines(snapshot.path, GONE):
-            row = orjson.loads(line)
+        for row in read_rows(snapshot.path, GONE):
             known.gone[row["kind"], row["id"]] = row
-        for line in read_lines(snapshot.path, "models"):
-            model = orjson.loads(line)
+        for model in read_rows(snapshot.path, "models"):
             versions = {i: fingerprint(v) for i, v in versions_of(model).items()}
             head = fingerprint(head_of(model))
             known.models[model["id"]] = KnownModel(head, versions, downloads_of(model))
-        for line in read_lines(snapshot.path, "images"):
-            known._add_image(orjson.loads(line))
-        for line in read_lines(snapshot.path, "pages"):
-            page = orjson.loads(line)
+        for image in read_rows(snapshot.path, "images"):
+            known._add_image(image)
+        for page in read_rows(snapshot.path, "pages"):
             known.pages[page["id"]] = page.get("status") == "ok"
         return known
 

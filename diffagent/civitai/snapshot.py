@@ -116,8 +116,7 @@ def summarise(out: Path) -> tuple[dict[str, int], str, dict[str, int]]:
             rows[kind] += 1
             if kind in look:
                 look[kind](item)
-    for line in read_lines(out, GONE):
-        row = orjson.loads(line)
+    for row in read_rows(out, GONE):
         digest.update(f"{GONE}\t{row['kind']}\t{row['id']}\n".encode())
         rows[GONE] = rows.get(GONE, 0) + 1
     return rows, digest.hexdigest(), drift.report()
@@ -134,9 +133,28 @@ def read_lines(snapshot: Path, kind: str) -> Iterator[bytes]:
             with gzip.open(path) as stream:
                 yield from stream
         except (OSError, EOFError, zlib.error) as error:
-            raise ArtifactError(
-                f"{str(path)!r} is damaged ({error}); delete {str(snapshot)!r} and crawl again"
-            ) from None
+            raise _damaged(path, error) from None
+
+
+def read_rows(snapshot: Path, kind: str) -> Iterator[dict[str, Any]]:
+    """The same, parsed.
+
+    Raises:
+        ArtifactError: a part is damaged.
+    """
+    for line in read_lines(snapshot, kind):
+        try:
+            row: dict[str, Any] = orjson.loads(line)
+        except orjson.JSONDecodeError as error:  # the checksum comes behind the damage
+            raise _damaged(snapshot / kind, error) from None
+        yield row
+
+
+def _damaged(path: Path, error: Exception) -> ArtifactError:
+    return ArtifactError(
+        f"{str(path)!r} is damaged ({error}); put its file back from a copy (a mirror, or an older "
+        "snapshot beside it), or delete the snapshot and crawl again"
+    )
 
 
 def read_snapshot(snapshot: Path) -> Iterator[Item]:

@@ -52,8 +52,8 @@ def read_gone(snapshot: Artifact) -> set[tuple[str, int]]:
     Raises:
         ArtifactError: a file is damaged.
     """
-    lines = civitai_snapshot.read_lines(snapshot.path, civitai_snapshot.GONE)
-    return {(row["kind"], row["id"]) for row in map(orjson.loads, lines)}
+    rows = civitai_snapshot.read_rows(snapshot.path, civitai_snapshot.GONE)
+    return {(row["kind"], row["id"]) for row in rows}
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from diffagent.civitai.faults import Faults, Profile
 from diffagent.civitai.pagination import Page
 from diffagent.civitai.replay import Replay
 from diffagent.civitai.server import serve
-from diffagent.errors import NotFound, ServerError
+from diffagent.errors import ArtifactError, CivitaiError, Forbidden, NotFound, ServerError
 from schemas.config import CrawlConfig, RuntimeConfig
 from tests.contract.conftest import IMAGES, MODELS, synthetic_image, synthetic_model
 from tests.contract.test_civitai_crawl import ALL, HOSTILE, rows
@@ -192,10 +192,20 @@ def fail(ident: int) -> dict[str, Any]:
     raise ServerError("524")
 
 
+def refuse(ident: int) -> dict[str, Any]:
+    raise Forbidden("401")
+
+
 @pytest.mark.parametrize(
     "answer",
-    [fail, lambda ident: {}, lambda ident: {"id": ident}, lambda ident: {"error": "x", "id": 1}],
-    ids=["524", "empty", "hollow", "another"],
+    [
+        fail,
+        refuse,
+        lambda ident: {},
+        lambda ident: {"id": ident},
+        lambda ident: {"error": "x", "id": 1},
+    ],
+    ids=["524", "401", "empty", "hollow", "another"],
 )
 def test_a_broken_answer_is_no_reason_to_touch_a_good_record(tmp_path, monkeypatch, answer):
     world = World()
@@ -326,7 +336,7 @@ def test_a_refresh_goes_on_where_it_was_stopped(tmp_path, asked):
     run(world, tmp_path)
     world.models[231] = synthetic_model(231)
     world.images[10_900] = synthetic_image(900)
-    with pytest.raises(Exception, match="crawl_budget_seconds"):
+    with pytest.raises(CivitaiError, match="crawl_budget_seconds"):
         run(world, tmp_path, crawl_budget_seconds=1e-9)
     first = len(list(asked))
     second = run(world, tmp_path)
@@ -335,6 +345,33 @@ def test_a_refresh_goes_on_where_it_was_stopped(tmp_path, asked):
         fresh = crawl.run(FEED, {}, RuntimeConfig(store=str(tmp_path / "x")), site_url=url)
     assert second.content_digest == fresh.content_digest
     assert first > 0
+
+
+def test_a_refresh_that_was_stopped_is_not_taken_for_a_reconciliation(tmp_path, asked):
+    world = World()
+    run(world, tmp_path)
+    world.models[231] = synthetic_model(231)
+    world.images[9_999] = {**synthetic_image(1), "id": 9_999}  # at the listing's end
+    with pytest.raises(CivitaiError, match="crawl_budget_seconds"):
+        run(world, tmp_path, crawl_budget_seconds=1e-9)
+    asked.clear()
+    second = run(world, tmp_path, reconcile=True)
+    assert "'cursor'" not in asked[0], "from the start"
+    assert changes(second)["images"] == {"added": [9_999]}
+    recall = second.manifest.metrics["recall"]
+    assert recall["models"] == pytest.approx(230 / 231)
+    assert recall["images"] == pytest.approx(618 / 619)
+
+
+def test_a_damaged_snapshot_is_no_base_to_refresh(tmp_path):
+    world = World(models=20, images=20)
+    first = run(world, tmp_path)
+    part = first.file("images/part-00000.jsonl.gz")
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 255
+    part.write_bytes(data)
+    with pytest.raises(ArtifactError, match=r"is damaged.*crawl again"):
+        run(world, tmp_path)
 
 
 def test_limits_keep_the_newest_after_a_refresh_too(tmp_path):

@@ -12,7 +12,7 @@ from diffagent.artifacts import StageContext, StageResult, stage
 from flows.build_dabench import build_dabench
 from tasks import _stage
 from tests.flows import toy_stages
-from tests.flows.toy_stages import Number
+from tests.flows.toy_stages import Number, source
 
 
 @stage("toy-source", version=1, config=Number)
@@ -20,7 +20,7 @@ def telling_source(config: Number, context: StageContext) -> StageResult:
     context.progress(None, "models: 120")
     context.progress(0.25, "galleries: 10 of 40, about 30 s left")
     context.progress(None, "pages: 3")
-    return toy_stages.source.body(config, context)
+    return source.body(config, context)
 
 
 @pytest.mark.usefixtures("toy_plan")
