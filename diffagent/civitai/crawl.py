@@ -106,6 +106,8 @@ def _fetch(
             "date": datetime.now(UTC).date().isoformat(),
         }
         work.date = walks.resume(request)["date"]
+        started = time.monotonic()
         work.run()
+        seconds = {"fetch_seconds": round(time.monotonic() - started, 2)}
         new = work.write(context.out, context.out / SCRATCH)
-        return new, work.metrics()
+        return new, work.metrics() | seconds
