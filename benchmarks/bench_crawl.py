@@ -1,10 +1,13 @@
 """Crawling the local server: what the client adds at a limit, records a second, a refresh.
 
 Three JSON lines. The site is made up: 1,000 models and 60,000 pictures, served by a process of its
-own, which needs a core of its own too. ``overhead`` is the time of fetching over pages / rate, less
-one; ``written`` the seconds that sorting, compressing and checking the snapshot take afterwards.
-``records_per_second`` counts every record that came through HTTP and was parsed: the walks that
-check each other show most of them twice.
+own, which needs a core of its own too. The limit is 50 times the polite one: galleries are read at
+once but a listing page after page, so that no limit above 1 / latency is reached there.
+
+``overhead`` is the time of fetching over pages / rate, less one; ``written`` the seconds that
+sorting, compressing and checking the snapshot take afterwards. ``records_per_second`` counts every
+record that came through HTTP and was parsed: the walks that check each other show most of them
+twice.
 """
 
 from __future__ import annotations

@@ -608,7 +608,8 @@ async def _file_start(path: Path, length: int) -> AsyncIterator[bytes]:
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes a free one."""
-    bound = socket.socket()
+    # asyncio sets TCP_NODELAY only where the protocol is named; without, a page takes 40 ms more.
+    bound = socket.socket(proto=socket.IPPROTO_TCP)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.bind((host, port))
     bound.listen(128)
