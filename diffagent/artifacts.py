@@ -11,6 +11,7 @@ directory is renamed into place. No manifest: it never happened.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -84,6 +85,8 @@ class Artifact(BaseModel):
         return sorted(self.path.glob(pattern))
 
 
+#: How a stage tells how far it is: the fraction done (None: unknown), and a text.
+Progress = Callable[[float | None, str], None]
 #: What a stage reads: name of the input -> artefacts (one, or one a shard).
 Inputs = Mapping[str, Sequence[Artifact]]
 
@@ -105,12 +108,19 @@ class StageContext:
 
     ``out`` may hold what an interrupted run of the same identity left behind.
     ``site_url`` is the address of the Civitai API that this run talks to.
+    ``previous`` is the artefact that is being refreshed; None: there is none, or it is not asked
+    for. ``memory`` is a file beside it for what helps the next refresh and is no content: it
+    outlives artefacts, and may be missing.
+    ``progress`` takes the fraction done (None: unknown) and a text for who watches the run.
     """
 
     inputs: Inputs
     out: Path
     runtime: RuntimeConfig
     site_url: str = ""
+    previous: Artifact | None = None
+    memory: Path = Path(os.devnull)
+    progress: Progress = lambda fraction, text: None
 
     def one(self, name: str) -> Artifact:
         """The single artefact of input ``name``."""
@@ -284,6 +294,7 @@ class Stage(Generic[C]):
         *,
         site_url: str = "",
         refresh: bool = False,
+        progress: Progress = lambda fraction, text: None,
     ) -> Artifact:
         """Return the artefact of this request, building or resuming it when needed.
 
@@ -291,7 +302,7 @@ class Stage(Generic[C]):
         else it is kept as ``IDENTITY.CONTENT`` and the new one takes its place.
 
         Raises:
-            ArtifactError: an input is damaged, or the funnel does not add up.
+            ArtifactError: an input is damaged, the disk is full, or the funnel does not add up.
         """
         directory = self.directory(config, inputs, runtime)
         directory.parent.mkdir(parents=True, exist_ok=True)
@@ -305,14 +316,17 @@ class Stage(Generic[C]):
             partial.mkdir(exist_ok=True)
             (partial / MANIFEST).unlink(missing_ok=True)  # of a run killed just before the rename
             started = time.monotonic()
-            context = StageContext(inputs, partial, runtime, site_url)
-            result = self.body(config, context)
+            memory = directory.with_name(f"{directory.name}.memory.json")
+            context = StageContext(inputs, partial, runtime, site_url, known, memory, progress)
+            with _full_disk_explained(directory):
+                result = self.body(config, context)
             manifest = self._manifest(config, inputs, partial, result, started)
             if known and known.content_digest == manifest.content_digest:
                 log.info("%s: nothing new; %s stays", self.name, directory)
                 shutil.rmtree(partial)
                 return known
-            _write_durably(partial / MANIFEST, manifest.model_dump_json(indent=1).encode())
+            with _full_disk_explained(directory):
+                _write_durably(partial / MANIFEST, manifest.model_dump_json(indent=1).encode())
             if known:
                 directory.rename(
                     directory.with_name(f"{directory.name}.{known.content_digest[:8]}")
@@ -460,6 +474,21 @@ def _run_logged(command: list[str], *, name: str, timeout: float) -> tuple[int, 
             "runtime.stage_timeout_seconds, or run it again to resume"
         )
     return code, "".join(tail)
+
+
+@contextlib.contextmanager
+def _full_disk_explained(directory: Path) -> Iterator[None]:
+    """Turn "no space left" into an error that says where and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise ArtifactError(
+            f"cannot write {str(error.filename or directory.parent)!r}: {error.strerror}; nothing "
+            "half-written is visible. Make room, or move the store (runtime.store), then run the "
+            "same command again: it goes on from what was written"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -66,6 +66,13 @@ Overrides = Annotated[
 Refresh = Annotated[
     bool, typer.Option("--refresh", help="Crawl again; nothing else runs if nothing is new.")
 ]
+Reconcile = Annotated[
+    bool,
+    typer.Option(
+        "--reconcile",
+        help="Refresh by walking whole listings again, and say what was missed before (recall).",
+    ),
+]
 ArtifactDir = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of an artefact.")]
 
 app = typer.Typer(
@@ -121,7 +128,11 @@ def parse_overrides(settings: list[str] | None) -> dict[str, Any]:
 
 
 def _run(
-    config: Path, settings: list[str] | None, upto: str | None, refresh: bool = False
+    config: Path,
+    settings: list[str] | None,
+    upto: str | None,
+    refresh: bool = False,
+    reconcile: bool = False,
 ) -> dict[str, Artifact]:
     from diffagent import pipeline
     from schemas.config import load_config
@@ -132,7 +143,11 @@ def _run(
             state = "nothing new" if refresh and node.key == "crawl" else "cached"
         typer.echo(f"{node.key:<16} {state:<12} {artifact.path}")
 
-    settings_read = load_config(config, parse_overrides(settings))
+    overrides = parse_overrides(settings)
+    if reconcile:
+        refresh, overrides["runtime.reconcile"] = True, True
+        logging.getLogger("diffagent.civitai.refresh").setLevel(logging.INFO)
+    settings_read = load_config(config, overrides)
     return pipeline.run(settings_read, upto, refresh=refresh, on_done=show)
 
 
@@ -142,9 +157,10 @@ def _add_stage_command(stage: str, text: str) -> None:
         config: ConfigFile,
         settings: Overrides = None,
         refresh: Refresh = False,
+        reconcile: Reconcile = False,
         verbose: Verbose = 0,
     ) -> None:
-        done = _run(config, settings, stage, refresh)
+        done = _run(config, settings, stage, refresh, reconcile)
         if stage == "evaluate":
             _show_report(done)
 
@@ -155,10 +171,14 @@ for _stage, _text in STAGES.items():
 
 @app.command()
 def run(
-    config: ConfigFile, settings: Overrides = None, refresh: Refresh = False, verbose: Verbose = 0
+    config: ConfigFile,
+    settings: Overrides = None,
+    refresh: Refresh = False,
+    reconcile: Reconcile = False,
+    verbose: Verbose = 0,
 ) -> None:
     """Run everything from the crawl to the report."""
-    done = _run(config, settings, None, refresh)
+    done = _run(config, settings, None, refresh, reconcile)
     typer.echo(f"\ndata set: {done['shard'].path}\nagent:    {done['rrhf'].path}")
     _show_report(done)
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from diffagent.artifacts import Artifact, Inputs, Stage, run_in_child
+from diffagent.artifacts import Artifact, Inputs, Progress, Stage, run_in_child
 from diffagent.errors import ConfigError
 from schemas.config import PipelineConfig, RuntimeConfig, SampleShard, SelectConfig, Selector
 
@@ -235,6 +235,7 @@ def run_node(
     *,
     site_url: str = "",
     refresh: bool = False,
+    progress: Progress = lambda fraction, text: None,
 ) -> Artifact:
     """Run one node (from cache when it can), a heavy one in a child process.
 
@@ -244,7 +245,9 @@ def run_node(
     stage = load_stage(node)
     if node.heavy and stage.cached(node.config, inputs, runtime) is None:
         return run_in_child(node.entry, node.config, inputs, runtime, site_url=site_url)
-    return stage.run(node.config, inputs, runtime, site_url=site_url, refresh=refresh)
+    return stage.run(
+        node.config, inputs, runtime, site_url=site_url, refresh=refresh, progress=progress
+    )
 
 
 def run(

@@ -30,6 +30,15 @@ _LEVEL_OF_NAME = {
 }
 
 
+def whole_number(value: Any) -> int | None:
+    """An id: an integer, also one that was sent in quotes; None for anything else."""
+    if type(value) is int:
+        return value
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 19:
+        return int(value)
+    return None
+
+
 def level_of(value: Any) -> int | None:
     """One nsfw value in any shape the site has used, as a browsing level.
 
@@ -105,6 +114,37 @@ def comfy_workflow(meta: Mapping[str, Any]) -> dict[str, Any] | None:
         except (ValueError, RecursionError):
             return None
     return value if isinstance(value, dict) else None
+
+
+#: What moves though nothing has changed: counters, the decoration that a card wears, and the time
+#: of a file's last scan (the scan's results count as content).
+VOLATILE = frozenset({"stats", "rank", "cosmetic", "scannedAt"})
+
+
+def content(item: Mapping[str, Any]) -> dict[str, Any]:
+    """A model, version or image without what is ``VOLATILE`` in it, its versions and files.
+
+    Two records are the same when their contents are. Generation metadata is left as it is.
+    """
+    kept: dict[str, Any] = _steady_version(dict(item))
+    versions = kept.get("modelVersions")
+    if isinstance(versions, list):
+        kept["modelVersions"] = [_steady_version(version) for version in versions]
+    return kept
+
+
+def _steady(item: Any) -> Any:
+    if not isinstance(item, dict):
+        return item
+    return {key: value for key, value in item.items() if key not in VOLATILE}
+
+
+def _steady_version(version: Any) -> Any:
+    kept = _steady(version)
+    for part in ("files", "images"):
+        if isinstance(kept, dict) and isinstance(kept.get(part), list):
+            kept[part] = [_steady(item) for item in kept[part]]
+    return kept
 
 
 _TEXT, _NUMBER, _WHOLE, _FLAG = (str,), (int, float), (int,), (bool,)
@@ -214,10 +254,55 @@ IMAGE_FIELDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
 )
 
 
-class Drift:
-    """Counts of what the readers do not know: new fields, and known fields of a new type.
+#: What every record of a kind has, and the values that are known of the site's enumerations
+#: (``baseModel`` is none of them: its names are free and grow).
+_REQUIRED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "model": ("id", "name", "type", "modelVersions"),
+        "version": ("id", "files"),
+        "file": ("id",),
+        "image": ("id", "url"),
+    }
+)
+MODEL_TYPES = (
+    *("Checkpoint", "TextualInversion", "Hypernetwork", "AestheticGradient", "LORA", "LoCon"),
+    *("DoRA", "Controlnet", "Upscaler", "MotionModule", "VAE", "TextEncoder", "UNet", "CLIPVision"),
+    *("Poses", "Wildcards", "Workflows", "ComfyWorkflows", "Detection", "VisionLanguage", "CLIP"),
+    *("LLM", "Other"),
+)
+_AVAILABILITY = ("Public", "Unsearchable", "Private", "EarlyAccess")
+_VALUES: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {
+        "model": {
+            "type": MODEL_TYPES,
+            "mode": ("Archived", "TakenDown"),
+            "availability": _AVAILABILITY,
+        },
+        "version": {
+            "availability": _AVAILABILITY,
+            "baseModelType": ("Standard", "Inpainting", "Refiner", "Pix2Pix"),
+            "usageControl": (
+                *("Download", "Generation", "InternalGeneration", "ExternalGeneration"),
+            ),
+        },
+        "file": {
+            "pickleScanResult": ("Pending", "Success", "Danger", "Error"),
+            "virusScanResult": ("Pending", "Success", "Danger", "Error"),
+        },
+        "image": {
+            "type": ("image", "video", "audio"),
+            "nsfwLevel": ("None", "Soft", "Mature", "X", "XXX", "Blocked"),
+        },
+    }
+)
+_MAX_DRIFT = 1000  # a site that sends random keys does not fill the manifest
 
-    ``counts`` maps e.g. 'model.stats: str' or 'image.newField: unknown' to how often.
+
+class Drift:
+    """Counts of what the readers do not know: fields that are new, missing or of a new type.
+
+    ``counts`` maps e.g. 'model.stats: str', 'image.newField: unknown', 'model.type: missing' or
+    "model.type: new value 'Hologram'" to how often.
     """
 
     def __init__(self) -> None:
@@ -241,16 +326,24 @@ class Drift:
 
     def _fields(self, kind: str, item: Any, known: Mapping[str, tuple[type, ...]]) -> None:
         if not isinstance(item, dict):
-            self.counts[f"{kind}: {type(item).__name__}"] += 1
+            self._count(f"{kind}: {type(item).__name__}")
             return
+        values = _VALUES[kind]
         for key, value in item.items():
             types = known.get(key)
             if types is None:
-                self.counts[f"{kind}.{key}: unknown"] += 1
+                self._count(f"{kind}.{key[:40]}: unknown")
             elif type(value) not in types:
-                self.counts[f"{kind}.{key}: {type(value).__name__}"] += 1
-        if "id" not in item:
-            self.counts[f"{kind}.id: missing"] += 1
+                self._count(f"{kind}.{key}: {type(value).__name__}")
+            elif key in values and isinstance(value, str) and value not in values[key]:
+                self._count(f"{kind}.{key}: new value {value[:40]!r}")
+        for key in _REQUIRED[kind]:
+            if key not in item:
+                self._count(f"{kind}.{key}: missing")
+
+    def _count(self, what: str) -> None:
+        full = len(self.counts) >= _MAX_DRIFT and what not in self.counts
+        self.counts["others" if full else what] += 1
 
 
 def _items(parent: Any, key: str) -> list[Any]:

@@ -29,9 +29,10 @@ class CrawlConfig(_Section):
         description="types to list; empty for all of them",
     )
     nsfw: bool = Field(default=False, description="ask for records above PG (filters still apply)")
-    image_source: Literal["feed", "versions"] = Field(
+    image_source: Literal["feed", "versions", "showcase"] = Field(
         default="versions",
-        description="'versions': /images of every model version; 'feed': the whole /images listing",
+        description="'versions': /images of every model version; 'showcase': at most ten pictures "
+        "of each by its creator, from /model-versions/:id; 'feed': the whole /images listing",
     )
     max_models: int | None = Field(default=None, ge=1)
     max_images: int | None = Field(default=None, ge=1)
@@ -226,6 +227,23 @@ class RuntimeConfig(_Section):
     workers: int = Field(default=2, ge=1, description="concurrent tasks of a flow")
     requests_per_second: float | None = Field(
         default=None, gt=0, description="to the site; default 1, unlimited to a loopback address"
+    )
+    crawl_threads: int = Field(
+        default=4, ge=1, le=64, description="calls to the site at once; all share one rate limit"
+    )
+    crawl_budget_seconds: float | None = Field(
+        default=None, gt=0, description="a crawl stops after so long; the next one goes on"
+    )
+    refresh_share: float = Field(
+        default=0.25,
+        ge=0,
+        le=1,
+        description="part of the unchanged versions whose pictures a refresh asks for, those first "
+        "that were not looked at for the longest",
+    )
+    reconcile: bool = Field(
+        default=False,
+        description="a refresh walks whole listings again and reports what it had missed (recall)",
     )
     faults: Literal["none", "flaky", "hostile"] = Field(
         default="none", description="of the embedded server"

@@ -12,9 +12,11 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from uuid import UUID
 
 from prefect import Task, task
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import CachePolicy
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
@@ -26,6 +28,8 @@ from diffagent.artifacts import Artifact
 from diffagent.pipeline import Node, load_stage, run_node
 from schemas.config import PipelineConfig
 from tasks._report import report_artifact
+
+log = logging.getLogger(__name__)
 
 # Prefect forwards the records of PREFECT_LOGGING_EXTRA_LOGGERS but does not set their level.
 logging.getLogger("diffagent").setLevel(logging.INFO)
@@ -70,6 +74,33 @@ def retryable(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> boo
     return bool(getattr(error, "retryable", False))
 
 
+class DashboardProgress:
+    """Shows what a stage tells of its progress as a progress artifact, made when it first does.
+
+    A dashboard that cannot be reached is no reason to stop a crawl of days: it is logged.
+    """
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        self._artifact: UUID | None = None
+        self._percent = 0.0
+
+    def __call__(self, fraction: float | None, text: str) -> None:
+        """Show ``fraction`` (None: as far as before) and ``text``."""
+        if fraction is not None:
+            self._percent = 100 * fraction
+        try:
+            if self._artifact is None:
+                made = create_progress_artifact(
+                    self._percent, key=f"{self._key}-progress", description=text
+                )
+                self._artifact = cast(UUID, made)
+            else:
+                update_progress_artifact(self._artifact, self._percent, text)
+        except Exception as error:
+            log.warning("progress of %s cannot be shown: %s", self._key, error)
+
+
 def stage_task(name: str) -> Task[..., Artifact]:
     """The Prefect task of one stage of the plan (of all its shards and selectors)."""
 
@@ -93,7 +124,14 @@ def stage_task(name: str) -> Task[..., Artifact]:
         refresh: bool = False,
     ) -> Artifact:
         node: Node = pipeline.plan(config)[key]
-        artifact = run_node(node, inputs, config.runtime, site_url=site_url, refresh=refresh)
+        artifact = run_node(
+            node,
+            inputs,
+            config.runtime,
+            site_url=site_url,
+            refresh=refresh,
+            progress=DashboardProgress(key),
+        )
         report_artifact(key, artifact)
         return artifact
 

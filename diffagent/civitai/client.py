@@ -16,8 +16,10 @@ import email.utils
 import ipaddress
 import json
 import logging
+import math
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -90,7 +92,7 @@ class _SiteToken(AuthBase):
 
 
 class CivitaiClient:
-    """A session with one site.
+    """A session with one site; threads may share it, and share its rate limit.
 
     Args:
         site_url: 'https://civitai.com' or any address that serves the same API.
@@ -116,15 +118,23 @@ class CivitaiClient:
             requests_per_second = 1.0
         self._bucket = bucket_of(self.origin, requests_per_second)
         self._rng = random.Random(0)
-        self._session = requests.Session()
-        self._session.headers["User-Agent"] = USER_AGENT
-        self._session.auth = _SiteToken(self.origin, token or os.environ.get(TOKEN_VARIABLE))
+        self._auth = _SiteToken(self.origin, token or os.environ.get(TOKEN_VARIABLE))
+        self._local = threading.local()  # requests' sessions are not safe to share
+        self._sessions: list[requests.Session] = []
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
         self.requests = 0
         self.retries = 0
 
+    def stop(self) -> None:
+        """Give up waiting: calls in other threads fail at their next pause."""
+        self._stopped.set()
+
     def close(self) -> None:
-        """Close the connections."""
-        self._session.close()
+        """Close the connections; see ``stop`` for what other threads still wait for."""
+        self.stop()
+        for session in self._sessions:
+            session.close()
 
     def __enter__(self) -> CivitaiClient:
         return self
@@ -333,9 +343,10 @@ class CivitaiClient:
         self, url: str, *, params: Params | None = None, headers: Mapping[str, str] | None = None
     ) -> requests.Response:
         self._bucket.acquire()
-        self.requests += 1
+        with self._lock:
+            self.requests += 1
         timeout = (self.patience.connect_timeout, self.patience.read_timeout)
-        return self._session.get(
+        return self._session().get(
             url,
             params=params,
             headers=headers,
@@ -343,6 +354,16 @@ class CivitaiClient:
             stream=True,
             allow_redirects=False,
         )
+
+    def _session(self) -> requests.Session:
+        session: requests.Session | None = getattr(self._local, "session", None)
+        if session is None:
+            session = self._local.session = requests.Session()
+            session.headers["User-Agent"] = USER_AGENT
+            session.auth = self._auth
+            with self._lock:
+                self._sessions.append(session)
+        return session
 
     def _patiently(self, call: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
         """Call until it succeeds, fails for good, or gets nowhere for the whole budget."""
@@ -365,9 +386,13 @@ class CivitaiClient:
                     f"gave up after {failures} tries in {self.patience.budget:.0f} s: {problem}",
                     retry_after=problem.retry_after,
                 ) from None
-            self.retries += 1
+            if problem.retry_after:  # it was said to all of this process
+                self._bucket.hold(problem.retry_after)
+            with self._lock:
+                self.retries += 1
             log.debug("try %d failed (%s); again in %.2f s", failures, problem, pause)
-            time.sleep(pause)
+            if self._stopped.wait(pause):
+                raise problem
 
 
 def client_for(site_url: str, requests_per_second: float | None = None) -> CivitaiClient:
@@ -463,18 +488,23 @@ def _error_text(response: requests.Response) -> str:
 
 
 def _retry_after(response: requests.Response) -> float | None:
-    """Seconds of the Retry-After header, which may also be a date."""
+    """Seconds of the Retry-After header; a date is compared with the site's own clock."""
     text = response.headers.get("Retry-After", "").strip()
     if not text:
         return None
     try:
-        return max(0.0, float(text))
+        seconds = float(text)
+        return max(0.0, seconds) if math.isfinite(seconds) else None
     except ValueError:
         pass
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+        now, then = (
+            email.utils.parsedate_to_datetime(date).timestamp()
+            for date in (response.headers.get("Date", ""), text)
+        )
     except ValueError:
         return None
+    return max(0.0, then - now)
 
 
 def _brief(error: requests.RequestException) -> str:

@@ -8,6 +8,7 @@ a row of one request fail, and what a listing hides, another way of listing it s
 * an empty page with a cursor: the cursor leads on;
 * an item is skipped where a page begins: pages of another length begin elsewhere, and an item
   is never skipped for both an even and an odd ``limit``;
+* an answer to ``ids=`` leaves an item out: asked for singly it is there;
 * cursors become stale (a deploy changes their arity): a listing started anew gets good ones.
 """
 
@@ -18,7 +19,7 @@ import threading
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 FaultName = Literal["none", "flaky", "hostile"]
 
@@ -34,7 +35,7 @@ TRANSPORT = (
     "slow",  # the body trickles
 )
 #: Faults of a listing's page.
-LISTING = ("empty", "loop", "duplicate", "skip", "moved")
+LISTING = ("empty", "loop", "duplicate", "skip", "moved", "missing")
 
 _FREE_ATTEMPT = 4  # every fourth attempt of a request succeeds
 
@@ -44,12 +45,14 @@ class Profile:
     """Probability of each fault per request; absent means never.
 
     ``deploy_every``: after so many pages of listings all cursors become stale (0: never),
-    ``deploys`` times at most.
+    ``deploys`` times at most. ``new_schema_after``: from the page after that many on, items have
+    another schema (0: never); see ``Faults.evolve``.
     """
 
     rates: Mapping[str, float] = field(default_factory=dict)
     deploy_every: int = 0
     deploys: int = 0
+    new_schema_after: int = 0
 
 
 PROFILES: Mapping[FaultName, Profile] = {
@@ -83,6 +86,7 @@ PROFILES: Mapping[FaultName, Profile] = {
             "duplicate": 0.1,
             "skip": 0.3,
             "moved": 0.2,
+            "missing": 0.01,
         },
         deploy_every=150,
         deploys=3,
@@ -131,6 +135,39 @@ class Faults:
             return False
         parity = self._number(f"parity|{item}") % 2
         return limit % 2 == parity and self._strikes("skip", str(item))
+
+    def leaves_out(self, item: int) -> bool:
+        """Whether answers to ``ids=`` leave this item out."""
+        return self._strikes("missing", f"item {item}")
+
+    @property
+    def schema_has_changed(self) -> bool:
+        """Whether a deploy has changed the schema."""
+        after = self.profile.new_schema_after
+        return 0 < after < self._pages
+
+    def evolve(self, item: dict[str, Any]) -> dict[str, Any]:
+        """An item of a listing as the site sends it now.
+
+        The new schema has ids and numbers in quotes, values that its enumerations did not have,
+        a new field, and no ``tags``, ``stats`` and ``hash``.
+        """
+        if not self.schema_has_changed:
+            return item
+        dropped = ("tags", "stats", "hash")
+        new = {key: value for key, value in item.items() if key not in dropped}
+        new |= {"id": str(item["id"]), "schemaVersion": 2, "availability": "Lent"}
+        for name in ("width", "height"):
+            if name in new:
+                new[name] = str(new[name])
+        if "modelVersionIds" in new:
+            new["modelVersionIds"] = list(map(str, new["modelVersionIds"]))
+        if "modelVersions" in new:
+            new["modelVersions"] = [
+                {**version, "id": str(version["id"]), "baseModelType": "Quantum"}
+                for version in new["modelVersions"]
+            ]
+        return new
 
     @property
     def epoch(self) -> int:

@@ -1,8 +1,9 @@
 """What a crawl has fetched so far: one append-only file that is also its checkpoint.
 
 Each page is one gzip member: a line with the state after the page, then a line an item. A member
-is whole or it is not there, so a page and the state after it are durable together; the torn
-member that a killed process leaves is cut off when the journal is opened again.
+is whole or it is not there, so a page and the state after it are durable together. Every member
+ends with its CRC32: when the journal is opened again, the pages before the first that is torn
+(the process was killed) or damaged (the disk was) are kept, and the rest is cut off.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -33,7 +34,7 @@ class Entry:
     """One page: the state of the crawl after it, and what was new in it."""
 
     state: dict[str, Any]
-    items: Sequence[Item]
+    items: Sequence[Item] = ()
 
 
 class Journal:
@@ -41,7 +42,8 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._stream = path.open("ab")
+        # Unbuffered: a page that does not fit on the disk must not be tried again by close().
+        self._stream = path.open("ab", buffering=0)
         self._synced = time.monotonic()
 
     def __enter__(self) -> Journal:
@@ -55,30 +57,62 @@ class Journal:
     ) -> None:
         self._stream.close()
 
-    def append(self, state: dict[str, Any], items: Sequence[Item]) -> None:
-        """Add a page. A kill loses nothing of it; a power cut loses about a second at most."""
+    def append(self, state: dict[str, Any], items: Sequence[Item] = ()) -> None:
+        """Add a page. A kill loses nothing of it; a power cut loses about a second at most.
+
+        Raises:
+            OSError: it does not fit on the disk; nothing of it stays.
+        """
         lines = [orjson.dumps(state)]
         lines += [b"%s\t%d\t%s" % (kind.encode(), ident, data) for kind, ident, data in items]
-        self._stream.write(gzip.compress(b"\n".join(lines) + b"\n", compresslevel=1, mtime=0))
-        self._stream.flush()
+        self._write(gzip.compress(b"\n".join(lines) + b"\n", compresslevel=1, mtime=0))
         if time.monotonic() - self._synced > _SYNC_SECONDS:
             os.fsync(self._stream.fileno())
             self._synced = time.monotonic()
 
-    def read(self) -> Iterator[Entry]:
-        """Every whole page, oldest first; a torn end is cut off."""
-        size, whole = self.path.stat().st_size, 0
+    def _write(self, member: bytes) -> None:
+        end, rest = self._stream.seek(0, os.SEEK_END), memoryview(member)
+        try:
+            while rest:
+                rest = rest[self._stream.write(rest) :]
+        except OSError:
+            self._stream.truncate(end)
+            raise
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._stream.truncate(0)
+
+    def read(self) -> Generator[Entry, None, None]:
+        """Every whole page, oldest first; what is not whole is cut off, with all behind it."""
+        size, whole, pages = self.path.stat().st_size, 0, 0
+        damage = ""
         with self.path.open("rb") as stream:
-            for member, end in _members(stream):
-                yield _entry(member)
-                whole = end
-        if whole < size:
+            try:
+                for member, end in _members(stream):
+                    yield _entry(member)
+                    whole, pages = end, pages + 1
+            except zlib.error as error:
+                damage = str(error)
+        if whole == size:
+            return
+        if damage:
+            log.warning(
+                "%s is damaged behind byte %d of %d (%s): its first %d pages are good and stay, "
+                "the others are fetched again",
+                *(self.path, whole, size, damage, pages),
+            )
+        else:
             log.info("the last page was not written whole (%d bytes); cut off", size - whole)
-            os.truncate(self.path, whole)
+        os.truncate(self.path, whole)
 
 
 def _members(stream: Any) -> Iterator[tuple[bytes, int]]:
-    """Contents of each whole gzip member and the offset where it ends."""
+    """Contents of each whole gzip member and the offset where it ends.
+
+    Raises:
+        zlib.error: a member is damaged: its CRC32 differs, or it is no gzip at all.
+    """
     end = 0
     rest = b""
     while True:
@@ -87,10 +121,7 @@ def _members(stream: Any) -> Iterator[tuple[bytes, int]]:
             data = rest or stream.read(_CHUNK)
             if not data:
                 return
-            try:
-                parts.append(decoder.decompress(data))
-            except zlib.error:
-                return
+            parts.append(decoder.decompress(data))
             rest = decoder.unused_data
             used += len(data) - len(rest)
         end += used

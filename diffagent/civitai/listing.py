@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffagent.civitai.replay import MEDIA, ModelRow, Replay
-from schemas.civitai import ALL_LEVELS, BLOCKED, PG, XXX, R, X
+from schemas.civitai import ALL_LEVELS, BLOCKED, MODEL_TYPES, PG, XXX, R, X
 
 #: Sort key of an item: whole numbers, ascending.
 Key = tuple[int, ...]
@@ -32,12 +32,6 @@ MODEL_SORTS = (
     "Oldest",
 )
 IMAGE_SORTS = ("Most Reactions", "Most Comments", "Most Collected", "Newest", "Oldest", "Random")
-MODEL_TYPES = (
-    *("Checkpoint", "TextualInversion", "Hypernetwork", "AestheticGradient", "LORA", "LoCon"),
-    *("DoRA", "Controlnet", "Upscaler", "MotionModule", "VAE", "TextEncoder", "UNet", "CLIPVision"),
-    *("Poses", "Wildcards", "Workflows", "ComfyWorkflows", "Detection", "VisionLanguage", "CLIP"),
-    *("LLM", "Other"),
-)
 _CACHED = 64
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from diffagent.errors import BadCursor, CivitaiError
+from schemas.civitai import whole_number
 
 log = logging.getLogger(__name__)
 
@@ -27,18 +28,24 @@ _MAX_PAGES = 1_000_000
 class Page:
     """Items of a page (objects with an integer id) and the cursor of the next one.
 
-    ``malformed`` counts entries that were left out because they are no such objects.
+    ``malformed`` counts entries that were left out because they are no such objects, and
+    ``text_ids`` those whose id was a number in quotes.
     """
 
     items: tuple[dict[str, Any], ...]
     cursor: str | None
     malformed: int = 0
+    text_ids: int = 0
 
     @classmethod
     def of(cls, items: list[Any], cursor: str | None) -> Page:
-        """Sort out what is no item."""
-        good = tuple(i for i in items if isinstance(i, dict) and type(i.get("id")) is int)
-        return cls(good, cursor, len(items) - len(good))
+        """Sort out what is no item; the id of an item becomes an integer."""
+        good = [i for i in items if isinstance(i, dict) and whole_number(i.get("id")) is not None]
+        text_ids = 0
+        for item in good:
+            text_ids += isinstance(item["id"], str)
+            item["id"] = whole_number(item["id"])
+        return cls(tuple(good), cursor, len(items) - len(good), text_ids)
 
 
 class Walk:
@@ -86,7 +93,7 @@ class Walk:
             return page
         log.warning("the listing leads in a circle at cursor %r; this walk ends here", page.cursor)
         self.complete = False
-        return Page(page.items, None, page.malformed)
+        return replace(page, cursor=None)
 
     def _restart(self, error: BadCursor) -> None:
         self.restarts += 1

@@ -1,4 +1,4 @@
-"""One token bucket an origin and process, shared by threads."""
+"""One rate limit an origin and process, shared by threads."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ _lock = threading.Lock()
 
 
 class TokenBucket:
-    """At most ``rate`` requests a second on average, and ``burst`` at once."""
+    """At most ``rate`` requests a second: a bucket of one token, kept as the next one's time.
 
-    def __init__(self, rate: float | None, burst: int = 1) -> None:
+    Whoever asks takes the next turn at once and then waits for it, so that threads queue up in
+    order. Only the monotonic clock is read: setting the machine's clock changes nothing.
+    """
+
+    def __init__(self, rate: float | None) -> None:
         self.rate = rate
-        self.burst = burst
-        self._tokens = float(burst)
-        self._filled = time.monotonic()
+        self._next = time.monotonic()
         self._lock = threading.Lock()
 
     def acquire(self) -> float:
         """Wait for a turn; returns the seconds waited."""
-        if self.rate is None:
-            return 0.0
         with self._lock:
             now = time.monotonic()
-            self._tokens = min(self.burst, self._tokens + (now - self._filled) * self.rate)
-            self._filled = now
-            # A negative balance is a queue: each waiter has its own place in it.
-            self._tokens -= 1
-            wait = max(0.0, -self._tokens / self.rate)
-        if wait:
-            time.sleep(wait)
-        return wait
+            turn = max(self._next, now)
+            self._next = turn + (1 / self.rate if self.rate else 0.0)
+        if turn > now:
+            time.sleep(turn - now)
+        return turn - now
+
+    def hold(self, seconds: float) -> None:
+        """No turn for anybody for so long: the site asked this process to wait."""
+        with self._lock:
+            self._next = max(self._next, time.monotonic() + seconds)
 
 
 def bucket_of(origin: str, rate: float | None) -> TokenBucket:

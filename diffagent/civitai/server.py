@@ -37,7 +37,6 @@ from starlette.routing import Route
 
 from diffagent.civitai.faults import Faults
 from diffagent.civitai.listing import (
-    MODEL_TYPES,
     BadParameter,
     ImageQuery,
     Key,
@@ -51,7 +50,7 @@ from diffagent.civitai.listing import (
     is_legacy,
 )
 from diffagent.civitai.replay import PAGE_ONLY_MODEL, PAGE_ONLY_VERSION, Replay
-from schemas.civitai import PG, image_level
+from schemas.civitai import MODEL_TYPES, PG, image_level
 
 log = logging.getLogger(__name__)
 
@@ -150,9 +149,11 @@ def list_models(site: LocalCivitai, request: Request) -> Response:
     window.place(parameters, page)
     host = _origin(request)
     rows = site.replay.models
+    evolve = site.faults.evolve
     items = [
-        orjson.dumps(_rest_model(site.replay.model(i), host, adult=query.adult))
+        orjson.dumps(evolve(_rest_model(site.replay.model(i), host, adult=query.adult)))
         for i in window.items(lambda i: rows[i].id)
+        if query.ids is None or not site.faults.leaves_out(rows[i].id)
     ]
     return window.response(items)
 
@@ -179,6 +180,8 @@ def list_images(site: LocalCivitai, request: Request) -> Response:
         if with_meta and not flat:
             meta = b'{"id":%d,"meta":%s}' % (replay.image_id[i], meta)
         items.append(replay.image_json[i] + b',"meta":' + meta + b"}")
+    if site.faults.schema_has_changed:
+        items = [orjson.dumps(site.faults.evolve(orjson.loads(item))) for item in items]
     return window.response(items)
 
 
@@ -605,7 +608,8 @@ async def _file_start(path: Path, length: int) -> AsyncIterator[bytes]:
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 takes a free one."""
-    bound = socket.socket()
+    # asyncio sets TCP_NODELAY only where the protocol is named; without, a page takes 40 ms more.
+    bound = socket.socket(proto=socket.IPPROTO_TCP)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.bind((host, port))
     bound.listen(128)

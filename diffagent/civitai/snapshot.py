@@ -3,6 +3,10 @@
 ``KIND/part-NNNNN.jsonl.gz`` for the kinds models, images and pages: canonical JSON lines sorted
 by id over all parts. Neither the order of fetching nor page boundaries, repeats or the site's
 address leave a trace, so equal contents are equal files.
+
+A refreshed snapshot (``diffagent.civitai.refresh``) may also hold ``gone/``: one tombstone a line,
+``{"kind": "models" | "versions" | "images", "id", "date": "YYYY-MM-DD", "reason"}``, for what the
+site has no more. Its last good record stays where it was.
 """
 
 from __future__ import annotations
@@ -10,25 +14,38 @@ from __future__ import annotations
 import gzip
 import hashlib
 import shutil
+import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import orjson
 
-from diffagent.civitai.journal import Entry
-from schemas.civitai import Drift
+from diffagent.civitai.journal import Entry, Item
+from diffagent.errors import ArtifactError
+from schemas.civitai import Drift, canonical, content
 
 KINDS = ("images", "models", "pages")
+GONE = "gone"
 #: Rows a part, unless that makes more than ``_MAX_PARTS``; memory holds one part.
 _ROWS = {"images": 20_000, "models": 1_000, "pages": 1_000}
 _MAX_PARTS = 64
 
+#: (kind, new, old) -> what stays of two records of one id
+Merge = Callable[[str, bytes, bytes], bytes]
+
 
 def write_snapshot(
-    out: Path, entries: Iterable[Entry], keep: Mapping[str, Sequence[int]], scratch: Path
+    out: Path,
+    entries: Iterable[Entry],
+    keep: Mapping[str, Sequence[int]],
+    scratch: Path,
+    *,
+    previous: Iterable[Item] = (),
+    merge: Merge = lambda kind, new, old: new,
 ) -> None:
     """Write the items of ``keep`` (kind -> ids) from a journal's entries.
 
@@ -37,6 +54,8 @@ def write_snapshot(
         entries: pages in the order in which they were fetched; the first item of an id counts.
         keep: ids of each kind that belong to the snapshot.
         scratch: a directory for intermediate files, made and removed here.
+        previous: items of an earlier snapshot, for the ids that ``entries`` lack.
+        merge: what becomes of an item that both have.
     """
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
@@ -48,44 +67,101 @@ def write_snapshot(
             for kind in KINDS
             for part in range(len(starts[kind]))
         }
-        for entry in entries:
-            for kind, ident, data in entry.items:
+
+        def put(items: Iterable[Item]) -> Iterator[tuple[str, int]]:
+            for kind, ident, data in items:
                 if ident in wanted[kind]:
-                    wanted[kind].remove(ident)
                     part = bisect_right(starts[kind], ident) - 1
                     buckets[kind, part].write(b"%d\t%s\n" % (ident, data))
-    for kind in KINDS:
+                    yield kind, ident
+
+        for entry in entries:
+            for kind, ident in put(entry.items):
+                wanted[kind].remove(ident)
+        wanted = {kind: set(keep.get(kind, ())) for kind in KINDS}
+        for _ in put(previous):
+            pass
+    for kind in (*KINDS, GONE):
         shutil.rmtree(out / kind, ignore_errors=True)
     for kind, part in buckets:
         (out / kind).mkdir(exist_ok=True)
-        _write_part(scratch / f"{kind}-{part}", out / kind / f"part-{part:05d}.jsonl.gz")
+        target = out / kind / f"part-{part:05d}.jsonl.gz"
+        _write_part(scratch / f"{kind}-{part}", target, partial(merge, kind))
     shutil.rmtree(scratch)
+
+
+def write_gone(out: Path, tombstones: Iterable[Mapping[str, Any]]) -> None:
+    """Write the tombstones, if there are any."""
+    rows = sorted(tombstones, key=lambda row: (row["kind"], row["id"]))
+    if rows:
+        (out / GONE).mkdir(exist_ok=True)
+        _write_lines(out / GONE / "part-00000.jsonl.gz", (canonical(row) + b"\n" for row in rows))
 
 
 def summarise(out: Path) -> tuple[dict[str, int], str, dict[str, int]]:
     """Rows of each kind, the content digest, and the drift of the schema.
 
-    The digest is the SHA256 over the sorted (kind, id, SHA256 of the canonical JSON).
+    The digest is the SHA256 over the sorted (kind, id, SHA256 of the content's canonical JSON),
+    then over kind and id of what is gone. Counters and their like (``schemas.civitai.VOLATILE``)
+    are no content: a snapshot does not become another one because downloads were counted.
     """
     digest, rows, drift = hashlib.sha256(), {}, Drift()
     look = {"images": drift.image, "models": drift.model}
     for kind in KINDS:
         rows[kind] = 0
-        for line in _lines(out, kind):
+        for line in read_lines(out, kind):
             item: dict[str, Any] = orjson.loads(line)
-            digest.update(
-                f"{kind}\t{item['id']}\t{hashlib.sha256(line.rstrip()).hexdigest()}\n".encode()
-            )
+            inner = hashlib.sha256(canonical(content(item))).hexdigest()
+            digest.update(f"{kind}\t{item['id']}\t{inner}\n".encode())
             rows[kind] += 1
             if kind in look:
                 look[kind](item)
+    for row in read_rows(out, GONE):
+        digest.update(f"{GONE}\t{row['kind']}\t{row['id']}\n".encode())
+        rows[GONE] = rows.get(GONE, 0) + 1
     return rows, digest.hexdigest(), drift.report()
 
 
-def _lines(out: Path, kind: str) -> Iterator[bytes]:
-    for path in sorted(out.glob(f"{kind}/*.jsonl.gz")):
-        with gzip.open(path) as stream:
-            yield from stream
+def read_lines(snapshot: Path, kind: str) -> Iterator[bytes]:
+    """Lines of a kind in the order of their ids.
+
+    Raises:
+        ArtifactError: a part is damaged.
+    """
+    for path in sorted(snapshot.glob(f"{kind}/*.jsonl.gz")):
+        try:
+            with gzip.open(path) as stream:
+                yield from stream
+        except (OSError, EOFError, zlib.error) as error:
+            raise _damaged(path, error) from None
+
+
+def read_rows(snapshot: Path, kind: str) -> Iterator[dict[str, Any]]:
+    """The same, parsed.
+
+    Raises:
+        ArtifactError: a part is damaged.
+    """
+    for line in read_lines(snapshot, kind):
+        try:
+            row: dict[str, Any] = orjson.loads(line)
+        except orjson.JSONDecodeError as error:  # the checksum comes behind the damage
+            raise _damaged(snapshot / kind, error) from None
+        yield row
+
+
+def _damaged(path: Path, error: Exception) -> ArtifactError:
+    return ArtifactError(
+        f"{str(path)!r} is damaged ({error}); put its file back from a copy (a mirror, or an older "
+        "snapshot beside it), or delete the snapshot and crawl again"
+    )
+
+
+def read_snapshot(snapshot: Path) -> Iterator[Item]:
+    """All items of a snapshot, as a journal holds them."""
+    for kind in KINDS:
+        for line in read_lines(snapshot, kind):
+            yield kind, orjson.loads(line)["id"], line.rstrip(b"\n")
 
 
 def _part_starts(kind: str, ids: Sequence[int]) -> list[int]:
@@ -94,12 +170,19 @@ def _part_starts(kind: str, ids: Sequence[int]) -> list[int]:
     return [ids[i] for i in range(0, len(ids), rows)]
 
 
-def _write_part(bucket: Path, target: Path) -> None:
-    lines = [line.split(b"\t", 1) for line in bucket.read_bytes().splitlines(keepends=True)]
-    lines.sort(key=lambda line: int(line[0]))
+def _write_part(bucket: Path, target: Path, merge: Callable[[bytes, bytes], bytes]) -> None:
+    merged: dict[int, bytes] = {}
+    for line in bucket.read_bytes().splitlines(keepends=True):
+        ident, data = line.split(b"\t", 1)
+        new = merged.get(int(ident))
+        merged[int(ident)] = data if new is None else merge(new, data)
+    _write_lines(target, (merged[ident] for ident in sorted(merged)))
+    bucket.unlink()
+
+
+def _write_lines(target: Path, lines: Iterable[bytes]) -> None:
     with (
         target.open("wb") as raw,
         gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=raw, mtime=0) as stream,
     ):
-        stream.writelines(data for _, data in lines)
-    bucket.unlink()
+        stream.writelines(lines)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from diffagent.dabench.catalogue import (
 from diffagent.dabench.funnel import FunnelCounter
 from diffagent.dabench.records import RECORD_FILTERS, Dropped, PairBuilder
 from diffagent.dabench.resolve import Lookup, Resolver
-from diffagent.dabench.snapshot import read_items
+from diffagent.dabench.snapshot import read_gone, read_items
 from diffagent.dabench.tables import table_writer, write_table
 from diffagent.errors import ArtifactError
 from schemas.config import FilterConfig
@@ -38,6 +38,7 @@ from schemas.dabench import RECORDS
 
 log = logging.getLogger(__name__)
 
+GONE = "gone from the site"
 _FORMS = {"inpaint": "Inpainting", "pix2pix": "Pix2Pix"}
 
 Payload = Mapping[str, Any]
@@ -136,9 +137,15 @@ def _items(value: object) -> list[Any]:
 class ModelSift:
     """Applies the model filters to one model after the other and collects what they leave."""
 
-    def __init__(self, config: FilterConfig, resolver: Resolver) -> None:
+    def __init__(
+        self,
+        config: FilterConfig,
+        resolver: Resolver,
+        gone: Collection[tuple[str, int]] = (),
+    ) -> None:
         self._config = config
         self._resolver = resolver
+        self._gone = gone  # tombstones: see diffagent.dabench.snapshot.read_gone
         self.models = FunnelCounter("models", _FILTER_NAMES)
         self.versions = FunnelCounter("versions", _FILTER_NAMES)
         self.entries: list[Entry] = []
@@ -177,12 +184,18 @@ class ModelSift:
         if found := first_reason(model, version, self._config):
             return found
         ident = version.get("id")
+        if self._is_gone(model, version):
+            return len(MODEL_FILTERS) - 1, GONE
         if type(ident) is not int or not 0 <= ident < 2**63:
             return len(MODEL_FILTERS) - 1, "version without id"
         if ident in self._version_ids:
             return len(MODEL_FILTERS) - 1, "version listed twice"
         self._version_ids.add(ident)
         return None
+
+    def _is_gone(self, model: Payload, version: Payload) -> bool:
+        places = (("models", model.get("id")), ("versions", version.get("id")))
+        return any(type(ident) is int and (kind, ident) in self._gone for kind, ident in places)
 
     def _keep(self, model: Payload, versions: list[dict[str, Any]]) -> None:
         description = describe(model)
@@ -201,6 +214,7 @@ class ModelSift:
         for version in versions:
             counts["base_model"][_label(version.get("baseModel"))] += 1
             reason = file_availability(model, version, _STRICT)
+            reason = reason or (GONE if self._is_gone(model, version) else None)
             counts["file_availability"][reason or "available"] += 1
 
 
@@ -221,7 +235,7 @@ def filter_records(config: FilterConfig, context: StageContext) -> StageResult:
     """
     snapshot = context.one("snapshot")
     resolver = Resolver(_site_lookup(config, context))
-    sift = ModelSift(config, resolver)
+    sift = ModelSift(config, resolver, read_gone(snapshot))
     for model in read_items(snapshot, "models"):
         sift.add(model)
     if not sift.entries:

@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 
 from diffagent.artifacts import Artifact
+from diffagent.civitai import snapshot as civitai_snapshot
 from diffagent.errors import ArtifactError
 
 
@@ -43,6 +44,16 @@ def read_items(snapshot: Artifact, kind: str) -> Iterator[dict[str, Any] | None]
                 f"cannot read {str(path)!r} ({error}); delete "
                 f"{str(snapshot.path)!r} and crawl again"
             ) from None
+
+
+def read_gone(snapshot: Artifact) -> set[tuple[str, int]]:
+    """(kind, id) of what the site has no more: 'models', 'versions', 'images'.
+
+    Raises:
+        ArtifactError: a file is damaged.
+    """
+    rows = civitai_snapshot.read_rows(snapshot.path, civitai_snapshot.GONE)
+    return {(row["kind"], row["id"]) for row in rows}
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -168,7 +168,7 @@ def recorder() -> Iterator[Recorder]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             record.asked.append((self.path, dict(self.headers)))
-            self.send_response(record.status)
+            self.send_response_only(record.status)
             for name, value in record.headers.items():
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(record.body)))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import random
+import threading
 import time
 from itertools import count
 
 import orjson
 import pytest
 
-from diffagent.civitai.client import CivitaiClient, Patience
+from diffagent.civitai.client import USER_AGENT, CivitaiClient, Patience
 from diffagent.civitai.faults import TRANSPORT, Faults, Profile
 from diffagent.errors import (
     BadCursor,
@@ -97,9 +99,74 @@ def test_retry_after_is_honoured(recorder):
     assert len(recorder.asked) == 2
 
 
+def test_a_date_to_wait_for_is_read_by_the_site_s_clock(recorder, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 0.0)  # this machine's clock is decades behind
+    recorder.status = 503
+    now = "Fri, 21 Nov 2036 10:00:00 GMT"
+    recorder.headers = {"Retry-After": now.replace("00 GMT", "01 GMT"), "Date": now}
+    patience = Patience(first=0.001, longest=0.01, budget=1.5)
+    started = time.monotonic()
+    with client_of(recorder.url, patience=patience) as client, pytest.raises(ServerError):
+        client.get_model(1)
+    assert 1 <= time.monotonic() - started < 20
+    assert len(recorder.asked) == 2
+
+
+def test_a_wait_that_the_site_asks_for_holds_all_threads(recorder):
+    recorder.status, recorder.headers = 429, {"Retry-After": "1"}
+    with client_of(recorder.url) as client:
+        first = threading.Thread(target=client.get_model, args=(1,))
+        first.start()
+        while not client.retries:
+            time.sleep(0.005)
+        recorder.status, recorder.headers = 200, {"Content-Type": "application/json"}
+        started = time.monotonic()
+        assert client.get_model(2) == {}
+        assert time.monotonic() - started > 0.3
+        first.join()
+
+
+def test_a_real_site_is_asked_once_a_second_and_patiently():
+    rng, patience = random.Random(0), Patience()
+    with CivitaiClient("https://civitai.com") as client:
+        assert client._bucket.rate == 1.0
+        assert client.patience == patience
+        assert USER_AGENT.startswith("DiffAgent/") and "Mozilla" not in USER_AGENT
+    pauses = [patience.pause(failures, rng) for failures in range(60)]
+    assert 0.5 <= pauses[0] <= 1.0 and all(15 <= pause <= 30 for pause in pauses[5:])
+    assert len(set(pauses)) == 60, "with jitter"
+
+
+@pytest.mark.parametrize("status", [500, 502, 503, 504, 524, 429, 408])
+def test_what_may_pass_is_tried_again(recorder, status):
+    recorder.status, recorder.headers = status, {"Content-Type": "text/html"}
+    patience = Patience(first=0.001, longest=0.002, budget=5.0)
+    with client_of(recorder.url, patience=patience) as client:
+
+        def recover() -> None:
+            while not client.retries:
+                time.sleep(0.001)
+            recorder.headers = {"Content-Type": "application/json"}
+            recorder.status = 200
+
+        thread = threading.Thread(target=recover)
+        thread.start()
+        assert client.get_model(1) == {}
+        thread.join()
+        assert client.retries >= 1
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 451])
+def test_what_cannot_pass_is_asked_once(recorder, status):
+    recorder.status = status
+    with client_of(recorder.url) as client, pytest.raises(CivitaiError):
+        client.get_model(1)
+    assert len(recorder.asked) == 1
+
+
 def test_the_budget_ends_the_tries(recorder):
     recorder.status = 503
-    patience = Patience(first=0.01, longest=0.02, budget=0.2)
+    patience = Patience(first=0.01, longest=0.02, budget=1.5)
     client = client_of(recorder.url, patience=patience)
     with client, pytest.raises(ServerError, match="gave up after"):
         client.get_model(1)

@@ -215,9 +215,9 @@ def test_kill_9_and_again(site, faulty, undisturbed, tmp_path, place, numbers): 
 
 
 def test_a_resumed_crawl_repeats_nothing(site, tmp_path):
-    assert killed_run(site, tmp_path, "append", 5) == -signal.SIGKILL
+    assert killed_run(site, tmp_path, "append", 6) == -signal.SIGKILL
     metrics = run(site, tmp_path).manifest.metrics
-    # 3 + 3 pages of models, 4 + 4 of images; four were stored before the kill.
+    # 3 + 3 pages of models, 4 + 4 of images; behind its head the journal had four at the kill.
     assert metrics["requests"] == 14 - 4
 
 

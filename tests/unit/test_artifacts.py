@@ -30,6 +30,7 @@ from diffagent.artifacts import (
 from diffagent.errors import ArtifactError, ServerError, TrainingError
 from schemas.config import RuntimeConfig
 from schemas.manifest import Funnel, FunnelStep
+from tests.conftest import file_size_limit
 
 
 class Words(BaseModel):
@@ -172,6 +173,38 @@ def test_refresh_keeps_what_did_not_change(runtime: RuntimeConfig) -> None:
     first = write_words.run(Words(), {}, runtime)
     assert write_words.run(Words(), {}, runtime, refresh=True) == first
     assert [p.name for p in first.path.parent.iterdir() if p.is_dir()] == [first.path.name]
+
+
+def test_a_refresh_knows_what_it_refreshes_and_a_memory_that_stays(runtime: RuntimeConfig) -> None:
+    seen: list[Artifact | None] = []
+    told: list[tuple[float | None, str]] = []
+
+    @stage("toy-remembering", version=1, config=Words)
+    def remember(config: Words, context: StageContext) -> StageResult:
+        seen.append(context.previous)
+        times = context.memory.read_text() if context.memory.exists() else ""
+        context.memory.write_text(times + "x")
+        context.progress(0.5, "half")
+        (context.out / "same").write_text("always")
+        return StageResult()
+
+    first = remember.run(Words(), {}, runtime, progress=lambda f, text: told.append((f, text)))
+    assert remember.run(Words(), {}, runtime) == first
+    for _ in range(2):
+        assert remember.run(Words(), {}, runtime, refresh=True) == first
+    assert seen == [None, first, first]
+    assert told == [(0.5, "half")]
+    memory = first.path.with_name(f"{first.path.name}.memory.json")
+    assert memory.read_text() == "xxx", "no part of the artefact, so it outlives a refresh"
+    assert [f.path for f in first.manifest.files] == ["same"]
+
+
+def test_a_full_disk_says_what_to_do_and_leaves_nothing_visible(runtime: RuntimeConfig) -> None:
+    large = Words(words=("a", "b" * 10_000))
+    with file_size_limit(5_000), pytest.raises(ArtifactError, match=r"runtime\.store") as caught:
+        write_words.run(large, {}, runtime)
+    assert "Make room" in str(caught.value) and not caught.value.retryable
+    assert write_words.cached(large, {}, runtime) is None
 
 
 def test_child_process(runtime: RuntimeConfig) -> None:

@@ -13,12 +13,20 @@ from hypothesis import strategies as st
 from diffagent.civitai.client import is_loopback, is_site_host, next_cursor, origin_of, parse_json
 from diffagent.civitai.html import page_settings, plain_text
 from diffagent.civitai.journal import Entry, Journal
+from diffagent.civitai.known import (
+    Marks,
+    creator_of,
+    downloads_of,
+    has_meta,
+    image_fingerprint,
+)
 from diffagent.civitai.listing import StaleCursor, decode_cursor, encode_cursor
 from diffagent.civitai.pagination import Page, Walk, walk
 from diffagent.civitai.ratelimit import TokenBucket
 from diffagent.civitai.site import embedded_site
 from diffagent.civitai.snapshot import summarise, write_snapshot
 from diffagent.errors import BadCursor, CivitaiError, ConfigError, SchemaError, ServerError
+from tests.conftest import file_size_limit
 
 # --- journal ---
 
@@ -56,6 +64,51 @@ def test_a_journal_cut_anywhere_keeps_its_whole_pages(tmp_path_factory, data):
     assert read(path)[-1] == Entry({"page": "next"}, [])
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_a_damaged_journal_keeps_its_good_beginning(tmp_path_factory, data):
+    path = tmp_path_factory.mktemp("journal") / "journal.gz"
+    ends = []
+    with Journal(path) as journal:
+        for entry in ENTRIES:
+            journal.append(entry.state, entry.items)
+            ends.append(path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    content[place] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    before = sum(end <= place for end in ends)
+    kept = read(path)
+    # A header may hold a time or a system that nobody reads: then nothing is damaged.
+    assert kept in (ENTRIES[:before], ENTRIES)
+    assert read(path) == kept
+
+
+def test_damage_is_told(tmp_path, caplog):
+    path = tmp_path / "journal.gz"
+    with Journal(path) as journal:
+        for entry in ENTRIES:
+            journal.append(entry.state, entry.items)
+    content = path.read_bytes()
+    half = len(content) // 2
+    path.write_bytes(content[:half] + bytes(10) + content[half + 10 :])
+    assert 0 < len(read(path)) < len(ENTRIES)
+    assert "is damaged behind byte" in caplog.text and "are good and stay" in caplog.text
+
+
+@pytest.mark.parametrize("room", [0, 1, 40])
+def test_a_page_that_does_not_fit_on_the_disk_leaves_nothing(tmp_path, monkeypatch, room):
+    path = tmp_path / "journal.gz"
+    with Journal(path) as journal:
+        journal.append({"page": 1}, ENTRIES[3].items)
+        full = path.stat().st_size
+        with file_size_limit(full + room), pytest.raises(OSError, match="large"):
+            journal.append({"page": 2}, ENTRIES[5].items)
+        assert path.stat().st_size == full
+        journal.append({"page": 3}, ())
+    assert [entry.state["page"] for entry in read(path)] == [1, 3]
+
+
 def test_a_journal_is_readable_by_gzip(tmp_path):
     with Journal(tmp_path / "j.gz") as journal:
         journal.append({"a": 1}, [("models", 7, b"{}")])
@@ -72,7 +125,7 @@ def test_a_snapshot_forgets_order_pages_and_repeats(tmp_path_factory, order, siz
     write_snapshot(out, pages, {"images": range(40)}, out / "scratch")
     rows, digest, drift = summarise(out)
     assert rows == {"images": 40, "models": 0, "pages": 0}
-    assert drift == {}
+    assert drift == {"image.url: missing": 40}
     lines = gzip.decompress((out / "images/part-00000.jsonl.gz").read_bytes()).splitlines()
     assert lines == [b'{"id":%d}' % n for n in range(40)]
     reference = tmp_path_factory.mktemp("reference")
@@ -116,9 +169,9 @@ def test_cursors_that_are_always_stale_end_with_an_error():
 
 
 def test_entries_that_are_no_items_are_counted():
-    page = Page.of([{"id": 1}, {"id": "2"}, None, {"id": True}], None)
-    assert [item["id"] for item in page.items] == [1]
-    assert page.malformed == 3
+    page = Page.of([{"id": 1}, {"id": "2"}, None, {"id": True}, {"id": "x2"}, {}], None)
+    assert [item["id"] for item in page.items] == [1, 2]
+    assert (page.malformed, page.text_ids) == (4, 1)
 
 
 @given(st.tuples(st.integers(), st.integers()), st.integers(0, 3), st.booleans())
@@ -156,6 +209,33 @@ def test_hosts():
     assert not is_loopback("https://civitai.com")
 
 
+# --- what is known ---
+
+
+def test_marks_are_found_by_id():
+    marks = Marks()
+    for ident in (3, 7, 2**40):
+        marks.add(ident, ident % 2**64)
+    assert [marks.get(i) for i in (3, 7, 2**40, 1, 5, 2**41)] == [3, 7, 2**40, None, None, None]
+    assert 7 in marks and 8 not in marks and list(marks) == [3, 7, 2**40]
+
+
+@pytest.mark.parametrize("stats", [None, {}, {"downloadCount": None}, [], {"downloadCount": "x"}])
+def test_creators_may_hide_their_counts_and_themselves(stats):
+    assert downloads_of({"id": 1, "stats": stats}) == 0
+    assert creator_of({"id": 1, "creator": None}) is None
+    assert creator_of({"id": 1}) is None
+
+
+def test_fingerprints_tell_metadata_and_leave_counters_out():
+    image = {"id": 1, "url": "x", "stats": {"likeCount": 1}, "meta": {"prompt": "a"}}
+    mark = image_fingerprint(image)
+    assert has_meta(mark)
+    assert image_fingerprint({**image, "stats": {}}) == mark
+    assert image_fingerprint({**image, "url": "y"}) != mark
+    assert not has_meta(image_fingerprint({**image, "meta": None}))
+
+
 # --- HTML ---
 
 
@@ -188,6 +268,16 @@ def test_threads_share_a_bucket():
     for thread in threads:
         thread.join()
     assert time.monotonic() - started >= 0.2
+
+
+def test_whoever_is_told_to_wait_makes_all_wait():
+    bucket = TokenBucket(rate=None)
+    bucket.acquire()
+    bucket.hold(0.1)
+    started = time.monotonic()
+    assert bucket.acquire() > 0.05
+    assert time.monotonic() - started >= 0.05
+    assert bucket.acquire() < 0.05
 
 
 def test_an_address_is_its_own_site():

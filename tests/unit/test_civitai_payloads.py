@@ -92,6 +92,7 @@ def test_drift_names_new_fields_and_new_types():
     drift = civitai.Drift()
     version = {"id": 1, "files": [{"id": "7"}], "colour": 1}
     drift.model({"id": 1, "name": None, "modelVersions": [version, 5]})
+    drift.model({"id": 1, "name": "x", "type": "Hologram", "modelVersions": []})
     drift.image({"url": "x"})
     drift.image("text")
     assert drift.report() == {
@@ -99,9 +100,42 @@ def test_drift_names_new_fields_and_new_types():
         "image.id: missing": 1,
         "image: str": 1,
         "model.name: NoneType": 1,
+        "model.type: missing": 1,
+        "model.type: new value 'Hologram'": 1,
         "version.colour: unknown": 1,
         "version: int": 1,
     }
+
+
+def test_drift_of_a_site_gone_mad_stays_small():
+    drift = civitai.Drift()
+    for number in range(3000):
+        drift.image({"id": 1, "url": "x", f"field{number}": 1})
+    assert len(drift.report()) <= 1001
+    assert sum(drift.report().values()) == 3000
+
+
+def test_counters_are_no_content():
+    stats = {"stats": {"downloadCount": 1}}
+    file = {"id": 3, "scannedAt": "2024", "pickleScanResult": "Success"}
+    version = {"id": 2, **stats, "files": [file], "images": [{"id": 4, **stats}]}
+    image = {"id": 5, **stats, "meta": {"stats": "a key of generation metadata"}}
+    assert civitai.content({"id": 1, **stats, "cosmetic": {}, "modelVersions": [version, 7]}) == {
+        "id": 1,
+        "modelVersions": [
+            {"id": 2, "files": [{"id": 3, "pickleScanResult": "Success"}], "images": [{"id": 4}]},
+            7,
+        ],
+    }
+    assert civitai.content(image) == {"id": 5, "meta": {"stats": "a key of generation metadata"}}
+
+
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [(7, 7), ("7", 7), ("", None), ("7.0", None), (True, None), ("9" * 30, None), (None, None)],
+)
+def test_ids_may_be_in_quotes(value, number):
+    assert civitai.whole_number(value) == number
 
 
 @given(JSON)
@@ -109,6 +143,8 @@ def test_no_payload_crashes_a_reader(value):
     drift = civitai.Drift()
     drift.model(value)
     drift.image(value)
+    if isinstance(value, dict):
+        civitai.content(value)
     civitai.unwrap_meta(value)
     civitai.commercial_use(value)
     civitai.level_of(value)

@@ -38,7 +38,7 @@ def invoke(*arguments: Any) -> str:
 
 @stage("crawl", version=1, config=CrawlConfig)
 def crawl(config: CrawlConfig, context: StageContext) -> StageResult:
-    (context.out / "page").write_text("a page")
+    (context.out / "page").write_text("whole pages" if context.runtime.reconcile else "a page")
     return StageResult(rows={"models": 1234})
 
 
@@ -102,6 +102,13 @@ def test_a_refresh_that_finds_nothing_new_says_so(config_file: Path) -> None:
     first, second = invoke("filter", "-c", config_file, "--refresh").splitlines()
     assert "nothing new" in first
     assert "cached" in second
+
+
+def test_reconcile_is_a_refresh_that_walks_everything(config_file: Path) -> None:
+    invoke("crawl", "-c", config_file)
+    (line,) = invoke("crawl", "-c", config_file, "--reconcile").splitlines()
+    assert "built" in line
+    assert Path(line.split()[2], "page").read_text() == "whole pages"
 
 
 def test_settings_change_the_run(config_file: Path, tmp_path: Path) -> None:

@@ -96,6 +96,16 @@ def test_each_filter(changes: dict[str, Any], filter_name: str, reason: str) -> 
     assert made.entries == []
 
 
+def test_what_is_gone_from_the_site_is_not_available() -> None:
+    two = model(3, modelVersions=[version(300), version(301)])
+    made = ModelSift(FilterConfig(), Resolver(), {("models", 1), ("versions", 300)})
+    for item in (model(1), model(2), two):
+        made.add(item)
+    assert [entry.version_id for entry in made.entries] == [200, 301]
+    assert reasons(made.models.result()) == [("file_availability", "gone from the site")]
+    assert made.distributions["file_availability"]["gone from the site"] == 2
+
+
 def test_a_model_is_dropped_for_the_reason_of_its_furthest_version() -> None:
     versions = [version(1, baseModel="SD 2.1"), version(2, files=[]), version(3, baseModel="Pony")]
     made, _ = sift(model(1, modelVersions=versions))

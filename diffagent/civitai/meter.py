@@ -1,0 +1,54 @@
+"""Telling how far a crawl is: to a terminal, the log, and whoever watches the run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from diffagent.artifacts import Progress
+
+log = logging.getLogger(__name__)
+
+_TELL_SECONDS = 5.0
+
+
+@contextmanager
+def meter(report: Progress, what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """Tell how far something is: a bar on a terminal, and every few seconds to log and report.
+
+    Args:
+        report: takes the fraction done (None: unknown) and a text with the time left.
+        what: is counted.
+        total: how many there are; None: unknown.
+
+    Yields:
+        A function that is called with how many more are done.
+    """
+    done, begun, told = 0, time.monotonic(), time.monotonic()
+    with tqdm(desc=what, total=total, disable=None) as bar:
+
+        def more(number: int) -> None:
+            nonlocal done, told
+            done += number
+            bar.update(number)
+            now = time.monotonic()
+            if now - told < _TELL_SECONDS and done != total:
+                return
+            told = now
+            text = f"{what}: {done:,}" + (f" of {total:,}" if total else "")
+            if total and 0 < done < total:
+                text += f", about {_span((now - begun) / done * (total - done))} left"
+            log.info("%s", text)
+            report(min(1.0, done / total) if total else None, text)
+
+        yield more
+
+
+def _span(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
