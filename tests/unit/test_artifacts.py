@@ -223,8 +223,8 @@ def test_child_process(runtime: RuntimeConfig) -> None:
 
 def test_child_timeout(runtime: RuntimeConfig, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "diffagent")
-    hasty = runtime.model_copy(update={"stage_timeout_seconds": 3.0})
-    with pytest.raises(ArtifactError, match="longer than 3 s"):
+    hasty = runtime.model_copy(update={"stage_timeout_seconds": 10.0})
+    with pytest.raises(ArtifactError, match="longer than 10 s"):
         run_in_child("tests.unit.test_artifacts:write_words", Words(fail="slow"), {}, hasty)
     assert "write_words | still here" in caplog.text
 
