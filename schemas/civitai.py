@@ -90,32 +90,6 @@ def unwrap_meta(meta: Any) -> dict[str, Any] | None:
     return meta if isinstance(meta, dict) else None
 
 
-def clip_skip(meta: Mapping[str, Any]) -> int | None:
-    """``clipSkip`` (int) or "Clip skip" (string); None when neither is a whole number."""
-    for key in ("clipSkip", "Clip skip"):
-        value = meta.get(key)
-        if isinstance(value, bool):
-            continue
-        if isinstance(value, int):
-            return value
-        if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit():
-            return int(value)
-    return None
-
-
-def comfy_workflow(meta: Mapping[str, Any]) -> dict[str, Any] | None:
-    """``comfy``, a JSON string that may hold NaN or undefined; None when it cannot be read."""
-    import json  # orjson refuses NaN, which this string is known to hold
-
-    value = meta.get("comfy")
-    if isinstance(value, str):
-        try:
-            value = json.loads(value.replace(":undefined", ":null"))
-        except (ValueError, RecursionError):
-            return None
-    return value if isinstance(value, dict) else None
-
-
 #: What moves though nothing has changed: counters, the decoration that a card wears, and the time
 #: of a file's last scan (the scan's results count as content).
 VOLATILE = frozenset({"stats", "rank", "cosmetic", "scannedAt"})

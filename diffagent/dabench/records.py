@@ -19,6 +19,7 @@ from diffagent.dabench.metadata import Generation, parse_generation
 from diffagent.dabench.resolve import Resolved, Resolver
 from diffagent.render.samplers import SAMPLERS
 from schemas.api import T2IAPI, LoRA, Params
+from schemas.civitai import X, level_of
 from schemas.config import FilterConfig
 
 RECORD_FILTERS = (
@@ -33,8 +34,6 @@ RECORD_FILTERS = (
     "duplicate",
 )
 
-#: The site's names of image levels -> bit. ``Blocked`` is above all that can be allowed.
-LEVELS: Mapping[str, int] = {"None": 1, "Soft": 2, "Mature": 4, "X": 8, "Blocked": 32}
 MAX_NEGATIVE_CHARS = 4000  # of schemas.api.T2IAPI
 _REACTIONS = ("like", "heart", "laugh", "cry")
 
@@ -58,12 +57,10 @@ def media_type(item: Mapping[str, Any]) -> str | None:
 def image_bits(item: Mapping[str, Any]) -> int:
     """Browsing level of a picture as a bitmask, from any of the shapes it has had; 0 unknown."""
     for value in (item.get("browsingLevel"), item.get("nsfwLevel"), item.get("nsfw")):
-        if isinstance(value, bool):  # 2023: true is anything above Soft; today: above PG
-            return LEVELS["X"] if value else LEVELS["None"]
-        if isinstance(value, int) and 0 < value < 64:
-            return value
-        if isinstance(value, str) and value in LEVELS:
-            return LEVELS[value]
+        if value is True:  # 2023: anything above Soft; today: above PG. The worst is assumed.
+            return X
+        if (level := level_of(value)) is not None:
+            return level
     return 0
 
 

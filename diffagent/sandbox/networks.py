@@ -86,6 +86,22 @@ def build_scheduler() -> Any:
     )
 
 
+def assemble(unet: Any, vae: Any, text_encoder: Any, tokenizer: Any) -> Any:
+    """A StableDiffusionPipeline of its parts."""
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline(
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        scheduler=build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
 def write_config(pipeline: Any) -> None:
     """Writes the pipeline's configuration and tokenizer, without weights, to `CONFIG_DIR`."""
     pipeline.save_config(CONFIG_DIR)

@@ -391,8 +391,6 @@ def train_adapters(work: Path, *, steps: int, pool_size: int, only: Sequence[str
 
 def export(work: Path) -> None:
     """Writes the base and the early snapshot as fp16 weights and the pipeline's config."""
-    from diffusers import StableDiffusionPipeline
-
     _, unet, text_encoder = finished_base(work)
     vae_state = Snapshot(work / "vae-state.safetensors").load()
     early = Snapshot(work / "early.safetensors").load()
@@ -402,17 +400,7 @@ def export(work: Path) -> None:
     vae = networks.build_vae(scaling_factor(latents))
     vae.load_state_dict(vae_state[1]["vae"])
     tokenizer = load_tokenizer(networks.CONFIG_DIR / "tokenizer")
-    pipeline = StableDiffusionPipeline(
-        unet=unet,
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        scheduler=networks.build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    networks.write_config(pipeline)
+    networks.write_config(networks.assemble(unet, vae, text_encoder, tokenizer))
     networks.WEIGHTS_DIR.mkdir(parents=True, exist_ok=True)
     tensors = single_file_tensors(unet, vae, text_encoder)
     save_file(tensors, networks.WEIGHTS_DIR / "base.safetensors")

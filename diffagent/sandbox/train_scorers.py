@@ -177,11 +177,6 @@ def degrade(image: Image.Image, kind: str, strength: float, rng: random.Random) 
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8), mode="RGB")
 
 
-def degrade_somehow(image: Image.Image, rng: random.Random, weakest: float = 0.2) -> Image.Image:
-    """A copy made worse in a random way."""
-    return degrade(image, rng.choice(DEGRADATIONS), rng.uniform(weakest, 1.0), rng)
-
-
 def as_pixels(images: Sequence[Image.Image]) -> torch.Tensor:
     """Normalised (B, 3, H, W) float32; what the scorers' preprocessing makes of this size."""
     array = np.stack([np.asarray(image) for image in images]).astype(np.float32) / 255

@@ -65,29 +65,6 @@ def test_meta_is_unwrapped_only_where_it_is_wrapped():
     assert civitai.unwrap_meta(["x"]) is None
 
 
-@pytest.mark.parametrize(
-    ("meta", "value"),
-    [
-        ({"clipSkip": 2}, 2),
-        ({"Clip skip": "2"}, 2),
-        ({"Clip skip": 1, "clipSkip": 3}, 3),
-        ({"Clip skip": "two"}, None),
-        ({"clipSkip": True}, None),
-        ({}, None),
-    ],
-)
-def test_clip_skip(meta, value):
-    assert civitai.clip_skip(meta) == value
-
-
-def test_comfy_may_hold_what_json_does_not_allow():
-    text = '{"prompt": {"3": {"seed": NaN, "x":undefined}}, "workflow": {}}'
-    assert civitai.comfy_workflow({"comfy": text})["prompt"]["3"]["x"] is None
-    assert civitai.comfy_workflow({"comfy": "{"}) is None
-    assert civitai.comfy_workflow({"comfy": "[" * 100_000}) is None
-    assert civitai.comfy_workflow({}) is None
-
-
 def test_drift_names_new_fields_and_new_types():
     drift = civitai.Drift()
     version = {"id": 1, "files": [{"id": "7"}], "colour": 1}
@@ -151,8 +128,6 @@ def test_no_payload_crashes_a_reader(value):
     if isinstance(value, dict):
         civitai.image_level(value)
         civitai.model_levels(value)
-        civitai.clip_skip(value)
-        civitai.comfy_workflow({"comfy": json.dumps(value)})
 
 
 @given(JSON)

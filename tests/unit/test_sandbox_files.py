@@ -77,7 +77,7 @@ def test_a_foreign_directory_is_left_alone(tmp_path: Path) -> None:
 def test_the_single_file_gives_the_same_pictures_as_its_modules(
     paths: dict[str, Path], tmp_path: Path
 ) -> None:
-    from diffusers import AutoencoderKL, StableDiffusionPipeline
+    from diffusers import AutoencoderKL
     from safetensors.torch import save_file
 
     tokenizer = load_tokenizer(networks.CONFIG_DIR / "tokenizer")
@@ -91,17 +91,7 @@ def test_the_single_file_gives_the_same_pictures_as_its_modules(
             networks.build_text_encoder(tokenizer),
         )
     ]
-    unet, vae, text_encoder = modules
-    direct = StableDiffusionPipeline(
-        unet=unet,
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        scheduler=networks.build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    direct = networks.assemble(*modules, tokenizer)
     tensors = single_file_tensors(*modules)
     assert set(tensors) == set(load_file(paths["base"]))
     save_file(tensors, tmp_path / "own.safetensors")

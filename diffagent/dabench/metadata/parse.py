@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from diffagent.dabench.metadata.a1111 import parameters_reading, recover
 from diffagent.dabench.metadata.comfy import read_comfy
 from diffagent.dabench.metadata.generation import Generation, Reading
 from diffagent.dabench.metadata.keys import form_of_keys, read_keys
 from diffagent.dabench.metadata.programs import read_program
 from diffagent.dabench.metadata.values import Bag, load_json
+from schemas.civitai import unwrap_meta
 
 #: Keys without which no program of `programs` has written the record.
 _PROGRAM_KEYS = frozenset(
@@ -33,18 +31,11 @@ def parse_generation(
     if isinstance(meta, str):
         reading: Reading | None = read_text(meta)
     else:
-        bag = _unwrap(meta)
+        bag = unwrap_meta(meta)
         reading = read_bag(bag) if bag else None
     if reading is None:
         return Generation()
     return read_keys(reading, image_width, image_height)
-
-
-def _unwrap(meta: object) -> Mapping[str, Any]:
-    """Undo ``{id, meta: {...}}``, as often as it was done."""
-    while isinstance(meta, dict) and "id" in meta and "meta" in meta:
-        meta = meta["meta"]
-    return meta if isinstance(meta, dict) else {}
 
 
 def read_text(value: str) -> Reading | None:
