@@ -70,17 +70,30 @@ def model_levels(model: Mapping[str, Any]) -> int:
     return X if model.get("nsfw") is True else PG
 
 
+#: The single choice of 2023 included all those before it.
+_CHOICES = {
+    "Image": ("Image",),
+    "Rent": ("Image", "Rent", "RentCivit"),
+    "Sell": ("Image", "Rent", "RentCivit", "Sell"),
+}
+
+
 def commercial_use(value: Any) -> tuple[str, ...] | None:
     """``allowCommercialUse``: "Sell" (2023), ["Image", "Rent"] (2024) or "{Image,Rent}" (2026).
 
-    None when the site said nothing.
+    Returns:
+        What is allowed, by name: Image (sell pictures), Rent and RentCivit (let others generate,
+        elsewhere and on the site), Sell (the model itself); () when nothing is, None when the
+        site said nothing.
     """
     if isinstance(value, str):
-        value = value.strip().removeprefix("{").removesuffix("}").split(",")
+        if not value.startswith("{"):
+            return _CHOICES.get(value, ())
+        value = value.strip("{}").split(",")
     if not isinstance(value, list):
         return None
-    names = (str(name).strip().strip('"') for name in value)
-    return tuple(name for name in names if name and name != "None")
+    names = (name.strip().strip('"') for name in value if isinstance(name, str))
+    return tuple(sorted({name for name in names if name and name != "None"}))
 
 
 def unwrap_meta(meta: Any) -> dict[str, Any] | None:

@@ -34,13 +34,27 @@ CATALOGUE = _schema(
     ("allow_commercial_use", pa.list_(_text), True),  # null: unknown
     ("allow_derivatives", _bool, True),
     ("allow_no_credit", _bool, True),
+    ("base_model_licence", _text, True),
+    ("commercial_use", _text, False),  # of pictures: yes | no | unknown
+    ("commercial_use_source", _text, True),  # model: the creator's settings | base_model: licence
+    ("nsfw", _bool, False),  # the model's own flag
+    ("nsfw_level", _int, True),  # union of its pictures' levels, so no evidence of what it makes
+    ("page", _text, False),  # '/models/ID?modelVersionId=ID', relative to the site
+    ("generation", pa.int32(), False),  # crawl that first had it: 0, or the n-th with news
+    ("first_seen", _text, True),  # day of that crawl, YYYY-MM-DD
 )
+
+EMBEDDING = pa.struct(
+    [("name", _text), ("hash", _text), ("weight", _float), ("negative", _bool)]  # of which prompt
+)
+REACTIONS = pa.struct([(name, _int) for name in ("like", "heart", "laugh", "cry")])
 
 #: One row an (instruction, API) pair that passed the filters.
 RECORDS = _schema(
     ("id", _int, False),  # image id
     ("prompt", _text, False),  # instruction: cleaned prompt
     ("prompt_raw", _text, False),
+    ("negative_prompt_raw", _text, True),
     ("api", _text, False),  # compact JSON of schemas.api.T2IAPI, everything set
     ("model", _text, False),
     ("version", _text, False),
@@ -51,12 +65,33 @@ RECORDS = _schema(
     ("hash_candidates", _int, False),  # versions sharing that hash; the earliest was taken
     ("sampler_raw", _text, False),
     ("loras_dropped", _int, False),  # LoRAs of the metadata that the API does not have
-    ("form", _text, False),  # dialect of the metadata: a1111 | civitai | comfyui
+    ("embeddings", pa.list_(EMBEDDING), False),  # as the metadata names them
+    ("size_from_image", _bool, False),  # no size is written; the picture's own stands in
+    ("from_image", _bool, False),  # img2img: the prompt and the parameters are not all
+    ("form", _text, False),  # dialect of the metadata: diffagent.dabench.metadata.Form
+    ("parser", pa.int32(), False),  # version of the reader of metadata
     ("creator", _text, True),
     ("post_id", _int, True),
     ("url", _text, True),
-    ("nsfw_level", _int, False),
-    ("reactions", _int, False),
+    ("created_at", _text, True),
+    ("nsfw_level", _int, False),  # bit: 1 PG, 2 PG-13, 4 R
+    ("nsfw_source", _text, True),  # field of the record that says so
+    ("reactions", _int, False),  # of all kinds
+    ("reaction_counts", REACTIONS, False),
+    ("generation", pa.int32(), False),  # crawl that first had picture and checkpoint
+    ("first_seen", _text, True),  # day of that crawl, YYYY-MM-DD
+)
+
+#: One row a record with a prompt and a known checkpoint, whether the filters keep it or not: what
+#: splits are made from, so that a model that goes moves no record from one split to another.
+PRINTS = _schema(
+    ("id", _int, False),
+    ("generation", pa.int32(), False),
+    ("post_id", _int, True),
+    ("creator", _text, True),
+    ("base_model", _text, False),
+    ("kept", _bool, False),
+    ("shingles", pa.list_(_int), False),  # diffagent.dabench.splits.shingles
 )
 
 #: One row a pair of DABench. ``group``: smallest id among its near-duplicates and its post,

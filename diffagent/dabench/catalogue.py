@@ -12,16 +12,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diffagent.dabench.base_models import NON_COMMERCIAL, base_model_of, ecosystem
 from diffagent.errors import ArtifactError
 from diffagent.render.samplers import SAMPLERS, SamplerSpec
+from schemas.civitai import commercial_use
 from schemas.dabench import CATALOGUE
+
+CommercialUse = Literal["yes", "no", "unknown"]
 
 CHECKPOINT = "Checkpoint"
 #: Types that are laid over a checkpoint, with the name of the type in an AIR.
@@ -31,31 +35,6 @@ WEIGHT_TYPES = ("Model", "Pruned Model", "UNet", "Diffusion Model")
 
 _MAX_DESCRIPTION = 300
 _MAX_HTML = 10_000  # descriptions of megabytes exist; the first sentences are at the beginning
-_ROOT_ECOSYSTEMS: tuple[tuple[str, str], ...] = (  # first match of a lower-case prefix
-    ("sd 1", "sd1"),
-    ("sd 2", "sd2"),
-    ("sd 3", "sd3"),
-    ("sdxl", "sdxl"),
-    ("pony v7", "auraflow"),
-    ("pony", "sdxl"),
-    ("illustrious", "sdxl"),
-    ("noobai", "sdxl"),
-    ("flux.1", "flux1"),
-    ("flux.2", "flux2"),
-)
-
-
-def ecosystem(base_model: str) -> str:
-    """Root ecosystem of a base model, as AIRs name it: ``SD 1.5`` and ``SD 1.4`` are ``sd1``.
-
-    Weights of one ecosystem fit together (a LoRA and its checkpoint). Base models that the table
-    does not know are their own ecosystem.
-    """
-    name = base_model.lower()
-    for prefix, root in _ROOT_ECOSYSTEMS:
-        if name.startswith(prefix):
-            return root
-    return re.sub(r"[^a-z0-9]", "", name) or "other"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +64,14 @@ class Entry:
     allow_commercial_use: tuple[str, ...] | None
     allow_derivatives: bool | None
     allow_no_credit: bool | None
+    base_model_licence: str | None = None
+    commercial_use: CommercialUse = "unknown"
+    commercial_use_source: str | None = None
+    nsfw: bool = False
+    nsfw_level: int | None = None
+    page: str = ""
+    generation: int = 0
+    first_seen: str | None = None
 
     @property
     def is_checkpoint(self) -> bool:
@@ -268,15 +255,25 @@ def make_entry(
     version: Mapping[str, Any],
     file: Mapping[str, Any],
     description: str = "",
+    first_seen: str | None = None,
 ) -> Entry:
-    """An entry under the site's own names (see `rename`), from payloads that passed the filters."""
+    """An entry under the site's own names (see `rename`), from payloads that passed the filters.
+
+    Args:
+        model: the payload of the model.
+        version: one of its versions.
+        file: the file of that version which is downloaded.
+        description: in one line, without HTML.
+        first_seen: day of the crawl that first had the version, YYYY-MM-DD.
+    """
     kind, base_model = str(model["type"]), str(version["baseModel"])
     model_id, version_id = int(model["id"]), int(version["id"])
     air_type = "checkpoint" if kind == CHECKPOINT else LORA_TYPES.get(kind, kind.lower())
     creator = model.get("creator")
     username = creator.get("username") if isinstance(creator, dict) else None
-    stats = version.get("stats")
-    downloads = stats.get("downloadCount") if isinstance(stats, dict) else None
+    known = base_model_of(base_model)
+    uses = commercial_use(model.get("allowCommercialUse"))
+    state, source = commercial_state(uses, known.licence)
     return Entry(
         model=_name(model.get("name")),
         version=_name(version.get("name")),
@@ -284,7 +281,7 @@ def make_entry(
         base_model=base_model,
         model_id=model_id,
         version_id=version_id,
-        air=f"urn:air:{ecosystem(base_model)}:{air_type}:civitai:{model_id}@{version_id}",
+        air=f"urn:air:{known.ecosystem}:{air_type}:civitai:{model_id}@{version_id}",
         file_name=str(file.get("name") or ""),
         file_id=int64(file.get("id")),
         size_bytes=_size_bytes(file.get("sizeKB")),
@@ -293,12 +290,41 @@ def make_entry(
         description=description,
         tags=_texts(model.get("tags")),
         trained_words=_texts(version.get("trainedWords")),
-        downloads=int64(downloads) or 0,
+        downloads=downloads(version),
         creator=username if isinstance(username, str) else None,
-        allow_commercial_use=commercial_use(model.get("allowCommercialUse")),
+        allow_commercial_use=uses,
         allow_derivatives=_flag(model.get("allowDerivatives")),
         allow_no_credit=_flag(model.get("allowNoCredit")),
+        base_model_licence=known.licence,
+        commercial_use=state,
+        commercial_use_source=source,
+        nsfw=model.get("nsfw") is True,
+        nsfw_level=int64(version.get("nsfwLevel", model.get("nsfwLevel"))),
+        page=f"/models/{model_id}?modelVersionId={version_id}",
+        generation=generation_of(version),
+        first_seen=first_seen,
     )
+
+
+def commercial_state(
+    uses: tuple[str, ...] | None, licence: str | None
+) -> tuple[CommercialUse, str | None]:
+    """Whether pictures may be sold, and which evidence says so: ('yes', 'model').
+
+    The creator's own settings decide ('model'), unless the licence of the base model forbids
+    commercial use ('base_model'); they cannot give what they do not have.
+    """
+    if licence in NON_COMMERCIAL:
+        return "no", "base_model"
+    if uses is None:
+        return "unknown", None
+    return ("yes" if "Image" in uses else "no"), "model"
+
+
+def generation_of(item: Mapping[str, Any]) -> int:
+    """Which crawl first took an item in: 0 the first one, n the n-th refresh with news."""
+    value = item.get("_generation")
+    return value if type(value) is int and 0 <= value < 2**31 else 0
 
 
 def _size_bytes(kilobytes: object) -> int | None:
@@ -310,6 +336,12 @@ def _size_bytes(kilobytes: object) -> int | None:
 def int64(value: object) -> int | None:
     """An integer that a table can hold, or None."""
     return value if type(value) is int and -(2**63) <= value < 2**63 else None
+
+
+def downloads(version: Mapping[str, Any]) -> int:
+    """How often a version was downloaded; 0 when its creator hides that."""
+    stats = version.get("stats")
+    return (int64(stats.get("downloadCount")) if isinstance(stats, dict) else None) or 0
 
 
 def _name(value: object) -> str:
@@ -340,20 +372,6 @@ def _download_path(version_id: int, file: Mapping[str, Any]) -> str:
         return f"{path}?fileId={file_id}"
     query = urlsplit(str(file.get("downloadUrl") or "")).query
     return f"{path}?{query}" if query else path
-
-
-def commercial_use(value: object) -> tuple[str, ...] | None:
-    """``allowCommercialUse`` in its three shapes (text, list, Postgres text) as one.
-
-    Returns:
-        The uses that are allowed; () when none is; None when the record does not say.
-    """
-    if isinstance(value, str):
-        value = value.strip("{}").split(",") if value.startswith("{") else [value]
-    if not isinstance(value, list):
-        return None
-    uses = (item.strip().strip('"') for item in value if isinstance(item, str))
-    return tuple(sorted({use for use in uses if use and use != "None"}))
 
 
 def first_sentences(text: str, limit: int = _MAX_DESCRIPTION) -> str:

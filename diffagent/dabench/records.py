@@ -1,8 +1,4 @@
-"""From a generation record to an (instruction, API) pair, or to the reason why not.
-
-The record-level filters, in their order: the record itself, media type, image level, prompt,
-parameters parsed, parameters in range, checkpoint resolved, checkpoint kept, duplicates.
-"""
+"""From a generation record to an (instruction, API) pair, or to the reason why not."""
 
 from __future__ import annotations
 
@@ -12,30 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
-
 from diffagent.dabench.catalogue import Entry, int64
-from diffagent.dabench.metadata import Generation, parse_generation
-from diffagent.dabench.resolve import Resolved, Resolver
-from diffagent.render.samplers import SAMPLERS
+from diffagent.dabench.metadata import PARSER_VERSION, Generation
+from diffagent.dabench.record_filters import RECORD_FILTERS, Record, highest, reaction_counts
+from diffagent.dabench.resolve import Resolver
+from diffagent.dabench.splits import shingles
 from schemas.api import T2IAPI, LoRA, Params
-from schemas.civitai import X, level_of
 from schemas.config import FilterConfig
 
-RECORD_FILTERS = (
-    "record",
-    "media_type",
-    "image_level",
-    "prompt",
-    "parameters_parsed",
-    "parameters_in_range",
-    "checkpoint_resolved",
-    "checkpoint_kept",
-    "duplicate",
-)
-
-MAX_NEGATIVE_CHARS = 4000  # of schemas.api.T2IAPI
-_REACTIONS = ("like", "heart", "laugh", "cry")
+DUPLICATE = "duplicate"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,137 +27,68 @@ class Dropped:
     reason: str
 
 
-def media_type(item: Mapping[str, Any]) -> str | None:
-    """Pictures only; records of 2023 have no type and are pictures."""
-    kind = item.get("type")
-    if kind in (None, "image"):
-        return None
-    return kind if kind in ("video", "audio") else "not an image"
+@dataclass(frozen=True, slots=True)
+class Built:
+    """What a record gives: a row of RECORDS or why not, and its row of PRINTS when it has one."""
 
-
-def image_bits(item: Mapping[str, Any]) -> int:
-    """Browsing level of a picture as a bitmask, from any of the shapes it has had; 0 unknown."""
-    for value in (item.get("browsingLevel"), item.get("nsfwLevel"), item.get("nsfw")):
-        if value is True:  # 2023: anything above Soft; today: above PG. The worst is assumed.
-            return X
-        if (level := level_of(value)) is not None:
-            return level
-    return 0
-
-
-def image_level(item: Mapping[str, Any], config: FilterConfig) -> str | None:
-    """The picture's own level, whatever its model's; unknown is not allowed."""
-    if item.get("minor") is True:
-        return "minor"
-    if item.get("poi") is True and not config.allow_real_persons:
-        return "real person"
-    bits = image_bits(item)
-    if not bits:
-        return "level unknown"
-    return "level above the limit" if _highest(bits) > config.max_image_nsfw_level else None
-
-
-def _highest(bits: int) -> int:
-    return 1 << (bits.bit_length() - 1)
-
-
-def prompt_present(item: Mapping[str, Any], generation: Generation, limit: int) -> str | None:
-    """There is a prompt to learn from, of at most ``limit`` characters."""
-    if not item.get("meta"):
-        return "no metadata"
-    if not generation.prompt:
-        return "no prompt"
-    return "prompt too long" if len(generation.prompt) > limit else None
-
-
-def parameters_parsed(generation: Generation) -> str | None:
-    """All that it takes to run the model is known."""
-    if generation.sampler_raw is None:
-        return "no sampler"
-    if generation.sampler is None:
-        return "unknown sampler"
-    if not SAMPLERS[generation.sampler].renderable:
-        return "sampler without a diffusers scheduler"
-    if generation.steps is None:
-        return "no steps"
-    if generation.cfg_scale is None:
-        return "no cfg_scale"
-    return None if generation.width and generation.height else "no size"
-
-
-def parameters_in_range(generation: Generation, config: FilterConfig) -> Params | str:
-    """The parameters of the API, or the first one that is out of range."""
-    steps, cfg_scale = generation.steps or 0, generation.cfg_scale or 0.0
-    if not config.min_steps <= steps <= config.max_steps:
-        return "steps"
-    if cfg_scale > config.max_cfg_scale:
-        return "cfg_scale"
-    try:
-        return Params(
-            sampler=generation.sampler or "",
-            steps=steps,
-            cfg_scale=round(cfg_scale, 4),
-            width=generation.width or 0,
-            height=generation.height or 0,
-            clip_skip=generation.clip_skip,
-            seed=generation.seed,
-        )
-    except ValidationError as error:
-        return str(error.errors()[0]["loc"][0])
+    row: dict[str, Any] | Dropped
+    fingerprint: dict[str, Any] | None
 
 
 class PairBuilder:
-    """Turns records into rows of ``schemas.dabench.RECORDS``; remembers what it has seen."""
+    """Turns records into rows of ``schemas.dabench.RECORDS``; remembers what it has seen.
 
-    def __init__(self, config: FilterConfig, resolver: Resolver) -> None:
-        self._config = config
-        self._resolver = resolver
+    Args:
+        config: which filters, and their limits.
+        resolver: knows the versions of the snapshot.
+        dates: the day of each generation, see `diffagent.dabench.snapshot.read_generations`.
+    """
+
+    def __init__(
+        self, config: FilterConfig, resolver: Resolver, dates: Mapping[int, str] | None = None
+    ) -> None:
+        self._config, self._resolver, self._dates = config, resolver, dates or {}
+        self._unique = DUPLICATE in config.records
+        self._checks = [(x, RECORD_FILTERS[x]) for x in config.records if x != DUPLICATE]
         self._seen: set[int] = set()
+        self.filters = ("record", *config.records)
         self.loras: Counter[str] = Counter()  # what became of those in metadata: see Resolver.loras
 
-    def build(self, item: Mapping[str, Any] | None) -> dict[str, Any] | Dropped:
-        """The row of a record, or why there is none. Never raises, whatever the JSON."""
+    def build(self, item: Mapping[str, Any] | None) -> Built:
+        """What a record gives. Never raises, whatever the JSON."""
         if item is None:
-            return Dropped("record", "not an object with an id")
-        if reason := media_type(item):
-            return Dropped("media_type", reason)
-        if reason := image_level(item, self._config):
-            return Dropped("image_level", reason)
-        generation = parse_generation(
-            item.get("meta"), image_width=item.get("width"), image_height=item.get("height")
-        )
-        if reason := prompt_present(item, generation, self._config.max_prompt_chars):
-            return Dropped("prompt", reason)
-        if reason := parameters_parsed(generation):
-            return Dropped("parameters_parsed", reason)
-        params = parameters_in_range(generation, self._config)
-        if isinstance(params, str):
-            return Dropped("parameters_in_range", params)
-        if len(generation.negative_prompt) > MAX_NEGATIVE_CHARS:
-            return Dropped("parameters_in_range", "negative_prompt")
-        found = self._resolver.checkpoint(generation.checkpoints)
-        if isinstance(found, str):
-            return Dropped("checkpoint_resolved", found)
-        if found.version.dropped:
-            return Dropped("checkpoint_kept", found.version.dropped)
-        return self._row(item, generation, params, found)
+            return Built(Dropped("record", "not an object with an id"), None)
+        record = Record(item, self._resolver)
+        row = self._pair(record)
+        return Built(row, fingerprint(record, kept=not isinstance(row, Dropped)))
 
-    def _row(
-        self, item: Mapping[str, Any], generation: Generation, params: Params, found: Resolved
-    ) -> dict[str, Any] | Dropped:
-        entry = self._resolver.entry(found.version)
-        loras, outcomes = self._resolver.loras(generation.loras, entry)
-        api = make_api(entry, loras, params, generation.negative_prompt)
-        digest = _digest(generation.prompt, api)
-        if digest in self._seen:
-            return Dropped("duplicate", "same prompt and API")
-        self._seen.add(digest)
+    def _pair(self, record: Record) -> dict[str, Any] | Dropped:
+        for name, check in self._checks:
+            if reason := check(record, self._config):
+                return Dropped(name, reason)
+        entry, params = record.entry, record.params
+        assert entry and isinstance(params, Params)  # filters.records has what makes sure of both
+        loras, outcomes = record.loras
+        made = record.generation
+        if self._unique:
+            digest = _digest(made.prompt, entry, loras, params, made.negative_prompt)
+            if digest in self._seen:
+                return Dropped(DUPLICATE, "same prompt and API")
+            self._seen.add(digest)
         self.loras.update(outcomes)
-        creator, url, post_id = item.get("username"), item.get("url"), item.get("postId")
+        api = make_api(entry, loras, params, made.negative_prompt)
+        return self._row(record, entry, api, len(outcomes) - len(loras))
+
+    def _row(self, record: Record, entry: Entry, api: T2IAPI, dropped: int) -> dict[str, Any]:
+        item, made, found = record.item, record.generation, record.found
+        assert not isinstance(found, str)
+        level, level_source = record.level
+        counts = reaction_counts(item)
         return {
             "id": item["id"],
-            "prompt": generation.prompt,
-            "prompt_raw": generation.prompt_raw,
+            "prompt": made.prompt,
+            "prompt_raw": made.prompt_raw,
+            "negative_prompt_raw": made.negative_prompt_raw,
             "api": api.to_json(),
             "model": entry.model,
             "version": entry.version,
@@ -185,15 +97,40 @@ class PairBuilder:
             "version_id": entry.version_id,
             "resolved_via": found.via,
             "hash_candidates": found.candidates,
-            "sampler_raw": generation.sampler_raw,
-            "loras_dropped": len(outcomes) - len(loras),
-            "form": generation.form,
-            "creator": creator if isinstance(creator, str) else None,
-            "post_id": int64(post_id),
-            "url": url if isinstance(url, str) else None,
-            "nsfw_level": _highest(image_bits(item)),
-            "reactions": _reactions(item.get("stats")),
+            "sampler_raw": made.sampler_raw,
+            "loras_dropped": dropped,
+            "embeddings": _embeddings(made),
+            "size_from_image": made.size_from_image,
+            "from_image": made.from_image,
+            "form": made.form,
+            "parser": PARSER_VERSION,
+            "creator": _text(item.get("username")),
+            "post_id": int64(item.get("postId")),
+            "url": _text(item.get("url")),
+            "created_at": _text(item.get("createdAt")),
+            "nsfw_level": highest(level),
+            "nsfw_source": level_source,
+            "reactions": sum(counts.values()),
+            "reaction_counts": counts,
+            "generation": record.crawl,
+            "first_seen": self._dates.get(record.crawl),
         }
+
+
+def fingerprint(record: Record, *, kept: bool) -> dict[str, Any] | None:
+    """The row of ``schemas.dabench.PRINTS``; None without a prompt or a known checkpoint."""
+    found = record.found
+    if isinstance(found, str) or not record.generation.prompt:
+        return None
+    return {
+        "id": record.item["id"],
+        "generation": record.crawl,
+        "post_id": int64(record.item.get("postId")),
+        "creator": _text(record.item.get("username")),
+        "base_model": found.version.base_model,
+        "kept": kept,
+        "shingles": shingles(record.generation.prompt),
+    }
 
 
 def make_api(
@@ -214,14 +151,24 @@ def make_api(
     )
 
 
-def _digest(prompt: str, api: T2IAPI) -> int:
+def _digest(
+    prompt: str, entry: Entry, loras: list[tuple[Entry, float]], params: Params, negative: str
+) -> int:
     """64 bits of what a pair teaches: the prompt and the response, without seed."""
-    text = f"{prompt.casefold()}\0{api.response().to_json()}".encode()
+    networks = tuple((lora.version_id, weight) for lora, weight in loras)
+    call = (entry.version_id, networks, params.sampler, params.steps, params.cfg_scale)
+    size = (params.width, params.height, params.clip_skip)
+    text = f"{prompt.casefold()}\0{call}\0{size}\0{negative}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
-def _reactions(stats: object) -> int:
-    if not isinstance(stats, dict):
-        return 0
-    counts = (int64(stats.get(f"{name}Count", stats.get(name))) or 0 for name in _REACTIONS)
-    return sum(count for count in counts if 0 < count < 2**31)
+def _embeddings(made: Generation) -> list[dict[str, Any]]:
+    return [
+        {"name": x.name, "hash": x.hash, "weight": x.weight, "negative": negative}
+        for references, negative in ((made.embeddings, False), (made.negative_embeddings, True))
+        for x in references
+    ]
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None

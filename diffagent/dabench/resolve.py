@@ -11,7 +11,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from diffagent.dabench.catalogue import CHECKPOINT, LORA_TYPES, WEIGHT_TYPES, Catalogue, Entry
+from diffagent.dabench.catalogue import (
+    CHECKPOINT,
+    LORA_TYPES,
+    WEIGHT_TYPES,
+    Catalogue,
+    Entry,
+    generation_of,
+)
 from diffagent.dabench.metadata import Reference
 
 #: Answers of the site's by-hash route: version id, or None for an unknown hash.
@@ -28,6 +35,8 @@ class KnownVersion:
     version_id: int
     type: str
     published: str
+    base_model: str
+    generation: int
     dropped: str
 
 
@@ -61,7 +70,12 @@ class Resolver:
             return
         published = version.get("publishedAt") or version.get("createdAt") or _LAST
         self._versions[version_id] = KnownVersion(
-            version_id, str(model.get("type")), str(published), dropped
+            version_id,
+            str(model.get("type")),
+            str(published),
+            str(version.get("baseModel")),
+            generation_of(version),
+            dropped,
         )
         for digest in set(_hashes(version)):
             known = self._by_hash.get(digest)

@@ -56,6 +56,24 @@ def read_gone(snapshot: Artifact) -> set[tuple[str, int]]:
     return {(row["kind"], row["id"]) for row in rows}
 
 
+def read_generations(snapshot: Artifact) -> dict[int, str]:
+    """The day (YYYY-MM-DD, UTC) of each crawl that brought something new; 0 is the first.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
+    path = snapshot.path / "generations.jsonl"
+    if not path.exists():
+        return {}
+    try:
+        rows = [orjson.loads(line) for line in path.read_bytes().splitlines()]
+        return {row["generation"]: row["date"] for row in rows}
+    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{str(path)!r} is damaged ({error}); run `diffagent crawl --refresh` to mend it"
+        ) from None
+
+
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         item = orjson.loads(line)

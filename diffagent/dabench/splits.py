@@ -39,6 +39,16 @@ def words(prompt: str) -> list[str]:
     return _WORD.findall(_WEIGHT.sub(" ", prompt.lower()))
 
 
+def shingles(prompt: str) -> list[int]:
+    """Distinct adjacent word pairs of a prompt as 64-bit hashes, ascending."""
+    found = words(prompt)
+    pairs = {f"{a} {b}" for a, b in pairwise(found)} or set(found)
+    return sorted(
+        int.from_bytes(hashlib.blake2b(p.encode(), digest_size=8).digest(), "little", signed=True)
+        for p in pairs
+    )
+
+
 class Groups:
     """Disjoint sets of 0 .. n-1; the smallest member names its set."""
 

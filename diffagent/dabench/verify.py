@@ -22,7 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffagent.artifacts import MANIFEST, read_manifest, sha256_file
-from diffagent.dabench.catalogue import CHECKPOINT, LORA_TYPES, Catalogue, Entry, ecosystem
+from diffagent.dabench.base_models import ecosystem
+from diffagent.dabench.catalogue import CHECKPOINT, LORA_TYPES, Catalogue, Entry
 from diffagent.dabench.dataset import Batch, Dataset, find_shards, read_file
 from diffagent.dabench.layout import printable
 from diffagent.dabench.shards import model_mapping, sampler_mapping

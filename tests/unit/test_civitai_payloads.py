@@ -43,9 +43,10 @@ def test_image_level(image, level):
 @pytest.mark.parametrize(
     ("value", "names"),
     [
-        ("Sell", ("Sell",)),
+        ("Sell", ("Image", "Rent", "RentCivit", "Sell")),
+        ("Rent", ("Image", "Rent", "RentCivit")),
         ("None", ()),
-        (["Image", "RentCivit"], ("Image", "RentCivit")),
+        (["RentCivit", "Image"], ("Image", "RentCivit")),
         ("{Image,RentCivit}", ("Image", "RentCivit")),
         ("{}", ()),
         (None, None),

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from diffagent.dabench.catalogue import (
     Catalogue,
     choose_file,
-    commercial_use,
     ecosystem,
     first_sentences,
     make_entry,
@@ -65,15 +64,6 @@ def test_entry_and_air() -> None:
     made = make_entry(model(3, type="LoCon"), lora, lora["files"][0])
     assert made.air == "urn:air:sd1:lycoris:civitai:3@9"
     assert made.download_path == "/api/download/models/9?fileId=90"
-
-
-@pytest.mark.parametrize(
-    ("value", "uses"),
-    [("Sell", ("Sell",)), ("None", ()), ("{Image,RentCivit}", ("Image", "RentCivit")), ("{}", ()),
-     (["Rent", "Image"], ("Image", "Rent")), ([], ()), (None, None), (7, None)],
-)  # fmt: skip
-def test_three_shapes_of_commercial_use(value: object, uses: tuple[str, ...] | None) -> None:
-    assert commercial_use(value) == uses
 
 
 def test_choose_file_prefers_pruned_fp16_safetensors() -> None:

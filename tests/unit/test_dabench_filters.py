@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from diffagent.artifacts import Artifact
 from diffagent.dabench.catalogue import Catalogue, rename
-from diffagent.dabench.filters import ModelSift, filter_records
+from diffagent.dabench.filters import filter_records
+from diffagent.dabench.model_filters import ModelSift
 from diffagent.dabench.records import Dropped, PairBuilder
 from diffagent.dabench.resolve import Resolver
 from diffagent.errors import ArtifactError
@@ -148,7 +149,7 @@ def dropped(found: object) -> tuple[str, str]:
         ({**image(1), "browsingLevel": 2}, "image_level", "level above the limit"),
         ({**image(1), "nsfwLevel": None}, "image_level", "level unknown"),
         ({**image(1), "minor": True}, "image_level", "minor"),
-        ({**image(1), "meta": None}, "prompt", "no metadata"),
+        ({**image(1), "meta": None}, "checkpoint_resolved", "no metadata"),
         (image(1, prompt="<lora:x:1>"), "prompt", "no prompt"),
         (image(1, sampler=None), "parameters_parsed", "no sampler"),
         (image(1, sampler="Shapes 9000"), "parameters_parsed", "unknown sampler"),
@@ -169,11 +170,11 @@ def dropped(found: object) -> tuple[str, str]:
 )
 def test_each_record_filter(item: Any, filter_name: str, reason: str) -> None:
     other = model(2, modelVersions=[version(200, baseModel="SD 2.1")])
-    assert dropped(builder(model(1), other).build(item)) == (filter_name, reason)
+    assert dropped(builder(model(1), other).build(item).row) == (filter_name, reason)
 
 
 def test_a_pair_names_the_catalogue_and_round_trips() -> None:
-    made = builder(model(1)).build(image(7))
+    made = builder(model(1)).build(image(7)).row
     assert isinstance(made, dict)
     api = parse_api(made["api"])
     assert api.to_json() == made["api"]
@@ -186,12 +187,12 @@ def test_a_pair_names_the_catalogue_and_round_trips() -> None:
 
 def test_same_prompt_and_api_is_a_duplicate_whatever_the_seed() -> None:
     pairs = builder(model(1))
-    assert isinstance(pairs.build(image(1, prompt="A shape")), dict)
-    assert dropped(pairs.build(image(2, prompt="a  shape"))) == (
+    assert isinstance(pairs.build(image(1, prompt="A shape")).row, dict)
+    assert dropped(pairs.build(image(2, prompt="a  shape")).row) == (
         "duplicate",
         "same prompt and API",
     )
-    assert isinstance(pairs.build(image(3, prompt="a shape", steps=21)), dict)
+    assert isinstance(pairs.build(image(3, prompt="a shape", steps=21)).row, dict)
 
 
 def test_a_shared_hash_means_the_earliest_version() -> None:
@@ -199,7 +200,7 @@ def test_a_shared_hash_means_the_earliest_version() -> None:
     early = version(200, publishedAt="2023-01-01")
     early["files"][0]["hashes"] = hashes(100)
     pairs = builder(model(1, modelVersions=[late]), model(2, modelVersions=[early]))
-    made = pairs.build(image(1))
+    made = pairs.build(image(1)).row
     assert isinstance(made, dict)
     assert (made["version_id"], made["hash_candidates"]) == (200, 2)
 
@@ -217,10 +218,10 @@ def test_ids_win_over_hashes_and_by_hash_comes_last() -> None:
     resolver.use(Catalogue(rename(made.entries)))
     pairs = PairBuilder(FilterConfig(), resolver)
     resource = [{"type": "checkpoint", "modelVersionId": 100}]
-    found = pairs.build(image(1, 999, civitaiResources=resource))
+    found = pairs.build(image(1, 999, civitaiResources=resource)).row
     assert isinstance(found, dict)
     assert (found["resolved_via"], asked) == ("civitaiResources", [])
-    found = pairs.build(image(2, 999))
+    found = pairs.build(image(2, 999)).row
     assert isinstance(found, dict)
     assert (found["resolved_via"], asked) == ("by-hash", [hashes(999)["AutoV2"]])
 
@@ -230,7 +231,7 @@ def test_loras_move_from_the_prompt_into_the_api() -> None:
     other = model(4, type="LORA", modelVersions=[version(400, baseModel="SDXL 1.0")])
     pairs = builder(model(1), ink, other)
     tags = "<lora:file300:0.6> <lora:file400:1> <lora:nobody:1> <lora:File300.safetensors:1>"
-    made = pairs.build(image(1, prompt=f"a shape {tags}"))
+    made = pairs.build(image(1, prompt=f"a shape {tags}")).row
     assert isinstance(made, dict)
     assert made["prompt"] == "a shape"
     assert [(x.model, x.weight) for x in parse_api(made["api"]).loras] == [("Ink", 0.6)]
@@ -242,7 +243,7 @@ def test_loras_move_from_the_prompt_into_the_api() -> None:
 @given(patched(image(1)), patched(image(1)["meta"]))
 def test_building_never_raises_and_rows_fit_the_schema(item: Any, meta: Any) -> None:
     for record in (item, {**image(2), "meta": meta}):
-        found = builder(model(1)).build({**record, "id": 3})
+        found = builder(model(1)).build({**record, "id": 3}).row
         if not isinstance(found, Dropped):
             pa.RecordBatch.from_pylist([found], schema=RECORDS).validate(full=True)
 

@@ -7,18 +7,27 @@ record says: what cannot be read is None, and the filters decide what that means
 """
 
 from diffagent.dabench.metadata.a1111 import read_parameters, tag_name, write_parameters
-from diffagent.dabench.metadata.generation import Form, Generation, Reference
+from diffagent.dabench.metadata.generation import Form, Generation, Reading, Reference
 from diffagent.dabench.metadata.image import read_image_metadata
-from diffagent.dabench.metadata.parse import parse_generation
+from diffagent.dabench.metadata.keys import checkpoints, read_keys
+from diffagent.dabench.metadata.parse import parse_generation, read_metadata
 from diffagent.dabench.metadata.prompts import clean_prompt
 
+#: Raised whenever a record may be read differently than before; part of every row's provenance.
+PARSER_VERSION = 1
+
 __all__ = [
+    "PARSER_VERSION",
     "Form",
     "Generation",
+    "Reading",
     "Reference",
+    "checkpoints",
     "clean_prompt",
     "parse_generation",
     "read_image_metadata",
+    "read_keys",
+    "read_metadata",
     "read_parameters",
     "tag_name",
     "write_parameters",

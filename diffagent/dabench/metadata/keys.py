@@ -101,7 +101,7 @@ def read_keys(
         clip_skip=abs(clip_skip) or 1 if clip_skip is not None else 1,
         seed=seed if seed is not None and 0 <= seed < 2**64 else None,
         from_image=reading.from_image or _from_image(bag),
-        checkpoints=_checkpoints(bag, reading.checkpoints),
+        checkpoints=checkpoints(reading),
         loras=_loras(bag, prompt.loras, reading.loras),
         hypernetworks=_hypernetworks(bag, prompt.hypernetworks),
         embeddings=prompt.embeddings,
@@ -159,8 +159,9 @@ def _name(value: object) -> str | None:
     return text(value)
 
 
-def _checkpoints(bag: Bag, given: tuple[Reference, ...]) -> tuple[Reference, ...]:
+def checkpoints(reading: Reading) -> tuple[Reference, ...]:
     """References to the checkpoint, the site's own ids before hashes, each once."""
+    bag, given = reading.keys, reading.checkpoints
     model = bag.get("Model")
     if not model and bag.keys().isdisjoint(_SPILLED):
         model = bag.get("model")

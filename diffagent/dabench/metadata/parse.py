@@ -28,14 +28,16 @@ def parse_generation(
             nothing says that it was scaled up.
         image_height: as ``image_width``.
     """
+    reading = read_metadata(meta)
+    return read_keys(reading, image_width, image_height) if reading else Generation()
+
+
+def read_metadata(meta: object) -> Reading | None:
+    """Metadata of any dialect in the site's keys, which are yet to be read; None without any."""
     if isinstance(meta, str):
-        reading: Reading | None = read_text(meta)
-    else:
-        bag = unwrap_meta(meta)
-        reading = read_bag(bag) if bag else None
-    if reading is None:
-        return Generation()
-    return read_keys(reading, image_width, image_height)
+        return read_text(meta)
+    bag = unwrap_meta(meta)
+    return read_bag(bag) if bag else None
 
 
 def read_text(value: str) -> Reading | None:
