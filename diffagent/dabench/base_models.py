@@ -21,6 +21,7 @@ ALL = "all"
 RAIL_M, RAIL_PP_M, APACHE = "CreativeML Open RAIL-M", "CreativeML Open RAIL++-M", "Apache 2.0"
 _STABILITY = "Stability AI Community License Agreement"
 _FLUX_DEV, _FLUX2_DEV = "FLUX.1 [dev] Non-Commercial License", "FLUX.2 [dev] Non-Commercial License"
+_WAN = "Alibaba Wan / Tongyi Wanxiang Terms of Service"
 _KLEIN_9B = "FLUX.2 Klein 9B Non-Commercial License"
 
 #: Licences that forbid commercial use of the weights, whatever a model's own page allows.
@@ -94,7 +95,12 @@ _TABLE: tuple[tuple[str, Media, str | None, tuple[str, ...]], ...] = (
     ("imagen4", "image", "Imagen4", ("Imagen4",)),
     ("nanobanana", "image", "Imagen4", ("Nano Banana",)),
     ("seedream", "image", "Seedream", ("Seedream",)),
-    ("wanimage27", "image", "Alibaba Wan / Tongyi Wanxiang Terms of Service", ("Wan Image 2.7",)),
+    ("wanimage27", "image", _WAN, ("Wan Image 2.7",)),
+    ("wanvideo", "video", APACHE, ("Wan Video", "Wan Video 1.3B t2v", "Wan Video 14B t2v")),
+    ("wanvideo", "video", APACHE, ("Wan Video 14B i2v 480p", "Wan Video 14B i2v 720p")),
+    ("wanvideo", "video", APACHE, ("Wan Video 2.2 TI2V-5B", "Wan Video 2.2 I2V-A14B")),
+    ("wanvideo", "video", APACHE, ("Wan Video 2.2 T2V-A14B",)),
+    ("wanvideo", "video", _WAN, ("Wan Video 2.5 T2V", "Wan Video 2.5 I2V", "Wan Video 2.7")),
     ("svd", "video", "Stable Video Diffusion Community License", ("SVD", "SVD XT")),
     ("hyv1", "video", "Tencent Hunyuan Video License Agreement", ("Hunyuan Video",)),
     ("cogvideox", "video", "CogVideoX License", ("CogVideoX",)),

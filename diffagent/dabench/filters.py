@@ -10,19 +10,22 @@ from pathlib import Path
 import orjson
 
 from diffagent.artifacts import StageContext, StageResult, stage
+from diffagent.dabench.batches import Collector, batches, sift
 from diffagent.dabench.catalogue import Catalogue, rename
 from diffagent.dabench.funnel import FunnelCounter
 from diffagent.dabench.model_filters import ModelSift
-from diffagent.dabench.records import Dropped, PairBuilder
+from diffagent.dabench.records import DUPLICATE, PairBuilder
 from diffagent.dabench.resolve import Lookup, Resolver
-from diffagent.dabench.snapshot import read_generations, read_gone, read_items
+from diffagent.dabench.snapshot import read_generations, read_gone, read_items, read_lines
 from diffagent.dabench.tables import table_writer, write_table
 from diffagent.errors import ArtifactError
+from diffagent.parallel import ordered_map
 from schemas.config import FilterConfig
 from schemas.dabench import PRINTS, RECORDS
 
 log = logging.getLogger(__name__)
 
+_SMALL = 2**23  # bytes of compressed records that are read before a second process is up
 _UNITS = {"model_type": "models", "nsfw": "models"}
 
 
@@ -40,44 +43,45 @@ def filter_records(config: FilterConfig, context: StageContext) -> StageResult:
     snapshot = context.one("snapshot")
     resolver = Resolver(_site_lookup(config, context))
     dates = read_generations(snapshot)
-    sift = ModelSift(config, resolver, read_gone(snapshot), dates)
+    models = ModelSift(config, resolver, read_gone(snapshot), dates)
     for model in read_items(snapshot, "models"):
-        sift.add(model)
-    if not sift.entries:
+        models.add(model)
+    if not models.entries:
         raise ArtifactError(
-            f"none of {sift.models.result().seen} models passes the filters; "
+            f"none of {models.models.result().seen} models passes the filters; "
             "check filters.model_types and filters.base_models"
         )
-    catalogue = Catalogue(rename(sift.entries))
+    catalogue = Catalogue(rename(models.entries))
     resolver.use(catalogue)
     write_table(context.out / "catalogue.parquet", catalogue.to_table())
-    _write_distributions(context.out / "distributions.json", sift.distributions)
+    _write_distributions(context.out / "distributions.json", models.distributions)
     log.info("filter: %d model versions in the catalogue", len(catalogue.entries))
 
-    pairs = PairBuilder(config, resolver, dates)
-    records = FunnelCounter("records", pairs.filters)
+    funnel = FunnelCounter("records", ("record", *config.records))
     with (
-        table_writer(context.out / "records-00000.parquet", RECORDS) as writer,
+        table_writer(context.out / "records-00000.parquet", RECORDS) as records,
         table_writer(context.out / "prints.parquet", PRINTS) as prints,
     ):
-        for item in read_items(snapshot, "images"):
-            built = pairs.build(item)
-            if isinstance(built.row, Dropped):
-                records.drop(built.row.filter, built.row.reason)
-            else:
-                records.keep()
-                writer.append(built.row)
-            if built.fingerprint:
-                prints.append(built.fingerprint)
+        collector = Collector(records, prints, funnel, unique=DUPLICATE in config.records)
+        pairs = PairBuilder(config, resolver, dates)
+        lines = batches(read_lines(snapshot, "images"))
+        for sifted in ordered_map(sift, pairs, lines, _workers(config, context)):
+            collector.add(sifted)
     return StageResult(
         rows={
             "catalogue": len(catalogue.entries),
-            "records": writer.rows,
+            "records": records.rows,
             "prints": prints.rows,
         },
-        funnels=(sift.models.result(), sift.versions.result(), records.result()),
-        metrics={"loras": dict(sorted(pairs.loras.items()))},
+        funnels=(models.models.result(), models.versions.result(), funnel.result()),
+        metrics={"loras": dict(sorted(collector.loras.items()))},
     )
+
+
+def _workers(config: FilterConfig, context: StageContext) -> int:
+    """Processes that read records: one when they are few, or when the site is asked in between."""
+    size = sum(path.stat().st_size for path in context.one("snapshot").glob("images/*.jsonl.gz"))
+    return 1 if size < _SMALL or config.max_hash_lookups else context.runtime.workers
 
 
 def _site_lookup(config: FilterConfig, context: StageContext) -> Lookup | None:

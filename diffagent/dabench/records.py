@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,14 +28,16 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """What a record gives: a row of RECORDS or why not, and its row of PRINTS when it has one."""
+    """What a record gives."""
 
-    row: dict[str, Any] | Dropped
-    fingerprint: dict[str, Any] | None
+    row: dict[str, Any] | Dropped  # of RECORDS
+    fingerprint: dict[str, Any] | None = None  # of PRINTS
+    digest: int = 0  # 64 bits of what the pair teaches; equal for duplicates
+    loras: Sequence[str] = ()  # what became of those in the metadata: see Resolver.loras
 
 
 class PairBuilder:
-    """Turns records into rows of ``schemas.dabench.RECORDS``; remembers what it has seen.
+    """Turns records into rows of ``schemas.dabench.RECORDS``.
 
     Args:
         config: which filters, and their limits.
@@ -48,36 +49,27 @@ class PairBuilder:
         self, config: FilterConfig, resolver: Resolver, dates: Mapping[int, str] | None = None
     ) -> None:
         self._config, self._resolver, self._dates = config, resolver, dates or {}
-        self._unique = DUPLICATE in config.records
         self._checks = [(x, RECORD_FILTERS[x]) for x in config.records if x != DUPLICATE]
-        self._seen: set[int] = set()
-        self.filters = ("record", *config.records)
-        self.loras: Counter[str] = Counter()  # what became of those in metadata: see Resolver.loras
 
     def build(self, item: Mapping[str, Any] | None) -> Built:
         """What a record gives. Never raises, whatever the JSON."""
         if item is None:
-            return Built(Dropped("record", "not an object with an id"), None)
+            return Built(Dropped("record", "not an object with an id"))
         record = Record(item, self._resolver)
-        row = self._pair(record)
-        return Built(row, fingerprint(record, kept=not isinstance(row, Dropped)))
-
-    def _pair(self, record: Record) -> dict[str, Any] | Dropped:
         for name, check in self._checks:
             if reason := check(record, self._config):
-                return Dropped(name, reason)
+                return Built(Dropped(name, reason), fingerprint(record, kept=False))
         entry, params = record.entry, record.params
         assert entry and isinstance(params, Params)  # filters.records has what makes sure of both
         loras, outcomes = record.loras
         made = record.generation
-        if self._unique:
-            digest = _digest(made.prompt, entry, loras, params, made.negative_prompt)
-            if digest in self._seen:
-                return Dropped(DUPLICATE, "same prompt and API")
-            self._seen.add(digest)
-        self.loras.update(outcomes)
         api = make_api(entry, loras, params, made.negative_prompt)
-        return self._row(record, entry, api, len(outcomes) - len(loras))
+        return Built(
+            self._row(record, entry, api, len(outcomes) - len(loras)),
+            fingerprint(record, kept=True),
+            _digest(made.prompt, entry, loras, params, made.negative_prompt),
+            outcomes,
+        )
 
     def _row(self, record: Record, entry: Entry, api: T2IAPI, dropped: int) -> dict[str, Any]:
         item, made, found = record.item, record.generation, record.found

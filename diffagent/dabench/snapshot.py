@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import orjson
@@ -13,37 +13,58 @@ from diffagent.artifacts import Artifact
 from diffagent.civitai import snapshot as civitai_snapshot
 from diffagent.errors import ArtifactError
 
+Item = dict[str, Any]
 
-def read_items(snapshot: Artifact, kind: str) -> Iterator[dict[str, Any] | None]:
-    """Items of ``kind`` ('models' or 'images') in the order of their ids, each once.
 
-    A line that is no JSON object with an integer id is yielded as None, so that whoever counts
-    can count it. An item that appears again (same id) is passed over.
+def read_lines(snapshot: Artifact, kind: str) -> Iterator[bytes]:
+    """Lines of ``kind`` ('models' or 'images') as they are, in the order of their ids.
 
     Raises:
-        ArtifactError: a file is damaged, or the ids are not in order.
+        ArtifactError: a file is damaged.
     """
-    last = -1
     for path in snapshot.glob(f"{kind}/*.jsonl.gz"):
         try:
             with gzip.open(path) as lines:
-                for line in lines:
-                    item = _parse(line)
-                    if item is not None:
-                        if item["id"] == last:
-                            continue
-                        if item["id"] < last:
-                            raise ArtifactError(
-                                f"{str(path)!r}: item {item['id']} comes after {last}; a snapshot "
-                                "is sorted by id: delete it and crawl again"
-                            )
-                        last = item["id"]
-                    yield item
+                yield from lines
         except (OSError, EOFError, zlib.error) as error:
             raise ArtifactError(
                 f"cannot read {str(path)!r} ({error}); delete "
                 f"{str(snapshot.path)!r} and crawl again"
             ) from None
+
+
+def parse_items(lines: Iterable[bytes], before: bytes | None = None) -> Iterator[Item | None]:
+    """The items of consecutive lines, each once; ``before`` is the line that they come after.
+
+    A line that is no JSON object with an integer id is yielded as None, so that whoever counts
+    can count it. An item that appears again (same id) is passed over.
+
+    Raises:
+        ArtifactError: the ids are not in order.
+    """
+    first = _parse(before) if before else None
+    last = first["id"] if first else -1
+    for line in lines:
+        item = _parse(line)
+        if item is not None:
+            if item["id"] == last:
+                continue
+            if item["id"] < last:
+                raise ArtifactError(
+                    f"item {item['id']} comes after {last}; a snapshot is sorted by id: delete "
+                    "it and crawl again"
+                )
+            last = item["id"]
+        yield item
+
+
+def read_items(snapshot: Artifact, kind: str) -> Iterator[Item | None]:
+    """Items of ``kind`` in the order of their ids, as `parse_items` gives them.
+
+    Raises:
+        ArtifactError: a file is damaged, or the ids are not in order.
+    """
+    return parse_items(read_lines(snapshot, kind))
 
 
 def read_gone(snapshot: Artifact) -> set[tuple[str, int]]:
@@ -74,7 +95,7 @@ def read_generations(snapshot: Artifact) -> dict[int, str]:
         ) from None
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def _parse(line: bytes) -> Item | None:
     try:
         item = orjson.loads(line)
     except orjson.JSONDecodeError:

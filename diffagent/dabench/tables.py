@@ -11,16 +11,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 #: Settings that decide the bytes; nothing here depends on the machine or the clock.
-_SETTINGS: dict[str, Any] = {"compression": "zstd", "compression_level": 9, "version": "2.6"}
+_SETTINGS: dict[str, Any] = {"compression": "zstd", "compression_level": 3, "version": "2.6"}
 _ROWS_PER_GROUP = 4096
 
 
 class TableWriter:
-    """Appends rows to a parquet file, one row group in memory at a time."""
+    """Appends to a parquet file, one row group in memory at a time."""
 
     def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
         self._writer, self._schema = writer, schema
         self._rows: list[Mapping[str, Any]] = []
+        self._batches: list[pa.RecordBatch] = []
+        self._waiting = 0
         self.rows = 0
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -30,11 +32,26 @@ class TableWriter:
         if len(self._rows) >= _ROWS_PER_GROUP:
             self.flush()
 
+    def extend(self, batch: pa.RecordBatch) -> None:
+        """Add rows of the schema. Row groups do not depend on how rows come in batches."""
+        self._batches.append(batch)
+        self._waiting += batch.num_rows
+        self.rows += batch.num_rows
+        if self._waiting >= _ROWS_PER_GROUP:
+            table = pa.Table.from_batches(self._batches, schema=self._schema)
+            whole = self._waiting // _ROWS_PER_GROUP * _ROWS_PER_GROUP
+            self._writer.write_table(table.slice(0, whole), row_group_size=_ROWS_PER_GROUP)
+            self._batches = table.slice(whole).combine_chunks().to_batches()
+            self._waiting -= whole
+
     def flush(self) -> None:
         """Write what is buffered as a row group."""
         if self._rows:
-            self._writer.write_batch(pa.RecordBatch.from_pylist(self._rows, schema=self._schema))
+            self._batches.append(pa.RecordBatch.from_pylist(self._rows, schema=self._schema))
             self._rows = []
+        if self._batches:
+            self._writer.write_table(pa.Table.from_batches(self._batches, schema=self._schema))
+            self._batches, self._waiting = [], 0
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from schemas.config import (
     SelectConfig,
 )
 from schemas.dabench import CANDIDATES, DABENCH, RENDERS, SCORES
+from tests.unit.agent_world import blank
 
 COLOURS = ("firebrick", "seagreen", "steelblue", "goldenrod", "orchid", "slategray")
 SHAPES = ("ellipse", "rectangle")
@@ -201,10 +202,6 @@ class Run:
 
 def write_rows(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
     """Write rows; columns that nobody here reads get an empty value of their type."""
-    empty: dict[str, Any] = {
-        f.name: pa.scalar(0).cast(f.type).as_py() if pa.types.is_integer(f.type) else ""
-        for f in schema
-        if not f.nullable
-    }
+    empty = {field.name: blank(field) for field in schema}
     rows = [{**{k: v for k, v in empty.items() if k not in row}, **row} for row in rows]
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)

@@ -114,10 +114,14 @@ def test_catalogue_funnel_and_config(old: Artifact, new: Artifact) -> None:
     assert found["funnels"]["records"] == {
         "(kept)": [48, 49],
         "(seen)": [48, 52],
-        "prompt: no metadata": [0, 3],
+        "checkpoint_resolved: no metadata": [0, 3],
     }
     text = comparison_text(found)
-    for line in ("hash changed, for example", "changed: seed: 0 -> 1", "prompt: no metadata"):
+    for line in (
+        "hash changed, for example",
+        "changed: seed: 0 -> 1",
+        "checkpoint_resolved: no metadata",
+    ):
         assert line in text
 
 

@@ -11,17 +11,19 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from diffagent.artifacts import Artifact
 from diffagent.dabench.catalogue import Catalogue, rename
 from diffagent.dabench.filters import filter_records
+from diffagent.dabench.metadata import PARSER_VERSION
 from diffagent.dabench.model_filters import ModelSift
 from diffagent.dabench.records import Dropped, PairBuilder
 from diffagent.dabench.resolve import Resolver
 from diffagent.errors import ArtifactError
 from schemas.api import parse_api
 from schemas.config import FilterConfig, RuntimeConfig
-from schemas.dabench import CATALOGUE, RECORDS
+from schemas.dabench import CATALOGUE, PRINTS, RECORDS
 from schemas.manifest import Funnel
 from tests.unit.dabench_records import hashes, image, model, snapshot, version
 
@@ -54,10 +56,12 @@ def sift(*models: Any, config: FilterConfig | None = None) -> tuple[ModelSift, R
     return made, resolver
 
 
-def builder(*models: Any, config: FilterConfig | None = None) -> PairBuilder:
+def builder(
+    *models: Any, config: FilterConfig | None = None, dates: dict[int, str] | None = None
+) -> PairBuilder:
     made, resolver = sift(*models, config=config)
     resolver.use(Catalogue(rename(made.entries)))
-    return PairBuilder(config or FilterConfig(), resolver)
+    return PairBuilder(config or FilterConfig(), resolver, dates)
 
 
 def reasons(funnel: Funnel) -> list[tuple[str, str]]:
@@ -185,14 +189,109 @@ def test_a_pair_names_the_catalogue_and_round_trips() -> None:
     assert (made["resolved_via"], made["reactions"], made["nsfw_level"]) == ("hash", 3, 1)
 
 
-def test_same_prompt_and_api_is_a_duplicate_whatever_the_seed() -> None:
-    pairs = builder(model(1))
-    assert isinstance(pairs.build(image(1, prompt="A shape")).row, dict)
-    assert dropped(pairs.build(image(2, prompt="a  shape")).row) == (
-        "duplicate",
-        "same prompt and API",
-    )
-    assert isinstance(pairs.build(image(3, prompt="a shape", steps=21)).row, dict)
+def test_evidence_is_kept() -> None:
+    item = image(7, prompt="a shape <lora:none:1>, (fog:1.2)", **{"Denoising strength": "0.5"})
+    item |= {"createdAt": "2024-01-02T00:00:00Z", "username": "nobody", "_generation": 2}
+    made = builder(model(1), dates={0: "2026-01-01", 2: "2026-03-01"}).build(item).row
+    assert isinstance(made, dict)
+    assert made["negative_prompt_raw"] == "blurry"
+    assert (made["from_image"], made["size_from_image"]) == (True, False)
+    assert (made["nsfw_level"], made["nsfw_source"]) == (1, "nsfwLevel")
+    assert made["reaction_counts"] == {"like": 2, "heart": 1, "laugh": 0, "cry": 0}
+    assert (made["generation"], made["first_seen"]) == (2, "2026-03-01")
+    assert (made["created_at"], made["creator"]) == ("2024-01-02T00:00:00Z", "nobody")
+    assert (made["form"], made["parser"]) == ("a1111", PARSER_VERSION)
+
+
+def test_a_record_is_as_young_as_its_checkpoint() -> None:
+    late = model(1, modelVersions=[version(100, _generation=3)])
+    found = builder(late).build({**image(1), "_generation": 1})
+    assert isinstance(found.row, dict) and found.fingerprint
+    assert found.row["generation"] == found.fingerprint["generation"] == 3
+
+
+def test_what_filters_drop_has_a_fingerprint_when_its_checkpoint_is_known() -> None:
+    pairs = builder(model(1), model(2, modelVersions=[version(200, baseModel="SD 2.1")]))
+    for item, base in ((image(1, 200), "SD 2.1"), ({**image(1), "nsfwLevel": "X"}, "SD 1.5")):
+        found = pairs.build(item)
+        assert isinstance(found.row, Dropped) and found.fingerprint
+        assert (found.fingerprint["kept"], found.fingerprint["base_model"]) == (False, base)
+    assert pairs.build(image(1, 999)).fingerprint is None
+    assert pairs.build(image(1, prompt="")).fingerprint is None
+
+
+def test_same_prompt_and_api_is_a_duplicate_whatever_the_seed(tmp_path: Path) -> None:
+    images = [image(1, prompt="A shape"), image(2, prompt="a  shape"), image(3, prompt="a shape")]
+    images[2]["meta"]["steps"] = 21
+    made = run(tmp_path, [model(1)], images)
+    assert reasons(made.manifest.funnels[2]) == [("duplicate", "same prompt and API")]
+    prints = pq.read_table(made.file("prints.parquet"))
+    assert prints.schema.equals(PRINTS)
+    assert prints["kept"].to_pylist() == [True, False, True]
+    every = tuple(name for name in FilterConfig().records if name != "duplicate")
+    made = run(tmp_path, [model(1)], images, config=FilterConfig(records=every))
+    assert made.manifest.rows["records"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "item", "reason"),
+    [
+        ("text_to_image", image(1, **{"Denoising strength": 0.4}), "began with a picture"),
+        ("size_stated", image(1, Size=None), "size of the picture only"),
+        ("networks_complete", image(1, prompt="x <lora:a:1>"), "a LoRA that the catalogue lacks"),
+        ("reactions", {**image(1), "stats": None}, "too few reactions"),
+    ],
+)
+def test_filters_that_can_be_added(name: Any, item: Any, reason: str) -> None:
+    config = FilterConfig(records=(name, *FilterConfig().records))
+    assert dropped(builder(model(1), config=config).build(item).row) == (name, reason)
+    assert isinstance(builder(model(1)).build(item).row, dict)
+    assert isinstance(builder(model(1), config=config).build(image(1)).row, dict)
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "reason"),
+    [
+        ({"allowCommercialUse": []}, {}, "commercial use no"),
+        ({"allowCommercialUse": None}, {}, "commercial use unknown"),
+        ({"allowCommercialUse": None}, {"commercial_use": ("yes", "unknown")}, None),
+        ({"modelVersions": [version(1, stats=None)]}, {}, "too few downloads"),
+        (
+            {"modelVersions": [version(1, baseModel="Flux.1 D")]},
+            {"base_models": ("all",)},
+            "commercial use no (FLUX.1 [dev] Non-Commercial License)",
+        ),
+    ],
+)
+def test_model_filters_that_can_be_added(
+    changes: dict[str, Any], options: dict[str, Any], reason: str | None
+) -> None:
+    config = FilterConfig(models=(*FilterConfig().models, "licence", "downloads"), **options)
+    made, _ = sift(model(1, **changes), config=config)
+    assert [found for _, found in reasons(made.models.result())] == ([reason] if reason else [])
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"models": ("model_type",)}, "lacks file_availability"),
+        ({"records": ("media_type",)}, "lacks checkpoint_resolved"),
+        ({"records": ("duplicate", *FilterConfig().records[:-1])}, "must be the last"),
+        ({"records": ("prompt", *FilterConfig().records)}, "names prompt twice"),
+        ({"records": ("shape",)}, "media_type"),  # lists what there is
+    ],
+)
+def test_a_choice_of_filters_that_cannot_work_is_refused(options: Any, problem: str) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        FilterConfig(**options)
+
+
+def test_the_first_filter_of_the_config_has_the_first_say() -> None:
+    item = {**image(1, 999), "type": "video"}
+    media, level, resolved, *rest = FilterConfig().records
+    turned = FilterConfig(records=(resolved, level, media, *rest))
+    assert dropped(builder(model(1)).build(item).row)[0] == "media_type"
+    assert dropped(builder(model(1), config=turned).build(item).row)[0] == "checkpoint_resolved"
 
 
 def test_a_shared_hash_means_the_earliest_version() -> None:
@@ -231,12 +330,14 @@ def test_loras_move_from_the_prompt_into_the_api() -> None:
     other = model(4, type="LORA", modelVersions=[version(400, baseModel="SDXL 1.0")])
     pairs = builder(model(1), ink, other)
     tags = "<lora:file300:0.6> <lora:file400:1> <lora:nobody:1> <lora:File300.safetensors:1>"
-    made = pairs.build(image(1, prompt=f"a shape {tags}")).row
+    found = pairs.build(image(1, prompt=f"a shape {tags}"))
+    made = found.row
     assert isinstance(made, dict)
     assert made["prompt"] == "a shape"
     assert [(x.model, x.weight) for x in parse_api(made["api"]).loras] == [("Ink", 0.6)]
     assert made["loras_dropped"] == 3
-    assert pairs.loras == {"kept by file name": 1, "file name unknown": 2, "named twice": 1}
+    outcomes = ["kept by file name", "file name unknown", "file name unknown", "named twice"]
+    assert sorted(found.loras) == sorted(outcomes)
 
 
 @settings(max_examples=100, deadline=None)
@@ -248,10 +349,19 @@ def test_building_never_raises_and_rows_fit_the_schema(item: Any, meta: Any) -> 
             pa.RecordBatch.from_pylist([found], schema=RECORDS).validate(full=True)
 
 
-def run(directory: Path, models: list[Any], images: list[Any], **options: Any) -> Artifact:
-    source = snapshot(directory / "snapshot", models, images, **options)
+def run(
+    directory: Path,
+    models: list[Any],
+    images: list[Any],
+    *,
+    config: FilterConfig | None = None,
+    **options: Any,
+) -> Artifact:
+    source = snapshot(
+        directory / f"snapshot{len(list(directory.glob('*')))}", models, images, **options
+    )
     runtime = RuntimeConfig(store=str(directory / "store"))
-    return filter_records.run(FilterConfig(), {"snapshot": [source]}, runtime)
+    return filter_records.run(config or FilterConfig(), {"snapshot": [source]}, runtime)
 
 
 def test_stage_accounts_for_every_line(tmp_path: Path) -> None:
@@ -273,6 +383,20 @@ def test_files_do_not_depend_on_how_the_snapshot_is_cut(tmp_path: Path) -> None:
     one = run(tmp_path / "one", models, images)
     other = run(tmp_path / "other", models, images, parts=2)
     assert one.content_digest == other.content_digest
+
+
+def test_files_do_not_depend_on_the_number_of_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [image(n // 2, prompt=f"a shape of {n % 700}") for n in range(5000)]
+    one = run(tmp_path / "one", [model(1)], images)
+    monkeypatch.setattr("diffagent.dabench.filters._SMALL", 0)
+    other = run(tmp_path / "other", [model(1)], images)
+    assert one.content_digest == other.content_digest
+    assert one.manifest.funnels == other.manifest.funnels
+    assert one.manifest.funnels[2].seen == 2500
+    with pytest.raises(ArtifactError, match="sorted by id"):
+        run(tmp_path / "bad", [model(1)], [*images, image(1)])
 
 
 def test_disorder_and_damage_are_errors(tmp_path: Path) -> None:
