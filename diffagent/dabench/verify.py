@@ -299,15 +299,17 @@ def _check_schema(verdict: Verdict, file: str, found: pa.Schema, wanted: pa.Sche
     if found.equals(wanted):
         return
     for name in [*wanted.names, *(name for name in found.names if name not in wanted.names)]:
-        fields = [s.field(name) if name in s.names else None for s in (found, wanted)]
-        have, want = (
-            f"{f.type}{'' if f.nullable else ' not null'}" if f else "no column" for f in fields
-        )
+        one, other = (s.field(name) if name in s.names else None for s in (found, wanted))
         # Not by their names: a list's elements have another name once they have been in a file.
-        if None in fields or not fields[0].equals(fields[1]):
+        if one is None or other is None or not one.equals(other):
+            have, want = (_typed(field) for field in (one, other))
             verdict.add("schema", f"column {name!r} is not {want}", file=file, value=have)
     if sorted(found.names) == sorted(wanted.names) and found.names != wanted.names:
         verdict.add("schema", f"the order is not {', '.join(wanted.names)}", file=file)
+
+
+def _typed(field: pa.Field | None) -> str:
+    return f"{field.type}{'' if field.nullable else ' not null'}" if field else "no column"
 
 
 def _check_shards(verdict: Verdict, dataset: Dataset) -> Iterator[tuple[Split, Path]]:
