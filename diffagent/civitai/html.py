@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from html.parser import HTMLParser
 from typing import Any
 
 import orjson
@@ -11,7 +12,8 @@ from bs4 import BeautifulSoup
 from diffagent.errors import SchemaError
 
 _SPACES = re.compile(r"\s+")
-_BLOCKS = ["p", "h1", "h2", "h3", "h4", "li", "br", "hr", "div", "pre", "blockquote"]
+_BLOCKS = frozenset({"p", "h1", "h2", "h3", "h4", "li", "br", "hr", "div", "pre", "blockquote"})
+_HIDDEN = frozenset({"script", "style", "iframe"})
 _MODEL_KEYS = ("checkpointType", "uploadType", "publishedAt", "updatedAt", "status")
 _VERSION_KEYS = (
     "name",
@@ -25,17 +27,39 @@ _VERSION_KEYS = (
 )
 
 
+class _Text(HTMLParser):
+    """Collects the text of HTML; blocks begin and end lines, some elements hold no text."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.parts: list[str] = []
+        self._hidden = 0
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        if tag in _BLOCKS:
+            self.parts.append("\n")
+        self._hidden += tag in _HIDDEN
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in _BLOCKS:
+            self.parts.append("\n")
+        if tag in _HIDDEN:
+            self._hidden = max(self._hidden - 1, 0)
+
+    def handle_data(self, data: str) -> None:
+        if not self._hidden:
+            self.parts.append(data)
+
+
 def plain_text(description: str | None) -> str:
     """The text of a description: one line a paragraph, without markup, scripts or pictures."""
     if not description:
         return ""
-    soup = BeautifulSoup(description, "html.parser")
-    for tag in soup(["script", "style", "iframe"]):
-        tag.decompose()
-    for tag in soup(_BLOCKS):
-        tag.insert_before("\n")
-        tag.append("\n")
-    lines = (_SPACES.sub(" ", line).strip() for line in soup.get_text("").split("\n"))
+    # Not BeautifulSoup: a build reads a description per model, and the tree is not wanted.
+    parser = _Text()
+    parser.feed(description)
+    parser.close()
+    lines = (_SPACES.sub(" ", line).strip() for line in "".join(parser.parts).split("\n"))
     return "\n".join(line for line in lines if line)
 
 

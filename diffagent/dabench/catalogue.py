@@ -34,7 +34,6 @@ LORA_TYPES: Mapping[str, str] = {"LORA": "lora", "LoCon": "lycoris", "DoRA": "do
 WEIGHT_TYPES = ("Model", "Pruned Model", "UNet", "Diffusion Model")
 
 _MAX_DESCRIPTION = 300
-_MOST_HTML = 1500  # characters that nearly always hold as much text as is wanted
 _MAX_HTML = 10_000  # descriptions of megabytes exist; the first sentences are at the beginning
 
 
@@ -248,13 +247,7 @@ def describe(model: Mapping[str, Any]) -> str:
     from diffagent.civitai.html import plain_text  # an agent that loads a catalogue needs no HTML
 
     html = model.get("description")
-    if not isinstance(html, str):
-        return ""
-    beginning = html[:_MOST_HTML].rpartition(">")[0] + ">"
-    text = plain_text(beginning) if len(html) > _MOST_HTML else ""
-    if len(text) <= _MAX_DESCRIPTION:
-        text = plain_text(html[:_MAX_HTML])
-    return first_sentences(text)
+    return first_sentences(plain_text(html[:_MAX_HTML])) if isinstance(html, str) else ""
 
 
 def make_entry(
