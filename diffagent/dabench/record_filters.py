@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from diffagent.dabench.catalogue import Entry, generation_of
-from diffagent.dabench.metadata import Generation, Reading, checkpoints, read_keys, read_metadata
+from diffagent.dabench.metadata import Generation, checkpoints, read_keys, read_metadata
 from diffagent.dabench.resolve import Resolved, Resolver
 from diffagent.render.samplers import SAMPLERS
 from schemas.api import Params
@@ -30,19 +30,17 @@ class Record:
 
     def __init__(self, item: Mapping[str, Any], resolver: Resolver) -> None:
         self.item = item
+        #: The metadata in the site's keys; None when there is none.
+        self.reading = read_metadata(item.get("meta"))
+        #: The checkpoint that was used, or why it is not known.
+        self.found: Resolved | str = "no metadata"
+        #: That checkpoint in the catalogue; None when it is not known, or not kept.
+        self.entry: Entry | None = None
+        if self.reading is not None:
+            self.found = resolver.checkpoint(checkpoints(self.reading))
+            if not isinstance(self.found, str) and not self.found.version.dropped:
+                self.entry = resolver.entry(self.found.version)
         self._resolver = resolver
-
-    @cached_property
-    def reading(self) -> Reading | None:
-        """The metadata in the site's keys; None when there is none."""
-        return read_metadata(self.item.get("meta"))
-
-    @cached_property
-    def found(self) -> Resolved | str:
-        """The checkpoint that was used, or why it is not known."""
-        if self.reading is None:
-            return "no metadata"
-        return self._resolver.checkpoint(checkpoints(self.reading))
 
     @cached_property
     def generation(self) -> Generation:
@@ -50,13 +48,6 @@ class Record:
         if self.reading is None:
             return Generation()
         return read_keys(self.reading, self.item.get("width"), self.item.get("height"))
-
-    @cached_property
-    def entry(self) -> Entry | None:
-        """The checkpoint in the catalogue; None when it is not known, or not kept."""
-        if isinstance(self.found, str) or self.found.version.dropped:
-            return None
-        return self._resolver.entry(self.found.version)
 
     @cached_property
     def loras(self) -> tuple[list[tuple[Entry, float]], list[str]]:
@@ -80,7 +71,7 @@ class Record:
         except ValidationError as error:
             return str(error.errors()[0]["loc"][0])
 
-    @cached_property
+    @property
     def level(self) -> tuple[int, str | None]:
         """Browsing level as a bitmask (0: unknown), and the field of the item that says so."""
         for name in _LEVELS:

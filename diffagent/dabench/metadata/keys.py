@@ -37,6 +37,8 @@ _LORA_TYPES = frozenset({"lora", "locon", "lycoris", "lyco", "dora"})
 _EMBEDDING_TYPES = frozenset({"embed", "embedding", "textualinversion"})
 _UPSCALED = re.compile(r"hires|upscal|first pass", re.I)
 _HIRES = frozenset({"Hires upscale", "Hires resize", "Hires upscaler", "First pass size"})
+#: Keys that name the checkpoint besides its hash.
+_SEVERAL = frozenset({"civitaiResources", "hashes", "models", "resources", "versionIds"})
 #: What the site's form asks for; a program's text always has more.
 _TYPED = frozenset(
     {"prompt", "negativePrompt", "cfgScale", "steps", "sampler", "seed", "clipSkip", "resources"}
@@ -166,6 +168,9 @@ def checkpoints(reading: Reading) -> tuple[Reference, ...]:
     if not model and bag.keys().isdisjoint(_SPILLED):
         model = bag.get("model")
     name = _name(model) or next((reference.name for reference in given if reference.name), None)
+    if not given and bag.keys().isdisjoint(_SEVERAL) and not str(model).startswith("urn:"):
+        digest = file_hash(first(bag, "Model hash", "modelHash"))
+        return (Reference(hash=digest, name=name),) if digest or name else ()
     found: dict[int | str, Reference] = {}
     for reference in (*_site_checkpoints(bag, model), *given, *_hashed_checkpoints(bag, name)):
         key = reference.version_id or reference.hash
