@@ -35,6 +35,15 @@ class LoRA(_Record):
     weight: float = Field(ge=-4, le=4, description="strength; 1 is as trained")
 
 
+class Embedding(_Record):
+    """A textual inversion that stands at the beginning of a prompt."""
+
+    model: Name
+    version: Name
+    weight: float = Field(default=1, ge=-4, le=4, description="attention; 1 is none")
+    negative: bool = Field(default=False, description="of the negative prompt")
+
+
 class Params(_Record):
     """Generation parameters, in the field's units."""
 
@@ -51,7 +60,8 @@ class T2IAPI(_Record):
     """One text-to-image API call: which model, and how to run it.
 
     The compact JSON form (``to_json``) has the keys in the order of the fields below, no
-    spaces, and leaves out what is unset (``air``, ``description``, ``params.seed``), so that
+    spaces, and leaves out what is unset (``embeddings``, ``air``, ``description``,
+    ``params.seed``), so that
     ``parse_api(api.to_json()) == api`` for every record. Numbers that are whole are written
     without a fraction: one value has one spelling, which is what a language model should learn.
     """
@@ -62,6 +72,7 @@ class T2IAPI(_Record):
     base_model: Name = Field(description="Civitai's name, e.g. 'SD 1.5'")
     air: str | None = Field(default=None, description="urn:air:{ecosystem}:checkpoint:civitai:M@V")
     loras: tuple[LoRA, ...] = Field(default=(), max_length=8)
+    embeddings: tuple[Embedding, ...] = Field(default=(), max_length=8)
     params: Params
     negative_prompt: Annotated[str, StringConstraints(max_length=4000)] = ""
     description: str | None = Field(default=None, max_length=500)
@@ -70,7 +81,10 @@ class T2IAPI(_Record):
         """The compact JSON form, one line."""
         data = self.model_dump(exclude_none=True)
         data["params"]["cfg_scale"] = _shortest(data["params"]["cfg_scale"])
-        data["loras"] = [{**lora, "weight": _shortest(lora["weight"])} for lora in data["loras"]]
+        for name in ("loras", "embeddings"):
+            data[name] = [{**item, "weight": _shortest(item["weight"])} for item in data[name]]
+        if not data["embeddings"]:
+            del data["embeddings"]
         return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
 
     def response(self) -> T2IAPI:

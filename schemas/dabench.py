@@ -65,7 +65,8 @@ RECORDS = _schema(
     ("hash_candidates", _int, False),  # versions sharing that hash; the earliest was taken
     ("sampler_raw", _text, False),
     ("loras_dropped", _int, False),  # LoRAs of the metadata that the API does not have
-    ("embeddings", pa.list_(EMBEDDING), False),  # as the metadata names them
+    ("embeddings_dropped", _int, False),  # embeddings of the metadata that the API does not have
+    ("embeddings_raw", pa.list_(EMBEDDING), False),  # as the metadata names them
     ("size_from_image", _bool, False),  # no size is written; the picture's own stands in
     ("from_image", _bool, False),  # img2img: the prompt and the parameters are not all
     ("form", _text, False),  # dialect of the metadata: diffagent.dabench.metadata.Form

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from schemas.api import T2IAPI, ApiError, LoRA, parse_api
+from schemas.api import T2IAPI, ApiError, parse_api
 
 if TYPE_CHECKING:
     from diffagent.dabench.catalogue import Catalogue, Entry
@@ -20,12 +20,14 @@ KINDS = {
     "unparsable": "the text is not JSON",
     "schema": "a field is missing, unknown or of the wrong type",
     "param_out_of_range": "a number is outside the bounds of the API record",
-    "wrong_type": "the model is not a checkpoint, or a LoRA is one",
+    "wrong_type": "the model is not a checkpoint, or a LoRA or embedding is something else",
     "unknown_model": "no model of this name in the catalogue",
     "unknown_version": "the model has no version of this name",
     "wrong_base_model": "the version belongs to another base model",
     "unknown_lora": "no LoRA of this name and version in the catalogue",
     "incompatible_lora": "the LoRA was made for another base model",
+    "unknown_embedding": "no embedding of this name and version in the catalogue",
+    "incompatible_embedding": "the embedding was made for another base model",
     "unknown_sampler": "the sampler is not in the mapping dictionary",
 }
 
@@ -62,9 +64,8 @@ def verify(text: str, catalogue: Catalogue) -> Verdict:
             f"base_model: {api.model!r} {api.version!r} is {entry.base_model!r}, "
             f"not {api.base_model!r}",
         )
-    for position, lora in enumerate(api.loras):
-        if (fault := _check_lora(position, lora, entry, catalogue)) is not None:
-            return fault
+    if (fault := _check_networks(api, entry, catalogue)) is not None:
+        return fault
     if api.params.sampler not in catalogue.samplers:
         return _invalid("unknown_sampler", f"params.sampler: {api.params.sampler!r} is not known")
     full = {"air": entry.air, "description": entry.description[:500] or None}
@@ -82,8 +83,8 @@ def _kind_of(error: ApiError) -> str:
 
 
 def _missing_checkpoint(api: T2IAPI, catalogue: Catalogue) -> Verdict:
-    if catalogue.lora(api.model, api.version) is not None:
-        return _invalid("wrong_type", f"model: {api.model!r} is a LoRA, not a checkpoint")
+    if (entry := catalogue.entry(api.model, api.version)) is not None:
+        return _invalid("wrong_type", f"model: {api.model!r} is a {entry.type}, not a Checkpoint")
     if catalogue.has_model(api.model):
         return _invalid(
             "unknown_version", f"version: {api.model!r} has no checkpoint {api.version!r}"
@@ -91,20 +92,24 @@ def _missing_checkpoint(api: T2IAPI, catalogue: Catalogue) -> Verdict:
     return _invalid("unknown_model", f"model: {api.model!r} is not in the catalogue")
 
 
-def _check_lora(
-    position: int, lora: LoRA, checkpoint: Entry, catalogue: Catalogue
-) -> Verdict | None:
-    where = f"loras.{position}: {lora.model!r} {lora.version!r}"
-    entry = catalogue.lora(lora.model, lora.version)
-    if entry is None:
-        if catalogue.checkpoint(lora.model, lora.version) is not None:
-            return _invalid("wrong_type", f"{where} is a checkpoint, not a LoRA")
-        return _invalid("unknown_lora", f"{where} is not in the catalogue")
-    if entry.ecosystem != checkpoint.ecosystem:
-        return _invalid(
-            "incompatible_lora",
-            f"{where} is for {entry.base_model!r}, not {checkpoint.base_model!r}",
-        )
+def _check_networks(api: T2IAPI, checkpoint: Entry, catalogue: Catalogue) -> Verdict | None:
+    for kind, networks, find in (
+        ("lora", api.loras, catalogue.lora),
+        ("embedding", api.embeddings, catalogue.embedding),
+    ):
+        for position, network in enumerate(networks):
+            where = f"{kind}s.{position}: {network.model!r} {network.version!r}"
+            found = find(network.model, network.version)
+            if found is None:
+                other = catalogue.entry(network.model, network.version)
+                if other is not None:
+                    return _invalid("wrong_type", f"{where} is a {other.type}, which is no {kind}")
+                return _invalid(f"unknown_{kind}", f"{where} is not in the catalogue")
+            if found.ecosystem != checkpoint.ecosystem:
+                return _invalid(
+                    f"incompatible_{kind}",
+                    f"{where} is for {found.base_model!r}, not {checkpoint.base_model!r}",
+                )
     return None
 
 

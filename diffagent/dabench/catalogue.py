@@ -30,6 +30,9 @@ CommercialUse = Literal["yes", "no", "unknown"]
 CHECKPOINT = "Checkpoint"
 #: Types that are laid over a checkpoint, with the name of the type in an AIR.
 LORA_TYPES: Mapping[str, str] = {"LORA": "lora", "LoCon": "lycoris", "DoRA": "dora"}
+#: What stands in a prompt.
+EMBEDDING = "TextualInversion"
+_AIR_TYPES = {CHECKPOINT: "checkpoint", **LORA_TYPES, EMBEDDING: "embedding"}
 #: Files of a version that hold the weights of the model itself.
 WEIGHT_TYPES = ("Model", "Pruned Model", "UNet", "Diffusion Model")
 
@@ -134,7 +137,12 @@ class Catalogue:
     @cached_property
     def loras(self) -> tuple[Entry, ...]:
         """Entries that an API may lay over its model."""
-        return tuple(entry for entry in self.entries if not entry.is_checkpoint)
+        return tuple(entry for entry in self.entries if entry.type in LORA_TYPES)
+
+    @cached_property
+    def embeddings(self) -> tuple[Entry, ...]:
+        """Entries that a prompt of an API may begin with."""
+        return tuple(entry for entry in self.entries if entry.type == EMBEDDING)
 
     @cached_property
     def _models(self) -> frozenset[str]:
@@ -144,6 +152,10 @@ class Catalogue:
         """Whether any version of a model has this name."""
         return model in self._models
 
+    def entry(self, model: str, version: str) -> Entry | None:
+        """Whatever has that name, or None."""
+        return self._by_name.get((model, version))
+
     def checkpoint(self, model: str, version: str) -> Entry | None:
         """The checkpoint of that name, or None."""
         entry = self._by_name.get((model, version))
@@ -152,7 +164,12 @@ class Catalogue:
     def lora(self, model: str, version: str) -> Entry | None:
         """The LoRA (or LoCon, DoRA) of that name, or None."""
         entry = self._by_name.get((model, version))
-        return entry if entry and not entry.is_checkpoint else None
+        return entry if entry and entry.type in LORA_TYPES else None
+
+    def embedding(self, model: str, version: str) -> Entry | None:
+        """The textual inversion of that name, or None."""
+        entry = self._by_name.get((model, version))
+        return entry if entry and entry.type == EMBEDDING else None
 
     def to_table(self) -> pa.Table:
         """The table ``schemas.dabench.CATALOGUE``."""
@@ -268,7 +285,7 @@ def make_entry(
     """
     kind, base_model = str(model["type"]), str(version["baseModel"])
     model_id, version_id = int(model["id"]), int(version["id"])
-    air_type = "checkpoint" if kind == CHECKPOINT else LORA_TYPES.get(kind, kind.lower())
+    air_type = _AIR_TYPES.get(kind, kind.lower())
     creator = model.get("creator")
     username = creator.get("username") if isinstance(creator, dict) else None
     known = base_model_of(base_model)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_NONE: Mapping[str, Path] = {}
 _FIRST_CONVOLUTION = "model.diffusion_model.input_blocks.0.0.weight"
 _CROSS_ATTENTION = "attn2.to_k.weight"
 _SDXL_ENCODER = "conditioner.embedders.1."
@@ -107,14 +108,17 @@ class DiffusersRenderer:
         self._scheduler_config: Any = None
         self._checkpoint: Path | None = None
         self._loras: tuple[Path, ...] = ()
+        self._embeddings: tuple[Path, ...] = ()
         self._refused: dict[Path, RenderError] = {}
 
-    def use(self, checkpoint: Path, loras: Mapping[str, Path]) -> None:
-        """Make a checkpoint and LoRA files (by their SHA256) the ones that `render` draws with.
+    def use(
+        self, checkpoint: Path, loras: Mapping[str, Path], embeddings: Mapping[str, Path] = _NONE
+    ) -> None:
+        """Make these files (LoRAs and embeddings by SHA256) the ones that `render` draws with.
 
         Raises:
-            RenderError: a file cannot be loaded; reason 'bad-model-file', 'bad-lora' or
-                'out-of-memory'. The renderer stays usable.
+            RenderError: a file cannot be loaded; reason 'bad-model-file', 'bad-lora',
+                'bad-embedding' or 'out-of-memory'. The renderer stays usable.
         """
         if checkpoint in self._refused:  # loading may be slow to fail: the hub is asked
             raise self._refused[checkpoint]
@@ -126,12 +130,15 @@ class DiffusersRenderer:
                 raise
         if self._loras != tuple(loras.values()):
             self._lay(loras)
+        if self._embeddings != tuple(embeddings.values()):
+            self._embed(embeddings)
 
     def render(self, recipe: Recipe) -> Image:
         """The picture of a recipe whose models are in use.
 
         Raises:
-            RenderError: reason 'clip-skip', 'out-of-memory', 'nan', 'black' or 'render-error'.
+            RenderError: reason 'clip-skip', 'embedding-weight', 'out-of-memory', 'nan', 'black'
+                or 'render-error'.
         """
         import torch
 
@@ -172,7 +179,7 @@ class DiffusersRenderer:
     def _load(self, checkpoint: Path) -> None:
         import torch
 
-        self._pipeline, self._checkpoint, self._loras = None, None, ()
+        self._pipeline, self._checkpoint, self._loras, self._embeddings = None, None, (), ()
         self._free()
         compat.install()
         import diffusers
@@ -234,6 +241,46 @@ class DiffusersRenderer:
             ) from error
         self._loras = tuple(loras.values())
 
+    def _embed(self, embeddings: Mapping[str, Path]) -> None:
+        from safetensors.torch import load_file
+
+        pipeline = self._pipeline
+        if self._embeddings:
+            self._unembed()
+        try:
+            for sha256, path in embeddings.items():
+                read_header(path)
+                vectors = load_file(path)
+                if "clip_g" in vectors:  # SDXL has two text encoders
+                    encoders = [("clip_l", pipeline.text_encoder, pipeline.tokenizer)]
+                    encoders += [("clip_g", pipeline.text_encoder_2, pipeline.tokenizer_2)]
+                else:
+                    (name,) = vectors  # ``emb_params`` by convention
+                    encoders = [(name, pipeline.text_encoder, pipeline.tokenizer)]
+                for name, encoder, tokenizer in encoders:
+                    pipeline.load_textual_inversion(
+                        vectors[name],
+                        token=_token(sha256),
+                        text_encoder=encoder,
+                        tokenizer=tokenizer,
+                    )
+                self._embeddings = (*self._embeddings, path)
+        except Exception as error:  # an untrusted file can make a loader fail in any way
+            self._unembed()
+            raise RenderError(
+                f"embeddings {[path.name for path in embeddings.values()]} do not fit the "
+                f"checkpoint: {type(error).__name__}: {error}",
+                reason="bad-embedding",
+            ) from error
+
+    def _unembed(self) -> None:
+        self._pipeline.unload_textual_inversion()
+        if hasattr(self._pipeline, "text_encoder_2"):
+            self._pipeline.unload_textual_inversion(
+                text_encoder=self._pipeline.text_encoder_2, tokenizer=self._pipeline.tokenizer_2
+            )
+        self._embeddings = ()
+
     def _weigh(self, loras: Sequence[LoRAUse]) -> None:
         if loras:
             names = [_adapter(lora.sha256) for lora in loras]
@@ -247,7 +294,10 @@ class DiffusersRenderer:
         """
         tokenizer, encoder = self._pipeline.tokenizer, self._pipeline.text_encoder
         self.truncated += len(tokenizer(recipe.prompt).input_ids) > tokenizer.model_max_length
-        texts = {"prompt": recipe.prompt, "negative_prompt": recipe.negative_prompt}
+        texts = {
+            "prompt": _with_tokens(recipe.prompt, recipe, negative=False),
+            "negative_prompt": _with_tokens(recipe.negative_prompt, recipe, negative=True),
+        }
         if hasattr(self._pipeline, "text_encoder_2"):
             return texts
         layers = encoder.config.num_hidden_layers
@@ -264,7 +314,7 @@ class DiffusersRenderer:
         """(1, 77, D) output of CLIP's layer ``clip_skip`` from the end, normalised."""
         tokenizer, encoder = self._pipeline.tokenizer, self._pipeline.text_encoder
         tokens = tokenizer(
-            text,
+            self._pipeline.maybe_convert_prompt(text, tokenizer),  # embeddings of several vectors
             padding="max_length",
             max_length=tokenizer.model_max_length,
             truncation=True,
@@ -286,6 +336,25 @@ class DiffusersRenderer:
 
 def _adapter(sha256: str) -> str:
     return f"lora_{sha256[:16]}"
+
+
+def _token(sha256: str) -> str:
+    return f"<embedding_{sha256[:16]}>"
+
+
+def _with_tokens(prompt: str, recipe: Recipe, *, negative: bool) -> str:
+    """A prompt with the tokens of its embeddings in front.
+
+    Raises:
+        RenderError: an embedding has a weight, which this backend cannot give it.
+    """
+    used = [item for item in recipe.embeddings if item.negative == negative]
+    if any(item.weight != 1 for item in used):
+        raise RenderError(
+            "an embedding's weight is not 1, and this backend does not weigh parts of a prompt",
+            reason="embedding-weight",
+        )
+    return ", ".join([*(_token(item.sha256) for item in used), *([prompt] if prompt else [])])
 
 
 def _picture(pixels: np.ndarray[Any, np.dtype[np.float32]]) -> Image:

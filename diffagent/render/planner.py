@@ -11,15 +11,16 @@ from diffagent.render.recipe import Recipe
 
 @dataclass(frozen=True)
 class Group:
-    """Recipes that share the checkpoint and the set of LoRA files, in the order to render."""
+    """Recipes that share the checkpoint and the sets of files laid over it, in rendering order."""
 
     checkpoint: str
     loras: tuple[str, ...]
+    embeddings: tuple[str, ...]
     recipes: tuple[Recipe, ...]
 
 
 def plan(recipes: Iterable[Recipe]) -> Iterator[Group]:
-    """Group recipes by checkpoint, LoRA files, then order by size and sampler.
+    """Group recipes by checkpoint, LoRA and embedding files, then order by size and sampler.
 
     Duplicates are rendered once. The order depends on the set of recipes alone.
     """
@@ -34,9 +35,10 @@ def plan(recipes: Iterable[Recipe]) -> Iterator[Group]:
             item[0],
         ),
     )
-    for (checkpoint, loras), group in groupby(ordered, key=lambda item: _models(item[1])):
-        yield Group(checkpoint, loras, tuple(recipe for _, recipe in group))
+    for models, group in groupby(ordered, key=lambda item: _models(item[1])):
+        yield Group(*models, tuple(recipe for _, recipe in group))
 
 
-def _models(recipe: Recipe) -> tuple[str, tuple[str, ...]]:
-    return recipe.checkpoint, tuple(lora.sha256 for lora in recipe.loras)
+def _models(recipe: Recipe) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    embeddings = sorted({item.sha256 for item in recipe.embeddings})
+    return recipe.checkpoint, tuple(lora.sha256 for lora in recipe.loras), tuple(embeddings)

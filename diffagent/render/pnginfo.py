@@ -37,8 +37,10 @@ def infotext(recipe: Recipe, names: Mapping[str, str]) -> str:
     """
     return write_parameters(
         Generation(
-            prompt_raw=recipe.prompt,
-            negative_prompt_raw=recipe.negative_prompt,
+            prompt_raw=_with_embeddings(recipe.prompt, recipe, names, negative=False),
+            negative_prompt_raw=_with_embeddings(
+                recipe.negative_prompt, recipe, names, negative=True
+            ),
             sampler_name=recipe.sampler,
             checkpoints=(_reference(recipe.checkpoint, names),),
             loras=tuple(
@@ -49,6 +51,18 @@ def infotext(recipe: Recipe, names: Mapping[str, str]) -> str:
             ),
         )
     )
+
+
+def _with_embeddings(
+    prompt: str, recipe: Recipe, names: Mapping[str, str], *, negative: bool
+) -> str:
+    """A prompt with the names of its embeddings in front, as one writes them in the WebUI."""
+    words = []
+    for item in recipe.embeddings:
+        if item.negative == negative:
+            name = names.get(item.sha256, item.sha256[:10])
+            words.append(name if item.weight == 1 else f"({name}:{item.weight:g})")
+    return ", ".join([*words, prompt] if prompt else words)
 
 
 def _reference(sha256: str, names: Mapping[str, str]) -> Reference:

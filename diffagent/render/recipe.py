@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from diffagent.artifacts import canonical_json
 from diffagent.errors import RenderError
 from diffagent.render.samplers import SAMPLERS, normalise
-from schemas.api import T2IAPI
+from schemas.api import T2IAPI, Embedding, LoRA
 
 if TYPE_CHECKING:
     from diffagent.dabench.catalogue import Catalogue, Entry
@@ -35,6 +35,14 @@ class LoRAUse(_Frozen):
     weight: float
 
 
+class EmbeddingUse(_Frozen):
+    """A textual inversion's file, in front of one of the prompts."""
+
+    sha256: str
+    weight: float
+    negative: bool
+
+
 class Recipe(_Frozen):
     """One picture to be made. ``loras`` are sorted by hash, each file once."""
 
@@ -42,6 +50,7 @@ class Recipe(_Frozen):
     negative_prompt: str
     checkpoint: str = Field(description="SHA256 of the checkpoint's file, lower case")
     loras: tuple[LoRAUse, ...] = ()
+    embeddings: tuple[EmbeddingUse, ...] = ()
     sampler: str = Field(description="a key of diffagent.render.samplers.SAMPLERS")
     steps: int
     cfg_scale: float
@@ -67,8 +76,8 @@ def resolve(api: T2IAPI, prompt: str, seed: int, catalogue: Catalogue) -> Recipe
 
     Raises:
         RenderError: the call cannot be rendered; ``reason`` is one of 'unknown-model',
-            'unknown-lora', 'unsupported-base-model', 'lora-base-mismatch', 'no-hash',
-            'unsupported-sampler'.
+            'unknown-lora', 'unknown-embedding', 'unsupported-base-model', 'lora-base-mismatch',
+            'embedding-base-mismatch', 'no-hash', 'unsupported-sampler'.
     """
     checkpoint = catalogue.checkpoint(api.model, api.version)
     if checkpoint is None:
@@ -84,28 +93,43 @@ def resolve(api: T2IAPI, prompt: str, seed: int, catalogue: Catalogue) -> Recipe
     weights: dict[str, float] = {}
     for lora in api.loras:
         entry = catalogue.lora(lora.model, lora.version)
-        if entry is None:
-            raise RenderError(
-                f"the catalogue has no LoRA {lora.model!r}, {lora.version!r}",
-                reason="unknown-lora",
-            )
-        if entry.ecosystem != checkpoint.ecosystem:
-            raise RenderError(
-                f"LoRA {lora.model!r} is for {entry.base_model!r}, "
-                f"{api.model!r} is {checkpoint.base_model!r}",
-                reason="lora-base-mismatch",
-            )
-        sha256 = _hash(entry)
+        sha256 = _fitting("lora", lora, entry, checkpoint)
         weights[sha256] = weights.get(sha256, 0.0) + lora.weight
     return Recipe(
         prompt=prompt,
         negative_prompt=api.negative_prompt,
         checkpoint=_hash(checkpoint),
         loras=tuple(LoRAUse(sha256=sha, weight=weights[sha]) for sha in sorted(weights)),
+        embeddings=tuple(
+            EmbeddingUse(
+                sha256=_fitting(
+                    "embedding", item, catalogue.embedding(item.model, item.version), checkpoint
+                ),
+                weight=item.weight,
+                negative=item.negative,
+            )
+            for item in api.embeddings
+        ),
         sampler=_sampler(api.params.sampler),
         seed=seed,
         **api.params.model_dump(include={"steps", "cfg_scale", "width", "height", "clip_skip"}),
     )
+
+
+def _fitting(kind: str, network: LoRA | Embedding, entry: Entry | None, checkpoint: Entry) -> str:
+    """The hash of a network's file."""
+    if entry is None:
+        raise RenderError(
+            f"the catalogue has no {kind} {network.model!r}, {network.version!r}",
+            reason=f"unknown-{kind}",
+        )
+    if entry.ecosystem != checkpoint.ecosystem:
+        raise RenderError(
+            f"{kind} {network.model!r} is for {entry.base_model!r}, "
+            f"{checkpoint.model!r} is {checkpoint.base_model!r}",
+            reason=f"{kind}-base-mismatch",
+        )
+    return _hash(entry)
 
 
 def _hash(entry: Entry) -> str:

@@ -38,14 +38,18 @@ REASONS: Mapping[str, str] = {
     "unreadable-api": "the candidate's API is not one of this version",
     "unknown-model": "no such checkpoint in the catalogue",
     "unknown-lora": "no such LoRA in the catalogue",
+    "unknown-embedding": "no such embedding in the catalogue",
     "unsupported-base-model": "not Stable Diffusion 1.x, 2.x or XL",
     "lora-base-mismatch": "the LoRA is for another architecture",
+    "embedding-base-mismatch": "the embedding is for another architecture",
     "no-hash": "the catalogue has no SHA256 of the file",
     "unsupported-sampler": "diffusers has nothing like it",
     "too-large": "more pixels than render.max_pixels",
     "download": "the site does not give the file, or gives another",
     "bad-model-file": "not a safetensors file that diffusers can load",
     "bad-lora": "the LoRA does not fit the checkpoint",
+    "bad-embedding": "the embedding does not fit the checkpoint",
+    "embedding-weight": "the backend does not weigh parts of a prompt",
     "clip-skip": "the text encoder has fewer layers",
     "out-of-memory": "the picture or the model does not fit into the device's memory",
     "nan": "the picture is not a number somewhere",
@@ -220,11 +224,12 @@ def prepare(
     try:
         checkpoint = store.fetch(models[group.checkpoint])
         loras = {sha256: store.fetch(models[sha256]) for sha256 in group.loras}
+        embeddings = {sha256: store.fetch(models[sha256]) for sha256 in group.embeddings}
     except CivitaiError as error:
         if error.retryable:
             raise
         raise RenderError(str(error), reason="download") from error
-    renderer.use(checkpoint, loras)
+    renderer.use(checkpoint, loras, embeddings)
 
 
 def finish(job: Job, failed: Mapping[str, str]) -> Job:

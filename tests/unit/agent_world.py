@@ -57,6 +57,8 @@ def make_catalogue() -> Catalogue:
     entries.append(entry(31, "Soft Light", "v1.2", "LORA"))
     entries.append(entry(40, "Wide Base", "v1.0", "Checkpoint", "SDXL 1.0"))
     entries.append(entry(41, "Wide Lines", "v1", "LORA", "SDXL 1.0"))
+    entries.append(entry(50, "Bad Shapes", "v1", "TextualInversion"))
+    entries.append(entry(51, "Wide Fog", "v1", "TextualInversion", "SDXL 1.0"))
     return Catalogue(entries, SAMPLERS)
 
 

@@ -51,6 +51,14 @@ def test_a_valid_answer_is_completed_from_the_catalogue() -> None:
     assert verdict.api.response().to_json() == json.dumps(call(), separators=(",", ":"))
 
 
+def test_an_embedding_of_the_catalogue_is_valid() -> None:
+    used = [{"model": "Bad Shapes", "version": "v1", "negative": True}]
+    verdict = verify(json.dumps(call(embeddings=used)), CATALOGUE)
+    assert verdict.api is not None
+    assert verdict.api.embeddings[0].negative
+    assert '"embeddings":[{"model":"Bad Shapes"' in verdict.api.to_json()
+
+
 @pytest.mark.parametrize(
     ("answer", "kind", "field"),
     [
@@ -75,6 +83,9 @@ def test_a_valid_answer_is_completed_from_the_catalogue() -> None:
         (call(base_model="SDXL 1.0"), "wrong_base_model", "base_model"),
         (call(loras=lora("Thick Outlines", "v7")), "unknown_lora", "loras.0"),
         (call(loras=lora("Wide Lines", "v1")), "incompatible_lora", "loras.0"),
+        (call(embeddings=lora("Bad Shapes", "v7")), "unknown_embedding", "embeddings.0"),
+        (call(embeddings=lora("Thick Outlines", "v1")), "wrong_type", "embeddings.0"),
+        (call(embeddings=lora("Wide Fog", "v1")), "incompatible_embedding", "embeddings.0"),
         (call(params={"sampler": "Inkline"}), "unknown_sampler", "params.sampler"),
     ],
 )

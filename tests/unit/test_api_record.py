@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from schemas.api import T2IAPI, ApiError, LoRA, Params, parse_api
+from schemas.api import T2IAPI, ApiError, Embedding, LoRA, Params, parse_api
 
 text = st.text(min_size=1, max_size=20)
 apis = st.builds(
@@ -19,6 +19,12 @@ apis = st.builds(
     air=st.none() | text,
     loras=st.lists(
         st.builds(LoRA, model=text, version=text, weight=st.floats(-4, 4)), max_size=3
+    ).map(tuple),
+    embeddings=st.lists(
+        st.builds(
+            Embedding, model=text, version=text, weight=st.floats(-4, 4), negative=st.booleans()
+        ),
+        max_size=2,
     ).map(tuple),
     params=st.builds(
         Params,

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from diffagent.errors import RenderError
 from diffagent.render.pipelines import DiffusersRenderer, find_config
-from diffagent.render.recipe import LoRAUse, Recipe
+from diffagent.render.recipe import EmbeddingUse, LoRAUse, Recipe
 from tests.unit import tiny_sd
 
 RECIPE = Recipe(
@@ -120,6 +120,35 @@ def test_a_lora_changes_the_picture_and_leaves_no_trace(world: World) -> None:
     renderer.use(world.files["one"], two)
     uses = tuple(LoRAUse(sha256=sha, weight=1.0) for sha in two)
     assert (pixels(renderer, loras=uses) != full).any()
+    renderer.use(world.files["one"], {})
+    assert (pixels(renderer) == plain).all()
+    assert renderer.loads == 1
+
+
+def test_an_embedding_changes_the_picture_and_leaves_no_trace(world: World, tmp_path: Path) -> None:
+    renderer = world.renderer()
+    renderer.use(world.files["one"], {})
+    plain = pixels(renderer)
+    files = {sha: tmp_path / f"{sha[0]}.safetensors" for sha in ("e" * 64, "f" * 64)}
+    width = world.pipeline.text_encoder.config.hidden_size
+    for number, path in enumerate(files.values(), 1):  # of one vector, and of two
+        noise = torch.randn(number, width, generator=torch.Generator().manual_seed(number))
+        save_file({"emb_params": noise}, path)
+    renderer.use(world.files["one"], {}, files)
+    assert (pixels(renderer) == plain).all()  # nothing in the prompt names it
+    seen = {plain.tobytes()}
+    for sha256 in files:
+        for negative in (False, True):
+            use = (EmbeddingUse(sha256=sha256, weight=1, negative=negative),)
+            seen.add(pixels(renderer, embeddings=use).tobytes())
+    assert len(seen) == 5
+    with pytest.raises(RenderError) as refused:
+        pixels(renderer, embeddings=(EmbeddingUse(sha256="e" * 64, weight=1.2, negative=False),))
+    assert refused.value.reason == "embedding-weight"
+    save_file({"emb_params": torch.zeros(1, width + 1)}, tmp_path / "wide.safetensors")
+    with pytest.raises(RenderError) as refused:
+        renderer.use(world.files["one"], {}, {"d" * 64: tmp_path / "wide.safetensors"})
+    assert refused.value.reason == "bad-embedding"
     renderer.use(world.files["one"], {})
     assert (pixels(renderer) == plain).all()
     assert renderer.loads == 1

@@ -18,7 +18,7 @@ from diffagent.errors import RenderError
 from diffagent.render.planner import plan
 from diffagent.render.pnginfo import infotext, read_png, write_png
 from diffagent.render.recipe import LoRAUse, Recipe, resolve
-from schemas.api import T2IAPI, LoRA, Params
+from schemas.api import T2IAPI, Embedding, LoRA, Params
 
 ENTRY = Entry(
     model="DreamShaper",
@@ -51,6 +51,7 @@ CATALOGUE = Catalogue(
         replace(ENTRY, model="ink", type="LORA", version_id=5, sha256="F" * 64),
         replace(ENTRY, model="oil", type="LoCon", version_id=6, sha256="d" * 64),
         replace(ENTRY, model="xl ink", type="LORA", version_id=7, base_model="SDXL 1.0"),
+        replace(ENTRY, model="fog", type="TextualInversion", version_id=8, sha256="e" * 64),
     ]
 )
 
@@ -123,6 +124,29 @@ def test_what_cannot_be_rendered_has_a_reason(call: T2IAPI, reason: str) -> None
     with pytest.raises(RenderError) as refused:
         resolve(call, "a cat", 0, CATALOGUE)
     assert refused.value.reason == reason
+
+
+def test_embeddings_are_part_of_the_recipe_and_of_the_infotext() -> None:
+    used = (
+        Embedding(model="fog", version="8"),
+        Embedding(model="fog", version="8", negative=True, weight=1.2),
+    )
+    call = api().model_copy(update={"embeddings": used, "negative_prompt": "blurry"})
+    recipe = resolve(call, "a cat", 1, CATALOGUE)
+    assert [(x.sha256, x.weight, x.negative) for x in recipe.embeddings] == [
+        ("e" * 64, 1, False),
+        ("e" * 64, 1.2, True),
+    ]
+    assert recipe.digest != resolve(api(), "a cat", 1, CATALOGUE).digest
+    lines = infotext(recipe, {"e" * 64: "fog"}).splitlines()
+    assert lines[:2] == ["fog, a cat", "Negative prompt: (fog:1.2), blurry"]
+    (group,) = plan([recipe])
+    assert group.embeddings == ("e" * 64,)
+    for name, reason in (("ink", "unknown-embedding"), ("nobody", "unknown-embedding")):
+        wrong = (Embedding(model=name, version="8"),)
+        with pytest.raises(RenderError) as refused:
+            resolve(call.model_copy(update={"embeddings": wrong}), "a cat", 1, CATALOGUE)
+        assert refused.value.reason == reason
 
 
 def test_the_plan_takes_each_checkpoint_and_lora_set_once() -> None:

@@ -129,7 +129,7 @@ class Painter:
         self.loads = self.truncated = 0
         self.used: list[tuple[Path, tuple[Path, ...]]] = []
 
-    def use(self, checkpoint: Path, loras: dict[str, Path]) -> None:
+    def use(self, checkpoint: Path, loras: dict[str, Path], embeddings: dict[str, Path]) -> None:
         self.loads += 1
         self.used.append((checkpoint, tuple(loras.values())))
 
