@@ -27,20 +27,23 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-class LoRA(_Record):
-    """A LoRA laid over the checkpoint."""
+class Network(_Record):
+    """What is laid over the checkpoint, or stands in a prompt."""
 
     model: Name
     version: Name
+    weight: float = Field(default=1, ge=-4, le=4, description="strength; 1 is as trained")
+
+
+class LoRA(Network):
+    """A LoRA laid over the checkpoint."""
+
     weight: float = Field(ge=-4, le=4, description="strength; 1 is as trained")
 
 
-class Embedding(_Record):
-    """A textual inversion that stands at the beginning of a prompt."""
+class Embedding(Network):
+    """A textual inversion that stands at the beginning of a prompt; 1 is no extra attention."""
 
-    model: Name
-    version: Name
-    weight: float = Field(default=1, ge=-4, le=4, description="attention; 1 is none")
     negative: bool = Field(default=False, description="of the negative prompt")
 
 

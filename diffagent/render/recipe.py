@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from diffagent.artifacts import canonical_json
 from diffagent.errors import RenderError
 from diffagent.render.samplers import SAMPLERS, normalise
-from schemas.api import T2IAPI, Embedding, LoRA
+from schemas.api import T2IAPI, Network
 
 if TYPE_CHECKING:
     from diffagent.dabench.catalogue import Catalogue, Entry
@@ -116,7 +116,7 @@ def resolve(api: T2IAPI, prompt: str, seed: int, catalogue: Catalogue) -> Recipe
     )
 
 
-def _fitting(kind: str, network: LoRA | Embedding, entry: Entry | None, checkpoint: Entry) -> str:
+def _fitting(kind: str, network: Network, entry: Entry | None, checkpoint: Entry) -> str:
     """The hash of a network's file."""
     if entry is None:
         raise RenderError(
