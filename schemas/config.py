@@ -26,7 +26,7 @@ class CrawlConfig(_Section):
         description="address of a Civitai API, or 'sandbox', or 'dump:DIR' for an embedded server",
     )
     model_types: tuple[str, ...] = Field(
-        default=("Checkpoint", "LORA", "LoCon", "DoRA"),
+        default=("Checkpoint", "LORA", "LoCon", "DoRA", "TextualInversion"),
         description="types to list; empty for all of them",
     )
     nsfw: bool = Field(default=False, description="ask for records above PG (filters still apply)")
@@ -97,7 +97,7 @@ class FilterConfig(_Section):
         description="filters of generation records; also there: text_to_image, size_stated, "
         "networks_complete, reactions",
     )
-    model_types: tuple[str, ...] = ("Checkpoint", "LORA", "LoCon", "DoRA")
+    model_types: tuple[str, ...] = ("Checkpoint", "LORA", "LoCon", "DoRA", "TextualInversion")
     base_models: tuple[str, ...] = Field(
         default=("SD 1.5", "SDXL 1.0"),
         description="as in the paper; Civitai's names, ecosystems ('sdxl', 'flux1') or 'all'",

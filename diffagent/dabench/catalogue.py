@@ -32,7 +32,8 @@ CHECKPOINT = "Checkpoint"
 LORA_TYPES: Mapping[str, str] = {"LORA": "lora", "LoCon": "lycoris", "DoRA": "dora"}
 #: What stands in a prompt.
 EMBEDDING = "TextualInversion"
-_AIR_TYPES = {CHECKPOINT: "checkpoint", **LORA_TYPES, EMBEDDING: "embedding"}
+#: Types that a catalogue can hold, with the name of the type in an AIR.
+AIR_TYPES = {CHECKPOINT: "checkpoint", **LORA_TYPES, EMBEDDING: "embedding"}
 #: Files of a version that hold the weights of the model itself.
 WEIGHT_TYPES = ("Model", "Pruned Model", "UNet", "Diffusion Model")
 
@@ -285,7 +286,7 @@ def make_entry(
     """
     kind, base_model = str(model["type"]), str(version["baseModel"])
     model_id, version_id = int(model["id"]), int(version["id"])
-    air_type = _AIR_TYPES.get(kind, kind.lower())
+    air_type = AIR_TYPES.get(kind, kind.lower())
     creator = model.get("creator")
     username = creator.get("username") if isinstance(creator, dict) else None
     known = base_model_of(base_model)

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from diffagent.artifacts import MANIFEST, read_manifest, sha256_file
 from diffagent.dabench.base_models import ecosystem
-from diffagent.dabench.catalogue import CHECKPOINT, LORA_TYPES, Catalogue, Entry
+from diffagent.dabench.catalogue import AIR_TYPES, Catalogue, Entry
 from diffagent.dabench.dataset import Batch, Dataset, find_shards, read_file
 from diffagent.dabench.layout import printable
 from diffagent.dabench.shards import model_mapping, sampler_mapping
@@ -252,7 +252,7 @@ def _check_catalogue(verdict: Verdict) -> Catalogue | None:
 
 def _entry_problem(entry: Entry) -> str:
     """What is wrong between an entry's type, base model, ids and AIR; '' when nothing is."""
-    kind = "checkpoint" if entry.type == CHECKPOINT else LORA_TYPES.get(entry.type)
+    kind = AIR_TYPES.get(entry.type)
     if kind is None:
         return f"type {entry.type!r} cannot be called"
     air = f"urn:air:{entry.ecosystem}:{kind}:civitai:{entry.model_id}@{entry.version_id}"

@@ -74,7 +74,7 @@ def kept_versions(models: list[dict[str, Any]]) -> set[int]:
         version["id"]
         for model in models
         for version in model["modelVersions"]
-        if model["type"] in ("Checkpoint", "LORA", "LoCon", "DoRA")
+        if model["type"] in ("Checkpoint", "LORA", "LoCon", "DoRA", "TextualInversion")
         and version["baseModel"] in ("SD 1.5", "SDXL 1.0")
         and version.get("baseModelType") in (None, "Standard")
         and not (model["type"] == "Checkpoint" and "inpaint" in all_names(version))
