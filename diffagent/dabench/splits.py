@@ -40,6 +40,7 @@ from diffagent.dabench.neighbours import (
     mix,
     ranges,
 )
+from diffagent.dabench.tables import read_batches
 from diffagent.errors import ArtifactError
 from schemas.config import DABenchConfig
 from schemas.dabench import PRINTS
@@ -143,6 +144,7 @@ class Prints:
         scratch.mkdir(parents=True, exist_ok=True)
         self._store = SetStore(scratch / "sets.bin")
         sets, first = _numbered(keys, keys != 0)
+        del keys
         self._fill(first)
         posts, own = _numbered(posts, np.ones(len(posts), bool))
         self._columns = [posts + np.int32(len(first)), sets]
@@ -214,8 +216,7 @@ class Prints:
 
     def _batches(self, columns: list[str]) -> Iterator[pa.RecordBatch]:
         try:
-            with pq.ParquetFile(self._path) as file:
-                yield from file.iter_batches(batch_size=1 << 13, columns=columns)
+            yield from read_batches(self._path, columns)
         except (OSError, pa.ArrowException) as error:
             raise ArtifactError(
                 f"cannot read {str(self._path)!r}: {error}; delete {str(self._path.parent)!r} and "
@@ -241,33 +242,29 @@ class Prints:
         anchors, splits = np.zeros(0, np.int64), np.zeros(0, np.int8)  # of each group, by age
         made = Assignment(np.full(len(self.ids), NO_SPLIT, np.int8), np.zeros_like(self.ids))
         for generation in np.unique(self.generations):
-            rows = np.flatnonzero(self.generations == generation)
-            columns = [column[rows] for column in self._columns]
+            rows = np.flatnonzero(self.generations == generation).astype(np.int32)
+            alone = len(rows) == len(self.ids)  # then spare the copies
+            columns = self._columns if alone else [column[rows] for column in self._columns]
             links.begin(columns)
             self._ask(links)
-            _, heads, places, sizes = np.unique(
-                links.groups.find(columns[0]),
-                return_index=True,
-                return_inverse=True,
-                return_counts=True,
-            )
+            heads, places = links.components(columns[0])
             oldest, touched = links.answer(columns, places, len(heads))
             new = np.flatnonzero(oldest == _NONE)
-            new = new[np.argsort(heads[new])]
             oldest[new] = len(anchors) + np.arange(len(new), dtype=np.int32)
             first = self.ids[rows[heads[new]]]
             anchors = np.concatenate([anchors, first])
-            number = np.full(len(heads), -1)
-            number[new] = np.arange(len(new))
-            fresh = number[places] >= 0
-            decided = cuts.decide(first, number[places][fresh], self.bases[rows][fresh])
+            number = np.full(len(heads), -1, np.int32)
+            number[new] = np.arange(len(new), dtype=np.int32)
+            fresh = number[places]
+            bases = self.bases[rows]
+            decided = cuts.decide(first, fresh[fresh >= 0], bases[fresh >= 0])
             splits = np.concatenate([splits, decided])
             group = oldest[places]
             split = splits[group]
             straddling = (touched & ~(1 << split)) != 0
             made.split[rows] = np.where(straddling, np.int8(NO_SPLIT), split)
             made.group[rows] = anchors[group]
-            links.settle([c[~straddling] for c in columns], group[~straddling], split[~straddling])
+            links.settle(columns, group, made.split[rows])
         return made
 
     def exposed(self, splits: Codes) -> Flags:
@@ -367,8 +364,21 @@ class _Links:
             np.minimum.at(self.oldest, a, self.group[b])
             np.bitwise_or.at(self.touched, a, self._bits(b))
 
+    def components(self, column: Int32s) -> tuple[Int32s, Int32s]:
+        """The first row of each group of new rows, ascending; and the group of each row.
+
+        Args:
+            column: a node of each row.
+        """
+        roots = self.groups.find(column)
+        number = np.full(len(self.new), -1, np.int32)
+        number[roots[::-1]] = np.arange(len(roots) - 1, -1, -1, dtype=np.int32)  # first one stays
+        heads = np.sort(number[number >= 0])
+        number[roots[heads]] = np.arange(len(heads), dtype=np.int32)
+        return heads, number[roots]
+
     def answer(
-        self, columns: list[Int32s], places: Ints, groups: int
+        self, columns: list[Int32s], places: Int32s, groups: int
     ) -> tuple[Int32s, npt.NDArray[np.uint8]]:
         """The oldest group that each of the new ones touches; the splits that each row touches."""
         oldest = np.full(groups, _NONE, np.int32)
@@ -380,9 +390,9 @@ class _Links:
         return oldest, touched
 
     def settle(self, columns: list[Int32s], group: Int32s, split: Codes) -> None:
-        """These rows are in: to the next generations they are older ones."""
+        """To the next generations these rows are older ones, but those that are left out."""
         for column in columns:
-            tied = column >= 0
+            tied = (column >= 0) & (split != NO_SPLIT)
             np.minimum.at(self.group, column[tied], group[tied])
             self.split[column[tied]] = split[tied]
 
@@ -438,7 +448,7 @@ class _Cuts:
         self._salts = [salt(config.seed, "group", name) for name in base_models]
         self._cuts: dict[int, tuple[float, float]] = {}
 
-    def decide(self, ids: Ints, groups: Ints, bases: npt.NDArray[np.int16]) -> Codes:
+    def decide(self, ids: Ints, groups: Int32s, bases: npt.NDArray[np.int16]) -> Codes:
         """The splits of the new groups of a generation.
 
         Args:
@@ -448,8 +458,8 @@ class _Cuts:
         splits = np.full(len(ids), TRAIN, np.int8)
         counts = np.bincount(bases, minlength=len(self._names)).tolist()
         rarity = sorted(range(len(counts)), key=lambda code: (counts[code], self._names[code]))
-        ranks = np.argsort(rarity)[bases]
-        rarest = np.full(len(ids), len(counts))
+        ranks = np.argsort(rarity).astype(np.int16)[bases]
+        rarest = np.full(len(ids), len(counts), np.int16)
         np.minimum.at(rarest, groups, ranks)
         giant = self._giant(np.bincount(groups, minlength=len(ids)))
         for rank in np.unique(rarest).tolist():
