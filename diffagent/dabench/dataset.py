@@ -72,6 +72,17 @@ class Dataset:
         name = "near_duplicate_jaccard"
         return float(self.config.get(name, DABenchConfig.model_fields[name].default))
 
+    @property
+    def series_jaccard(self) -> float:
+        """The same for two prompts of one creator; 1 when the manifest says nothing of series."""
+        return float(self.config.get("series_jaccard", 1))
+
+    @property
+    def random_split(self) -> dict[str, Any]:
+        """Rows of each random split and how many of its test are ``exposed``; {}: not known."""
+        found = self.manifest.metrics.get("random_split", {}) if self.manifest else {}
+        return dict(found)
+
     @cached_property
     def artifact(self) -> Artifact | None:
         """The handle of its artefact, when it has a manifest."""

@@ -31,10 +31,11 @@ from diffagent.dabench.funnel import FunnelCounter
 from diffagent.dabench.records import RECORD_FILTERS, Dropped, PairBuilder
 from diffagent.dabench.resolve import Lookup, Resolver
 from diffagent.dabench.snapshot import read_gone, read_items
+from diffagent.dabench.splits import shingles
 from diffagent.dabench.tables import table_writer, write_table
 from diffagent.errors import ArtifactError
 from schemas.config import FilterConfig
-from schemas.dabench import RECORDS
+from schemas.dabench import PRINTS, RECORDS
 
 log = logging.getLogger(__name__)
 
@@ -251,7 +252,10 @@ def filter_records(config: FilterConfig, context: StageContext) -> StageResult:
 
     pairs = PairBuilder(config, resolver)
     records = FunnelCounter("records", RECORD_FILTERS)
-    with table_writer(context.out / "records-00000.parquet", RECORDS) as writer:
+    with (
+        table_writer(context.out / "records-00000.parquet", RECORDS) as writer,
+        table_writer(context.out / "prints.parquet", PRINTS) as prints,
+    ):
         for item in read_items(snapshot, "images"):
             row = pairs.build(item)
             if isinstance(row, Dropped):
@@ -259,6 +263,9 @@ def filter_records(config: FilterConfig, context: StageContext) -> StageResult:
             else:
                 records.keep()
                 writer.append(row)
+                columns = {name: row[name] for name in PRINTS.names if name in row}
+                made = {"generation": 0, "kept": True, "shingles": shingles(row["prompt"])}
+                prints.append(columns | made)
     return StageResult(
         rows={"catalogue": len(catalogue.entries), "records": writer.rows},
         funnels=(sift.models.result(), sift.versions.result(), records.result()),

@@ -17,13 +17,13 @@ class FunnelCounter:
         self._kept = 0
         self._dropped: Counter[tuple[str, str]] = Counter()
 
-    def keep(self) -> None:
-        """Count an item that passed."""
-        self._kept += 1
+    def keep(self, count: int = 1) -> None:
+        """Count items that passed."""
+        self._kept += count
 
-    def drop(self, name: str, reason: str) -> None:
-        """Count an item that filter ``name`` dropped."""
-        self._dropped[name, reason] += 1
+    def drop(self, name: str, reason: str, count: int = 1) -> None:
+        """Count items that filter ``name`` dropped."""
+        self._dropped[name, reason] += count
 
     def result(self) -> Funnel:
         """The funnel so far; steps in the order of the filters, most frequent reason first."""

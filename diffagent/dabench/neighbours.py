@@ -121,7 +121,7 @@ class SetStore:
 
     def take(self, nodes: Int32s) -> Ints:
         """The tokens of these sets, one after the other."""
-        if len(nodes) and int(nodes[-1]) - int(nodes[0]) == len(nodes) - 1:  # neighbours
+        if len(nodes) and (np.diff(nodes) == 1).all():  # in one piece
             first = int(self.starts[nodes[0]])
             count = int(self.starts[nodes[-1] + 1]) - first
             return np.frombuffer(os.pread(self._stream.fileno(), 8 * count, 8 * first), np.int64)
@@ -268,26 +268,39 @@ class Join:
             step += 1
 
     def _compare_long(self, question: Question, nodes: Int32s, places: Int32s) -> None:
-        """One run: sets that ask with the classes that they want to know of."""
+        """One run: sets that ask with the classes that they want to know of.
+
+        A block of those that ask is compared with one member of each class first: where most are
+        alike that answers most of what is asked. Then with all members.
+        """
         asking = question.asking(nodes)
         pivots = np.flatnonzero(asking)
-        begin = 0
+        seen = np.zeros(len(nodes), bool)  # the members that the block was compared with
+        begin = tried = 0
         while begin < len(pivots):
             _, heads, classes, counts = np.unique(
                 question.classes(nodes), return_index=True, return_inverse=True, return_counts=True
             )
-            block = pivots[begin : begin + max(1, _PAIRS // len(heads))]
+            end = begin + max(1, _PAIRS // len(heads))
+            block = pivots[begin : min(end, tried) if begin < tried else end]
             row, column = np.divmod(np.arange(len(block) * len(heads)), len(heads))
             wanted = question.wanted(nodes[block[row]], nodes[heads[column]])
             row, column = row[wanted], column[wanted]
-            pairs = np.bincount(row, weights=counts[column], minlength=len(block))
-            block = block[: max(1, int(np.searchsorted(np.cumsum(pairs), _PAIRS, "right")))]
-            begin += len(block)
-            row, column = row[row < len(block)], column[row < len(block)]
-            members = np.argsort(classes, kind="stable")
-            firsts = np.cumsum(counts) - counts
-            one = np.repeat(block[row], counts[column])
-            other = members[ranges(firsts[column], counts[column])]
+            if begin == tried:
+                tried += len(block)
+                seen[:] = False
+                seen[heads] = True
+                one, other = block[row], heads[column]
+            else:
+                pairs = np.bincount(row, weights=counts[column], minlength=len(block))
+                block = block[: max(1, int(np.searchsorted(np.cumsum(pairs), _PAIRS, "right")))]
+                begin += len(block)
+                row, column = row[row < len(block)], column[row < len(block)]
+                members = np.argsort(classes, kind="stable")
+                firsts = np.cumsum(counts) - counts
+                one = np.repeat(block[row], counts[column])
+                other = members[ranges(firsts[column], counts[column])]
+                one, other = one[~seen[other]], other[~seen[other]]
             once = (other > one) | ~asking[other]
             one, other = one[once], other[once]
             self._settle(question, nodes[one], nodes[other], places[one], places[other])

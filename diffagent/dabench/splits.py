@@ -27,7 +27,6 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from diffagent.dabench.neighbours import (
     Flags,
@@ -166,7 +165,7 @@ class Prints:
 
     def _read_rows(self) -> tuple[Words, Words, Words]:
         """Read all but the sets; returns a hash of the set (0: empty), the post, the creator."""
-        rows = pq.read_metadata(self._path).num_rows if self._path.is_file() else 0
+        rows = sum(len(batch) for batch in self._batches(["id"]))
         self.ids: Ints = np.zeros(rows, np.int64)
         self.generations: Int32s = np.zeros(rows, np.int32)
         self.kept: Flags = np.zeros(rows, bool)
@@ -243,8 +242,8 @@ class Prints:
         made = Assignment(np.full(len(self.ids), NO_SPLIT, np.int8), np.zeros_like(self.ids))
         for generation in np.unique(self.generations):
             rows = np.flatnonzero(self.generations == generation).astype(np.int32)
-            alone = len(rows) == len(self.ids)  # then spare the copies
-            columns = self._columns if alone else [column[rows] for column in self._columns]
+            rows = rows[np.argsort(self.ids[rows], kind="stable")]
+            columns = [column[rows] for column in self._columns]
             links.begin(columns)
             self._ask(links)
             heads, places = links.components(columns[0])
