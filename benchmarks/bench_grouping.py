@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffagent.artifacts import peak_memory_bytes
-from diffagent.dabench.neighbours import mix, ranges
+from diffagent.dabench.neighbours import mix
 from diffagent.dabench.splits import NO_SPLIT, Prints, random_splits, shingles
 from diffagent.sandbox.files import materialise
 from schemas.config import DABenchConfig
@@ -60,7 +60,7 @@ def replicate(source: pa.Table, rows: int, path: Path, words: str) -> None:
     tokens = lists.flatten().to_numpy().view(np.uint64)
     sizes = np.diff(lists.offsets.to_numpy())
     owner = np.repeat(np.arange(len(sizes)), sizes)
-    values, places, counts = np.unique(tokens, return_inverse=True, return_counts=True)
+    _, places, counts = np.unique(tokens, return_inverse=True, return_counts=True)
     common = (counts > BOILERPLATE * len(source))[places] & (words == "boilerplate")
     posts = source["post_id"].combine_chunks()
     with pq.ParquetWriter(path, PRINTS) as writer:
@@ -134,7 +134,9 @@ def main(source: pa.Table, sizes: list[int]) -> None:
                 command = [sys.executable, __file__, "--measure", str(path)]
                 made = subprocess.run(command, check=True, capture_output=True, text=True)
                 found.append(json.loads(made.stdout))
-                print(json.dumps({"benchmark": "grouping", "words": words, **found[-1]}), flush=True)
+                print(
+                    json.dumps({"benchmark": "grouping", "words": words, **found[-1]}), flush=True
+                )
             if len(found) > 1:
                 logs = np.log([[line["rows"], line["seconds"]] for line in found])
                 slope = round(float(np.polyfit(logs[:, 0], logs[:, 1], 1)[0]), 2)

@@ -49,7 +49,7 @@ class CardFacts:
     exposed: int
     base_models: Mapping[str, Mapping[str, int]]
     distributions: Mapping[str, Any]
-    funnels: Sequence[Funnel]
+    funnels: tuple[Funnel, ...]
     config: DABenchConfig
 
 

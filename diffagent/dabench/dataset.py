@@ -222,9 +222,9 @@ def _parquet_batches(path: Path, columns: Sequence[str] | None) -> Iterator[pa.R
 def damaged(path: Path, error: Exception) -> ArtifactError:
     """The error for a shard that cannot be read."""
     return ArtifactError(
-        f"cannot read {str(path)!r}: {error}. The file is damaged: 'diffagent dabench verify' lists "
-        "all that is; copy the dataset again from where it was made, or delete it and run the "
-        "stage 'shard' again"
+        f"cannot read {str(path)!r}: {error}. The file is damaged: 'diffagent dabench verify' "
+        "lists all that is; copy the dataset again from where it was made, or delete it and run "
+        "the stage 'shard' again"
     )
 
 

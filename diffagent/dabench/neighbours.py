@@ -142,7 +142,8 @@ class SetStore:
             (np.ones(len(tokens), np.int8), tokens, ends), shape=(len(nodes), 2**63 - 1)
         )
         both = rows[places[: len(one)]].multiply(rows[places[len(one) :]])
-        return np.diff(both.indptr).astype(np.int64)
+        counts: Ints = np.diff(both.indptr).astype(np.int64)
+        return counts
 
 
 class Join:
@@ -205,17 +206,19 @@ class Join:
         """All nodes, a chunk at a time: (first node, sizes, tokens with their salts)."""
         for part, tokens in self._store.chunks(self._nodes):
             sizes = self._sizes[part]
-            if self._salts is not None:
-                salted = mix(tokens.view(np.uint64) ^ np.repeat(self._salts[part], sizes))
-                tokens = (salted >> np.uint64(1)).view(np.int64)
-                owner = np.repeat(np.arange(len(sizes)), sizes)
-                tokens = tokens[np.lexsort((tokens, owner))]
-            yield part.start, sizes, tokens
+            if self._salts is None:
+                yield part.start, sizes, tokens
+                continue
+            salted = mix(tokens.view(np.uint64) ^ np.repeat(self._salts[part], sizes))
+            own = (salted >> np.uint64(1)).view(np.int64)
+            owner = np.repeat(np.arange(len(sizes)), sizes)
+            yield part.start, sizes, own[np.lexsort((own, owner))]
 
     def _prefix(self, sizes: Int32s) -> Ints:
         """|A and B| >= threshold * max(|A|, |B|), so they share one of so many first tokens."""
         wanted = np.ceil(self._threshold * sizes - _EPSILON).astype(np.int64)
-        return np.minimum(sizes - wanted + 1, 1 << 16)
+        first: Ints = np.minimum(sizes - wanted + 1, 1 << 16)
+        return first
 
     def _sort_partition(self, path: Path) -> None:
         """By token, then by size; without tokens of one set."""
@@ -324,16 +327,16 @@ class Join:
         weight = np.cumsum(self._sizes[one] + self._sizes[other], dtype=np.int64)
         bounds = np.flatnonzero(np.diff(weight // _TOKENS)) + 1
         for a, b in zip(np.split(one, bounds), np.split(other, bounds), strict=True):
-            new = question.wanted(a, b)
-            a, b = a[new], b[new]
-            if len(a):
-                alike = self._alike(a, b)
+            new = np.flatnonzero(question.wanted(a, b))
+            if len(new):
+                alike = new[self._alike(a[new], b[new])]
                 question.found(a[alike], b[alike])
 
     def _need(self, sizes: Int32s) -> Int32s:
         """How many tokens two sets that are alike share, by the sum of their sizes."""
         share = self._threshold / (1 + self._threshold)
-        return np.ceil(share * sizes - _EPSILON).astype(np.int32)
+        need: Int32s = np.ceil(share * sizes - _EPSILON).astype(np.int32)
+        return need
 
     def _alike(self, one: Int32s, other: Int32s) -> Flags:
         shared = self._store.shared(self._nodes[one], self._nodes[other])

@@ -56,7 +56,8 @@ class _Plan:
     @property
     def inside(self) -> Flags:
         """Which records are in the dataset."""
-        return self.split != NO_SPLIT
+        inside: Flags = self.split != NO_SPLIT
+        return inside
 
 
 @stage("shard", version=2, config=DABenchConfig)
@@ -154,11 +155,11 @@ def _plan(filtered: Artifact, config: DABenchConfig, out: Path) -> _Plan:
     )
 
 
-def _count(codes: Codes) -> dict[Split, int]:
+def _count(codes: Codes) -> dict[str, int]:
     return {split: int((codes == code).sum()) for code, split in enumerate(SPLITS)}
 
 
-def _base_models(plan: _Plan) -> dict[str, dict[Split, int]]:
+def _base_models(plan: _Plan) -> dict[str, dict[str, int]]:
     """Rows of each base model in each split, most frequent base model first."""
     order = np.argsort(-np.bincount(plan.bases, minlength=len(plan.base_models)), kind="stable")
     found = {plan.base_models[base]: _count(plan.split[plan.bases == base]) for base in order}

@@ -130,7 +130,7 @@ class Prints:
     Args:
         path: parquet file of `schemas.dabench.PRINTS`.
         config: thresholds, fractions and seed.
-        scratch: an empty directory for temporary files (about 1 kB a row), for the caller to delete.
+        scratch: an empty directory for temporary files (0.3 kB a row), for the caller to delete.
 
     Raises:
         ArtifactError: the file is damaged.
@@ -145,8 +145,8 @@ class Prints:
         sets, first = _numbered(keys, keys != 0)
         del keys
         self._fill(first)
-        posts, own = _numbered(posts, np.ones(len(posts), bool))
-        self._columns = [posts + np.int32(len(first)), sets]
+        post, own = _numbered(posts, np.ones(len(posts), bool))
+        self._columns = [post + np.int32(len(first)), sets]
         self._nodes = len(first) + len(own)
         self._joins = [(0, Join(self._store, config.near_duplicate_jaccard, scratch / "alike"))]
         if config.series_jaccard < config.near_duplicate_jaccard:
@@ -199,7 +199,8 @@ class Prints:
             if name not in self.base_models:
                 self.base_models.append(name)
         codes = [self.base_models.index(name) for name in encoded.dictionary.to_pylist()]
-        return np.array(codes, np.int16)[encoded.indices.to_numpy()]
+        found: npt.NDArray[np.int16] = np.array(codes, np.int16)[encoded.indices.to_numpy()]
+        return found
 
     def _fill(self, first: Ints) -> None:
         """Store the sets of these rows (ascending)."""
@@ -281,7 +282,8 @@ class Prints:
         found = np.zeros(len(splits), bool)
         for column in self._columns:
             found |= (column >= 0) & question.hit[column]
-        return found & (splits == TEST)
+        found &= splits == TEST
+        return found
 
     def _ask(self, question: _Links | _Exposure) -> None:
         for question.offset, join in self._joins:
@@ -328,10 +330,12 @@ class _Links:
 
     def active(self, nodes: Int32s) -> Flags:
         nodes = nodes + np.int32(self.offset)
-        return self.new[nodes] | (self.group[nodes] != _NONE)
+        active: Flags = self.new[nodes] | (self.group[nodes] != _NONE)
+        return active
 
     def asking(self, nodes: Int32s) -> Flags:
-        return self.new[nodes + np.int32(self.offset)]
+        asking: Flags = self.new[nodes + np.int32(self.offset)]
+        return asking
 
     def classes(self, nodes: Int32s) -> Ints:
         nodes = nodes + np.int32(self.offset)
@@ -353,7 +357,8 @@ class _Links:
         """Whether the older rows of ``other`` would be news to the new ones of ``one``."""
         group = self.group[other]
         known = (self.touched[one] & self._bits(other) != 0) & (self.oldest[one] <= group)
-        return self.new[one] & (group != _NONE) & ~known
+        tells: Flags = self.new[one] & (group != _NONE) & ~known
+        return tells
 
     def found(self, one: Int32s, other: Int32s) -> None:
         one, other = one + np.int32(self.offset), other + np.int32(self.offset)
@@ -524,4 +529,6 @@ def _hashes(texts: pa.StringArray) -> Words:
     """A hash of each text that is not 0; 0 for null."""
     encoded = texts.dictionary_encode()
     known = [text_hash(text) | 1 for text in encoded.dictionary.to_pylist()]
-    return np.array([*known, 0], np.uint64)[encoded.indices.fill_null(len(known)).to_numpy()]
+    codes = encoded.indices.fill_null(len(known)).to_numpy()
+    found: Words = np.array([*known, 0], np.uint64)[codes]
+    return found

@@ -268,8 +268,8 @@ def _random_text(random_split: Mapping[str, Any], total: int) -> list[str]:
     return [
         "pairs of a random split, for comparison (column random_split)",
         *aligned([(split, n, share(n, total)) for split, n in rows.items()]),
-        f"  {exposed:,} of its test ({share(exposed, rows['test'])}) have a near-duplicate, a picture "
-        "of their post or series in its train; of the test above none",
+        f"  {exposed:,} of its test ({share(exposed, rows['test'])}) have a near-duplicate, a "
+        "picture of their post or series in its train; of the test above none",
     ]
 
 

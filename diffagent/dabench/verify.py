@@ -1,8 +1,8 @@
 """Is a DABench what it says it is? Every problem with its file, row, value and remedy.
 
 Digests, schema and counts against the manifest; every row against the catalogue and the mapping
-dictionaries; and no near-duplicate prompt, group or post on both sides of a split. One pass over
-the rows, a batch in memory at a time, and one over the prompts.
+dictionaries; and no near-duplicate prompt, group, post or series on both sides of a split. One
+pass over the rows, a batch in memory at a time, and some over the prompts (`find_leaks`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -505,49 +505,48 @@ def _check_leaks(
     """Prompts of different splits that are alike by the thresholds of the build."""
     threshold, series = dataset.near_duplicate_jaccard, dataset.series_jaccard
     leaks = find_leaks(lambda: _chunks(files), threshold, limit=_MAX_LEAKS)
-    _add_leaks(verdict, places, files, leaks, "near-duplicate in two splits", threshold)
+    texts = _texts(files, {leak.other for leak in leaks[: verdict.limit]})
+    _add_leaks(verdict, places, "near-duplicate in two splits", leaks, texts)
     verdict.checked.append(f"near-duplicates of {threshold:g} or more across splits")
     if series < threshold and dataset.is_parquet:
         leaks = find_leaks(lambda: _chunks(files, creators=True), series, limit=_MAX_LEAKS)
         leaks = [leak for leak in leaks if leak.similarity < threshold]
-        _add_leaks(verdict, places, files, leaks, "series in two splits", series)
+        texts = _texts(files, {leak.other for leak in leaks[: verdict.limit]})
+        _add_leaks(verdict, places, "series in two splits", leaks, texts)
         verdict.checked.append(f"prompts of one creator, {series:g} or more alike, across splits")
 
 
 def _chunks(files: Sequence[tuple[Split, Path]], *, creators: bool = False) -> Iterator[Chunk]:
     """All rows, to look for leaks among; with ``creators`` among those of each."""
-    columns = ["prompt", "creator"] if creators else ["prompt"]
     for split, path in files:
-        for batch in read_file(split, path, columns):
+        for batch in read_file(split, path, ["prompt", "creator"] if creators else ["prompt"]):
             data = batch.data.to_pydict()
             texts = [text or "" for text in data["prompt"]]
-            splits = np.full(len(texts), SPLITS.index(split), np.int8)
-            yield chunk(splits, texts, data.get("creator", [None] * len(texts)) if creators else None)
+            names = data.get("creator", [None] * len(texts)) if creators else None
+            yield chunk(np.full(len(texts), SPLITS.index(split), np.int8), texts, names)
 
 
-def _add_leaks(
-    verdict: Verdict,
-    places: _Places,
-    files: Sequence[tuple[Split, Path]],
-    leaks: Sequence[Leak],
-    kind: str,
-    threshold: float,
-) -> None:
-    if len(leaks) >= _MAX_LEAKS:
-        log.warning("%s: counted only the first %d of %r", verdict.path, len(leaks), kind)
-    shown = {leak.other for leak in leaks[: verdict.limit]}
+def _texts(files: Sequence[tuple[Split, Path]], rows: Collection[int]) -> dict[int, str]:
+    """The prompts of these rows."""
     texts: dict[int, str] = {}
     start = 0
-    for split, path in files if shown else ():
+    for split, path in files if rows else ():
         for batch in read_file(split, path, ["prompt"]):
-            for row in shown:
+            for row in rows:
                 if 0 <= row - start < len(batch.data):
                     texts[row] = batch.data["prompt"][row - start].as_py() or ""
             start += len(batch.data)
+    return texts
+
+
+def _add_leaks(
+    verdict: Verdict, places: _Places, kind: str, leaks: Sequence[Leak], texts: Mapping[int, str]
+) -> None:
+    if len(leaks) >= _MAX_LEAKS:
+        log.warning("%s: counted only the first %d of %r", verdict.path, len(leaks), kind)
     for leak in leaks:
         file, row = places.find(leak.other)
-        twin = "{} row {}".format(*places.find(leak.one))
-        message = f"{leak.similarity:.2f} like that of {twin} ({threshold:g} is the limit)"
+        message = f"{leak.similarity:.2f} like that of {{}} row {{}}".format(*places.find(leak.one))
         verdict.add(kind, message, file=file, row=row, value=texts.get(leak.other, ""))
 
 

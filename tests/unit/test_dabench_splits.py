@@ -258,7 +258,9 @@ def test_each_base_model_has_its_share() -> None:
     codes, _ = assign([*rows, *giant], DABenchConfig())
     assert set(codes[-2000:]) == {TRAIN}
     for name, tolerance in (("rare", 0.004), ("common", 0.001)):
-        found = np.array([c for r, c in zip([*rows, *giant], codes, strict=True) if r["base_model"] == name])
+        found = np.array(
+            [c for r, c in zip([*rows, *giant], codes, strict=True) if r["base_model"] == name]
+        )
         for code in range(1, len(SPLITS)):
             assert abs((found == code).mean() - 0.1) < tolerance
 
