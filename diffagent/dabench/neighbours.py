@@ -372,5 +372,5 @@ class Groups:
             np.minimum.at(self._parent, np.maximum(one, other), np.minimum(one, other))
 
     def reset(self, items: Int32s) -> None:
-        """Each of these is alone again; all members of a set have to be among them."""
+        """Each of these is alone again; who was with them and is not among them means nothing."""
         self._parent[items] = items

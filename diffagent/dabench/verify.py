@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import pyarrow.parquet as pq
 
 from diffagent.artifacts import MANIFEST, read_manifest, sha256_file
 from diffagent.dabench.catalogue import CHECKPOINT, LORA_TYPES, Catalogue, Entry, ecosystem
-from diffagent.dabench.dataset import Batch, Dataset, find_shards, read_file
+from diffagent.dabench.dataset import Batch, Dataset, count_rows, find_shards, read_file
 from diffagent.dabench.layout import printable
 from diffagent.dabench.leaks import Chunk, Leak, chunk, find_leaks
 from diffagent.dabench.shards import model_mapping, sampler_mapping
@@ -504,26 +505,34 @@ def _check_leaks(
 ) -> None:
     """Prompts of different splits that are alike by the thresholds of the build."""
     threshold, series = dataset.near_duplicate_jaccard, dataset.series_jaccard
-    leaks = find_leaks(lambda: _chunks(files), threshold, limit=_MAX_LEAKS)
+    leaks = find_leaks(partial(_chunks, files), threshold, limit=_MAX_LEAKS)
     texts = _texts(files, {leak.other for leak in leaks[: verdict.limit]})
     _add_leaks(verdict, places, "near-duplicate in two splits", leaks, texts)
     verdict.checked.append(f"near-duplicates of {threshold:g} or more across splits")
     if series < threshold and dataset.is_parquet:
-        leaks = find_leaks(lambda: _chunks(files, creators=True), series, limit=_MAX_LEAKS)
+        leaks = find_leaks(partial(_chunks, files, creators=True), series, limit=_MAX_LEAKS)
         leaks = [leak for leak in leaks if leak.similarity < threshold]
         texts = _texts(files, {leak.other for leak in leaks[: verdict.limit]})
         _add_leaks(verdict, places, "series in two splits", leaks, texts)
         verdict.checked.append(f"prompts of one creator, {series:g} or more alike, across splits")
 
 
-def _chunks(files: Sequence[tuple[Split, Path]], *, creators: bool = False) -> Iterator[Chunk]:
+def _chunks(
+    files: Sequence[tuple[Split, Path]], wanted: Collection[int], *, creators: bool = False
+) -> Iterator[Chunk]:
     """All rows, to look for leaks among; with ``creators`` among those of each."""
     for split, path in files:
+        code = SPLITS.index(split)
+        if code not in wanted:
+            rows = count_rows(path)
+            nothing = np.zeros(rows, np.int64)
+            yield Chunk(np.full(rows, code, np.int8), nothing[:0], nothing)
+            continue
         for batch in read_file(split, path, ["prompt", "creator"] if creators else ["prompt"]):
             data = batch.data.to_pydict()
             texts = [text or "" for text in data["prompt"]]
             names = data.get("creator", [None] * len(texts)) if creators else None
-            yield chunk(np.full(len(texts), SPLITS.index(split), np.int8), texts, names)
+            yield chunk(np.full(len(texts), code, np.int8), texts, names)
 
 
 def _texts(files: Sequence[tuple[Split, Path]], rows: Collection[int]) -> dict[int, str]:

@@ -227,6 +227,6 @@ def test_the_dataset_holds_every_pair_once_without_leaks(filtered: Artifact) -> 
     splits = [split for split, _ in rows]
     codes = np.array([SPLITS.index(split) for split in splits], np.int8)
     every = chunk(codes, [row["prompt"] for _, row in rows])
-    assert find_leaks(lambda: [every], config.near_duplicate_jaccard) == []
+    assert find_leaks(lambda wanted: [every], config.near_duplicate_jaccard) == []
     for split, share in (("train", 0.8), ("validation", 0.1), ("test", 0.1)):
         assert abs(splits.count(split) / len(rows) - share) < 0.05

@@ -68,7 +68,7 @@ def test_every_record_is_in_one_split_and_none_leaks(made: Artifact) -> None:
         assert made.manifest.rows[split] == len(ids)
     codes = np.array([SPLITS.index(split) for split, _ in rows], np.int8)
     every = chunk(codes, [row["prompt"] for _, row in rows])
-    assert find_leaks(lambda: [every], CONFIG.near_duplicate_jaccard) == []
+    assert find_leaks(lambda wanted: [every], CONFIG.near_duplicate_jaccard) == []
     of_group: dict[int, set[str]] = {}
     of_post: dict[int, set[str]] = {}
     for split, row in rows:

@@ -333,8 +333,8 @@ def test_find_leaks_is_a_comparison_of_all_pairs(
         )
         for part in (rows[:5], rows[5:])
     ]
-    found = find_leaks(lambda: parts, threshold, block=3)
+    found = find_leaks(lambda wanted: parts, threshold, block=3)
     assert {(leak.one, leak.other) for leak in found} == wanted and len(found) == len(wanted)
     for leak in found:
         assert leak.similarity == pytest.approx(jaccard(rows[leak.one][0], rows[leak.other][0]))
-    assert len(find_leaks(lambda: parts, threshold, limit=1)) == min(1, len(wanted))
+    assert len(find_leaks(lambda wanted: parts, threshold, limit=1)) == min(1, len(wanted))
