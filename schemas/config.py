@@ -143,6 +143,12 @@ class DABenchConfig(_Section):
     near_duplicate_jaccard: float = Field(
         default=0.6, gt=0, le=1, description="prompts this alike (word pairs) share a split"
     )
+    series_jaccard: float = Field(
+        default=0.4,
+        gt=0,
+        le=1,
+        description="the same for prompts of one creator; off from near_duplicate_jaccard on",
+    )
     seed: int = Field(default=0, ge=0)
 
 

@@ -83,21 +83,28 @@ RECORDS = _schema(
     ("first_seen", _text, True),  # day of that crawl, YYYY-MM-DD
 )
 
-#: One row a record with a prompt and a known checkpoint, whether the filters keep it or not: what
-#: splits are made from, so that a model that goes moves no record from one split to another.
+#: One row a record with a prompt and a known checkpoint, whether the filters keep it or not, by
+#: id: what splits are decided from. RECORDS are those that are ``kept``, in the same order.
 PRINTS = _schema(
     ("id", _int, False),
-    ("generation", pa.int32(), False),
+    ("generation", pa.int32(), False),  # number of the refresh that brought it; 0: first crawl
     ("post_id", _int, True),
     ("creator", _text, True),
     ("base_model", _text, False),
     ("kept", _bool, False),
-    ("shingles", pa.list_(_int), False),  # diffagent.dabench.splits.shingles
+    ("shingles", pa.list_(_int), False),  # diffagent.dabench.splits.shingles of the prompt
 )
 
-#: One row a pair of DABench. ``group``: smallest id among its near-duplicates and its post,
-#: which all lie in one split.
-DABENCH = pa.schema([*RECORDS, pa.field("group", _int, nullable=False)])
+#: One row a pair of DABench. ``group``: the id that names all that is tied to it by near-duplicate
+#: prompts, posts and series, and lies in one split; the smallest id of its first generation.
+#: ``random_split``: where a hash of its own id would have put it, leaks and all.
+DABENCH = pa.schema(
+    [
+        *RECORDS,
+        pa.field("group", _int, nullable=False),
+        pa.field("random_split", _text, nullable=False),
+    ]
+)
 
 #: One row a candidate answer to a prompt: sampled, taken from DABench or given by a selector.
 CANDIDATES = _schema(

@@ -6,13 +6,16 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from diffagent.dabench.funnel import FunnelCounter
 from diffagent.dabench.records import DUPLICATE, Dropped, PairBuilder
 from diffagent.dabench.snapshot import parse_items
+from diffagent.dabench.splits import shingle_sets
 from diffagent.dabench.tables import TableWriter
 from schemas.dabench import PRINTS, RECORDS
 
@@ -63,11 +66,23 @@ def sift(pairs: PairBuilder, batch: Batch) -> Sifted:
             prints.append(built.fingerprint)
     return Sifted(
         pa.RecordBatch.from_pylist(rows, schema=RECORDS),
-        pa.RecordBatch.from_pylist(prints, schema=PRINTS),
+        _prints(prints),
         digests,
         dropped,
         loras,
     )
+
+
+def _prints(rows: list[dict[str, Any]]) -> pa.RecordBatch:
+    values, sizes = shingle_sets([row["prompt"] for row in rows])
+    offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    columns = [
+        pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), field.type)
+        if field.name == "shingles"
+        else pa.array([row[field.name] for row in rows], field.type)
+        for field in PRINTS
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=PRINTS)
 
 
 class Collector:

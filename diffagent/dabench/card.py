@@ -10,7 +10,7 @@ from typing import Any
 
 from diffagent.dabench.catalogue import Catalogue
 from schemas.config import DABenchConfig
-from schemas.manifest import Funnel, Manifest
+from schemas.manifest import Funnel
 
 #: Licences of base models; what is trained from one is bound by its terms.
 BASE_LICENCES: Mapping[str, str] = {
@@ -34,14 +34,22 @@ _MAX_BARS = 15
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the card reports beside the catalogue."""
+    """What the card reports beside the catalogue.
+
+    ``random_rows`` and ``exposed``: rows of each random split, and how many of its test rows have
+    a near-duplicate, post- or series-mate in its train split. ``base_models``: rows of each base
+    model in each split.
+    """
 
     rows: Mapping[str, int]
     models_used: int
     groups: int
     largest_group: int
+    random_rows: Mapping[str, int]
+    exposed: int
+    base_models: Mapping[str, Mapping[str, int]]
     distributions: Mapping[str, Any]
-    filter_manifest: Manifest
+    funnels: tuple[Funnel, ...]
     config: DABenchConfig
 
 
@@ -53,7 +61,7 @@ def write_card(out: Path, facts: CardFacts, catalogue: Catalogue) -> None:
         _front_matter(facts),
         _summary(facts, catalogue),
         "## How pairs were chosen\n\nEvery item seen is kept or dropped for exactly one reason.",
-        *(_funnel(funnel) for funnel in facts.filter_manifest.funnels),
+        *(_funnel(funnel) for funnel in facts.funnels),
         _source(facts),
         _splits(facts),
         _licences(catalogue),
@@ -142,14 +150,35 @@ def _source(facts: CardFacts) -> str:
 
 def _splits(facts: CardFacts) -> str:
     config = facts.config
+    total = sum(facts.rows.values())
+    chance = facts.random_rows
+    kinds = [
+        (split, n, _share(n, total), chance[split], _share(chance[split], total))
+        for split, n in facts.rows.items()
+    ]
+    strata = [
+        (name, sum(counts.values()), *(_share(n, sum(counts.values())) for n in counts.values()))
+        for name, counts in facts.base_models.items()
+    ]
     return f"""## Splits
 
 Prompts that are alike (Jaccard similarity of their word pairs of \
-{config.near_duplicate_jaccard} or more, joined transitively) and pictures of one post form a \
-group, and a group lies in one split: {facts.groups:,} groups, the largest of \
-{facts.largest_group:,} pairs. A hash of the group's smallest id and the seed {config.seed} \
-decides: test {config.test_fraction:g}, validation {config.validation_fraction:g}, the rest train \
-(expected shares of groups)."""
+{config.near_duplicate_jaccard:g} or more), pictures of one post, and one creator's series \
+({config.series_jaccard:g} or more) form a group, transitively, and a group lies in one split: \
+{facts.groups:,} groups, the largest of {facts.largest_group:,} pairs. What a refresh adds joins \
+the oldest group that it touches; what is tied to two splits is left out, so no pair ever moves \
+to another split. A hash of the group's first id and the seed {config.seed} decides for new \
+groups, stratified by base model: test {config.test_fraction:g}, validation \
+{config.validation_fraction:g}, the rest train.
+
+The column `random_split` holds, for comparison, the split by a hash of the pair's own id. Of its \
+{chance["test"]:,} test pairs {facts.exposed:,} ({_share(facts.exposed, chance["test"])}) have a \
+near-duplicate, a picture of their post or of their series in its train split; of those of the \
+leak-free split none has.
+
+{table(("split", "leak-free", "share", "random", "share"), kinds)}
+
+{table(("base model", "pairs", *facts.rows), strata)}"""
 
 
 def _licences(catalogue: Catalogue) -> str:

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from diffagent.artifacts import MANIFEST, Artifact, read_manifest
 from diffagent.dabench.pairs import from_pair, read_pairs
 from diffagent.dabench.splits import SPLITS, Split
+from diffagent.dabench.tables import read_batches
 from diffagent.errors import ArtifactError
 from diffagent.lineage import ancestors, lineage_lines
 from schemas.config import DABenchConfig
@@ -70,6 +71,17 @@ class Dataset:
         """Similarity from which on two prompts must share a split."""
         name = "near_duplicate_jaccard"
         return float(self.config.get(name, DABenchConfig.model_fields[name].default))
+
+    @property
+    def series_jaccard(self) -> float:
+        """The same for two prompts of one creator; 1 when the manifest says nothing of series."""
+        return float(self.config.get("series_jaccard", 1))
+
+    @property
+    def random_split(self) -> dict[str, Any]:
+        """Rows of each random split and how many of its test are ``exposed``; {}: not known."""
+        found = self.manifest.metrics.get("random_split", {}) if self.manifest else {}
+        return dict(found)
 
     @cached_property
     def artifact(self) -> Artifact | None:
@@ -180,7 +192,7 @@ def count_rows(path: Path) -> int:
     try:
         return int(pq.read_metadata(path).num_rows)
     except (OSError, pa.ArrowException) as error:
-        raise ArtifactError(f"cannot read {str(path)!r}: {error}") from None
+        raise damaged(path, error) from None
 
 
 def read_file(split: Split, path: Path, columns: Sequence[str] | None = None) -> Iterator[Batch]:
@@ -198,13 +210,22 @@ def read_file(split: Split, path: Path, columns: Sequence[str] | None = None) ->
 
 def _parquet_batches(path: Path, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
     try:
-        with pq.ParquetFile(path) as file:
-            names = None
-            if columns is not None:
-                names = [name for name in columns if name in file.schema_arrow.names]
-            yield from file.iter_batches(batch_size=_BATCH_ROWS, columns=names)
+        names = columns
+        if columns is not None:
+            known = pq.read_schema(path).names
+            names = [name for name in columns if name in known]
+        yield from read_batches(path, names)
     except (OSError, pa.ArrowException) as error:
-        raise ArtifactError(f"cannot read {str(path)!r}: {error}") from None
+        raise damaged(path, error) from None
+
+
+def damaged(path: Path, error: Exception) -> ArtifactError:
+    """The error for a shard that cannot be read."""
+    return ArtifactError(
+        f"cannot read {str(path)!r}: {error}. The file is damaged: 'diffagent dabench verify' "
+        "lists all that is; copy the dataset again from where it was made, or delete it and run "
+        "the stage 'shard' again"
+    )
 
 
 def _json_batches(path: Path, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:

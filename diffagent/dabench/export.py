@@ -337,7 +337,11 @@ def _manifest(dataset: Dataset, folder: Path, layout: Layout, started: float) ->
         files=files,
         rows={str(split): count for split, count in dataset.rows.items()},
         funnels=dataset.funnels,
-        metrics={"made_from": dataset.made_from, "dates": dataset.dates},
+        metrics={
+            "made_from": dataset.made_from,
+            "dates": dataset.dates,
+            "random_split": dataset.random_split,
+        },
         created_at=datetime.now(UTC),
         wall_seconds=time.monotonic() - started,
         peak_memory_bytes=peak_memory_bytes(),

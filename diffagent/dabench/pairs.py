@@ -38,6 +38,7 @@ API_KEYS: Mapping[str, str] = {
     "version": "Version",
     "air": "AIR",
     "loras": "LoRAs",
+    "embeddings": "Embeddings",
     "negative_prompt": "Negative Prompt",
 }
 _FIELDS: Mapping[str, str] = {key: field for field, key in API_KEYS.items()}

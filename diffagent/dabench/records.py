@@ -11,7 +11,6 @@ from diffagent.dabench.catalogue import Entry, int64
 from diffagent.dabench.metadata import PARSER_VERSION, Generation
 from diffagent.dabench.record_filters import RECORD_FILTERS, Record, highest, reaction_counts
 from diffagent.dabench.resolve import Resolver
-from diffagent.dabench.splits import shingles
 from schemas.api import T2IAPI, LoRA, Params
 from schemas.config import FilterConfig
 
@@ -31,7 +30,7 @@ class Built:
     """What a record gives."""
 
     row: dict[str, Any] | Dropped  # of RECORDS
-    fingerprint: dict[str, Any] | None = None  # of PRINTS
+    fingerprint: dict[str, Any] | None = None  # of PRINTS: see `fingerprint`
     digest: int = 0  # 64 bits of what the pair teaches; equal for duplicates
     loras: Sequence[str] = ()  # what became of those in the metadata: see Resolver.loras
 
@@ -111,7 +110,10 @@ class PairBuilder:
 
 
 def fingerprint(record: Record, *, kept: bool) -> dict[str, Any] | None:
-    """The row of ``schemas.dabench.PRINTS``; None without a prompt or a known checkpoint."""
+    """What ``schemas.dabench.PRINTS`` has of a record, with the prompt in place of its shingles.
+
+    None without a prompt or a known checkpoint.
+    """
     found = record.found
     if isinstance(found, str) or not record.generation.prompt:
         return None
@@ -122,7 +124,7 @@ def fingerprint(record: Record, *, kept: bool) -> dict[str, Any] | None:
         "creator": _text(record.item.get("username")),
         "base_model": found.version.base_model,
         "kept": kept,
-        "shingles": shingles(record.generation.prompt),
+        "prompt": record.generation.prompt,
     }
 
 

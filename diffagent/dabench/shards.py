@@ -3,113 +3,195 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
+import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import orjson
+import pyarrow as pa
 
 from diffagent.artifacts import Artifact, StageContext, StageResult, stage
 from diffagent.dabench.card import CardFacts, write_card
 from diffagent.dabench.catalogue import Catalogue, Entry, renderable_samplers
-from diffagent.dabench.splits import SPLITS, Split, group_prompts, join_posts, split_of
-from diffagent.dabench.tables import TableWriter, read_rows, table_writer, write_table
+from diffagent.dabench.dataset import DISTRIBUTIONS, damaged
+from diffagent.dabench.funnel import FunnelCounter
+from diffagent.dabench.neighbours import Flags, Ints
+from diffagent.dabench.splits import (
+    NO_SPLIT,
+    SPLITS,
+    Codes,
+    Prints,
+    Split,
+    random_splits,
+)
+from diffagent.dabench.tables import TableWriter, read_batches, read_rows, table_writer, write_table
 from diffagent.errors import ArtifactError
 from schemas.config import DABenchConfig
-from schemas.dabench import DABENCH
+from schemas.dabench import DABENCH, RECORDS
 
 log = logging.getLogger(__name__)
 
 
-@stage("shard", version=1, config=DABenchConfig)
+@dataclass(frozen=True)
+class _Plan:
+    """Of each record its split (NO_SPLIT: left out), its group and its split by chance.
+
+    ``exposed``: rows of the random test split with a near-duplicate, post- or series-mate in the
+    random train split.
+    """
+
+    ids: Ints
+    split: Codes
+    group: Ints
+    by_chance: Codes
+    bases: npt.NDArray[np.int16]
+    base_models: list[str]
+    exposed: int
+
+    @property
+    def inside(self) -> Flags:
+        """Which records are in the dataset."""
+        inside: Flags = self.split != NO_SPLIT
+        return inside
+
+
+@stage("shard", version=2, config=DABenchConfig)
 def build_dabench(config: DABenchConfig, context: StageContext) -> StageResult:
     """Make the dataset of the filtered pairs.
 
     Writes ``data/SPLIT-00000-of-0000N.parquet`` (DABENCH, rows by id), ``catalogue.parquet``
     (CATALOGUE, complete), ``mapping/models.json``, ``mapping/samplers.json``, ``README.md`` (the
-    dataset card) and ``plots/*.png``.
+    dataset card), ``plots/*.png`` and ``distributions.json`` (of the source, as filtered).
 
     Raises:
-        ArtifactError: there are no pairs.
+        ArtifactError: there are no pairs, or the filter artefact is damaged.
     """
     filtered = context.one("filtered")
-    groups = _groups(filtered, config)
-    if not groups:
+    plan = _plan(filtered, config, context.out)
+    if not len(plan.ids):
         raise ArtifactError(
             f"{str(filtered.path)!r} holds no pairs: see the funnel of 'records' in its manifest"
         )
-    splits = Counter(split_of(group, config) for group in groups)
-    for split in SPLITS:
-        if not splits[split]:
-            log.warning("split %r is empty: %d pairs are too few", split, len(groups))
-    models = _write_shards(filtered, config, context.out, groups, splits)
+    rows = _count(plan.split)
+    for split, count in rows.items():
+        if not count:
+            log.warning("split %r is empty: %d pairs are too few", split, len(plan.ids))
+    funnel = FunnelCounter("pairs", ("splits",))
+    funnel.keep(int(plan.inside.sum()))
+    if left_out := int((~plan.inside).sum()):
+        funnel.drop("splits", "would straddle two splits", left_out)
+    models = _write_shards(filtered, config, context.out, plan)
     catalogue = Catalogue.load(filtered.path)
     write_table(context.out / "catalogue.parquet", catalogue.to_table())
     _write_json(context.out / "mapping" / "models.json", model_mapping(catalogue))
     _write_json(context.out / "mapping" / "samplers.json", sampler_mapping())
-    sizes = Counter(groups).most_common(1)[0][1]
+    distributions = filtered.file(DISTRIBUTIONS).read_bytes()
+    (context.out / DISTRIBUTIONS).write_bytes(distributions)
+    _, sizes = np.unique(plan.group[plan.inside], return_counts=True)
     facts = CardFacts(
-        rows={split: splits[split] for split in SPLITS},
+        rows=rows,
         models_used=models,
-        groups=len(set(groups)),
-        largest_group=sizes,
-        distributions=orjson.loads(filtered.file("distributions.json").read_bytes()),
-        filter_manifest=filtered.manifest,
+        groups=len(sizes),
+        largest_group=int(sizes.max(initial=0)),
+        random_rows=_count(np.where(plan.inside, plan.by_chance, np.int8(NO_SPLIT))),
+        exposed=plan.exposed,
+        base_models=_base_models(plan),
+        distributions=orjson.loads(distributions),
+        funnels=(*filtered.manifest.funnels, funnel.result()),
         config=config,
     )
     write_card(context.out, facts, catalogue)
     return StageResult(
-        rows={**facts.rows, "catalogue": len(catalogue.entries)},
-        metrics={"groups": facts.groups, "largest_group": sizes, "models_used": models},
+        rows={**rows, "catalogue": len(catalogue.entries)},
+        funnels=facts.funnels,
+        metrics={
+            "groups": facts.groups,
+            "largest_group": facts.largest_group,
+            "models_used": models,
+            "random_split": {"rows": facts.random_rows, "exposed": facts.exposed},
+            "base_models": facts.base_models,
+        },
     )
 
 
 def read_split(dabench: Artifact, split: Split) -> Iterator[dict[str, Any]]:
-    """Rows (DABENCH) of one split in the order of their ids, streamed."""
+    """Rows (DABENCH) of one split in the order of their ids, streamed.
+
+    Raises:
+        ArtifactError: a shard is damaged; it is named, and what to do.
+    """
     for path in dabench.glob(f"data/{split}-*.parquet"):
-        yield from read_rows(path)
+        try:
+            yield from read_rows(path)
+        except (OSError, pa.ArrowException) as error:
+            raise damaged(path, error) from None
 
 
-def _records(filtered: Artifact, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
-    for path in filtered.glob("records-*.parquet"):
-        yield from read_rows(path, columns)
+def _plan(filtered: Artifact, config: DABenchConfig, out: Path) -> _Plan:
+    scratch = out / ".scratch"
+    shutil.rmtree(scratch, ignore_errors=True)  # of an interrupted run
+    try:
+        with closing(Prints(filtered.file("prints.parquet"), config, scratch)) as prints:
+            made = prints.splits()
+            by_chance = random_splits(prints.ids, config)
+            inside = prints.kept & (made.split != NO_SPLIT)
+            exposed = prints.exposed(np.where(inside, by_chance, np.int8(NO_SPLIT)))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    kept = prints.kept
+    return _Plan(
+        prints.ids[kept],
+        made.split[kept],
+        made.group[kept],
+        by_chance[kept],
+        prints.bases[kept],
+        prints.base_models,
+        int(exposed.sum()),
+    )
 
 
-def _groups(filtered: Artifact, config: DABenchConfig) -> list[int]:
-    """Per record the smallest record id of its group."""
-    ids: list[int] = []
-    posts: list[int | None] = []
-
-    def prompts() -> Iterator[str]:
-        for row in _records(filtered, ["id", "prompt", "post_id"]):
-            ids.append(row["id"])
-            posts.append(row["post_id"])
-            yield row["prompt"]
-
-    groups = group_prompts(prompts(), config.near_duplicate_jaccard)
-    join_posts(groups, posts)
-    return [ids[label] for label in groups.labels()]
+def _count(codes: Codes) -> dict[str, int]:
+    return {split: int((codes == code).sum()) for code, split in enumerate(SPLITS)}
 
 
-def _write_shards(
-    filtered: Artifact,
-    config: DABenchConfig,
-    out: Path,
-    groups: list[int],
-    splits: Counter[Split],
-) -> int:
+def _base_models(plan: _Plan) -> dict[str, dict[str, int]]:
+    """Rows of each base model in each split, most frequent base model first."""
+    order = np.argsort(-np.bincount(plan.bases, minlength=len(plan.base_models)), kind="stable")
+    found = {plan.base_models[base]: _count(plan.split[plan.bases == base]) for base in order}
+    return {name: counts for name, counts in found.items() if any(counts.values())}
+
+
+def _write_shards(filtered: Artifact, config: DABenchConfig, out: Path, plan: _Plan) -> int:
     """Write all splits in one pass over the records; returns the number of models used."""
     models: set[int] = set()
+    names = np.array(SPLITS, dtype=object)
+    rows, start = _count(plan.split), 0
     with ExitStack() as stack:
-        writers = {
-            split: _ShardWriter(out, split, splits[split], config, stack) for split in SPLITS
-        }
-        for row, group in zip(_records(filtered), groups, strict=True):
-            models.add(row["model_id"])
-            writers[split_of(group, config)].append({**row, "group": group})
+        writers = {split: _ShardWriter(out, split, rows[split], config, stack) for split in SPLITS}
+        for batch in _records(filtered):
+            part = slice(start, start + len(batch))
+            start += len(batch)
+            if not np.array_equal(plan.ids[part], batch["id"].to_numpy()):
+                raise ArtifactError(
+                    f"the records of {str(filtered.path)!r} are not those that its prints.parquet "
+                    "calls kept; delete the directory and run the stage 'filter' again"
+                )
+            group, chance = pa.array(plan.group[part]), pa.array(names[plan.by_chance[part]])
+            whole = pa.RecordBatch.from_arrays([*batch.columns, group, chance], schema=DABENCH)
+            models.update(batch["model_id"].filter(plan.inside[part]).unique().to_pylist())
+            for code, split in enumerate(SPLITS):
+                writers[split].extend(whole.filter(pa.array(plan.split[part] == code)))
     return len(models)
+
+
+def _records(filtered: Artifact) -> Iterator[pa.RecordBatch]:
+    for path in filtered.glob("records-*.parquet"):
+        yield from read_batches(path, RECORDS.names)
 
 
 class _ShardWriter:
@@ -124,19 +206,22 @@ class _ShardWriter:
         self._paths = [out / "data" / name for name in names]
         self._stack = stack
         self._file = ExitStack()
-        self._writer: TableWriter | None = None
         self._open()
 
     def _open(self) -> None:
         self._file.close()
         self._file = self._stack.enter_context(ExitStack())
-        self._writer = self._file.enter_context(table_writer(self._paths.pop(0), DABENCH))
+        self._writer: TableWriter = self._file.enter_context(
+            table_writer(self._paths.pop(0), DABENCH)
+        )
 
-    def append(self, row: dict[str, Any]) -> None:
-        assert self._writer is not None
-        if self._writer.rows == self._size:
-            self._open()
-        self._writer.append(row)
+    def extend(self, batch: pa.RecordBatch) -> None:
+        while len(batch):
+            if self._writer.rows == self._size:
+                self._open()
+            part = batch.slice(0, self._size - self._writer.rows)
+            self._writer.extend(part)
+            batch = batch.slice(len(part))
 
 
 def model_mapping(catalogue: Catalogue) -> dict[str, Any]:

@@ -143,6 +143,7 @@ def summarise(dataset: Dataset, *, rows: int = 3, seed: int = 0) -> dict[str, An
     return {
         **_identity(dataset),
         "rows": {**dataset.rows, "all": total},
+        "random_split": dataset.random_split,
         "used": {
             "models": len(models),
             "model_versions": len(seen.versions),
@@ -227,6 +228,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
     parts = [
         aligned(_facts(summary), indent=0),
         ["pairs", *aligned([(s, n, share(n, total)) for s, n in summary["rows"].items()])],
+        _random_text(summary["random_split"], total),
         *(_funnel_text(funnel) for funnel in summary["funnels"]),
         *(_distribution_text(name, d) for name, d in summary["distributions"].items()),
         *(_counts_text(name, counts, total) for name, counts in summary["counts"].items()),
@@ -236,7 +238,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         *(_row_text(row) for row in summary["sample"]),
     ]
     if not summary["funnels"]:
-        parts.insert(2, ["funnel: not known here (it lies with the artefact of 'filter')"])
+        parts.insert(3, ["funnel: not known here (it lies with the artefact of 'filter')"])
     if summary["lineage"]:
         parts.insert(1, ["made from", *(f"  {line}" for line in summary["lineage"])])
     return "\n\n".join("\n".join(part) for part in parts if part)
@@ -257,6 +259,18 @@ def _facts(summary: Mapping[str, Any]) -> list[tuple[str, object]]:
         for name, count in catalogue.items()
     ]
     return facts
+
+
+def _random_text(random_split: Mapping[str, Any], total: int) -> list[str]:
+    if not random_split:
+        return []
+    rows, exposed = random_split["rows"], random_split["exposed"]
+    return [
+        "pairs of a random split, for comparison (column random_split)",
+        *aligned([(split, n, share(n, total)) for split, n in rows.items()]),
+        f"  {exposed:,} of its test ({share(exposed, rows['test'])}) have a near-duplicate, a "
+        "picture of their post or series in its train; of the test above none",
+    ]
 
 
 def _funnel_text(data: Mapping[str, Any]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,13 @@ _ROWS_PER_GROUP = 4096
 
 
 class TableWriter:
-    """Appends to a parquet file, one row group in memory at a time."""
+    """Appends rows, or batches of them, to a parquet file, one row group in memory at a time."""
 
     def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
         self._writer, self._schema = writer, schema
         self._rows: list[Mapping[str, Any]] = []
         self._batches: list[pa.RecordBatch] = []
-        self._waiting = 0
+        self._waiting = 0  # rows of those
         self.rows = 0
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -33,24 +33,25 @@ class TableWriter:
             self.flush()
 
     def extend(self, batch: pa.RecordBatch) -> None:
-        """Add rows of the schema. Row groups do not depend on how rows come in batches."""
-        self._batches.append(batch)
-        self._waiting += batch.num_rows
-        self.rows += batch.num_rows
-        if self._waiting >= _ROWS_PER_GROUP:
-            table = pa.Table.from_batches(self._batches, schema=self._schema)
-            whole = self._waiting // _ROWS_PER_GROUP * _ROWS_PER_GROUP
-            self._writer.write_table(table.slice(0, whole), row_group_size=_ROWS_PER_GROUP)
-            self._batches = table.slice(whole).combine_chunks().to_batches()
-            self._waiting -= whole
+        """Add rows that are a batch already, with the columns of the schema."""
+        start = 0
+        while start < len(batch):
+            part = batch.slice(start, _ROWS_PER_GROUP - self._waiting)
+            self._batches.append(part)
+            self._waiting += len(part)
+            self.rows += len(part)
+            start += len(part)
+            if self._waiting >= _ROWS_PER_GROUP:
+                self.flush()
 
     def flush(self) -> None:
         """Write what is buffered as a row group."""
         if self._rows:
-            self._batches.append(pa.RecordBatch.from_pylist(self._rows, schema=self._schema))
+            self._writer.write_batch(pa.RecordBatch.from_pylist(self._rows, schema=self._schema))
             self._rows = []
         if self._batches:
-            self._writer.write_table(pa.Table.from_batches(self._batches, schema=self._schema))
+            table = pa.Table.from_batches(self._batches).combine_chunks()
+            self._writer.write_table(table, row_group_size=_ROWS_PER_GROUP)
             self._batches, self._waiting = [], 0
 
 
@@ -72,6 +73,13 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 def read_rows(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
     """Rows of a parquet file, a row group in memory at a time."""
+    for batch in read_batches(path, columns):
+        yield from batch.to_pylist()
+
+
+def read_batches(path: Path, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """Batches of a parquet file, a row group in memory at a time."""
     with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=_ROWS_PER_GROUP, columns=columns):
-            yield from batch.to_pylist()
+        # Asked for all row groups at once, Arrow keeps what it has read until the last one.
+        for group in range(file.num_row_groups):
+            yield from file.iter_batches(_ROWS_PER_GROUP, row_groups=[group], columns=columns)

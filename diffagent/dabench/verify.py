@@ -1,8 +1,8 @@
 """Is a DABench what it says it is? Every problem with its file, row, value and remedy.
 
 Digests, schema and counts against the manifest; every row against the catalogue and the mapping
-dictionaries; and no near-duplicate prompt, group or post on both sides of a split. One pass over
-the rows, a batch in memory at a time, and one over the prompts.
+dictionaries; and no near-duplicate prompt, group, post or series on both sides of a split. One
+pass over the rows, a batch in memory at a time, and some over the prompts (`find_leaks`).
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,11 @@ import pyarrow.parquet as pq
 from diffagent.artifacts import MANIFEST, read_manifest, sha256_file
 from diffagent.dabench.base_models import ecosystem
 from diffagent.dabench.catalogue import AIR_TYPES, Catalogue, Entry
-from diffagent.dabench.dataset import Batch, Dataset, find_shards, read_file
+from diffagent.dabench.dataset import Batch, Dataset, count_rows, find_shards, read_file
 from diffagent.dabench.layout import printable
+from diffagent.dabench.leaks import Chunk, Leak, chunk, find_leaks
 from diffagent.dabench.shards import model_mapping, sampler_mapping
-from diffagent.dabench.splits import SPLITS, Split, find_leaks, group_prompts
+from diffagent.dabench.splits import SPLITS, Split
 from diffagent.errors import ArtifactError, DiffAgentError
 from schemas.api import T2IAPI, ApiError, parse_api
 from schemas.dabench import CATALOGUE, DABENCH
@@ -35,9 +37,6 @@ from schemas.manifest import Manifest
 
 log = logging.getLogger(__name__)
 
-#: Up to so many rows all pairs of prompts are compared; above, those that `group_prompts` finds
-#: alike, which is the method of the build (it misses none, but it is no independent check).
-ALL_PAIRS_ROWS = 20_000
 _MAX_LEAKS = 1000  # near-duplicates that are counted
 
 _REBUILD = "build the dataset again (diffagent shard)"
@@ -64,6 +63,7 @@ REMEDIES: Mapping[str, str] = {
     "group in two splits": _SPLITS,
     "post in two splits": _SPLITS,
     "near-duplicate in two splits": _SPLITS,
+    "series in two splits": _SPLITS,
     "empty prompt": _REPORT,
     "value out of range": _REPORT,
     "api unreadable": _REPORT,
@@ -86,6 +86,7 @@ RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "hash_candidates": ("0 or more", lambda value: value >= 0),
     "loras_dropped": ("0 or more", lambda value: value >= 0),
     "reactions": ("0 or more", lambda value: value >= 0),
+    "random_split": (f"one of {', '.join(SPLITS)}", lambda value: value in SPLITS),
     "downloads": ("0 or more", lambda value: value >= 0),
     "size_bytes": ("more than 0", lambda value: value > 0),
     "sha256": ("64 lower-case hex digits", lambda value: bool(_HEX.fullmatch(value))),
@@ -190,7 +191,7 @@ def verify_dabench(directory: str | Path, *, limit: int = 20, leaks: bool = True
     if manifest and complete and not verdict.totals["shard missing"]:
         _check_counts(verdict, manifest, rows.per_split)
     if leaks and complete:
-        _check_leaks(verdict, rows.places, files, dataset.near_duplicate_jaccard)
+        _check_leaks(verdict, rows.places, files, dataset)
     return verdict
 
 
@@ -502,56 +503,62 @@ def _check_counts(verdict: Verdict, manifest: Manifest, found: Mapping[str, int]
 
 
 def _check_leaks(
-    verdict: Verdict, places: _Places, files: Sequence[tuple[Split, Path]], threshold: float
+    verdict: Verdict, places: _Places, files: Sequence[tuple[Split, Path]], dataset: Dataset
 ) -> None:
-    """Prompts of different splits that are alike by the threshold of the build."""
-
-    def prompts() -> Iterator[str]:
-        for split, path in files:
-            for batch in read_file(split, path, ["prompt"]):
-                yield from (text or "" for text in batch.data["prompt"].to_pylist())
-
-    codes = places.splits()
-    if places.count <= ALL_PAIRS_ROWS:
-        groups, how = [np.arange(places.count)], "all pairs"
-    else:
-        groups, how = _torn_groups(prompts(), codes, threshold), "all groups"
-    wanted = set(np.concatenate(groups).tolist()) if groups else set()
-    texts = {i: text for i, text in enumerate(prompts()) if i in wanted}
-    found = 0
-    for group in groups:
-        members = group.tolist()
-        pairs = find_leaks(
-            [texts[i] for i in members],
-            [SPLITS[codes[i]] for i in members],
-            threshold,
-            limit=_MAX_LEAKS - found,
-        )
-        found += len(pairs)
-        for one, other, similarity in pairs:
-            file, row = places.find(members[other])
-            twin = "{} row {}".format(*places.find(members[one]))
-            message = f"{similarity:.2f} like that of {twin} ({threshold:g} is the limit)"
-            kind, value = "near-duplicate in two splits", texts[members[other]]
-            verdict.add(kind, message, file=file, row=row, value=value)
-        if found >= _MAX_LEAKS:
-            log.warning("%s: counted only the first %d near-duplicates", verdict.path, found)
-            break
-    verdict.checked.append(f"near-duplicates of {threshold:g} or more across splits ({how})")
+    """Prompts of different splits that are alike by the thresholds of the build."""
+    threshold, series = dataset.near_duplicate_jaccard, dataset.series_jaccard
+    leaks = find_leaks(partial(_chunks, files), threshold, limit=_MAX_LEAKS)
+    texts = _texts(files, {leak.other for leak in leaks[: verdict.limit]})
+    _add_leaks(verdict, places, "near-duplicate in two splits", leaks, texts)
+    verdict.checked.append(f"near-duplicates of {threshold:g} or more across splits")
+    if series < threshold and dataset.is_parquet:
+        leaks = find_leaks(partial(_chunks, files, creators=True), series, limit=_MAX_LEAKS)
+        leaks = [leak for leak in leaks if leak.similarity < threshold]
+        texts = _texts(files, {leak.other for leak in leaks[: verdict.limit]})
+        _add_leaks(verdict, places, "series in two splits", leaks, texts)
+        verdict.checked.append(f"prompts of one creator, {series:g} or more alike, across splits")
 
 
-def _torn_groups(
-    prompts: Iterator[str], splits: npt.NDArray[np.int64], threshold: float
-) -> list[npt.NDArray[np.int64]]:
-    """Members of each group of prompts alike that lies in more than one split."""
-    labels = np.array(group_prompts(prompts, threshold).labels(), dtype=np.int64)
-    order = np.argsort(labels, kind="stable")
-    bounds = np.flatnonzero(np.diff(labels[order])) + 1
-    return [
-        members
-        for members in np.split(order, bounds)
-        if len(members) > 1 and len(np.unique(splits[members])) > 1
-    ]
+def _chunks(
+    files: Sequence[tuple[Split, Path]], wanted: Collection[int], *, creators: bool = False
+) -> Iterator[Chunk]:
+    """All rows, to look for leaks among; with ``creators`` among those of each."""
+    for split, path in files:
+        code = SPLITS.index(split)
+        if code not in wanted:
+            rows = count_rows(path)
+            nothing = np.zeros(rows, np.int64)
+            yield Chunk(np.full(rows, code, np.int8), nothing[:0], nothing)
+            continue
+        for batch in read_file(split, path, ["prompt", "creator"] if creators else ["prompt"]):
+            data = batch.data.to_pydict()
+            texts = [text or "" for text in data["prompt"]]
+            names = data.get("creator", [None] * len(texts)) if creators else None
+            yield chunk(np.full(len(texts), code, np.int8), texts, names)
+
+
+def _texts(files: Sequence[tuple[Split, Path]], rows: Collection[int]) -> dict[int, str]:
+    """The prompts of these rows."""
+    texts: dict[int, str] = {}
+    start = 0
+    for split, path in files if rows else ():
+        for batch in read_file(split, path, ["prompt"]):
+            for row in rows:
+                if 0 <= row - start < len(batch.data):
+                    texts[row] = batch.data["prompt"][row - start].as_py() or ""
+            start += len(batch.data)
+    return texts
+
+
+def _add_leaks(
+    verdict: Verdict, places: _Places, kind: str, leaks: Sequence[Leak], texts: Mapping[int, str]
+) -> None:
+    if len(leaks) >= _MAX_LEAKS:
+        log.warning("%s: counted only the first %d of %r", verdict.path, len(leaks), kind)
+    for leak in leaks:
+        file, row = places.find(leak.other)
+        message = f"{leak.similarity:.2f} like that of {{}} row {{}}".format(*places.find(leak.one))
+        verdict.add(kind, message, file=file, row=row, value=texts.get(leak.other, ""))
 
 
 def verdict_text(verdict: Verdict) -> str:

@@ -19,7 +19,9 @@ from schemas.config import DABenchConfig, FilterConfig, RuntimeConfig
 from schemas.manifest import FileEntry
 from tests.unit.dabench_records import image, model, snapshot, version
 
-CONFIG = DABenchConfig(validation_fraction=0.25, test_fraction=0.25, rows_per_shard=9)
+CONFIG = DABenchConfig(
+    validation_fraction=0.25, test_fraction=0.25, rows_per_shard=9, seed=20
+)  # a seed with two shards a split, and LoRAs in all
 _THINGS = ("harbour", "tower", "forest", "market", "orchard", "station")
 _KINDS = ("ink drawing", "photograph", "clay model", "mosaic")
 

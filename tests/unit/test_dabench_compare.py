@@ -109,7 +109,7 @@ def test_catalogue_funnel_and_config(old: Artifact, new: Artifact) -> None:
     assert catalogue["changed_columns"] == {"sha256": 1}
     assert catalogue["examples"]["removed"] == ["XL / v500 (version 500)"]
     assert catalogue["examples"]["hash changed"] == ["Sea / v401 (version 401)"]
-    assert found["config"]["changed"] == {"seed": [0, 1]}
+    assert found["config"]["changed"] == {"seed": [20, 1]}
     assert found["funnels"]["models"]["nsfw: nsfw"] == [1, 0]
     assert found["funnels"]["records"] == {
         "(kept)": [48, 49],
@@ -119,7 +119,7 @@ def test_catalogue_funnel_and_config(old: Artifact, new: Artifact) -> None:
     text = comparison_text(found)
     for line in (
         "hash changed, for example",
-        "changed: seed: 0 -> 1",
+        "changed: seed: 20 -> 1",
         "checkpoint_resolved: no metadata",
     ):
         assert line in text

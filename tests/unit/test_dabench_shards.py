@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,13 +18,14 @@ from diffagent.civitai.client import CivitaiClient
 from diffagent.dabench.card import table
 from diffagent.dabench.catalogue import Catalogue
 from diffagent.dabench.filters import filter_records
+from diffagent.dabench.leaks import chunk, find_leaks
 from diffagent.dabench.lookup import SiteLookup
 from diffagent.dabench.shards import build_dabench, read_split
-from diffagent.dabench.splits import SPLITS, find_leaks
-from diffagent.dabench.tables import read_rows, table_writer
+from diffagent.dabench.splits import SPLITS
+from diffagent.dabench.tables import read_rows, table_writer, write_table
 from diffagent.errors import ArtifactError, NotFound
 from schemas.config import DABenchConfig, FilterConfig, RuntimeConfig
-from schemas.dabench import DABENCH
+from schemas.dabench import DABENCH, PRINTS
 from tests.unit.dabench_records import image, model, snapshot, version
 
 CONFIG = DABenchConfig(validation_fraction=0.3, test_fraction=0.3, rows_per_shard=10)
@@ -63,8 +66,9 @@ def test_every_record_is_in_one_split_and_none_leaks(made: Artifact) -> None:
         ids = [row["id"] for row in read_split(made, split)]
         assert ids == sorted(ids)
         assert made.manifest.rows[split] == len(ids)
-    prompts, splits = [row["prompt"] for _, row in rows], [split for split, _ in rows]
-    assert find_leaks(prompts, splits, CONFIG.near_duplicate_jaccard) == []
+    codes = np.array([SPLITS.index(split) for split, _ in rows], np.int8)
+    every = chunk(codes, [row["prompt"] for _, row in rows])
+    assert find_leaks(lambda wanted: [every], CONFIG.near_duplicate_jaccard) == []
     of_group: dict[int, set[str]] = {}
     of_post: dict[int, set[str]] = {}
     for split, row in rows:
@@ -91,11 +95,72 @@ def test_leftovers_of_an_interrupted_build_do_no_harm(made: Artifact, tmp_path: 
     source = filtered(tmp_path)
     runtime = RuntimeConfig(store=str(tmp_path / "store"))
     target = build_dabench.directory(CONFIG, {"filtered": [source]}, runtime)
-    torn = target.with_name(f".{target.name}.partial") / "data" / made.glob("data/*")[0].name
+    partial = target.with_name(f".{target.name}.partial")
+    (partial / ".scratch").mkdir(parents=True)
+    (partial / ".scratch" / "sets.bin").write_bytes(b"half")
+    torn = partial / "data" / made.glob("data/*")[0].name
     torn.parent.mkdir(parents=True)
     torn.write_bytes(b"PAR1 half a file")
     resumed = build_dabench.run(CONFIG, {"filtered": [source]}, runtime)
     assert resumed.content_digest == made.content_digest
+
+
+def test_a_damaged_shard_is_named_with_what_to_do(made: Artifact, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(made.path, tmp_path / "copy"))
+    broken = made.model_copy(update={"path": copy})
+    path = broken.glob("data/train-*.parquet")[0]
+    whole = path.read_bytes()
+    for data in (b"", whole[: len(whole) // 2], whole[:200] + bytes(200) + whole[400:]):
+        path.write_bytes(data)
+        with pytest.raises(ArtifactError, match=rf"{path.name}'.*dabench verify.*stage 'shard'"):
+            list(read_split(broken, "train"))
+
+
+def test_what_would_straddle_is_left_out_and_counted(tmp_path: Path) -> None:
+    """Two old pictures of different splits, and a new one that is of the post of both."""
+    source = filtered(tmp_path)
+    prints = pq.read_table(source.file("prints.parquet")).to_pylist()
+    runtime = RuntimeConfig(store=str(tmp_path / "other"))
+    made = build_dabench.run(CONFIG, {"filtered": [source]}, runtime)
+    of = {row["id"]: split for split in SPLITS for row in read_split(made, split)}
+    prints[-1]["generation"] = 1
+    prints[-2]["post_id"] = 1_000
+    split = of[prints[-2]["id"]]
+    other = next(row for row in prints[:-2] if of[row["id"]] != split)
+    prints[-1]["post_id"], prints[-1]["shingles"] = 1_000, other["shingles"]
+    path = source.file("prints.parquet")
+    write_table(path, pa.Table.from_pylist(prints, schema=PRINTS))
+    again = build_dabench.run(CONFIG, {"filtered": [source]}, runtime, refresh=True)
+    funnel = again.manifest.funnels[-1]
+    assert (funnel.unit, funnel.seen, funnel.kept) == ("pairs", 60, 59)
+    assert [(s.reason, s.dropped) for s in funnel.steps] == [("would straddle two splits", 1)]
+    left = {row["id"] for split in SPLITS for row in read_split(again, split)}
+    assert left == set(of) - {prints[-1]["id"]}
+    assert "would straddle two splits | 1 |" in again.file("README.md").read_text()
+
+
+def test_records_that_are_not_those_of_the_prints_are_an_error(tmp_path: Path) -> None:
+    source = filtered(tmp_path)
+    table_of = pq.read_table(source.file("prints.parquet"))
+    kept = pa.array([number != 3 for number in range(len(table_of))])
+    write_table(source.file("prints.parquet"), table_of.set_column(5, PRINTS.field("kept"), kept))
+    with pytest.raises(ArtifactError, match="not those that its prints"):
+        build_dabench.run(
+            CONFIG, {"filtered": [source]}, RuntimeConfig(store=str(tmp_path / "other"))
+        )
+
+
+def test_batches_and_rows_make_the_same_file(tmp_path: Path) -> None:
+    rows = [{"id": n, "text": str(n), "tags": []} for n in range(10_000)]
+    with table_writer(tmp_path / "rows.parquet", SCHEMA) as writer:
+        for row in rows:
+            writer.append(row)
+    with table_writer(tmp_path / "batches.parquet", SCHEMA) as writer:
+        for begin in range(0, len(rows), 777):
+            writer.extend(pa.RecordBatch.from_pylist(rows[begin : begin + 777], schema=SCHEMA))
+        assert writer.rows == len(rows)
+    assert list(read_rows(tmp_path / "batches.parquet")) == rows
+    assert (tmp_path / "rows.parquet").read_bytes() == (tmp_path / "batches.parquet").read_bytes()
 
 
 def test_mappings_lead_from_names_to_files_and_schedulers(made: Artifact) -> None:

@@ -68,7 +68,8 @@ def test_where_it_comes_from(made: Artifact, summary: dict[str, Any]) -> None:
     assert summary["content_digest"] == made.content_digest
     assert [line.split()[0] for line in summary["lineage"]] == ["shard", "filtered:", "snapshot:"]
     assert set(summary["dates"]) == {"shard built", "filter built"}
-    assert [funnel["unit"] for funnel in summary["funnels"]] == ["models", "versions", "records"]
+    units = [funnel["unit"] for funnel in summary["funnels"]]
+    assert units == ["models", "versions", "records", "pairs"]
     assert summary["distributions"]["nsfw"]["counts"] == {"none of these": 4, "nsfw": 1}
     assert len(summary["distributions"]) == 4
 
@@ -101,6 +102,25 @@ def test_the_text_says_it_all(summary: dict[str, Any]) -> None:
         f"row {summary['sample'][0]['id']} (",
     ):
         assert part in text
+
+
+def test_a_copy_shows_the_funnel_and_the_source_too(
+    summary: dict[str, Any], made: Artifact, tmp_path: Path
+) -> None:
+    found = summarise(open_dataset(copy_dabench(made, tmp_path)))
+    for name in ("funnels", "distributions", "random_split"):
+        assert found[name] == summary[name] != {}
+
+
+def test_both_kinds_of_splits_are_reported(made: Artifact, summary: dict[str, Any]) -> None:
+    rows = [row for split in SPLITS for row in read_split(made, split)]
+    chance = Counter(row["random_split"] for row in rows)
+    assert summary["random_split"]["rows"] == {split: chance[split] for split in SPLITS}
+    train = {row["post_id"] for row in rows if row["random_split"] == "train"}
+    test = [row["post_id"] for row in rows if row["random_split"] == "test"]
+    exposed = sum(post in train for post in test)
+    assert summary["random_split"]["exposed"] == exposed > 0
+    assert f"  {exposed} of its test (" in summary_text(summary)
 
 
 def test_a_copy_without_manifest_has_no_funnel(made: Artifact, tmp_path: Path) -> None:

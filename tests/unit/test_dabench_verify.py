@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from diffagent.artifacts import MANIFEST, Artifact
-from diffagent.dabench import verify
 from diffagent.dabench.tables import write_table
 from diffagent.dabench.verify import REMEDIES, verdict_text, verify_dabench
 from diffagent.errors import ArtifactError
@@ -63,6 +62,14 @@ def duplicate_id(directory: Path) -> None:
     """The second train row gets the id of the first."""
     path = shards(directory, "train")[0]
     edit_row(path, 1, lambda row: row.update(id=first_row(directory, "train")["id"]))
+
+
+def continue_a_series(directory: Path) -> None:
+    """The first test row gets nearly the prompt of a train row of the same creator."""
+    text = "a tall old ship on a sea of "
+    for split, end in (("train", "glass and fire"), ("test", "salt at noon")):
+        values = {"prompt": text + end, "creator": "one and the same"}
+        edit_row(shards(directory, split)[0], 0, lambda row, new=values: row.update(new))
 
 
 def rename_model(row: dict[str, Any]) -> None:
@@ -163,10 +170,12 @@ BREAKS: list[tuple[str, str, Break]] = [
     ("group in two splits", "of train", copy_from_train("group")),
     ("post in two splits", "of train", copy_from_train("post_id")),
     ("near-duplicate in two splits", "of train", copy_from_train("prompt")),
+    ("series in two splits", "of train", continue_a_series),
     ("empty prompt", "spaces", change(prompt=" \n")),
     ("value out of range", "nsfw", change(nsfw_level=3)),
     ("value out of range", "nsfw blocked", change(nsfw_level=32)),
     ("value out of range", "reactions", change(reactions=-1)),
+    ("value out of range", "split", change(random_split="dev")),
     ("api unreadable", "torn", change(api='{"model":')),
     ("api unreadable", "range", change_api(lambda api: api["params"].update(steps=0))),
     ("api unreadable", "field", change_api(lambda api: api.update(more=1))),
@@ -252,14 +261,12 @@ def test_many_problems_are_counted_and_few_listed(made: Artifact, tmp_path: Path
     assert "... and 3 more" in verdict_text(verdict)
 
 
-def test_leaks_are_found_by_groups_too(
-    made: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(verify, "ALL_PAIRS_ROWS", 0)
-    assert verify_dabench(made.path).sound
+def test_leaks_are_looked_for_on_demand(made: Artifact, tmp_path: Path) -> None:
     directory = copy_dabench(made, tmp_path)
     copy_from_train("prompt")(directory)
-    assert verify_dabench(directory).totals == {"near-duplicate in two splits": 1}
+    (problem,) = verify_dabench(directory).problems
+    assert problem.value == first_row(directory, "train")["prompt"]
+    assert problem.message.startswith("1.00 like that of data/train-00000-of-")
     assert verify_dabench(directory, leaks=False).sound
 
 
