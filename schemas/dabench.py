@@ -36,6 +36,19 @@ CATALOGUE = _schema(
     ("allow_no_credit", _bool, True),
 )
 
+#: Versions that a record's metadata may mean. ("element" is what parquet calls it.)
+_CANDIDATES = pa.list_(
+    pa.field(
+        "element",
+        pa.struct(
+            _schema(
+                ("version_id", _int, False), ("via", _text, False), ("confidence", _float, False)
+            )
+        ),
+        nullable=False,
+    )
+)
+
 #: One row an (instruction, API) pair that passed the filters.
 RECORDS = _schema(
     ("id", _int, False),  # image id
@@ -47,8 +60,9 @@ RECORDS = _schema(
     ("base_model", _text, False),
     ("model_id", _int, False),
     ("version_id", _int, False),
-    ("resolved_via", _text, False),  # civitaiResources | hash | by-hash
-    ("hash_candidates", _int, False),  # versions sharing that hash; the earliest was taken
+    ("resolved_via", _text, False),  # evidence of the version: see diffagent.dabench.resolve.VIAS
+    ("confidence", _float, False),  # probability that the picture was made with this version
+    ("candidates", _CANDIDATES, False),  # all versions that it may be, likeliest first
     ("sampler_raw", _text, False),
     ("loras_dropped", _int, False),  # LoRAs of the metadata that the API does not have
     ("form", _text, False),  # dialect of the metadata: a1111 | civitai | comfyui

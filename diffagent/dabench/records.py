@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from diffagent.dabench.catalogue import Entry, int64
 from diffagent.dabench.metadata import Generation, parse_generation
-from diffagent.dabench.resolve import Resolved, Resolver
+from diffagent.dabench.resolve import Candidate, Resolution, Resolver
 from diffagent.render.samplers import SAMPLERS
 from schemas.api import T2IAPI, LoRA, Params
 from schemas.civitai import X, level_of
@@ -154,17 +154,31 @@ class PairBuilder:
             return Dropped("parameters_in_range", params)
         if len(generation.negative_prompt) > MAX_NEGATIVE_CHARS:
             return Dropped("parameters_in_range", "negative_prompt")
-        found = self._resolver.checkpoint(generation.checkpoints)
+        found = self._resolve(item, generation)
         if isinstance(found, str):
             return Dropped("checkpoint_resolved", found)
-        if found.version.dropped:
-            return Dropped("checkpoint_kept", found.version.dropped)
+        if found.best.version.dropped:
+            return Dropped("checkpoint_kept", found.best.version.dropped)
         return self._row(item, generation, params, found)
 
+    def _resolve(self, item: Mapping[str, Any], generation: Generation) -> Resolution | str:
+        """The checkpoint that is sure enough, or why there is none."""
+        base_model, created_at = item.get("baseModel"), item.get("createdAt")
+        found = self._resolver.checkpoint(
+            generation.checkpoints,
+            base_model=base_model if isinstance(base_model, str) else None,
+            loras=generation.loras,
+            created_at=created_at if isinstance(created_at, str) else None,
+            gallery=_ids(item.get("modelVersionIds")) if self._config.use_galleries else (),
+        )
+        if isinstance(found, str):
+            return found
+        return found.doubt(self._config.min_confidence) or found
+
     def _row(
-        self, item: Mapping[str, Any], generation: Generation, params: Params, found: Resolved
+        self, item: Mapping[str, Any], generation: Generation, params: Params, found: Resolution
     ) -> dict[str, Any] | Dropped:
-        entry = self._resolver.entry(found.version)
+        entry = self._resolver.entry(found.best.version)
         loras, outcomes = self._resolver.loras(generation.loras, entry)
         api = make_api(entry, loras, params, generation.negative_prompt)
         digest = _digest(generation.prompt, api)
@@ -183,8 +197,9 @@ class PairBuilder:
             "base_model": entry.base_model,
             "model_id": entry.model_id,
             "version_id": entry.version_id,
-            "resolved_via": found.via,
-            "hash_candidates": found.candidates,
+            "resolved_via": found.best.via,
+            "confidence": found.best.confidence,
+            "candidates": [_candidate(candidate) for candidate in found.candidates],
             "sampler_raw": generation.sampler_raw,
             "loras_dropped": len(outcomes) - len(loras),
             "form": generation.form,
@@ -212,6 +227,18 @@ def make_api(
         negative_prompt=negative_prompt,
         description=entry.description[:500] or None,
     )
+
+
+def _ids(value: object) -> list[int]:
+    return [item for item in value if type(item) is int] if isinstance(value, list) else []
+
+
+def _candidate(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "version_id": candidate.version.version_id,
+        "via": candidate.via,
+        "confidence": candidate.confidence,
+    }
 
 
 def _digest(prompt: str, api: T2IAPI) -> int:

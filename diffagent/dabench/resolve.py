@@ -31,7 +31,7 @@ VIAS = ("civitaiResources", "hash", "by-hash", "hash of 8 digits", *NAME_VIAS, "
 
 #: What else is known. 'alone': nothing; 'shared': nothing, and several versions are left;
 #: 'agrees': weaker evidence means the same; 'contradicts': weaker evidence means another version,
-#: or, of a name, the record also has a hash that is none of that version's.
+#: or the record also has an id that no version has or, of a name, a hash that no file has.
 Standing = Literal["alone", "shared", "agrees", "contradicts"]
 
 #: Probability that the picture's version is among those that the evidence leaves. Measured as
@@ -39,34 +39,39 @@ Standing = Literal["alone", "shared", "agrees", "contradicts"]
 #: ``python benchmarks/bench_resolve.py --fit DIR``.
 CONFIDENCE: Mapping[tuple[str, Standing], float] = MappingProxyType(
     {
-        ("hash", "alone"): 0.9646,  # 3024 of 3134
-        ("hash", "shared"): 0.9565,  # 21 of 21
-        ("hash", "agrees"): 0.9469,  # 2229 of 2353
-        ("hash", "contradicts"): 0.8608,  # 67 of 77
-        ("hash of 8 digits", "alone"): 0.9773,  # 387 of 395
-        ("hash of 8 digits", "shared"): 0.4527,  # 152 of 336
-        ("hash of 8 digits", "agrees"): 0.9688,  # 30 of 30
-        ("hash of 8 digits", "contradicts"): 0.2,  # 0 of 3
+        ("hash", "alone"): 0.9643,  # 2242 of 2324
+        ("hash", "shared"): 0.9524,  # 19 of 19
+        ("hash", "agrees"): 0.9516,  # 3045 of 3199
+        ("hash", "contradicts"): 0.8,  # 35 of 43
+        ("hash of 8 digits", "alone"): 0.9757,  # 361 of 369
+        ("hash of 8 digits", "shared"): 0.859,  # 133 of 154
+        ("hash of 8 digits", "agrees"): 0.9351,  # 71 of 75
+        ("hash of 8 digits", "contradicts"): 0.006,  # 0 of 166
         ("file name", "alone"): 0.9466,  # 920 of 971
         ("file name", "shared"): 0.8,  # 3 of 3
         ("file name", "contradicts"): 0.8929,  # 49 of 54
         ("model and version name", "alone"): 0.963,  # 25 of 25
         ("model and version name", "shared"): 0.4,  # 1 of 3
-        ("file name in a folder", "alone"): 0.9643,  # 80 of 82
         ("version name", "alone"): 0.9331,  # 306 of 327
         ("version name", "shared"): 0.9231,  # 11 of 11
         ("version name", "contradicts"): 0.9167,  # 10 of 10
         ("model name", "alone"): 0.9794,  # 569 of 580
         ("model name", "shared"): 0.9788,  # 184 of 187
         ("model name", "contradicts"): 0.9271,  # 88 of 94
-        ("similar name", "alone"): 0.9058,  # 451 of 497
-        ("similar name", "shared"): 0.8639,  # 126 of 145
-        ("similar name", "contradicts"): 0.9487,  # 36 of 37
+        ("most words of a name", "alone"): 0.9014,  # 1096 of 1215
+        ("most words of a name", "shared"): 0.8889,  # 335 of 376
+        ("most words of a name", "contradicts"): 0.8452,  # 141 of 166
+        ("half of the words of a name", "alone"): 0.8288,  # 391 of 471
+        ("half of the words of a name", "shared"): 0.9213,  # 163 of 176
+        ("half of the words of a name", "contradicts"): 0.6727,  # 73 of 108
     }
 )
-#: Kinds of evidence that those records lack, and what they are taken for: the generator's own
-#: list, and the site's index, are at least as good as a file's hash in the text of a picture.
-_TAKEN_FOR: Mapping[str, str] = MappingProxyType({"civitaiResources": "hash", "by-hash": "hash", "gallery": "similar name"})
+#: Kinds of evidence that those records have no truth for, and what they are taken for: the
+#: generator's own list and the site's index are at least as good as a hash in a picture's text;
+#: whose gallery a picture is in was not checked but for creators, so it counts as the weakest.
+_TAKEN_FOR: Mapping[str, str] = MappingProxyType(
+    {"civitaiResources": "hash", "by-hash": "hash", "gallery": NAME_VIAS[-1]}
+)
 #: How often a model's name without a version means the first of several (same command).
 FIRST_VERSION = 0.8047  # 172 of 213
 #: How much rarer it is that a LoRA's base model speaks against the right checkpoint than against
@@ -75,6 +80,7 @@ BASE_MODEL_ODDS = 0.0576  # 0 of 180 against 0.0954
 
 MAX_LORAS, MAX_WEIGHT = 8, 4.0  # of schemas.api
 _CHECKPOINT, _LORA = (CHECKPOINT,), tuple(LORA_TYPES)
+_WORDS = NAME_VIAS[4:]
 _LORA_NAMES = ("file name", "model and version name")
 _CACHED = 1 << 14  # a few thousand checkpoints make nearly all pictures
 
@@ -109,7 +115,8 @@ class Resolution:
             return None
         if self.standing != "shared":
             return "confidence below the limit"
-        return f"{'name' if self.best.via in NAME_VIAS else 'hash'} of several versions"
+        kind = "name" if self.via in NAME_VIAS else "hash" if "hash" in self.via else self.via
+        return f"{kind} of several versions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +125,13 @@ class _Evidence:
 
     found: tuple[Found, ...]
     names: tuple[Found, ...]
-    stranger: bool  # a hash that no listed file has
+    stranger: bool  # an id that no version has, or a hash that no file has and names stand in for
+    reason: str  # why there is nothing
+
+    @property
+    def nothing(self) -> bool:
+        """Whether nothing was found."""
+        return not self.found and not self.names
 
     @property
     def several(self) -> bool:
@@ -135,12 +148,17 @@ class Resolver:
         self._entries: dict[int, Entry] = {}
         self._evidence = lru_cache(_CACHED)(self._gather)
         self._resolution = lru_cache(_CACHED)(self._weigh)
+        self._lora_found = lru_cache(_CACHED)(self._find_lora)
         self._base_of_lora = lru_cache(_CACHED)(self._find_base_of_lora)
 
     def add(self, model: Mapping[str, Any], version: Mapping[str, Any], dropped: str) -> None:
         """Take in a version of the snapshot; ``dropped`` is '' when the filters kept it."""
         self._index.add(model, version, dropped)
-        for cache in (self._evidence, self._resolution, self._base_of_lora):
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget answers, not versions."""
+        for cache in (self._evidence, self._resolution, self._lora_found, self._base_of_lora):
             cache.cache_clear()
 
     def use(self, catalogue: Catalogue) -> None:
@@ -174,10 +192,9 @@ class Resolver:
         references = tuple(references)
         evidence = self._evidence(references, _CHECKPOINT)
         posted = self._posted(gallery) if gallery else ()
-        if isinstance(evidence, str):
-            if not posted:
-                return evidence
-        elif not evidence.several:
+        if evidence.nothing and not posted:
+            return evidence.reason
+        if not evidence.several:
             created_at = None  # orders ties alone, and would fill the cache
         bases = {told_base(base_model), self.base_of_loras(loras)} - {None}
         base = bases.pop() if len(bases) == 1 else None
@@ -209,14 +226,10 @@ class Resolver:
 
     def _lora(self, reference: Reference, checkpoint: Entry) -> tuple[Entry | None, str]:
         """The same file under several versions is one LoRA: the first published stands for it."""
-        asked = Reference(reference.version_id, reference.hash, reference.name)
-        evidence = self._evidence((asked,), _LORA)
-        if isinstance(evidence, str):
-            return None, evidence
-        names = [found for found in evidence.names if found[0] in _LORA_NAMES][:1]
-        if not evidence.found and (evidence.stranger or not names):
-            return None, "hash not in the snapshot" if evidence.stranger else "file name unknown"
-        via, versions, _, _ = _narrow([*evidence.found, *names])
+        found = self._lora_found(reference.version_id, reference.hash, reference.name)
+        if isinstance(found, str):
+            return None, found
+        via, versions = found
         fitting = [v for v in versions if v.ecosystem == checkpoint.ecosystem]
         kind = "file name" if via in NAME_VIAS else "hash"
         if len(fitting) > 1 and via not in ("hash", "civitaiResources"):
@@ -228,35 +241,46 @@ class Resolver:
             return None, "made for another base model"
         return self.entry(version), f"kept by {'id or hash' if kind == 'hash' else kind}"
 
+    def lora_versions(self, reference: Reference) -> tuple[KnownVersion, ...]:
+        """The LoRAs that a reference may mean, by date."""
+        found = self._lora_found(reference.version_id, reference.hash, reference.name)
+        return () if isinstance(found, str) else found[1]
+
+    def _find_lora(
+        self, version_id: int | None, digest: str | None, name: str | None
+    ) -> Found | str:
+        evidence = self._gather((Reference(version_id, digest, name),), _LORA)
+        names = [found for found in evidence.names if found[0] in _LORA_NAMES][:1]
+        if not evidence.found and version_id is None and digest:
+            return "hash not in the snapshot"  # which says: another file than the name's
+        if not evidence.found and not names:
+            return "file name unknown" if version_id is None and name else evidence.reason
+        via, versions, _, _ = _narrow([*evidence.found, *names])
+        return via, versions
+
     def base_of_loras(self, references: Iterable[Reference]) -> str | None:
         """Root ecosystem of the LoRAs that ids and hashes prove, when it is one."""
         bases = {self._base_of_lora(lora.version_id, lora.hash) for lora in references} - {None}
         return bases.pop() if len(bases) == 1 else None
 
     def _find_base_of_lora(self, version_id: int | None, digest: str | None) -> str | None:
-        if version_id is None and digest is None:
-            return None
-        evidence = self._evidence((Reference(version_id, digest),), _LORA)
-        if isinstance(evidence, str) or not evidence.found:
-            return None
-        bases = {version.base for version in evidence.found[0][1]}
+        found = self._lora_found(version_id, digest, None)
+        bases = set() if isinstance(found, str) else {version.base for version in found[1]}
         return bases.pop() if len(bases) == 1 else None
 
     def _posted(self, gallery: Collection[int]) -> tuple[int, ...]:
         versions = map(self._index.by_id, gallery)
         return tuple(sorted({v.version_id for v in versions if v and v.type == CHECKPOINT}))
 
-    def _gather(
-        self, references: tuple[Reference, ...], types: tuple[str, ...]
-    ) -> _Evidence | str:
-        """Everything that references find, or why they find nothing."""
+    def _gather(self, references: tuple[Reference, ...], types: tuple[str, ...]) -> _Evidence:
+        """Everything that references find."""
         found: dict[str, list[tuple[KnownVersion, ...]]] = {}
-        reason, strangers = "nothing names a model", []
+        reason, strangers, unlisted = "nothing names a model", [], False
         for reference in references:
             if reference.version_id is not None:
                 version = self._index.by_id(reference.version_id)
                 if version is None:
-                    reason = "version not in the snapshot"
+                    reason, unlisted = "version not in the snapshot", True
                 elif version.type not in types:
                     reason = f"version is not a {types[0]}"
                 else:
@@ -271,13 +295,14 @@ class Resolver:
         if strangers and not found and types == _CHECKPOINT:
             found = self._ask(strangers)
         name = next((r.name for r in references if r.name), None)
-        if not found and any(r.version_id is not None for r in references):
-            return reason  # the site's own id is of another version than any that the name means
-        names = tuple(self._index.by_name(name, types)) if name else ()
-        if not found and not names:
-            return reason if not name else f"{'hash and ' if strangers else ''}name unknown"
-        merged = ((via, _merge(found[via])) for via in VIAS if via in found)
-        return _Evidence(tuple(merged), names, bool(strangers))
+        names: tuple[Found, ...] = ()
+        if name and (found or not unlisted):  # an id means another version than its name would
+            reason = f"{'hash and ' if strangers else ''}name not in the snapshot"
+            names = tuple(self._index.by_name(name, types))
+            if types == _CHECKPOINT and (words := self._index.by_words(name)):
+                names = (*names, words)
+        merged = tuple((via, _merge(found[via])) for via in VIAS if via in found)
+        return _Evidence(merged, names, unlisted or bool(strangers and not found), reason)
 
     def _ask(self, digests: Iterable[str]) -> dict[str, list[tuple[KnownVersion, ...]]]:
         if self._lookup is not None:
@@ -297,15 +322,13 @@ class Resolver:
     ) -> Resolution:
         """Probabilities of all candidates, by what the evidence is and by the base model."""
         evidence = self._evidence(references, _CHECKPOINT)
-        if isinstance(evidence, str):
-            evidence = _Evidence((), (), False)
         found = [*evidence.found, *_fitting_name(evidence.names, base)]
         if posted:
-            versions = (self._index.by_id(version_id) for version_id in posted)
-            found.append(("gallery", tuple(v for v in versions if v is not None)))
+            shown = (self._index.by_id(version_id) for version_id in posted)
+            found.append(("gallery", tuple(version for version in shown if version is not None)))
         via, versions, agrees, rivals = _narrow(found)
         standing: Standing = "alone" if len(versions) == 1 else "shared"
-        if rivals or (via in NAME_VIAS and evidence.stranger):
+        if rivals or evidence.stranger:
             standing = "contradicts"
         elif agrees:
             standing = "agrees"
@@ -348,6 +371,7 @@ def _narrow(
     """(via, versions) of the best evidence, whether weaker evidence agrees, and what does not.
 
     A gallery contradicts nothing: pictures are posted to those of LoRAs and of other versions.
+    Common words contradict only what is as weak, a hash of eight digits.
     """
     (via, versions), *others = found
     agrees, rivals = False, []
@@ -355,7 +379,7 @@ def _narrow(
         common = tuple(version for version in versions if version in meant)
         if common:
             versions, agrees = common, True
-        elif other != "gallery":
+        elif other != "gallery" and (via == "hash of 8 digits" or other not in _WORDS):
             rivals.append((other, meant))
     return via, versions, agrees, rivals
 

@@ -18,24 +18,26 @@ from sys import intern
 from typing import Any, Literal, get_args
 
 from diffagent.dabench import names
-from diffagent.dabench.catalogue import WEIGHT_TYPES, ecosystem
+from diffagent.dabench.catalogue import CHECKPOINT, WEIGHT_TYPES, ecosystem
+from diffagent.dabench.name_words import NameWords
 from diffagent.errors import ArtifactError
 
 #: How a name can mean a version, the most telling first.
 NameVia = Literal[
     "file name",
     "model and version name",
-    "file name in a folder",
     "version name",
     "model name",
-    "similar name",
+    "most words of a name",
+    "half of the words of a name",
 ]
 NAME_VIAS: tuple[NameVia, ...] = get_args(NameVia)
 
 _KEY_DIGITS = 10  # hexadecimal: 40 bits
 _SHORT = 8  # digits of AutoV1 and CRC32, which are no prefix of anything
 _POSITION_BITS = 24
-_MIN_NAME = 3
+_MIN_NAME = 3  # characters
+_MOST, _HALF = 0.7, 0.5  # similarity of words
 _MIN_VERSION_NAME = 6  # "v1" and "fp16" are the version names of thousands
 _NO_DATE = "9999"  # a version without a date comes after those with one
 _EMPTY = hashlib.sha256().hexdigest().upper()  # AutoV1 of any file under 1 MB is its beginning
@@ -103,6 +105,7 @@ class VersionIndex:
         self._versions: list[KnownVersion] = []
         self._by_id: dict[int, int] = {}
         self._short, self._long, self._names = _Postings(), _Postings(), _Postings()
+        self._words = NameWords()  # of checkpoints
 
     def add(self, model: Mapping[str, Any], version: Mapping[str, Any], dropped: str) -> bool:
         """Take in a version with the hashes and names of its files; False: it was known."""
@@ -134,8 +137,12 @@ class VersionIndex:
             short = len(digest) == _SHORT
             (self._short if short else self._long).add(int(digest[:_KEY_DIGITS], 16), position)
         stems = {names.file_stem(file["name"]) for file in weights if _is_text(file.get("name"))}
-        for via, key in set(_version_keys(model.get("name"), version.get("name"), stems)):
+        models, versions = names.titles(model.get("name")), names.titles(version.get("name"))
+        for via, key in set(_version_keys(models, versions, stems)):
             self._names.add(_name_key(via, key), position)
+        if self._versions[-1].type == CHECKPOINT:
+            both = (f"{name} {title}" for name in models[:2] for title in versions[:2])
+            self._words.add(position, self._versions[-1].model_id, (*stems, *models, *both))
         return True
 
     def by_id(self, version_id: int) -> KnownVersion | None:
@@ -165,10 +172,19 @@ class VersionIndex:
         self, name: str, types: Collection[str]
     ) -> Iterator[tuple[NameVia, tuple[KnownVersion, ...]]]:
         """Versions that a name may mean, by every way in which it means any, best first."""
-        for via, key in _asked_keys(names.file_stem(name)):
+        key = names.exact_key(names.file_stem(name))
+        for via in NAME_VIAS[:4] if len(key) >= _MIN_NAME else ():
             code = _name_key(via, key)
             if found := self._of_types(self._names.find(code, code), types):
                 yield via, found
+
+    def by_words(self, name: str) -> tuple[NameVia, tuple[KnownVersion, ...]] | None:
+        """Checkpoints whose names share the most words with a name, if that is half or more."""
+        similarity, positions = self._words.find(names.file_stem(name), _HALF)
+        if not positions:
+            return None
+        via = NAME_VIAS[4 if similarity >= _MOST else 5]
+        return via, self._of_types(positions, (CHECKPOINT,))
 
     def _of_types(
         self, positions: Iterable[int], types: Collection[str]
@@ -192,41 +208,21 @@ def _hashes(file: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _version_keys(
-    model_name: object, version_name: object, stems: Iterable[str]
+    models: Iterable[str], versions: Iterable[str], stems: Iterable[str]
 ) -> Iterator[tuple[NameVia, str]]:
     """Under which keys a version is found."""
-    models = names.titles(model_name) if isinstance(model_name, str) else []
-    versions = names.titles(version_name) if isinstance(version_name, str) else []
     for stem in stems:
         yield "file name", names.exact_key(stem)
-        yield "similar name", names.loose_key(stem)
     for model in models:
         yield "model name", names.exact_key(model)
         for version in versions:
             yield "model and version name", names.exact_key(f"{model} {version}")
-            yield "similar name", names.loose_key(f"{model} {version}")
     for version in versions:
         key = names.exact_key(version)
         if len(key) >= _MIN_VERSION_NAME:
             yield "version name", key
 
 
-def _asked_keys(stem: str) -> Iterator[tuple[NameVia, str]]:
-    """Under which keys to look for a name, in the order of ``NAME_VIAS``."""
-    key = names.exact_key(stem)
-    if len(key) < _MIN_NAME:
-        return
-    yield "file name", key
-    yield "model and version name", key
-    for tail in map(names.exact_key, names.tails(stem)):
-        yield "file name in a folder", tail
-    yield "version name", key
-    yield "model name", key
-    if len(loose := names.loose_key(stem)) >= _MIN_NAME:
-        yield "similar name", loose
-
-
 def _name_key(via: NameVia, key: str) -> int:
-    kind = "file name" if via == "file name in a folder" else via
-    digest = hashlib.blake2b(f"{kind}\0{key}".encode(), digest_size=_KEY_DIGITS // 2).digest()
+    digest = hashlib.blake2b(f"{via}\0{key}".encode(), digest_size=_KEY_DIGITS // 2).digest()
     return int.from_bytes(digest, "big")

@@ -163,7 +163,7 @@ def dropped(found: object) -> tuple[str, str]:
         (image(1, cfgScale=99), "parameters_in_range", "cfg_scale"),
         (image(1, Size="8x512"), "parameters_in_range", "width"),
         (image(1, 999), "checkpoint_resolved", "hash not in the snapshot"),
-        (image(1, **{"Model hash": None}), "checkpoint_resolved", "no id and no hash"),
+        (image(1, **{"Model hash": None}), "checkpoint_resolved", "nothing names a model"),
         (image(1, 200), "checkpoint_kept", "base_model: SD 2.1"),
     ],
 )
@@ -194,14 +194,19 @@ def test_same_prompt_and_api_is_a_duplicate_whatever_the_seed() -> None:
     assert isinstance(pairs.build(image(3, prompt="a shape", steps=21)), dict)
 
 
-def test_a_shared_hash_means_the_earliest_version() -> None:
+def test_a_shared_hash_is_no_guess() -> None:
     late = version(100, publishedAt="2023-06-01")
     early = version(200, publishedAt="2023-01-01")
     early["files"][0]["hashes"] = hashes(100)
-    pairs = builder(model(1, modelVersions=[late]), model(2, modelVersions=[early]))
-    made = pairs.build(image(1))
+    models = (model(1, modelVersions=[late]), model(2, modelVersions=[early]))
+    assert dropped(builder(*models).build(image(1))) == (
+        "checkpoint_resolved",
+        "hash of several versions",
+    )
+    made = builder(*models, config=FilterConfig(min_confidence=0.4)).build(image(1))
     assert isinstance(made, dict)
-    assert (made["version_id"], made["hash_candidates"]) == (200, 2)
+    assert [candidate["version_id"] for candidate in made["candidates"]] == [200, 100]
+    assert made["confidence"] == made["candidates"][1]["confidence"] < 0.5
 
 
 def test_ids_win_over_hashes_and_by_hash_comes_last() -> None:
@@ -235,7 +240,12 @@ def test_loras_move_from_the_prompt_into_the_api() -> None:
     assert made["prompt"] == "a shape"
     assert [(x.model, x.weight) for x in parse_api(made["api"]).loras] == [("Ink", 0.6)]
     assert made["loras_dropped"] == 3
-    assert pairs.loras == {"kept by file name": 1, "file name unknown": 2, "named twice": 1}
+    assert pairs.loras == {
+        "kept by file name": 1,
+        "made for another base model": 1,
+        "file name unknown": 1,
+        "named twice": 1,
+    }
 
 
 @settings(max_examples=100, deadline=None)
