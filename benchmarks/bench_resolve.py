@@ -18,6 +18,7 @@ figures but 'baseline' and 'names' from the other. Intervals are 95 %, by bootst
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import time
 import tracemalloc
@@ -41,6 +42,7 @@ from diffagent.sandbox.files import materialise
 THRESHOLDS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 RESAMPLES = 1000
 SPEED_REPEATS = 3
+STRIDE = 20  # of the names asked of many versions
 MANY_VERSIONS = 100_000
 MIN_FILE_DIGITS = 10  # of a hash of the whole file
 
@@ -344,15 +346,50 @@ def speed(world: World) -> None:
     emit("speed", records=len(world.made), microseconds_first=times[0], microseconds=min(times))
 
 
-def memory(world: World) -> None:
-    """What 100,000 versions take: the dump's, again and again with fresh ids, hashes and names."""
-    tracemalloc.start()
+def many(world: World) -> None:
+    """100,000 versions: the dump's, again and again with fresh ids, hashes and names."""
     started, resolver = time.process_time(), Resolver()
-    for number, (model, version) in enumerate(islice(_versions(world.models), MANY_VERSIONS)):
+    for model, version in _fresh_versions(world.models):
+        resolver.add(model, version, "")
+    resolver.checkpoint((Reference(hash="0123456789", name="nobody knows it"),))  # sorts
+    built = time.process_time() - started
+    asked = {r for made in world.made for r in made.checkpoints if r.name and r.hash}
+    asked = set(sorted(asked, key=lambda r: (r.hash or "", r.name or ""))[::STRIDE])
+    started = time.process_time()
+    for reference in asked:
+        resolver.checkpoint((reference,))
+    per_name = 1e6 * (time.process_time() - started) / max(len(asked), 1)
+    del resolver
+    tracemalloc.start()
+    resolver = Resolver()
+    for model, version in _fresh_versions(world.models):
+        resolver.add(model, version, "")
+    resolver.checkpoint((Reference(hash="0123456789", name="nobody knows it"),))
+    size, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    emit(
+        "many versions",
+        versions=MANY_VERSIONS,
+        build_seconds=round(built, 1),
+        mebibytes=round(size / 2**20, 1),
+        peak_mebibytes=round(peak / 2**20, 1),
+        microseconds_per_new_name=round(per_name),
+    )
+
+
+def _fresh_versions(
+    models: dict[int, dict[str, Any]],
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    endless = (
+        (model, version)
+        for model in itertools.cycle(models.values())
+        for version in model.get("modelVersions") or ()
+    )
+    for number, (model, version) in enumerate(islice(endless, MANY_VERSIONS)):
         files = [
             {
                 **file,
-                "name": f"{file.get('name')}{number}",
+                "name": f"{number}_{file.get('name')}",
                 "hashes": {
                     kind: f"{zlib.crc32(f'{number}{kind}{at}'.encode()):08X}{value}"[: len(value)]
                     for kind, value in (file.get("hashes") or {}).items()
@@ -361,23 +398,7 @@ def memory(world: World) -> None:
             for at, file in enumerate(version.get("files") or ())
         ]
         fresh = {**version, "id": number, "files": files, "name": f"{version['name']} {number}"}
-        resolver.add({**model, "id": number}, fresh, "")
-    resolver.checkpoint((Reference(hash="0123456789"),))
-    size, _ = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    emit(
-        "memory",
-        versions=MANY_VERSIONS,
-        mebibytes=round(size / 2**20, 1),
-        seconds_traced=round(time.process_time() - started, 1),
-    )
-
-
-def _versions(models: dict[int, dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    while True:
-        for model in models.values():
-            for version in model.get("modelVersions") or ():
-                yield model, version
+        yield {**model, "id": number}, fresh
 
 
 def main(directory: Path, only_fit: bool) -> None:
@@ -394,7 +415,7 @@ def main(directory: Path, only_fit: bool) -> None:
     absent(world)
     loras(world)
     speed(world)
-    memory(world)
+    many(world)
 
 
 if __name__ == "__main__":

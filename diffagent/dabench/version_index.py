@@ -178,13 +178,12 @@ class VersionIndex:
             if found := self._of_types(self._names.find(code, code), types):
                 yield via, found
 
-    def by_words(self, name: str) -> tuple[NameVia, tuple[KnownVersion, ...]] | None:
+    def by_words(self, name: str) -> Iterator[tuple[NameVia, tuple[KnownVersion, ...]]]:
         """Checkpoints whose names share the most words with a name, if that is half or more."""
         similarity, positions = self._words.find(names.file_stem(name), _HALF)
-        if not positions:
-            return None
-        via = NAME_VIAS[4 if similarity >= _MOST else 5]
-        return via, self._of_types(positions, (CHECKPOINT,))
+        if positions:
+            via = NAME_VIAS[4 if similarity >= _MOST else 5]
+            yield via, self._of_types(positions, (CHECKPOINT,))
 
     def _of_types(
         self, positions: Iterable[int], types: Collection[str]
