@@ -25,7 +25,7 @@ import tracemalloc
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ import numpy as np
 from diffagent.civitai.replay import read_lines
 from diffagent.dabench.catalogue import CHECKPOINT
 from diffagent.dabench.metadata import Generation, Reference, parse_generation
-from diffagent.dabench.resolve import NAME_VIAS, Candidate, Resolution, Resolver
+from diffagent.dabench.resolve import NAME_VIAS, VIAS, Candidate, Resolution, Resolver, Standing
 from diffagent.dabench.version_index import KnownVersion, told_base
 from diffagent.sandbox.files import materialise
 
@@ -125,34 +125,51 @@ def deciding(found: Resolution) -> list[Candidate]:
     return [candidate for candidate in found.candidates if candidate.via == found.via]
 
 
-def fit(world: World) -> None:
-    """Print the constants: shares of right answers, by rule of succession."""
-    right: Counter[tuple[str, str]] = Counter()
-    seen: Counter[tuple[str, str]] = Counter()
-    first, several = 0, 0
-    for shown in world.shown:
-        if not shown.fits:
+@dataclass
+class Fit:
+    """What the constants are made of."""
+
+    right: Counter[tuple[str, Standing]] = field(default_factory=Counter)
+    seen: Counter[tuple[str, Standing]] = field(default_factory=Counter)
+    first: int = 0
+    several: int = 0
+
+    def confidence(self, kind: tuple[str, Standing]) -> float:
+        """Share of right answers, by rule of succession."""
+        return round((self.right[kind] + 1) / (self.seen[kind] + 2), 4)
+
+    @property
+    def first_version(self) -> float:
+        return round((self.first + 1) / (self.several + 2), 4)
+
+
+def fit(world: World) -> Fit:
+    """Count how often each kind of evidence is right, on the half for that."""
+    made = Fit()
+    for shown, hidden in itertools.product(filter(lambda s: s.fits, world.shown), (False, True)):
+        found = world.resolve(shown, hidden)
+        # A name is also tried where a hash decides; a name beside an unknown hash as it is.
+        if found is None or hidden != (found.via in NAME_VIAS and found.standing in _ALONE):
             continue
-        for hidden in (False, True):
-            found = world.resolve(shown, hidden)
-            # A name is also tried where a hash decides; a name beside an unknown hash as it is.
-            if found is None or hidden != (found.via in NAME_VIAS and found.standing in _ALONE):
-                continue
-            kind = (found.via, found.standing)
-            meant = [candidate.version for candidate in deciding(found)]
-            ids = [version.version_id for version in meant]
-            seen[kind] += 1
-            right[kind] += shown.version_id in ids
-            if found.via == "model name" and len(ids) > 1 and shown.version_id in ids:
-                several += 1
-                first += min(meant, key=_date).version_id == shown.version_id
-    for kind in sorted(seen):
-        value = round((right[kind] + 1) / (seen[kind] + 2), 4)
-        print(f"        {kind}: {value},  # {right[kind]} of {seen[kind]}".replace("'", '"'))
-    print(f"FIRST_VERSION = {(first + 1) / (several + 2):.4f}  # {first} of {several}")
+        meant = [candidate.version for candidate in deciding(found)]
+        right = shown.version_id in {version.version_id for version in meant}
+        made.seen[found.via, found.standing] += 1
+        made.right[found.via, found.standing] += right
+        if found.via == "model name" and len(meant) > 1 and right:
+            made.several += 1
+            made.first += min(meant, key=_date).version_id == shown.version_id
+    return made
+
+
+def print_constants(world: World) -> None:
+    made = fit(world)
+    for kind in sorted(made.seen, key=lambda kind: (VIAS.index(kind[0]), kind[1])):
+        counts = f"{made.right[kind]} of {made.seen[kind]}"
+        print(f"        {json.dumps(kind)}: {made.confidence(kind)},  # {counts}")
+    print(f"FIRST_VERSION = {made.first_version}  # {made.first} of {made.several}")
     against, told, others = base_models(world)
     odds = (against + 1) / (told + 2) / max(others, 1e-9)
-    print(f"BASE_MODEL_ODDS = {odds:.4f}  # {against} of {told}; of any other {others:.4f}")
+    print(f"BASE_MODEL_ODDS = {odds:.4f}  # {against} of {told} against {others:.4f}")
 
 
 _ALONE = ("alone", "shared")
@@ -404,7 +421,7 @@ def _fresh_versions(
 def main(directory: Path, only_fit: bool) -> None:
     world = World(directory)
     if only_fit:
-        fit(world)
+        print_constants(world)
         return
     held_out = [shown for shown in world.shown if not shown.fits]
     thresholds(world, held_out)

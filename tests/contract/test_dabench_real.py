@@ -190,9 +190,18 @@ def test_records_agree_with_a_plain_count(
     read = dropped["parameters_parsed"] + dropped["parameters_in_range"] - unread
     assert read == fates["parameters_parsed"]
     assert unread < 0.03 * funnel.seen
+    # It knows no names, and takes the first of the versions that share a hash.
+    doubtful = sum(
+        step.dropped
+        for step in funnel.steps
+        if step.reason.endswith(("of several versions", "below the limit"))
+    )
     dropped["kept"] = funnel.kept + dropped["duplicate"]
-    for fate in ("kept", "checkpoint_kept", "checkpoint_resolved"):
-        assert fates[fate] - unread <= dropped[fate] <= fates[fate]
+    unresolved = dropped["checkpoint_resolved"] - doubtful
+    assert 0.8 * fates["checkpoint_resolved"] - unread <= unresolved
+    assert unresolved <= fates["checkpoint_resolved"]
+    for fate in ("kept", "checkpoint_kept"):
+        assert fates[fate] - unread - doubtful <= dropped[fate] <= 1.3 * fates[fate]
 
 
 def test_checkpoints_agree_with_the_annotation_and_the_showcase(
@@ -211,9 +220,11 @@ def test_checkpoints_agree_with_the_annotation_and_the_showcase(
         if context and context["modelType"] == "Checkpoint":
             showcase += 1
             right += context["modelId"] == row["model_id"]
-    assert len(same) > 0.9 * len(rows)
-    assert sum(same) > 0.99 * len(same)
-    assert right > 0.93 * showcase
+    by_hash = sum(row["resolved_via"].startswith("hash") for row in rows)
+    assert len(same) > 0.95 * by_hash > 0.85 * len(rows)
+    assert sum(same) > 0.98 * len(same)
+    assert right > 0.98 * showcase
+    assert min(row["confidence"] for row in rows) >= FilterConfig().min_confidence
 
 
 def test_the_dataset_holds_every_pair_once_without_leaks(filtered: Artifact) -> None:
