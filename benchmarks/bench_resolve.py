@@ -165,7 +165,7 @@ def print_constants(world: World) -> None:
     made = fit(world)
     for kind in sorted(made.seen, key=lambda kind: (VIAS.index(kind[0]), kind[1])):
         counts = f"{made.right[kind]} of {made.seen[kind]}"
-        print(f"        {json.dumps(kind)}: {made.confidence(kind)},  # {counts}")
+        print(f'        ("{kind[0]}", "{kind[1]}"): {made.confidence(kind)},  # {counts}')
     print(f"FIRST_VERSION = {made.first_version}  # {made.first} of {made.several}")
     against, told, others = base_models(world)
     odds = (against + 1) / (told + 2) / max(others, 1e-9)

@@ -13,6 +13,8 @@ from collections.abc import Iterable
 
 from diffagent.dabench.names import words
 
+_MAX_CANDIDATES = 2000
+
 
 class NameWords:
     """Names of things, found by their words. A thing is a number and belongs to a group."""
@@ -65,12 +67,17 @@ class NameWords:
         return (best, sorted(owners)) if owners else (0.0, [])
 
     def _candidates(self, known: dict[int, float], needed: float) -> set[int]:
-        """Names that may share words of the weight ``needed``: the rarest words must be in them."""
+        """Names that may share words of the weight ``needed``: one of the rarest must be theirs.
+
+        None where these would be too many: what so many names share does not tell them apart.
+        """
         found, left = set[int](), sum(known.values())
         for number, weight in sorted(known.items(), key=lambda item: -item[1]):
             if left < needed:
                 break
             found.update(self._by_word[number])
+            if len(found) > _MAX_CANDIDATES:
+                return set()
             left -= weight
         return found
 

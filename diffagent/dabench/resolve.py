@@ -59,7 +59,7 @@ CONFIDENCE: Mapping[tuple[str, Standing], float] = MappingProxyType(
         ("model name", "shared"): 0.9788,  # 184 of 187
         ("model name", "contradicts"): 0.9271,  # 88 of 94
         ("most words of a name", "alone"): 0.9014,  # 1096 of 1215
-        ("most words of a name", "shared"): 0.8889,  # 335 of 376
+        ("most words of a name", "shared"): 0.8984,  # 335 of 372
         ("most words of a name", "contradicts"): 0.8452,  # 141 of 166
         ("half of the words of a name", "alone"): 0.8288,  # 391 of 471
         ("half of the words of a name", "shared"): 0.9213,  # 163 of 176
