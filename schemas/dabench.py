@@ -44,6 +44,18 @@ CATALOGUE = _schema(
     ("first_seen", _text, True),  # day of that crawl, YYYY-MM-DD
 )
 
+#: Versions that a record's metadata may mean. ("element" is what parquet calls it.)
+CANDIDATE_VERSIONS = pa.list_(
+    pa.field(
+        "element",
+        pa.struct(
+            _schema(
+                ("version_id", _int, False), ("via", _text, False), ("confidence", _float, False)
+            )
+        ),
+        nullable=False,
+    )
+)
 EMBEDDING = pa.struct(
     [("name", _text), ("hash", _text), ("weight", _float), ("negative", _bool)]  # of which prompt
 )
@@ -61,8 +73,9 @@ RECORDS = _schema(
     ("base_model", _text, False),
     ("model_id", _int, False),
     ("version_id", _int, False),
-    ("resolved_via", _text, False),  # civitaiResources | hash | by-hash
-    ("hash_candidates", _int, False),  # versions sharing that hash; the earliest was taken
+    ("resolved_via", _text, False),  # evidence of the version: see diffagent.dabench.resolve.VIAS
+    ("confidence", _float, False),  # probability that the picture was made with this version
+    ("candidates", CANDIDATE_VERSIONS, False),  # all versions that it may be, likeliest first
     ("sampler_raw", _text, False),
     ("loras_dropped", _int, False),  # LoRAs of the metadata that the API does not have
     ("embeddings_dropped", _int, False),  # embeddings of the metadata that the API does not have

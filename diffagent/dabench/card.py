@@ -213,8 +213,9 @@ def _by_count(counts: Counter[str]) -> list[tuple[str, int]]:
 _LIMITS = """## Limits
 
 - A pair says that a person made and published a picture this way, not that it is the best way.
-- The checkpoint comes from the site's own ids or from a file hash. One file may be several \
-versions (`hash_candidates` > 1): the earliest published one is taken then, as the site does.
+- The checkpoint comes from the site's own ids, a file's hash or a name (`resolved_via`). \
+`confidence` is the probability that it is that version, as measured on showcases of creators; \
+`candidates` has every version that it may be.
 - LoRAs that could not be resolved, or that the filters dropped, are missing from the API; \
 `loras_dropped` counts them. Textual inversions, hypernetworks, ControlNet, upscaling and \
 inpainting steps are not represented.

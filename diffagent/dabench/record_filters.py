@@ -7,7 +7,7 @@ cost no more than the lookup of a hash.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from diffagent.dabench.catalogue import Entry, generation_of
 from diffagent.dabench.metadata import Generation, checkpoints, read_keys, read_metadata
-from diffagent.dabench.resolve import Resolved, Resolver
+from diffagent.dabench.resolve import Networks, Resolution, Resolver
 from diffagent.render.samplers import SAMPLERS
 from schemas.api import Params
 from schemas.civitai import X, level_of
@@ -28,19 +28,28 @@ _LEVELS = ("browsingLevel", "nsfwLevel", "nsfw")
 class Record:
     """An item of the site's pictures, and what its metadata says, read when it is asked for."""
 
-    def __init__(self, item: Mapping[str, Any], resolver: Resolver) -> None:
+    def __init__(
+        self, item: Mapping[str, Any], resolver: Resolver, gallery: Collection[int] = ()
+    ) -> None:
         self.item = item
         #: The metadata in the site's keys; None when there is none.
         self.reading = read_metadata(item.get("meta"))
-        #: The checkpoint that was used, or why it is not known.
-        self.found: Resolved | str = "no metadata"
-        #: That checkpoint in the catalogue; None when it is not known, or not kept.
+        self._resolver = resolver
+        #: The checkpoints that may have been used, or why none is known.
+        self.found: Resolution | str = "no metadata"
+        #: The likeliest in the catalogue; None when none is known, or it was not kept.
         self.entry: Entry | None = None
         if self.reading is not None:
-            self.found = resolver.checkpoint(checkpoints(self.reading))
-            if not isinstance(self.found, str) and not self.found.version.dropped:
-                self.entry = resolver.entry(self.found.version)
-        self._resolver = resolver
+            base_model, created_at = item.get("baseModel"), item.get("createdAt")
+            self.found = resolver.checkpoint(
+                checkpoints(self.reading),
+                base_model=base_model if isinstance(base_model, str) else None,
+                loras=(lora for _ in range(1) for lora in self.generation.loras),  # when asked
+                created_at=created_at if isinstance(created_at, str) else None,
+                gallery=gallery,
+            )
+            if not isinstance(self.found, str) and not self.found.best.version.dropped:
+                self.entry = resolver.entry(self.found.best.version)
 
     @cached_property
     def generation(self) -> Generation:
@@ -50,9 +59,20 @@ class Record:
         return read_keys(self.reading, self.item.get("width"), self.item.get("height"))
 
     @cached_property
-    def loras(self) -> tuple[list[tuple[Entry, float]], list[str]]:
-        """LoRAs with weights that fit the checkpoint, and what became of each that is named."""
-        return self._resolver.loras(self.generation.loras, self.entry) if self.entry else ([], [])
+    def loras(self) -> Networks:
+        """The LoRAs that fit the checkpoint."""
+        return self._resolver.loras(self.generation.loras, self.entry) if self.entry else Networks()
+
+    @cached_property
+    def embeddings(self) -> tuple[Networks, Networks]:
+        """The embeddings of the prompt and of the negative prompt that fit the checkpoint."""
+        if not self.entry:
+            return Networks(), Networks()
+        made = self.generation
+        return (
+            self._resolver.embeddings(made.embeddings, self.entry),
+            self._resolver.embeddings(made.negative_embeddings, self.entry),
+        )
 
     @cached_property
     def params(self) -> Params | str:
@@ -86,7 +106,7 @@ class Record:
     def crawl(self) -> int:
         """The generation of the snapshot that has both the picture and its checkpoint first."""
         own = generation_of(self.item)
-        return own if isinstance(self.found, str) else max(own, self.found.version.generation)
+        return own if isinstance(self.found, str) else max(own, self.found.first.generation)
 
 
 def media_type(record: Record, config: FilterConfig) -> str | None:
@@ -115,13 +135,15 @@ def highest(bits: int) -> int:
 
 
 def checkpoint_resolved(record: Record, config: FilterConfig) -> str | None:
-    """It is known which checkpoint made the picture."""
-    return record.found if isinstance(record.found, str) else None
+    """It is known, surely enough, which checkpoint made the picture."""
+    if isinstance(record.found, str):
+        return record.found
+    return record.found.doubt(config.min_confidence)
 
 
 def checkpoint_kept(record: Record, config: FilterConfig) -> str | None:
     """That checkpoint passed the filters of models."""
-    return None if isinstance(record.found, str) else record.found.version.dropped or None
+    return None if isinstance(record.found, str) else record.found.best.version.dropped or None
 
 
 def prompt(record: Record, config: FilterConfig) -> str | None:
@@ -173,9 +195,12 @@ def size_stated(record: Record, config: FilterConfig) -> str | None:
 
 
 def networks_complete(record: Record, config: FilterConfig) -> str | None:
-    """Every LoRA that the metadata names is in the API."""
-    kept, outcomes = record.loras
-    return "a LoRA that the catalogue lacks" if len(kept) < len(outcomes) else None
+    """Every LoRA and embedding that the metadata names is in the API."""
+    if record.loras.dropped:
+        return "a LoRA that the catalogue lacks"
+    if any(networks.dropped for networks in record.embeddings):
+        return "an embedding that the catalogue lacks"
+    return None
 
 
 def reactions(record: Record, config: FilterConfig) -> str | None:

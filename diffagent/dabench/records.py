@@ -10,8 +10,8 @@ from typing import Any
 from diffagent.dabench.catalogue import Entry, int64
 from diffagent.dabench.metadata import PARSER_VERSION, Generation
 from diffagent.dabench.record_filters import RECORD_FILTERS, Record, highest, reaction_counts
-from diffagent.dabench.resolve import Resolver
-from schemas.api import T2IAPI, LoRA, Params
+from diffagent.dabench.resolve import MAX_EMBEDDINGS, Resolver
+from schemas.api import T2IAPI, Embedding, LoRA, Params
 from schemas.config import FilterConfig
 
 DUPLICATE = "duplicate"
@@ -54,23 +54,22 @@ class PairBuilder:
         """What a record gives. Never raises, whatever the JSON."""
         if item is None:
             return Built(Dropped("record", "not an object with an id"))
-        record = Record(item, self._resolver)
+        gallery = _ids(item.get("modelVersionIds")) if self._config.use_galleries else ()
+        record = Record(item, self._resolver, gallery)
         for name, check in self._checks:
             if reason := check(record, self._config):
                 return Built(Dropped(name, reason), fingerprint(record, kept=False))
         entry, params = record.entry, record.params
         assert entry and isinstance(params, Params)  # filters.records has what makes sure of both
-        loras, outcomes = record.loras
-        made = record.generation
-        api = make_api(entry, loras, params, made.negative_prompt)
+        api = make_api(record, entry, params)
         return Built(
-            self._row(record, entry, api, len(outcomes) - len(loras)),
+            self._row(record, entry, api),
             fingerprint(record, kept=True),
-            _digest(made.prompt, entry, loras, params, made.negative_prompt),
-            outcomes,
+            _digest(record.generation.prompt, api),
+            record.loras.outcomes,
         )
 
-    def _row(self, record: Record, entry: Entry, api: T2IAPI, dropped: int) -> dict[str, Any]:
+    def _row(self, record: Record, entry: Entry, api: T2IAPI) -> dict[str, Any]:
         item, made, found = record.item, record.generation, record.found
         assert not isinstance(found, str)
         level, level_source = record.level
@@ -86,11 +85,15 @@ class PairBuilder:
             "base_model": entry.base_model,
             "model_id": entry.model_id,
             "version_id": entry.version_id,
-            "resolved_via": found.via,
-            "hash_candidates": found.candidates,
+            "resolved_via": found.best.via,
+            "confidence": found.best.confidence,
+            "candidates": [
+                {"version_id": x.version.version_id, "via": x.via, "confidence": x.confidence}
+                for x in found.candidates
+            ],
             "sampler_raw": made.sampler_raw,
-            "loras_dropped": dropped,
-            "embeddings_dropped": len(_embeddings(made)),
+            "loras_dropped": record.loras.dropped,
+            "embeddings_dropped": sum(networks.dropped for networks in record.embeddings),
             "embeddings_raw": _embeddings(made),
             "size_from_image": made.size_from_image,
             "from_image": made.from_image,
@@ -122,15 +125,13 @@ def fingerprint(record: Record, *, kept: bool) -> dict[str, Any] | None:
         "generation": record.crawl,
         "post_id": int64(record.item.get("postId")),
         "creator": _text(record.item.get("username")),
-        "base_model": found.version.base_model,
+        "base_model": found.first.base_model,
         "kept": kept,
         "prompt": record.generation.prompt,
     }
 
 
-def make_api(
-    entry: Entry, loras: list[tuple[Entry, float]], params: Params, negative_prompt: str
-) -> T2IAPI:
+def make_api(record: Record, entry: Entry, params: Params) -> T2IAPI:
     """The full API record of a call: what an agent writes, and what the catalogue knows."""
     return T2IAPI(
         model=entry.model,
@@ -138,22 +139,26 @@ def make_api(
         base_model=entry.base_model,
         air=entry.air,
         loras=tuple(
-            LoRA(model=lora.model, version=lora.version, weight=weight) for lora, weight in loras
+            LoRA(model=lora.model, version=lora.version, weight=weight)
+            for lora, weight in record.loras.kept
         ),
+        embeddings=tuple(
+            Embedding(model=x.model, version=x.version, weight=weight, negative=negative)
+            for negative, networks in enumerate(record.embeddings)
+            for x, weight in networks.kept
+        )[:MAX_EMBEDDINGS],
         params=params,
-        negative_prompt=negative_prompt,
+        negative_prompt=record.generation.negative_prompt,
         description=entry.description[:500] or None,
     )
 
 
-def _digest(
-    prompt: str, entry: Entry, loras: list[tuple[Entry, float]], params: Params, negative: str
-) -> int:
+def _digest(prompt: str, api: T2IAPI) -> int:
     """64 bits of what a pair teaches: the prompt and the response, without seed."""
-    networks = tuple((lora.version_id, weight) for lora, weight in loras)
-    call = (entry.version_id, networks, params.sampler, params.steps, params.cfg_scale)
-    size = (params.width, params.height, params.clip_skip)
-    text = f"{prompt.casefold()}\0{call}\0{size}\0{negative}".encode()
+    params = api.params
+    call = (api.model, api.version, api.loras, api.embeddings, params.sampler, params.steps)
+    rest = (params.cfg_scale, params.width, params.height, params.clip_skip, api.negative_prompt)
+    text = f"{prompt.casefold()}\0{call}\0{rest}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
@@ -163,6 +168,10 @@ def _embeddings(made: Generation) -> list[dict[str, Any]]:
         for references, negative in ((made.embeddings, False), (made.negative_embeddings, True))
         for x in references
     ]
+
+
+def _ids(value: object) -> list[int]:
+    return [item for item in value if type(item) is int] if isinstance(value, list) else []
 
 
 def _text(value: object) -> str | None:

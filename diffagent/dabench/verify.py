@@ -83,7 +83,7 @@ _USES = {"Image", "RentCivit", "Rent", "Sell"}
 #: Whether null is allowed is the schema's business.
 RANGES: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "nsfw_level": ("1, 2, 4, 8 or 16", lambda value: value in {1, 2, 4, 8, 16}),
-    "hash_candidates": ("0 or more", lambda value: value >= 0),
+    "confidence": ("0 to 1", lambda value: 0 <= value <= 1),
     "loras_dropped": ("0 or more", lambda value: value >= 0),
     "reactions": ("0 or more", lambda value: value >= 0),
     "random_split": (f"one of {', '.join(SPLITS)}", lambda value: value in SPLITS),

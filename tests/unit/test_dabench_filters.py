@@ -168,7 +168,7 @@ def dropped(found: object) -> tuple[str, str]:
         (image(1, cfgScale=99), "parameters_in_range", "cfg_scale"),
         (image(1, Size="8x512"), "parameters_in_range", "width"),
         (image(1, 999), "checkpoint_resolved", "hash not in the snapshot"),
-        (image(1, **{"Model hash": None}), "checkpoint_resolved", "no id and no hash"),
+        (image(1, **{"Model hash": None}), "checkpoint_resolved", "nothing names a model"),
         (image(1, 200), "checkpoint_kept", "base_model: SD 2.1"),
     ],
 )
@@ -294,14 +294,19 @@ def test_the_first_filter_of_the_config_has_the_first_say() -> None:
     assert dropped(builder(model(1), config=turned).build(item).row)[0] == "checkpoint_resolved"
 
 
-def test_a_shared_hash_means_the_earliest_version() -> None:
+def test_a_shared_hash_is_no_guess() -> None:
     late = version(100, publishedAt="2023-06-01")
     early = version(200, publishedAt="2023-01-01")
     early["files"][0]["hashes"] = hashes(100)
-    pairs = builder(model(1, modelVersions=[late]), model(2, modelVersions=[early]))
-    made = pairs.build(image(1)).row
+    models = (model(1, modelVersions=[late]), model(2, modelVersions=[early]))
+    assert dropped(builder(*models).build(image(1)).row) == (
+        "checkpoint_resolved",
+        "hash of several versions",
+    )
+    made = builder(*models, config=FilterConfig(min_confidence=0.4)).build(image(1)).row
     assert isinstance(made, dict)
-    assert (made["version_id"], made["hash_candidates"]) == (200, 2)
+    assert [candidate["version_id"] for candidate in made["candidates"]] == [200, 100]
+    assert made["confidence"] == made["candidates"][1]["confidence"] < 0.5
 
 
 def test_ids_win_over_hashes_and_by_hash_comes_last() -> None:
@@ -336,8 +341,26 @@ def test_loras_move_from_the_prompt_into_the_api() -> None:
     assert made["prompt"] == "a shape"
     assert [(x.model, x.weight) for x in parse_api(made["api"]).loras] == [("Ink", 0.6)]
     assert made["loras_dropped"] == 3
-    outcomes = ["kept by file name", "file name unknown", "file name unknown", "named twice"]
-    assert sorted(found.loras) == sorted(outcomes)
+    assert sorted(found.loras) == [
+        "file name unknown",
+        "kept by file name",
+        "made for another base model",
+        "named twice",
+    ]
+
+
+def test_embeddings_move_into_the_api() -> None:
+    fog = model(3, type="TextualInversion", name="Fog", modelVersions=[version(300)])
+    pairs = builder(model(1), fog)
+    hashes = {"embed:file300": "0123456789ab", "embed:nobody": "ba9876543210"}
+    made = pairs.build(image(1, negativePrompt="blurry, file300, nobody", hashes=hashes)).row
+    assert isinstance(made, dict)
+    api = parse_api(made["api"])
+    assert [(x.model, x.negative) for x in api.embeddings] == [("Fog", True)]
+    assert api.negative_prompt == "blurry"
+    assert made["negative_prompt_raw"] == "blurry, file300, nobody"
+    assert made["embeddings_dropped"] == 1
+    assert [x["name"] for x in made["embeddings_raw"]] == ["file300", "nobody"]
 
 
 @settings(max_examples=100, deadline=None)
