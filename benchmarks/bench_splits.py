@@ -26,7 +26,6 @@ from diffagent.civitai.site import embedded_site
 from diffagent.dabench.dataset import open_dataset
 from diffagent.dabench.filters import filter_records
 from diffagent.dabench.shards import build_dabench
-from diffagent.sandbox.files import materialise
 from schemas.config import CrawlConfig, DABenchConfig, FilterConfig, RuntimeConfig
 
 COLUMNS = ("prompt", "version_id", "model_id", "group", "random_split")
@@ -95,10 +94,13 @@ def main(directory: Path) -> None:
 def sandbox_dabench(folder: Path) -> Path:
     """A dataset of the sandbox's records."""
     runtime = RuntimeConfig(store=str(folder), requests_per_second=1000)
-    with embedded_site(materialise()) as site:
-        snapshot = crawl.run(CrawlConfig(), {}, runtime, site_url=site)
+    with embedded_site("sandbox") as url:
+        snapshot = crawl.run(CrawlConfig(site="sandbox"), {}, runtime, site_url=url)
     filtered = filter_records.run(FilterConfig(), {"snapshot": [snapshot]}, runtime)
-    return build_dabench.run(DABenchConfig(), {"filtered": [filtered]}, runtime).path
+    config = DABenchConfig(
+        near_duplicate_jaccard=0.7, series_jaccard=0.6
+    )  # of configs/sandbox.yaml
+    return build_dabench.run(config, {"filtered": [filtered]}, runtime).path
 
 
 if __name__ == "__main__":

@@ -254,8 +254,10 @@ class Prints:
         made = Assignment(np.full(len(self.ids), NO_SPLIT, np.int8), np.zeros_like(self.ids))
         for generation in np.unique(self.generations):
             rows = np.flatnonzero(self.generations == generation).astype(np.int32)
-            rows = rows[np.argsort(self.ids[rows], kind="stable")]
-            columns = [column[rows] for column in self._columns]
+            if (np.diff(self.ids[rows]) < 0).any():
+                rows = rows[np.argsort(self.ids[rows], kind="stable")]
+            whole = len(rows) == len(self.ids) and rows[0] == 0 and (np.diff(rows) == 1).all()
+            columns = self._columns if whole else [column[rows] for column in self._columns]
             links.begin(columns)
             self._ask(links)
             heads, places = links.components(columns[0])

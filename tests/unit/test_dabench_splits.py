@@ -104,13 +104,15 @@ def tied(one: Row, other: Row, config: DABenchConfig = CONFIG) -> bool:
     )
 
 
-def plainly(rows: list[Row], config: DABenchConfig = CONFIG) -> tuple[list[int | None], list[int]]:
-    """The rule again, by comparing all rows with all: (place in its group's order, group)."""
-    split_of: dict[int, int | None] = {}  # id -> group that decides its split, None: left out
+def plainly(rows: list[Row], config: DABenchConfig = CONFIG) -> tuple[list[bool], list[int]]:
+    """The rule again, by comparing all rows with all: which are left out, and all groups.
+
+    The split of a group is that of the row that names it, which is never left out.
+    """
+    split = dict(zip((r["id"] for r in rows), assign(rows, config)[0], strict=True))
     group_of: dict[int, int] = {}
-    age: list[int] = []
-    codes, groups = assign(rows, config)
-    decided = dict(zip(groups, codes, strict=True))
+    left_out: set[int] = set()
+    age: list[int] = []  # the groups, oldest first
     for generation in sorted({r["generation"] for r in rows}):
         new = [r for r in rows if r["generation"] == generation]
         label = {r["id"]: r["id"] for r in new}
@@ -118,7 +120,7 @@ def plainly(rows: list[Row], config: DABenchConfig = CONFIG) -> tuple[list[int |
             if tied(one, other, config):
                 low, high = sorted((label[one["id"]], label[other["id"]]))
                 label = {k: low if v == high else v for k, v in label.items()}
-        older = [r for r in rows if split_of.get(r["id"]) is not None]
+        older = [r for r in rows if r["id"] in group_of.keys() - left_out]
         touches = {r["id"]: {group_of[o["id"]] for o in older if tied(r, o, config)} for r in new}
         for name in sorted(set(label.values())):
             members = [ident for ident, value in label.items() if value == name]
@@ -128,17 +130,9 @@ def plainly(rows: list[Row], config: DABenchConfig = CONFIG) -> tuple[list[int |
                 age.append(group)
             for ident in members:
                 group_of[ident] = group
-                others = {side(g, decided, rows, codes, groups) for g in touches[ident]}
-                mine = side(group, decided, rows, codes, groups)
-                split_of[ident] = group if others <= {mine} else None
-    return [split_of[r["id"]] for r in rows], [group_of[r["id"]] for r in rows]
-
-
-def side(
-    group: int, decided: dict[int, int], rows: list[Row], codes: list[int], groups: list[int]
-) -> int:
-    """The split of a group: that of its first row, which is never left out."""
-    return next(c for r, c, g in zip(rows, codes, groups, strict=True) if r["id"] == g == group)
+                if {split[other] for other in touches[ident]} - {split[group]}:
+                    left_out.add(ident)
+    return [r["id"] in left_out for r in rows], [group_of[r["id"]] for r in rows]
 
 
 def test_words_ignore_case_weights_and_punctuation() -> None:
@@ -175,9 +169,11 @@ def test_splits_are_those_of_comparing_all_rows(
         patch.setattr(neighbours, "_PAIRS", data.draw(st.sampled_from([1, 3, 1000])))
         patch.setattr(neighbours, "_PARTITION", data.draw(st.sampled_from([8, 1 << 21])))
         codes, groups = assign(rows, config)
-        kept, named = plainly(rows, config)
+    left_out, named = plainly(rows, config)
     assert groups == named
-    assert [code == NO_SPLIT for code in codes] == [group is None for group in kept]
+    assert [code == NO_SPLIT for code in codes] == left_out
+    split = {r["id"]: code for r, code in zip(rows, codes, strict=True)}
+    assert all(code in (NO_SPLIT, split[g]) for code, g in zip(codes, groups, strict=True))
 
 
 @settings(max_examples=100, deadline=None)
