@@ -90,9 +90,13 @@ def unwrap_meta(meta: Any) -> dict[str, Any] | None:
     return meta if isinstance(meta, dict) else None
 
 
+#: An annotation of ours on every model, version and image of a snapshot: the number of the crawl
+#: that took it in first (0: the first one). Where it is missing it is 0.
+GENERATION = "_generation"
+
 #: What moves though nothing has changed: counters, the decoration that a card wears, and the time
-#: of a file's last scan (the scan's results count as content).
-VOLATILE = frozenset({"stats", "rank", "cosmetic", "scannedAt"})
+#: of a file's last scan (the scan's results count as content); and what is not the site's at all.
+VOLATILE = frozenset({"stats", "rank", "cosmetic", "scannedAt", GENERATION})
 
 
 def content(item: Mapping[str, Any]) -> dict[str, Any]:
@@ -304,6 +308,8 @@ class Drift:
             return
         values = _VALUES[kind]
         for key, value in item.items():
+            if key == GENERATION:
+                continue
             types = known.get(key)
             if types is None:
                 self._count(f"{kind}.{key[:40]}: unknown")

@@ -24,7 +24,7 @@ from diffagent.artifacts import Progress
 from diffagent.civitai.client import CivitaiClient
 from diffagent.civitai.journal import Journal
 from diffagent.civitai.meter import meter
-from diffagent.civitai.snapshot import write_snapshot
+from diffagent.civitai.snapshot import write_generations, write_snapshot
 from diffagent.civitai.walks import Pages, Steps, Walks
 from diffagent.errors import NotFound, SchemaError, ServerError
 from schemas.civitai import ALL_LEVELS, PG, image_level, unwrap_meta, whole_number
@@ -73,6 +73,7 @@ class Crawler:
         keep = {kind: self.newest(kind) for kind in ("models", "images")}
         keep["pages"] = sorted(self.walks.seen["pages"])
         write_snapshot(out, self._journal.read(), keep, scratch)
+        write_generations(out, [{"generation": 0, "date": self.date}])
         return True
 
     # What is asked for

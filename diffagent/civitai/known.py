@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffagent.artifacts import Artifact
-from diffagent.civitai.snapshot import GONE, read_rows
-from schemas.civitai import canonical, content, whole_number
+from diffagent.civitai.snapshot import GONE, read_generations, read_rows
+from schemas.civitai import GENERATION, canonical, content, whole_number
 
 
 def fingerprint(item: Mapping[str, Any]) -> int:
@@ -63,11 +63,17 @@ def creator_of(model: Mapping[str, Any]) -> str | None:
     return name if isinstance(name, str) else None
 
 
+def generation_of(item: Mapping[str, Any]) -> int:
+    """The crawl that took an item of a snapshot in first."""
+    number = item.get(GENERATION)
+    return number if type(number) is int and number >= 0 else 0
+
+
 class Marks:
-    """Fingerprints by id, added in the order of the ids."""
+    """Fingerprints and generations by id, added in the order of the ids."""
 
     def __init__(self) -> None:
-        self._ids, self._marks = array("q"), array("Q")
+        self._ids, self._marks, self._generations = array("q"), array("Q"), array("I")
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -78,26 +84,36 @@ class Marks:
     def __contains__(self, ident: int) -> bool:
         return self.get(ident) is not None
 
-    def add(self, ident: int, mark: int) -> None:
+    def add(self, ident: int, mark: int, generation: int = 0) -> None:
         """Add an id above all others."""
         self._ids.append(ident)
         self._marks.append(mark)
+        self._generations.append(generation)
 
     def get(self, ident: int) -> int | None:
         """The fingerprint of an id."""
+        place = self._place(ident)
+        return None if place is None else self._marks[place]
+
+    def generation(self, ident: int) -> int | None:
+        """The generation of an id."""
+        place = self._place(ident)
+        return None if place is None else self._generations[place]
+
+    def _place(self, ident: int) -> int | None:
         place = bisect_left(self._ids, ident)
-        if place < len(self._ids) and self._ids[place] == ident:
-            return self._marks[place]
-        return None
+        return place if place < len(self._ids) and self._ids[place] == ident else None
 
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
-    """Fingerprints of a model without its versions and of each version."""
+    """Fingerprints and generations of a model without its versions and of each version."""
 
     head: int
     versions: Mapping[int, int]
     downloads: int
+    generation: int
+    version_generations: Mapping[int, int]
 
 
 @dataclass(slots=True)
@@ -105,6 +121,7 @@ class Known:
     """An earlier snapshot."""
 
     digest: str
+    generations: list[dict[str, Any]]
     models: dict[int, KnownModel] = field(default_factory=dict)
     images: Marks = field(default_factory=Marks)
     images_of_version: dict[int, array[int]] = field(default_factory=dict)
@@ -118,18 +135,28 @@ class Known:
         Raises:
             ArtifactError: it is damaged.
         """
-        known = cls(snapshot.content_digest)
+        known = cls(snapshot.content_digest, read_generations(snapshot))
         for row in read_rows(snapshot.path, GONE):
             known.gone[row["kind"], row["id"]] = row
         for model in read_rows(snapshot.path, "models"):
-            versions = {i: fingerprint(v) for i, v in versions_of(model).items()}
-            head = fingerprint(head_of(model))
-            known.models[model["id"]] = KnownModel(head, versions, downloads_of(model))
+            versions = versions_of(model)
+            known.models[model["id"]] = KnownModel(
+                head=fingerprint(head_of(model)),
+                versions={i: fingerprint(v) for i, v in versions.items()},
+                downloads=downloads_of(model),
+                generation=generation_of(model),
+                version_generations={i: generation_of(v) for i, v in versions.items()},
+            )
         for image in read_rows(snapshot.path, "images"):
             known._add_image(image)
         for page in read_rows(snapshot.path, "pages"):
             known.pages[page["id"]] = page.get("status") == "ok"
         return known
+
+    @property
+    def next_generation(self) -> int:
+        """The generation of what is new after this snapshot."""
+        return int(self.generations[-1]["generation"]) + 1
 
     def count(self, kind: str) -> int:
         """How many models, versions or images there are."""
@@ -154,8 +181,25 @@ class Known:
         )
 
     def _add_image(self, image: dict[str, Any]) -> None:
-        self.images.add(image["id"], image_fingerprint(image))
+        self.images.add(image["id"], image_fingerprint(image), generation_of(image))
         versions = image.get("modelVersionIds")
         for version in versions if isinstance(versions, list) else ():
             if type(version) is int:
                 self.images_of_version.setdefault(version, array("q")).append(image["id"])
+
+
+def annotate(kind: str, item: dict[str, Any], known: Known | None) -> None:
+    """Write down which crawl took a model with its versions, or an image, in first."""
+    new = known.next_generation if known else 0
+    if kind == "images":
+        first = known.images.generation(item["id"]) if known else None
+        item[GENERATION] = new if first is None else first
+        return
+    before = known.models.get(item["id"]) if known else None
+    item[GENERATION] = before.generation if before else new
+    earlier = before.version_generations if before else {}
+    versions = item.get("modelVersions")
+    for version in versions if isinstance(versions, list) else ():
+        if isinstance(version, dict):
+            ident = whole_number(version.get("id"))
+            version[GENERATION] = new if ident is None else earlier.get(ident, new)

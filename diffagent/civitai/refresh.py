@@ -46,7 +46,12 @@ from diffagent.civitai.known import (
     versions_of,
 )
 from diffagent.civitai.pagination import walk
-from diffagent.civitai.snapshot import read_snapshot, write_gone, write_snapshot
+from diffagent.civitai.snapshot import (
+    read_snapshot,
+    write_generations,
+    write_gone,
+    write_snapshot,
+)
 from diffagent.civitai.walks import Walks
 from diffagent.errors import Forbidden, NotFound, ServerError
 from schemas.civitai import ALL_LEVELS, PG, canonical, image_level, whole_number
@@ -176,6 +181,8 @@ class Refresh(Crawler):
         entries = self._journal.read()
         write_snapshot(out, entries, keep, scratch, previous=items, merge=_merge)
         write_gone(out, self._tombstones())
+        this = {"generation": self._known.next_generation, "date": self.date}
+        write_generations(out, [*self._known.generations, this])
         (out / CHANGES).write_bytes(self.changes.to_json(self._known.digest))
         log.info("changes: %s", self.changes.counts())
         return True

@@ -158,7 +158,7 @@ class Replay:
         model = _plain(record)
         if model["id"] in self.model_index:
             return False
-        versions = model.setdefault("modelVersions", [])
+        versions = model["modelVersions"] = [_plain(v) for v in model.get("modelVersions") or ()]
         index = len(self.models)
         stats = model.get("stats") or {}
         username = (model.get("creator") or {}).get("username") or ""

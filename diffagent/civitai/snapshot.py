@@ -4,6 +4,10 @@
 by id over all parts. Neither the order of fetching nor page boundaries, repeats or the site's
 address leave a trace, so equal contents are equal files.
 
+Each model, version and image has the annotation ``_generation``: the number of the crawl that took
+it in first. ``generations.jsonl`` says when these were: {"generation": 0, "date": "YYYY-MM-DD"} of
+the first crawl, and a line for each refresh since that brought something new.
+
 A refreshed snapshot (``diffagent.civitai.refresh``) may also hold ``gone/``: one tombstone a line,
 ``{"kind": "models" | "versions" | "images", "id", "date": "YYYY-MM-DD", "reason"}``, for what the
 site has no more. Its last good record stays where it was.
@@ -24,12 +28,14 @@ from typing import Any
 
 import orjson
 
+from diffagent.artifacts import Artifact
 from diffagent.civitai.journal import Entry, Item
 from diffagent.errors import ArtifactError
 from schemas.civitai import Drift, canonical, content
 
 KINDS = ("images", "models", "pages")
 GONE = "gone"
+GENERATIONS = "generations.jsonl"
 #: Rows a part, unless that makes more than ``_MAX_PARTS``; memory holds one part.
 _ROWS = {"images": 20_000, "models": 1_000, "pages": 1_000}
 _MAX_PARTS = 64
@@ -96,6 +102,28 @@ def write_gone(out: Path, tombstones: Iterable[Mapping[str, Any]]) -> None:
     if rows:
         (out / GONE).mkdir(exist_ok=True)
         _write_lines(out / GONE / "part-00000.jsonl.gz", (canonical(row) + b"\n" for row in rows))
+
+
+def write_generations(out: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write which crawls there were."""
+    (out / GENERATIONS).write_bytes(b"".join(canonical(row) + b"\n" for row in rows))
+
+
+def read_generations(snapshot: Artifact) -> list[dict[str, Any]]:
+    """Which crawls a snapshot is made of; never empty: one of before there were generations is 0.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
+    path = snapshot.path / GENERATIONS
+    try:
+        rows = [orjson.loads(line) for line in path.read_bytes().splitlines()]
+        return [{"generation": int(row["generation"]), "date": str(row["date"])} for row in rows]
+    except FileNotFoundError:
+        date = snapshot.manifest.created_at.date().isoformat()
+        return [{"generation": 0, "date": date}]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _damaged(path, error) from None
 
 
 def summarise(out: Path) -> tuple[dict[str, int], str, dict[str, int]]:

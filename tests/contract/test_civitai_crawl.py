@@ -19,6 +19,7 @@ from diffagent.civitai.faults import Faults, Profile
 from diffagent.civitai.pagination import Page
 from diffagent.civitai.replay import read_lines, write_dump
 from diffagent.civitai.site import embedded_site
+from diffagent.civitai.snapshot import GENERATIONS
 from diffagent.errors import ServerError
 from schemas.config import CrawlConfig, RuntimeConfig
 from tests.conftest import ROOT, SHARED_DATA
@@ -54,7 +55,9 @@ def rows(snapshot: Artifact, kind: str) -> list[dict]:
 
 
 def files(snapshot: Artifact) -> list[tuple[str, str]]:
-    return [(entry.path, entry.sha256) for entry in snapshot.manifest.files]
+    """Names and digests of all files but the one with the day of the crawl."""
+    entries = snapshot.manifest.files
+    return [(entry.path, entry.sha256) for entry in entries if entry.path != GENERATIONS]
 
 
 @pytest.fixture(scope="module")
