@@ -94,6 +94,24 @@ def unwrap_meta(meta: Any) -> dict[str, Any] | None:
 #: that took it in first (0: the first one). Where it is missing it is 0.
 GENERATION = "_generation"
 
+
+def versions_of(model: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """Versions of a model by id; what has none is left out."""
+    versions = model.get("modelVersions")
+    found = {}
+    for version in versions if isinstance(versions, list) else ():
+        ident = whole_number(version.get("id")) if isinstance(version, dict) else None
+        if ident is not None:
+            found[ident] = version
+    return found
+
+
+def generation_of(item: Mapping[str, Any]) -> int:
+    """The crawl that took an item of a snapshot in first."""
+    number = item.get(GENERATION)
+    return number if type(number) is int and number >= 0 else 0
+
+
 #: What moves though nothing has changed: counters, the decoration that a card wears, and the time
 #: of a file's last scan (the scan's results count as content); and what is not the site's at all.
 VOLATILE = frozenset({"stats", "rank", "cosmetic", "scannedAt", GENERATION})

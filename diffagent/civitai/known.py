@@ -11,11 +11,19 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from diffagent.artifacts import Artifact
 from diffagent.civitai.snapshot import GONE, read_generations, read_rows
-from schemas.civitai import GENERATION, canonical, content, whole_number
+from schemas.civitai import (
+    GENERATION,
+    canonical,
+    content,
+    generation_of,
+    versions_of,
+    whole_number,
+)
 
 
 def fingerprint(item: Mapping[str, Any]) -> int:
@@ -34,17 +42,6 @@ def has_meta(mark: int) -> bool:
     return bool(mark & 1)
 
 
-def versions_of(model: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """Versions of a model by id; what has none is left out."""
-    versions = model.get("modelVersions")
-    found = {}
-    for version in versions if isinstance(versions, list) else ():
-        ident = whole_number(version.get("id")) if isinstance(version, dict) else None
-        if ident is not None:
-            found[ident] = version
-    return found
-
-
 def head_of(model: Mapping[str, Any]) -> dict[str, Any]:
     """A model without its versions."""
     return {key: value for key, value in model.items() if key != "modelVersions"}
@@ -61,12 +58,6 @@ def creator_of(model: Mapping[str, Any]) -> str | None:
     creator = model.get("creator")
     name = creator.get("username") if isinstance(creator, dict) else None
     return name if isinstance(name, str) else None
-
-
-def generation_of(item: Mapping[str, Any]) -> int:
-    """The crawl that took an item of a snapshot in first."""
-    number = item.get(GENERATION)
-    return number if type(number) is int and number >= 0 else 0
 
 
 class Marks:
@@ -118,10 +109,15 @@ class KnownModel:
 
 @dataclass(slots=True)
 class Known:
-    """An earlier snapshot."""
+    """An earlier snapshot.
 
+    ``missing``: (kind, id) -> generation of what it held before it was damaged.
+    """
+
+    path: Path
     digest: str
     generations: list[dict[str, Any]]
+    missing: Mapping[tuple[str, int], int] = field(default_factory=dict)
     models: dict[int, KnownModel] = field(default_factory=dict)
     images: Marks = field(default_factory=Marks)
     images_of_version: dict[int, array[int]] = field(default_factory=dict)
@@ -129,13 +125,16 @@ class Known:
     gone: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, snapshot: Artifact) -> Known:
+    def load(
+        cls, snapshot: Artifact, missing: Mapping[tuple[str, int], int] | None = None
+    ) -> Known:
         """Read a snapshot once.
 
         Raises:
             ArtifactError: it is damaged.
         """
-        known = cls(snapshot.content_digest, read_generations(snapshot))
+        generations = read_generations(snapshot)
+        known = cls(snapshot.path, snapshot.content_digest, generations, missing or {})
         for row in read_rows(snapshot.path, GONE):
             known.gone[row["kind"], row["id"]] = row
         for model in read_rows(snapshot.path, "models"):
@@ -157,6 +156,16 @@ class Known:
     def next_generation(self) -> int:
         """The generation of what is new after this snapshot."""
         return int(self.generations[-1]["generation"]) + 1
+
+    def first(self, kind: str, ident: int, model: int = 0) -> int:
+        """The generation of a model, of a version of ``model``, or of an image."""
+        found: int | None = None
+        if kind == "images":
+            found = self.images.generation(ident)
+        elif before := self.models.get(ident if kind == "models" else model):
+            versions = before.version_generations
+            found = before.generation if kind == "models" else versions.get(ident)
+        return self.missing.get((kind, ident), self.next_generation) if found is None else found
 
     def count(self, kind: str) -> int:
         """How many models, versions or images there are."""
@@ -190,16 +199,9 @@ class Known:
 
 def annotate(kind: str, item: dict[str, Any], known: Known | None) -> None:
     """Write down which crawl took a model with its versions, or an image, in first."""
-    new = known.next_generation if known else 0
-    if kind == "images":
-        first = known.images.generation(item["id"]) if known else None
-        item[GENERATION] = new if first is None else first
-        return
-    before = known.models.get(item["id"]) if known else None
-    item[GENERATION] = before.generation if before else new
-    earlier = before.version_generations if before else {}
-    versions = item.get("modelVersions")
+    item[GENERATION] = known.first(kind, item["id"]) if known else 0
+    versions = item.get("modelVersions") if kind == "models" else None
     for version in versions if isinstance(versions, list) else ():
         if isinstance(version, dict):
-            ident = whole_number(version.get("id"))
-            version[GENERATION] = new if ident is None else earlier.get(ident, new)
+            ident = whole_number(version.get("id")) or 0
+            version[GENERATION] = known.first("versions", ident, item["id"]) if known else 0

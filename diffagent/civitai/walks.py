@@ -29,11 +29,10 @@ from diffagent.civitai.known import (
     creator_of,
     downloads_of,
     has_meta,
-    versions_of,
 )
 from diffagent.civitai.pagination import Fetch, Page, Walk
-from diffagent.errors import CivitaiError, ServerError
-from schemas.civitai import canonical, unwrap_meta, whole_number
+from diffagent.errors import ArtifactError, CivitaiError, ServerError
+from schemas.civitai import canonical, unwrap_meta, versions_of, whole_number
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +114,14 @@ class Walks:
         begun: dict[str, Any] = first.state.get("request", {}) if first else {}
         if begun and {**begun, "date": None} == {**request, "date": None}:
             for entry in entries:
-                self._take(entry.state, entry.items)
+                try:
+                    self._take(entry.state, entry.items)
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ArtifactError(
+                        f"{str(self._journal.path)!r} holds a page of another version of this "
+                        f"program ({type(error).__name__}: {error}); move it away: the crawl then "
+                        "begins again, from the last snapshot when there is one"
+                    ) from None
             fetched = {kind: len(ids) for kind, ids in self.seen.items() if ids}
             log.info("going on after %s", fetched)
             return begun

@@ -123,14 +123,14 @@ def test_a_snapshot_forgets_order_pages_and_repeats(tmp_path_factory, order, siz
     items = [("images", n, b'{"id":%d}' % n) for n in [*order, *order[:5]]]
     pages = [Entry({}, items[i : i + size]) for i in range(0, len(items), size)]
     write_snapshot(out, pages, {"images": range(40)}, out / "scratch")
-    rows, digest, drift = summarise(out)
-    assert rows == {"images": 40, "models": 0, "pages": 0}
-    assert drift == {"image.url: missing": 40}
+    found = summarise(out)
+    assert found.rows == {"images": 40, "models": 0, "pages": 0}
+    assert found.drift == {"image.url: missing": 40}
     lines = gzip.decompress((out / "images/part-00000.jsonl.gz").read_bytes()).splitlines()
     assert lines == [b'{"id":%d}' % n for n in range(40)]
     reference = tmp_path_factory.mktemp("reference")
     write_snapshot(reference, [Entry({}, sorted(items))], {"images": range(40)}, out / "scratch")
-    assert summarise(reference)[1] == digest
+    assert summarise(reference).digest == found.digest
     assert (reference / "images/part-00000.jsonl.gz").read_bytes() == (
         out / "images/part-00000.jsonl.gz"
     ).read_bytes()
