@@ -55,15 +55,15 @@ def crawl(config: CrawlConfig, context: StageContext) -> StageResult:
         raise ConfigError("crawl needs the address of a Civitai API: site_url is empty")
     journal, started = context.out / JOURNAL, time.monotonic()
     memory = Memory.load(context.memory)
-    metrics: dict[str, Any] = {}
     # The journal is removed last: models without it are the whole snapshot of a run that was
     # killed before its manifest was written.
     if journal.exists() or not (context.out / "models").is_dir():
-        new, metrics = _fetch(config, context, journal, memory)
+        new, memory.metrics = _fetch(config, context, journal, memory)
         shutil.rmtree(context.out / SALVAGED, ignore_errors=True)
+        memory.save(context.memory)
         journal.unlink()
         if context.previous and not new:
-            memory.save(context.memory)
+            metrics = memory.metrics
             metrics["seconds"] = round(time.monotonic() - started, 2)
             log.info("nothing new on the site: %s", metrics)
             rows = context.previous.manifest.rows
@@ -71,9 +71,9 @@ def crawl(config: CrawlConfig, context: StageContext) -> StageResult:
                 rows, metrics=metrics, content_digest=context.previous.content_digest
             )
     found = summarise(context.out)
-    memory.ledger = found.ledger
+    metrics, drift = memory.metrics, found.drift
+    memory.ledger, memory.metrics = found.ledger, {}
     memory.save(context.memory)
-    drift = found.drift
     if metrics.get("text_ids"):
         drift["ids in quotes, made numbers"] = metrics["text_ids"]
     metrics |= {"seconds": round(time.monotonic() - started, 2), "schema_drift": drift}

@@ -77,10 +77,13 @@ def _differences(ids: array[int]) -> list[int]:
 
 @dataclass(slots=True)
 class Memory:
-    """When each version's pictures were last asked for, and what the last snapshot holds."""
+    """When each version's pictures were last asked for, what the last snapshot holds, and what a
+    crawl did that has written its snapshot and not yet its manifest.
+    """
 
     looked_at: dict[int, str] = field(default_factory=dict)
     ledger: Ledger | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path) -> Memory:
@@ -89,7 +92,8 @@ class Memory:
             found = orjson.loads(path.read_bytes())
             looked_at = {int(version): str(day) for version, day in found["looked_at"].items()}
             ledger = found.get("ledger")
-            return cls(looked_at, Ledger.of_json(ledger) if ledger else None)
+            ledger = Ledger.of_json(ledger) if ledger else None
+            return cls(looked_at, ledger, dict(found.get("metrics") or {}))
         except FileNotFoundError:
             return cls()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -104,6 +108,7 @@ class Memory:
         data = {
             "looked_at": {str(v): self.looked_at[v] for v in sorted(self.looked_at)},
             "ledger": self.ledger.to_json() if self.ledger else None,
+            "metrics": self.metrics,
         }
         with atomic_file(path) as file:
             file.write_bytes(orjson.dumps(data))
