@@ -79,11 +79,16 @@ class Fate:
         """The fate of the ``number``-th of something of which there were ``initial`` at first."""
         if number >= initial:
             return cls(day_of(seed + 1, number))
-        chance, day = dice(seed, number), day_of(seed + 1, number)
-        if chance < GONE:
-            returns = dice(seed + 2, number) < 0.5
-            return cls(0, gone=day, back=day + 2 if returns else NEVER)
-        return cls(0, changed=day if chance < GONE + CHANGED else NEVER)
+        chance = dice(seed, number)
+        if chance >= GONE + CHANGED:
+            return STEADY
+        day = day_of(seed + 1, number)
+        if chance >= GONE:
+            return cls(0, changed=day)
+        return cls(0, gone=day, back=day + 2 if dice(seed + 2, number) < 0.5 else NEVER)
+
+
+STEADY = Fate(born=0)
 
 
 class World:
@@ -92,16 +97,14 @@ class World:
     def __init__(self, models: int, images: int) -> None:
         self.models, self.images = models, images
         self.all_models, self.all_images = (n + int(n * NEW) for n in (models, images))
+        self.model_fates = [Fate.of(10, k, models) for k in range(self.all_models)]
 
     # Models: number k has the id MODEL + STEP * k and the versions VERSION + 10 * k + slot.
-
-    def model_fate(self, k: int) -> Fate:
-        return Fate.of(10, k, self.models)
 
     def slots(self, k: int, day: int) -> list[int]:
         """Versions of a model that there are on a day: 0 always, 1 appears, 2 goes, on few."""
         chance, turn = dice(20, k), day_of(21, k)
-        steady = self.model_fate(k) == Fate(0)
+        steady = self.model_fates[k] is STEADY
         has_new = steady and chance < NEW_VERSION and turn <= day
         has_lost = steady and NEW_VERSION <= chance < NEW_VERSION + LOST_VERSION and day < turn
         return [1] * has_new + [0] + [2] * has_lost
@@ -111,11 +114,11 @@ class World:
         return {slot for earlier in range(day + 1) for slot in self.slots(k, earlier)}
 
     def model_mark(self, k: int, day: int) -> str:
-        return f"model {k} as of {int(self.model_fate(k).changed <= day)}"
+        return f"model {k} as of {int(self.model_fates[k].changed <= day)}"
 
     def model_records(self, day: int, templates: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for k in range(self.all_models):
-            if not self.model_fate(k).is_there(day):
+            if not self.model_fates[k].is_there(day):
                 continue
             model = templates[k % len(templates)]
             version = model["modelVersions"][0]
@@ -138,7 +141,7 @@ class World:
         k = int(dice(40, j) * self.models)
         if j % 50 == 0:
             k %= max(1, self.models // 1000)
-        while self.model_fate(k) != Fate(0):
+        while self.model_fates[k] is not STEADY:
             k = (k + 1) % self.models
         return k
 
@@ -184,7 +187,7 @@ def serve(world: World, day: int, seed: int) -> None:
         refused = sum(faults.injected[kind] for kind in TRANSPORT)
         said = {"requests": faults.requests, "pages": faults.pages, "refused": refused}
         said["other_faults"] = sum(faults.injected.values()) - refused
-        print(json.dumps({**said, "server_peak_mb": peak_mb()}), flush=True)
+        print(json.dumps({**said, **usage("server_")}), flush=True)
         os._exit(0)
 
     threading.Thread(target=end, daemon=True).start()
@@ -192,8 +195,11 @@ def serve(world: World, day: int, seed: int) -> None:
     serving.serve_forever()
 
 
-def peak_mb() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+def usage(prefix: str = "") -> dict[str, int]:
+    """Processor time and peak memory of this process."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = round(used.ru_utime + used.ru_stime)
+    return {f"{prefix}cpu_seconds": seconds, f"{prefix}peak_mb": used.ru_maxrss // 1024}
 
 
 # --- the crawl, a process of its own --------------------------------------------------------
@@ -215,7 +221,7 @@ def crawl_once(url: str, store: str, day: int, share: float) -> None:
     crawling.datetime = Jumping  # type: ignore[misc]
     runtime = RuntimeConfig(store=store, refresh_share=share, reconcile=day == DAYS)
     made = crawling.crawl.run(CONFIG, {}, runtime, site_url=url, refresh=True)
-    print(json.dumps({"path": str(made.path), "peak_mb": peak_mb()}), flush=True)
+    print(json.dumps({"path": str(made.path), "usage": usage()}), flush=True)
 
 
 # --- the week --------------------------------------------------------------------------------
@@ -239,52 +245,51 @@ class Week:
 
     def run(self) -> Iterator[dict[str, Any]]:
         """Yield what each day took and found."""
-        for day in range(DAYS + 1):
-            if day == DAMAGED_BEFORE:
-                self._damage()
-            yield {"day": day, **self._day(day)}
-
-    def _day(self, day: int) -> dict[str, Any]:
-        arguments = ["--day", str(day), "--seed", str(self.seed), *self._sizes()]
-        env = {**os.environ, "WEEK_SANDBOX": os.environ.get("WEEK_SANDBOX") or sandbox()}
-        started = time.monotonic()
-        server = subprocess.Popen(
-            [sys.executable, __file__, "serve", *arguments],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=env,
-        )
+        server = self._start_server(0)
         try:
-            assert server.stdout
-            url, served = server.stdout.readline().strip(), time.monotonic()
-            made, kills = self._crawl(day, url, arguments)
-            crawled = time.monotonic()
-            said = json.loads(server.communicate()[0])
+            for day in range(DAYS + 1):
+                started = time.monotonic()
+                assert server.stdout
+                url, ready = server.stdout.readline().strip(), time.monotonic()
+                made, kills = self._crawl(day, url)
+                crawled = time.monotonic()
+                said = json.loads(server.communicate()[0])
+                if day < DAYS:  # the next day's site is made while this day is compared
+                    server = self._start_server(day + 1)
+                manifest = json.loads(Path(made["path"], "manifest.json").read_bytes())
+                found = self._compare(day, Path(made["path"]))
+                if day + 1 == DAMAGED_BEFORE:
+                    self._damage()
+                metrics = manifest["metrics"]
+                took = {"waited": ready - started, "crawl": crawled - ready}
+                took["compare"] = time.monotonic() - crawled
+                yield {
+                    "day": day,
+                    **{f"{name}_seconds": round(seconds, 1) for name, seconds in took.items()},
+                    **{"kills": kills, **made["usage"]},
+                    **said,
+                    **{name: metrics[name] for name in ("restarts", "loops")},
+                    **{"rows": manifest["rows"], "recall": metrics.get("recall")},
+                    **found,
+                    "salvaged": metrics.get("salvaged", {}).get("lost"),
+                }
         finally:
             server.kill()
-        manifest = json.loads(Path(made["path"], "manifest.json").read_bytes())
-        found = self._compare(day, Path(made["path"]))
-        metrics = manifest["metrics"]
-        took = {"site": served - started, "crawl": crawled - served}
-        took["compare"] = time.monotonic() - crawled
-        return {
-            **{f"{name}_seconds": round(seconds, 1) for name, seconds in took.items()},
-            **{"kills": kills, "peak_mb": made["peak_mb"]},
-            **said,
-            **{name: metrics[name] for name in ("restarts", "loops")},
-            **{"rows": manifest["rows"], "recall": metrics.get("recall")},
-            **found,
-            **({"salvaged": metrics["salvaged"]["lost"]} if "salvaged" in metrics else {}),
-        }
 
-    def _sizes(self) -> list[str]:
-        return ["--models", str(self.world.models), "--images", str(self.world.images)]
+    def _start_server(self, day: int) -> subprocess.Popen[str]:
+        env = {**os.environ, "WEEK_SANDBOX": os.environ.get("WEEK_SANDBOX") or sandbox()}
+        command = [sys.executable, __file__, "serve", *self._arguments(day)]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env)
 
-    def _crawl(self, day: int, url: str, arguments: list[str]) -> tuple[dict[str, Any], int]:
+    def _arguments(self, day: int) -> list[str]:
+        sizes = ["--models", str(self.world.models), "--images", str(self.world.images)]
+        return [*sizes, "--day", str(day), "--seed", str(self.seed)]
+
+    def _crawl(self, day: int, url: str) -> tuple[dict[str, Any], int]:
         """Run the crawl until it ends by itself; it is killed some times before."""
         command = [sys.executable, __file__, "crawl", "--url", url, "--share", str(self.share)]
-        command += ["--store", str(self.folder / "store"), *arguments]
+        command += ["--store", str(self.folder / "store"), *self._arguments(day)]
         for kills in itertools.count():
             child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
             try:
@@ -338,7 +343,7 @@ class Week:
         world, expected = self.world, {"models": set[int](), "versions": set[int]()}
         found = rows(snapshot, "models")
         for k in range(world.all_models):
-            fate, ident = world.model_fate(k), MODEL + STEP * k
+            fate, ident = world.model_fates[k], MODEL + STEP * k
             if fate.born > day:
                 continue
             there = fate.is_there(day)

@@ -37,7 +37,7 @@ class Spool:
     """Byte strings in an unlinked temporary file: any number of them for a few bytes each."""
 
     def __init__(self) -> None:
-        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  lives with self
+        self._file: IO[bytes] = tempfile.TemporaryFile(buffering=1 << 20)  # noqa: SIM115  lives with self
         self._ends = array("Q", [0])
 
     def __len__(self) -> int:
@@ -205,7 +205,8 @@ class Replay:
         if image.get("minor") is True or image.get("poi") is True:
             return True
         meta = image.pop("meta", None)
-        image.setdefault("modelVersionIds", _version_ids(context, meta))
+        if "modelVersionIds" not in image:
+            image["modelVersionIds"] = _version_ids(context, meta)
         base = image.get("baseModel") or context.get("baseModel")
         if base:
             image.setdefault("baseModel", base)
