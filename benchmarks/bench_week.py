@@ -37,8 +37,9 @@ from typing import Any
 import orjson
 
 from diffagent.civitai.faults import PROFILES, TRANSPORT, Faults, Profile
-from diffagent.civitai.replay import Replay, read_lines
+from diffagent.civitai.replay import Replay
 from diffagent.civitai.site import replay_of
+from diffagent.civitai.sources.dump import read_records
 from schemas.civitai import unwrap_meta
 from schemas.config import CrawlConfig, RuntimeConfig
 
@@ -170,8 +171,8 @@ def serve(world: World, day: int, seed: int) -> None:
     from diffagent.civitai.server import LocalCivitai, Serving
 
     sandbox = Path(os.environ["WEEK_SANDBOX"])
-    models = [m for m in read_lines(sandbox, "models") if m["modelVersions"]]
-    images = [{**i, "meta": unwrap_meta(i["meta"])} for i in read_lines(sandbox, "images")]
+    models = [m for m in read_records(sandbox, "models") if m["modelVersions"]]
+    images = [{**i, "meta": unwrap_meta(i["meta"])} for i in read_records(sandbox, "images")]
     images = [i for i in images if i["type"] == "image" and i["meta"]]
     replay = Replay.load(world.model_records(day, models), world.image_records(day, images), None)
     # Waits of whole seconds and trickles only as often as a long run can bear.
