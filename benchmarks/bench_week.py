@@ -239,6 +239,7 @@ class Week:
     kill_within: float = 2.0
     share: float = 0.25
     known: bytearray = field(init=False)  # of each picture: 0, or 1 + its generation
+    generations: list[int] = field(default_factory=list)  # after each day
 
     def __post_init__(self) -> None:
         self.known = bytearray(self.world.all_images)
@@ -328,6 +329,8 @@ class Week:
         Of pictures a refresh looks at some galleries only, so before the reconciliation of the
         last day nothing known may be lost, and nothing be said gone that is there.
         """
+        lines = (snapshot / "generations.jsonl").read_bytes().splitlines()
+        self.generations.append(orjson.loads(lines[-1])["generation"])
         wrong: Counter[str] = Counter()
         gone: dict[str, set[int]] = {"models": set(), "versions": set(), "images": set()}
         for row in rows(snapshot, "gone"):
@@ -363,7 +366,7 @@ class Week:
                 }
             else:
                 expected["models"].add(ident)
-            wrong["generations of models"] += model["_generation"] != fate.born
+            wrong["generations of models"] += model["_generation"] != self.generations[fate.born]
         wrong["models doubled or made up"] += next(found, None) is not None
         for kind, ids in expected.items():
             wrong[f"tombstones of {kind}"] += len(gone[kind] ^ ids)

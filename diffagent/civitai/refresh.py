@@ -51,6 +51,8 @@ from diffagent.errors import Forbidden, NotFound, ServerError
 from schemas.civitai import ALL_LEVELS, PG, canonical, image_level, versions_of, whole_number
 
 log = logging.getLogger(__name__)
+#: What a reconciliation is asked for; the command line shows it always.
+recall_log = logging.getLogger("diffagent.civitai.recall")
 
 CHANGES = "changes.json"
 _OVERLAP = 1
@@ -164,7 +166,7 @@ class Refresh(Crawler):
         found = super().metrics() | {"changes": self.changes.counts()}
         if self._full:
             found["recall"] = self._recall()
-            log.info("recall of what was known before: %s", found["recall"])
+            recall_log.info("recall of what was known before: %s", found["recall"])
         return found
 
     def write(self, out: Path, scratch: Path) -> bool:
