@@ -13,16 +13,19 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from typer.testing import CliRunner
 
-from diffagent.artifacts import Artifact
+from diffagent.artifacts import Artifact, open_artifact
 from diffagent.civitai.client import CivitaiClient
 from diffagent.civitai.crawl import crawl
 from diffagent.civitai.site import embedded_site
 from diffagent.civitai.sources import SYNTHETIC, open_source, synthetic_id
 from diffagent.civitai.sources.local import Hashes, hash_file, look
+from diffagent.cli import app
 from diffagent.dabench.filters import filter_records
 from diffagent.errors import ConfigError
 from schemas.config import CrawlConfig, FilterConfig, RuntimeConfig
+from tests.conftest import ROOT
 from tests.contract.test_civitai_crawl import rows
 
 SD1 = {"model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": (1, 768)}
@@ -149,6 +152,30 @@ def test_a_folder_becomes_a_catalogue_with_pairs(folder: Path, tmp_path: Path) -
         for row in catalogue.values():
             path = client.download(row["download_path"], tmp_path / "file", sha256=row["sha256"])
             assert path.stat().st_size == row["size_bytes"]
+
+
+def test_one_command_makes_a_dataset_of_a_folder(folder: Path, tmp_path: Path) -> None:
+    for number in range(2, 9):
+        name = f"own-{number}"
+        digest = put(folder / f"{name}.safetensors", safetensors(SD1, fill=number))
+        picture(
+            folder / f"{name}.png", parameters(digest, f"drawing {number} of thing {number * 7}")
+        )
+    store = tmp_path / "store"
+    settings = ["--set", f"crawl.site=local:{folder}", "--set", f"runtime.store={store}"]
+    config = ["--config", str(ROOT / "configs/paper.yaml")]
+    done = CliRunner().invoke(app, ["shard", *config, *settings])
+    assert done.exit_code == 0, done.output
+    (shards,) = store.glob("shard/*/manifest.json")
+    made = open_artifact(shards.parent)
+    assert made.manifest.rows["catalogue"] == 10
+    found = [r for p in made.glob("data/*.parquet") for r in pq.read_table(p).to_pylist()]
+    assert {r["model"] for r in found} == {
+        "Ours",
+        "Their Model",
+        *(f"own-{n}" for n in range(2, 9)),
+    }
+    assert (store / "local-files.json").is_file()
 
 
 def test_a_file_that_goes_is_a_tombstone_and_one_that_comes_is_new(

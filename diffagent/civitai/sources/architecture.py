@@ -81,9 +81,10 @@ def stated_base_model(notes: Mapping[str, str]) -> str | None:
 def _kind(tensors: Mapping[str, Tensor]) -> str:
     for kind, pattern in _NETWORKS:
         if any(pattern.search(name) for name in tensors):
-            return kind
-    if any(len(t.shape) == 4 and "lora" in name for name, t in tensors.items()):
-        return "LoCon"
+            # A LoRA of convolutions wider than a pixel is what Civitai calls LoCon.
+            down = (t.shape for name, t in tensors.items() if "lora_down" in name)
+            wide = kind == "LORA" and any(max(shape[2:], default=1) > 1 for shape in down)
+            return "LoCon" if wide else kind
     if any(n.startswith("control_model.") or "input_hint_block" in n for n in tensors):
         return "Controlnet"
     if len(tensors) <= 4 and {"emb_params", "clip_l", "clip_g", "string_to_param"} & set(tensors):
