@@ -85,11 +85,17 @@ class _Remains:
             name.partition("/")[0] == kind for name in self.damaged
         )
 
+    def _is_cut_short(self, path: Path) -> bool:
+        files = self.manifest.files if self.manifest else ()
+        sizes = {entry.path: entry.size for entry in files}
+        name = path.relative_to(self.path).as_posix()
+        return path.stat().st_size < sizes.get(name, path.stat().st_size + 1)
+
     def rows(self, kind: str) -> Iterator[tuple[Row, bytes]]:
         """Every row of a kind that can be read, in the order of the ids, and its line."""
         last = -1
         for path in sorted(self.path.glob(f"{kind}/*.jsonl.gz")):
-            for line in _good_lines(path):
+            for line in good_lines(path, cut_short=self._is_cut_short(path)):
                 try:
                     row = orjson.loads(line)
                 except orjson.JSONDecodeError:
@@ -200,8 +206,14 @@ def _generations(
     return [*rows, *({"generation": n, "date": date} for n in range(len(rows), highest + 1))]
 
 
-def _good_lines(path: Path) -> Iterator[bytes]:
-    """Lines of every gzip member with a right checksum, and the whole lines of one cut short."""
+def good_lines(path: Path, *, cut_short: bool) -> Iterator[bytes]:
+    """Lines of every gzip member with a right checksum.
+
+    Args:
+        path: a part of a snapshot.
+        cut_short: its end is known to be missing: the whole lines before are good too, though
+            nothing vouches for them. Without, an unfinished member may as well be damaged.
+    """
     data = path.read_bytes()
     start = 0
     while 0 <= start < len(data):
@@ -214,7 +226,7 @@ def _good_lines(path: Path) -> Iterator[bytes]:
         if decoder.eof:
             yield from text.splitlines()
             start = len(data) - len(decoder.unused_data)
-        else:
-            # Cut short; or its lengths were damaged so that it swallowed others.
-            yield from text.split(b"\n")[:-1] if data.find(_MEMBER, start + 1) < 0 else ()
-            start = data.find(_MEMBER, start + 1)
+            continue
+        start = data.find(_MEMBER, start + 1)
+        if cut_short and start < 0:
+            yield from text.split(b"\n")[:-1]
