@@ -280,14 +280,18 @@ class Stage(Generic[C]):
         With ``runtime.mirror`` one that is missing here is copied from there.
         """
         directory = self.directory(config, inputs, runtime)
-        if not directory.exists() and not (runtime.mirror and pull(directory, runtime.mirror)):
-            return None
+        if directory.exists() and (artifact := self._open(directory)):
+            return artifact
+        if runtime.mirror and pull(directory, runtime.mirror):
+            return self._open(directory)
+        return None
+
+    def _open(self, directory: Path) -> Artifact | None:
         try:
-            artifact = open_artifact(directory)
+            return open_artifact(directory)
         except ArtifactError as error:
             self._put_away(directory, error)
             return None
-        return artifact
 
     def _put_away(self, directory: Path, error: ArtifactError) -> None:
         if not self.salvages:
@@ -336,7 +340,7 @@ class Stage(Generic[C]):
                 self._share(directory, runtime)
                 return known
             if known and self.salvages:
-                known = self._verified(known)
+                known = self._verified(known) or self.cached(config, inputs, runtime)
             partial = directory.with_name(f".{directory.name}.partial")
             partial.mkdir(exist_ok=True)
             (partial / MANIFEST).unlink(missing_ok=True)  # of a run killed just before the rename

@@ -26,6 +26,7 @@ import orjson
 from diffagent.artifacts import Artifact, read_manifest, sha256_file
 from diffagent.civitai.memory import Ledger
 from diffagent.civitai.snapshot import (
+    GENERATIONS,
     GONE,
     KINDS,
     generation_rows,
@@ -80,7 +81,7 @@ class _Remains:
         return remains
 
     def is_good(self, kind: str) -> bool:
-        """Whether all files of a kind are there as they were written."""
+        """Whether all files of a kind, or one by name, are there as they were written."""
         return self.manifest is not None and not any(
             name.partition("/")[0] == kind for name in self.damaged
         )
@@ -116,7 +117,8 @@ def salvage(damaged: Path, out: Path, ledger: Ledger | None) -> Salvaged:
     """
     shutil.rmtree(out, ignore_errors=True)
     remains = _Remains.of(damaged)
-    older = [_Remains.of(path) for path in _older(damaged)]
+    whole = all(map(remains.is_good, (*KINDS, GONE, GENERATIONS)))
+    older = [] if whole else [_Remains.of(path) for path in _older(damaged)]
     rows = {
         kind: _write_kind(out, kind, [remains] if remains.is_good(kind) else [remains, *older])
         for kind in KINDS

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from diffagent.artifacts import Artifact
+from diffagent.artifacts import Artifact, verify_artifact
 from diffagent.civitai import snapshot as snapshots
 from schemas.civitai import content
 from tests.contract.conftest import synthetic_image, synthetic_model
@@ -135,3 +135,12 @@ def test_damage_is_set_aside_again_and_again(tmp_path: Path) -> None:
         assert made.content_digest == first.content_digest
         assert made.manifest.metrics["salvaged"]["from"].endswith(f".damaged-{number}")
     assert len(list(tmp_path.glob("crawl/*.damaged-*"))) == 3
+
+
+def test_a_mirror_is_asked_first(tmp_path: Path) -> None:
+    world, mirror = World(models=20, images=20), (tmp_path / "mirror").as_uri()
+    first = run(world, tmp_path / "store", mirror=mirror)
+    flip(IMAGES)(first.path)
+    assert run(world, tmp_path / "store", mirror=mirror) == first, "nothing new, nothing lost"
+    assert first.path.with_name(f"{first.path.name}.damaged-1").is_dir()
+    verify_artifact(first)
