@@ -38,7 +38,6 @@ import orjson
 
 from diffagent.civitai.faults import PROFILES, TRANSPORT, Faults, Profile
 from diffagent.civitai.replay import Replay
-from diffagent.civitai.site import replay_of
 from diffagent.civitai.sources.dump import read_records
 from schemas.civitai import unwrap_meta
 from schemas.config import CrawlConfig, RuntimeConfig
@@ -414,7 +413,6 @@ def sandbox() -> str:
     """A directory with the sandbox's records."""
     from diffagent.sandbox.files import materialise
 
-    replay_of("sandbox")
     return str(materialise())
 
 

@@ -239,7 +239,9 @@ def test_a_header_that_lies_is_refused_and_listed_with_the_reason(
     damage(head)
     text = json.dumps(head).encode()
     put(tmp_path / "bad.safetensors", struct.pack("<Q", len(text)) + text + content[8 + length :])
-    (model,) = open_source(f"local:{tmp_path}").models
+    records = open_source(f"local:{tmp_path}")
+    (model,) = records.models
+    assert not records.files
     (file,) = model["modelVersions"][0]["files"]
     assert file["pickleScanResult"] == "Danger" and "is refused" in file["pickleScanMessage"]
     assert "downloadUrl" not in file

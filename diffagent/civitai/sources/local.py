@@ -26,6 +26,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -66,6 +67,7 @@ _PICTURES = tuple(
 )
 _MAX_SIDECAR = 16 << 20
 _CHUNK = 1 << 20
+_SAVE_SECONDS = 30.0
 _SD_VERSIONS = {"SD1": "SD 1.5", "SD2": "SD 2.1", "SDXL": "SDXL 1.0"}
 _TENSORS_ONLY = "a checked safetensors file holds tensors alone"
 
@@ -99,13 +101,17 @@ def open_folder(directory: Path, cache: Path | None = None) -> Records:
     hashes = Hashes(cache)
     models: dict[int, Row] = {}
     images: dict[int, Row] = {}
-    files: dict[str, Path] = {}
+    files: dict[str, LocalFile] = {}
     for path in _model_files(directory):
-        file = look(path, hashes)
-        if file.sha256 in files:
-            log.warning("%r holds the same as %r; left out", str(path), str(files[file.sha256]))
+        try:
+            file = look(path, hashes)
+        except OSError as error:
+            log.warning("%r cannot be read (%s); left out", str(path), error.strerror)
             continue
-        files[file.sha256] = path
+        if twin := files.get(file.sha256):
+            log.warning("%r holds the same as %r; left out", str(path), str(twin.path))
+            continue
+        files[file.sha256] = file
         model, version = record_of(file)
         _put(models, model, version)
         for image in pictures_of(file, version, model):
@@ -116,7 +122,7 @@ def open_folder(directory: Path, cache: Path | None = None) -> Records:
     if not models:
         kinds = ", ".join(_WEIGHTS)
         raise ConfigError(f"{str(directory)!r} holds no model file ({kinds}) at any depth")
-    served = {sha: path for sha, path in files.items() if path.suffix.lower() == ".safetensors"}
+    served = {sha: file.path for sha, file in files.items() if not file.refused}
     return Records(list(models.values()), list(images.values()), served)
 
 
@@ -151,7 +157,7 @@ class Hashes:
     """Hashes of files, each computed once as long as its size and time stay."""
 
     def __init__(self, cache: Path | None) -> None:
-        self._cache = cache
+        self._cache, self._saved = cache, time.monotonic()
         self._known: dict[str, list[Any]] = {}
         if cache and cache.exists():
             try:
@@ -167,10 +173,13 @@ class Hashes:
             return dict(known[2])
         found = hash_file(path)
         self._known[key] = [stat.st_size, stat.st_mtime_ns, found]
+        if time.monotonic() - self._saved > _SAVE_SECONDS:
+            self.save()
         return found
 
     def save(self) -> None:
         """Keep them for the next time."""
+        self._saved = time.monotonic()
         if self._cache:
             self._cache.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(self._cache) as file:
