@@ -21,8 +21,8 @@ from typing import Any
 
 from diffagent.artifacts import Artifact
 from diffagent.civitai.crawl import crawl
-from diffagent.civitai.replay import write_dump
 from diffagent.civitai.site import embedded_site
+from diffagent.civitai.sources.dump import write_dump
 from schemas.config import CrawlConfig, RuntimeConfig
 
 MODELS, IMAGES, RATE = 1_000, 60_000, 50.0

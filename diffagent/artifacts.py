@@ -109,8 +109,9 @@ class StageContext:
     ``out`` may hold what an interrupted run of the same identity left behind.
     ``site_url`` is the address of the Civitai API that this run talks to.
     ``previous`` is the artefact that is being refreshed; None: there is none, or it is not asked
-    for. ``memory`` is a file beside it for what helps the next refresh and is no content: it
-    outlives artefacts, and may be missing.
+    for. ``damaged`` is one that was found damaged and set aside, when there is no other: what is
+    good in it can be taken over (stages that ``salvage`` alone). ``memory`` is a file beside it
+    for what helps the next refresh and is no content: it outlives artefacts, and may be missing.
     ``progress`` takes the fraction done (None: unknown) and a text for who watches the run.
     """
 
@@ -119,6 +120,7 @@ class StageContext:
     runtime: RuntimeConfig
     site_url: str = ""
     previous: Artifact | None = None
+    damaged: Path | None = None
     memory: Path = Path(os.devnull)
     progress: Progress = lambda fraction, text: None
 
@@ -243,6 +245,7 @@ class Stage(Generic[C]):
     body: Callable[[C, StageContext], StageResult]
     config_type: type[C]
     files: Callable[[C], Sequence[Path]] = lambda config: ()
+    salvages: bool = False
 
     def identity(self, config: C, inputs: Inputs) -> str:
         """sha256 that names this request; equal requests have equal identities."""
@@ -271,20 +274,44 @@ class Stage(Generic[C]):
         return Path(runtime.store) / self.name / self.identity(config, inputs)[:16]
 
     def cached(self, config: C, inputs: Inputs, runtime: RuntimeConfig) -> Artifact | None:
-        """The artefact of this request when it exists whole; a damaged one is removed.
+        """The artefact of this request when it exists whole; a damaged one is removed, or set
+        aside as ``NAME.damaged-N`` when its contents could not be made again.
 
         With ``runtime.mirror`` one that is missing here is copied from there.
         """
         directory = self.directory(config, inputs, runtime)
-        if not directory.exists() and not (runtime.mirror and pull(directory, runtime.mirror)):
-            return None
+        if directory.exists() and (artifact := self._open(directory)):
+            return artifact
+        if runtime.mirror and pull(directory, runtime.mirror):
+            return self._open(directory)
+        return None
+
+    def _open(self, directory: Path) -> Artifact | None:
         try:
-            artifact = open_artifact(directory)
+            return open_artifact(directory)
         except ArtifactError as error:
+            self._put_away(directory, error)
+            return None
+
+    def _put_away(self, directory: Path, error: ArtifactError) -> None:
+        if not self.salvages:
             log.warning("%s; it is built again", error)
             shutil.rmtree(directory)
+            return
+        number = 1 + max(map(_damage_number, _damaged(directory)), default=0)
+        aside = directory.with_name(f"{directory.name}.damaged-{number}")
+        directory.rename(aside)
+        what = str(error).partition("; ")[0]
+        log.warning("%s; set aside as %s, and what is good in it is taken over", what, aside)
+
+    def _verified(self, known: Artifact) -> Artifact | None:
+        """The artefact, unless one of its bytes is not as it was written."""
+        try:
+            verify_artifact(known)
+        except ArtifactError as error:
+            self._put_away(known.path, error)
             return None
-        return artifact
+        return known
 
     def run(
         self,
@@ -312,12 +339,17 @@ class Stage(Generic[C]):
                 log.info("%s: cached in %s", self.name, directory)
                 self._share(directory, runtime)
                 return known
+            if known and self.salvages:
+                known = self._verified(known) or self.cached(config, inputs, runtime)
             partial = directory.with_name(f".{directory.name}.partial")
             partial.mkdir(exist_ok=True)
             (partial / MANIFEST).unlink(missing_ok=True)  # of a run killed just before the rename
             started = time.monotonic()
             memory = directory.with_name(f"{directory.name}.memory.json")
-            context = StageContext(inputs, partial, runtime, site_url, known, memory, progress)
+            damaged = None if known else max(_damaged(directory), key=_damage_number, default=None)
+            context = StageContext(
+                inputs, partial, runtime, site_url, known, damaged, memory, progress
+            )
             with _full_disk_explained(directory):
                 result = self.body(config, context)
             manifest = self._manifest(config, inputs, partial, result, started)
@@ -379,21 +411,33 @@ class Stage(Generic[C]):
         )
 
 
+def _damaged(directory: Path) -> list[Path]:
+    """What was set aside of an artefact."""
+    return list(directory.parent.glob(f"{directory.name}.damaged-*"))
+
+
+def _damage_number(path: Path) -> int:
+    number = path.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else 0
+
+
 def stage(
     name: str,
     *,
     version: int,
     config: type[C],
     files: Callable[[C], Sequence[Path]] = lambda config: (),
+    salvages: bool = False,
 ) -> Callable[..., Stage[C]]:
     """Make a stage of a function ``body(config, context) -> StageResult``.
 
     Bump ``version`` whenever the same request would give a different answer. ``files`` says which
     local files, weights for example, the config names: their contents are part of the request.
+    ``salvages``: a damaged artefact is set aside for the body instead of removed.
     """
 
     def wrap(body: Callable[[C, StageContext], StageResult]) -> Stage[C]:
-        return Stage(name, version, body, config, files)
+        return Stage(name, version, body, config, files, salvages)
 
     return wrap
 

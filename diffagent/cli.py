@@ -36,15 +36,17 @@ STAGES = {
 }
 
 
+#: Loggers whose news are told without -v: which stage runs, and what was asked for by name.
+_TOLD = ("diffagent.pipeline", "diffagent.civitai.recall")
+
+
 def _set_up_logging(verbose: int) -> int:
     """Warnings, and which stage runs; -v: what stages say; -vv: everything of this library."""
     if not logging.getLogger().handlers:
         logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("diffagent.pipeline").setLevel(logging.INFO)
-    if verbose:
-        level = logging.INFO if verbose == 1 else logging.DEBUG
-        for name in ("diffagent", "diffagent.pipeline"):
-            logging.getLogger(name).setLevel(level)
+    level = logging.DEBUG if verbose > 1 else logging.INFO
+    for name in (*_TOLD, "diffagent") if verbose else _TOLD:
+        logging.getLogger(name).setLevel(level)
     return verbose
 
 
@@ -146,7 +148,6 @@ def _run(
     overrides = parse_overrides(settings)
     if reconcile:
         refresh, overrides["runtime.reconcile"] = True, True
-        logging.getLogger("diffagent.civitai.refresh").setLevel(logging.INFO)
     settings_read = load_config(config, overrides)
     return pipeline.run(settings_read, upto, refresh=refresh, on_done=show)
 

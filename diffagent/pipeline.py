@@ -17,6 +17,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -303,6 +304,8 @@ def open_site(config: PipelineConfig) -> contextlib.AbstractContextManager[str]:
     from diffagent.civitai.site import embedded_site
 
     site: contextlib.AbstractContextManager[str] = embedded_site(
-        config.crawl.site, config.runtime.faults
+        config.crawl.site,
+        config.runtime.faults,
+        Path(config.runtime.store, "local-files.json"),
     )
     return site

@@ -103,9 +103,31 @@ def unwrap_meta(meta: Any) -> dict[str, Any] | None:
     return meta if isinstance(meta, dict) else None
 
 
+#: An annotation of ours on every model, version and image of a snapshot: the number of the crawl
+#: that took it in first (0: the first one). Where it is missing it is 0.
+GENERATION = "_generation"
+
+
+def versions_of(model: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """Versions of a model by id; what has none is left out."""
+    versions = model.get("modelVersions")
+    found = {}
+    for version in versions if isinstance(versions, list) else ():
+        ident = whole_number(version.get("id")) if isinstance(version, dict) else None
+        if ident is not None:
+            found[ident] = version
+    return found
+
+
+def generation_of(item: Mapping[str, Any]) -> int:
+    """The crawl that took an item of a snapshot in first."""
+    number = item.get(GENERATION)
+    return number if type(number) is int and number >= 0 else 0
+
+
 #: What moves though nothing has changed: counters, the decoration that a card wears, and the time
-#: of a file's last scan (the scan's results count as content).
-VOLATILE = frozenset({"stats", "rank", "cosmetic", "scannedAt"})
+#: of a file's last scan (the scan's results count as content); and what is not the site's at all.
+VOLATILE = frozenset({"stats", "rank", "cosmetic", "scannedAt", GENERATION})
 
 
 def content(item: Mapping[str, Any]) -> dict[str, Any]:
@@ -317,6 +339,8 @@ class Drift:
             return
         values = _VALUES[kind]
         for key, value in item.items():
+            if key == GENERATION:
+                continue
             types = known.get(key)
             if types is None:
                 self._count(f"{kind}.{key[:40]}: unknown")

@@ -23,7 +23,9 @@ class CrawlConfig(_Section):
 
     site: str = Field(
         default="https://civitai.com",
-        description="address of a Civitai API, or 'sandbox', or 'dump:DIR' for an embedded server",
+        description="address of a Civitai API; or for an embedded server 'sandbox', 'dump:DIR' "
+        "(records as JSON lines or parquet, or a snapshot), 'local:DIR' (a folder of model files) "
+        "or 'release:DIR' (instruction-API pairs)",
     )
     model_types: tuple[str, ...] = Field(
         default=("Checkpoint", "LORA", "LoCon", "DoRA", "TextualInversion"),

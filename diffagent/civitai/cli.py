@@ -36,24 +36,30 @@ def serve(  # noqa: PLR0917  the command line calls it by name
         Path | None, typer.Option(metavar="DIR", help="Replay models*.jsonl[.gz], images*.")
     ] = None,
     sandbox: Annotated[bool, typer.Option("--sandbox", help="Serve the sandbox.")] = False,
+    site: Annotated[
+        str | None, typer.Option(metavar="KIND:DIR", help="Serve a source, as crawl.site names it.")
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8008,
     faults: Annotated[FaultProfile, typer.Option(help="What goes wrong.")] = FaultProfile.none,
     seed: Annotated[int, typer.Option(help="Seed of the faults.")] = 0,
+    cache: Annotated[Path | None, typer.Option(hidden=True, help="For hashes of files.")] = None,
     while_stdin: Annotated[
         bool, typer.Option("--while-stdin", hidden=True, help="End when standard input closes.")
     ] = False,
 ) -> None:
-    """Serve Civitai's REST API from a dump or from the sandbox; prints its address when ready."""
+    """Serve Civitai's REST API from a source or from the sandbox; prints its address when ready."""
     from diffagent.civitai.faults import Faults
     from diffagent.civitai.server import LocalCivitai, Serving
     from diffagent.civitai.site import replay_of
 
-    if sandbox == (dump is not None):
-        raise typer.BadParameter("give either --dump DIR or --sandbox")
+    given = [f"dump:{dump}" if dump else None, "sandbox" if sandbox else None, site]
+    sites = [name for name in given if name]
+    if len(sites) != 1:
+        raise typer.BadParameter("give one of --dump DIR, --sandbox and --site KIND:DIR")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        replay = replay_of("sandbox" if sandbox else f"dump:{dump}")
+        replay = replay_of(sites[0], cache)
     except DiffAgentError as error:
         raise typer.BadParameter(str(error)) from None
     serving = Serving(LocalCivitai(replay, Faults(faults.value, seed)), host, port)

@@ -11,6 +11,7 @@ of disk or of its time budget goes on behind the last whole page.
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,10 +19,12 @@ from typing import Any
 
 from diffagent.artifacts import StageContext, StageResult, stage
 from diffagent.civitai.client import client_for
-from diffagent.civitai.crawler import Crawler
+from diffagent.civitai.crawler import Crawler, Session
 from diffagent.civitai.journal import Journal
 from diffagent.civitai.known import Known
+from diffagent.civitai.memory import Memory
 from diffagent.civitai.refresh import Refresh
+from diffagent.civitai.salvage import salvage
 from diffagent.civitai.site import site_files
 from diffagent.civitai.snapshot import summarise
 from diffagent.civitai.walks import Walks
@@ -30,15 +33,16 @@ from schemas.config import CrawlConfig
 
 log = logging.getLogger(__name__)
 
-JOURNAL, SCRATCH = "journal.gz", "scratch"
+JOURNAL, SCRATCH, SALVAGED = "journal.gz", "scratch", "salvaged"
 
 
-@stage("crawl", version=2, config=CrawlConfig, files=site_files)
+@stage("crawl", version=2, config=CrawlConfig, files=site_files, salvages=True)
 def crawl(config: CrawlConfig, context: StageContext) -> StageResult:
     """Fetch models, images and pages from ``context.site_url``.
 
-    Writes models/, images/ and pages/, and when ``context.previous`` is refreshed also gone/ and
-    changes.json (see ``diffagent.civitai.snapshot`` and ``diffagent.civitai.refresh``). The
+    Writes models/, images/, pages/ and generations.jsonl, and when ``context.previous`` is
+    refreshed also gone/ and changes.json (see ``diffagent.civitai.snapshot`` and
+    ``diffagent.civitai.refresh``). What is good in ``context.damaged`` is taken over. The
     content digest does not depend on the site's address, on the order of fetching, on faults, or
     on counters that moved.
 
@@ -50,36 +54,49 @@ def crawl(config: CrawlConfig, context: StageContext) -> StageResult:
     if not context.site_url:
         raise ConfigError("crawl needs the address of a Civitai API: site_url is empty")
     journal, started = context.out / JOURNAL, time.monotonic()
-    metrics: dict[str, Any] = {}
+    memory = Memory.load(context.memory)
     # The journal is removed last: models without it are the whole snapshot of a run that was
     # killed before its manifest was written.
     if journal.exists() or not (context.out / "models").is_dir():
-        new, metrics = _fetch(config, context, journal)
+        new, memory.metrics = _fetch(config, context, journal, memory)
+        shutil.rmtree(context.out / SALVAGED, ignore_errors=True)
+        memory.save(context.memory)
         journal.unlink()
         if context.previous and not new:
+            metrics = memory.metrics
             metrics["seconds"] = round(time.monotonic() - started, 2)
             log.info("nothing new on the site: %s", metrics)
             rows = context.previous.manifest.rows
             return StageResult(
                 rows, metrics=metrics, content_digest=context.previous.content_digest
             )
-    rows, digest, drift = summarise(context.out)
+    found = summarise(context.out)
+    metrics, drift = memory.metrics, found.drift
+    memory.ledger, memory.metrics = found.ledger, {}
+    memory.save(context.memory)
     if metrics.get("text_ids"):
         drift["ids in quotes, made numbers"] = metrics["text_ids"]
     metrics |= {"seconds": round(time.monotonic() - started, 2), "schema_drift": drift}
     if drift:
         log.warning("%d field(s) of a shape not known here: see schema_drift", len(drift))
-    return StageResult(rows=rows, metrics=metrics, content_digest=digest)
+    return StageResult(rows=found.rows, metrics=metrics, content_digest=found.digest)
 
 
 def _fetch(
-    config: CrawlConfig, context: StageContext, journal: Path
+    config: CrawlConfig, context: StageContext, journal: Path, memory: Memory
 ) -> tuple[bool, dict[str, Any]]:
     """Fetch and write; returns whether there is anything new, and the metrics."""
-    runtime, previous = context.runtime, context.previous
-    known = Known.load(previous) if previous else None
+    runtime = context.runtime
+    known, salvaged = None, None
+    if context.previous:
+        known = Known.load(context.previous)
+    elif context.damaged:
+        salvaged = salvage(context.damaged, context.out / SALVAGED, memory.ledger)
+        known = Known.load(salvaged.snapshot, salvaged.missing)
+    full = runtime.reconcile or (salvaged is not None and not salvaged.complete)
     client = client_for(context.site_url, runtime.requests_per_second)
-    with client, Journal(journal) as pages:
+    aside = context.memory.with_name(context.memory.name.removesuffix(".memory.json"))
+    with client, Journal(journal, aside=aside) as pages:
         walks = Walks(
             client,
             pages,
@@ -87,27 +104,28 @@ def _fetch(
             budget_seconds=runtime.crawl_budget_seconds,
             known=known,
         )
-        work = Crawler(config, client, pages, walks, report=context.progress)
-        if known and previous:
-            work = Refresh(
-                config,
-                client,
-                pages,
-                walks,
-                runtime=runtime,
-                known=known,
-                previous=previous,
-                memory=context.memory,
-                report=context.progress,
-            )
         request = {
+            "version": 2,
             "previous": known.digest if known else None,
-            "reconcile": runtime.reconcile,
+            "salvaged": context.damaged.name if salvaged and context.damaged else None,
+            "reconcile": full,
             "date": datetime.now(UTC).date().isoformat(),
         }
+        session = Session(config, client, pages, walks, context.progress)
+        work = Crawler(session)
+        if known:
+            work = Refresh(
+                session,
+                known,
+                memory.looked_at,
+                share=runtime.refresh_share,
+                full=full,
+                rewrite=salvaged is not None,
+            )
         work.date = walks.resume(request)["date"]
         started = time.monotonic()
         work.run()
         seconds = {"fetch_seconds": round(time.monotonic() - started, 2)}
         new = work.write(context.out, context.out / SCRATCH)
-        return new, work.metrics() | seconds
+        report = {"salvaged": salvaged.report} if salvaged else {}
+        return new, work.metrics() | seconds | report

@@ -16,6 +16,7 @@ from __future__ import annotations
 import heapq
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from diffagent.artifacts import Progress
 from diffagent.civitai.client import CivitaiClient
 from diffagent.civitai.journal import Journal
 from diffagent.civitai.meter import meter
-from diffagent.civitai.snapshot import write_snapshot
+from diffagent.civitai.snapshot import write_generations, write_snapshot
 from diffagent.civitai.walks import Pages, Steps, Walks
 from diffagent.errors import NotFound, SchemaError, ServerError
 from schemas.civitai import ALL_LEVELS, PG, image_level, unwrap_meta, whole_number
@@ -34,26 +35,26 @@ MODELS_LIMIT, IMAGES_LIMIT = 100, 200
 _FILE_NAME = re.compile(r"/(\d{1,18})\.\w+$")
 
 
-class Crawler:
-    """A first crawl: everything that the configuration asks for.
+@dataclass(frozen=True)
+class Session:
+    """What a crawl works with; ``report`` is told how far it is."""
 
-    ``report`` is told how far it is, and ``date`` is the day on which it began.
-    """
+    config: CrawlConfig
+    client: CivitaiClient
+    journal: Journal
+    walks: Walks
+    report: Progress = lambda fraction, text: None
+
+
+class Crawler:
+    """A first crawl: everything that the configuration asks for; it began on the day ``date``."""
 
     date = ""
 
-    def __init__(
-        self,
-        config: CrawlConfig,
-        client: CivitaiClient,
-        journal: Journal,
-        walks: Walks,
-        *,
-        report: Progress = lambda fraction, text: None,
-    ) -> None:
-        self.config, self.client, self.walks = config, client, walks
-        self._journal = journal
-        self.meter = partial(meter, report)
+    def __init__(self, session: Session) -> None:
+        self.config, self.client, self.walks = session.config, session.client, session.walks
+        self._journal = session.journal
+        self.meter = partial(meter, session.report)
 
     def run(self) -> None:
         """Fetch what is missing."""
@@ -73,6 +74,7 @@ class Crawler:
         keep = {kind: self.newest(kind) for kind in ("models", "images")}
         keep["pages"] = sorted(self.walks.seen["pages"])
         write_snapshot(out, self._journal.read(), keep, scratch)
+        write_generations(out, [{"generation": 0, "date": self.date}])
         return True
 
     # What is asked for

@@ -95,14 +95,17 @@ PROFILES: Mapping[FaultName, Profile] = {
 
 
 class Faults:
-    """The dice of one server: thread-safe, and equal for equal seeds and requests."""
+    """The dice of one server: thread-safe, and equal for equal seeds and requests.
+
+    ``pages`` of listings were served, and ``injected`` faults of each kind.
+    """
 
     def __init__(self, profile: Profile | FaultName = "none", seed: int = 0) -> None:
         self.profile = PROFILES[profile] if isinstance(profile, str) else profile
         self.seed = seed
         self.injected: Counter[str] = Counter()
         self._attempts: Counter[str] = Counter()
-        self._pages = 0
+        self.pages = 0
         self._lock = threading.Lock()
 
     def attempt(self, request: str) -> int:
@@ -141,10 +144,15 @@ class Faults:
         return self._strikes("missing", f"item {item}")
 
     @property
+    def requests(self) -> int:
+        """How many requests were made; not counted when nothing ever fails."""
+        return self._attempts.total()
+
+    @property
     def schema_has_changed(self) -> bool:
         """Whether a deploy has changed the schema."""
         after = self.profile.new_schema_after
-        return 0 < after < self._pages
+        return 0 < after < self.pages
 
     def evolve(self, item: dict[str, Any]) -> dict[str, Any]:
         """An item of a listing as the site sends it now.
@@ -173,12 +181,12 @@ class Faults:
     def epoch(self) -> int:
         """How many deploys have made older cursors stale."""
         every = self.profile.deploy_every
-        return min(self._pages // every, self.profile.deploys) if every else 0
+        return min(self.pages // every, self.profile.deploys) if every else 0
 
     def count_page(self) -> None:
         """A page of a listing was served."""
         with self._lock:
-            self._pages += 1
+            self.pages += 1
 
     def _strikes(self, kind: str, key: str) -> bool:
         rate = self.profile.rates.get(kind, 0.0)

@@ -3,14 +3,17 @@
 Each page is one gzip member: a line with the state after the page, then a line an item. A member
 is whole or it is not there, so a page and the state after it are durable together. Every member
 ends with its CRC32: when the journal is opened again, the pages before the first that is torn
-(the process was killed) or damaged (the disk was) are kept, and the rest is cut off.
+(the process was killed) or damaged (the disk was) are kept, and the rest is cut off; what is
+behind a damaged one is set aside in a file of its own.
 """
 
 from __future__ import annotations
 
 import gzip
+import itertools
 import logging
 import os
+import shutil
 import time
 import zlib
 from collections.abc import Generator, Iterator, Sequence
@@ -20,6 +23,8 @@ from types import TracebackType
 from typing import Any
 
 import orjson
+
+from diffagent.errors import ArtifactError
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +43,13 @@ class Entry:
 
 
 class Journal:
-    """The journal at ``path``. ``read`` comes before the first ``append``."""
+    """The journal at ``path``. ``read`` comes before the first ``append``.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    What is cut off behind damage goes to ``aside`` + '.journal-damaged-N', when that is given.
+    """
+
+    def __init__(self, path: Path, *, aside: Path | None = None) -> None:
+        self.path, self._aside = path, aside
         # Unbuffered: a page that does not fit on the disk must not be tried again by close().
         self._stream = path.open("ab", buffering=0)
         self._synced = time.monotonic()
@@ -84,13 +92,17 @@ class Journal:
         self._stream.truncate(0)
 
     def read(self) -> Generator[Entry, None, None]:
-        """Every whole page, oldest first; what is not whole is cut off, with all behind it."""
+        """Every whole page, oldest first; what is not whole is cut off, with all behind it.
+
+        Raises:
+            ArtifactError: a page has a right checksum and is none of this program's.
+        """
         size, whole, pages = self.path.stat().st_size, 0, 0
         damage = ""
         with self.path.open("rb") as stream:
             try:
                 for member, end in _members(stream):
-                    yield _entry(member)
+                    yield self._entry(member)
                     whole, pages = end, pages + 1
             except zlib.error as error:
                 damage = str(error)
@@ -99,12 +111,36 @@ class Journal:
         if damage:
             log.warning(
                 "%s is damaged behind byte %d of %d (%s): its first %d pages are good and stay, "
-                "the others are fetched again",
-                *(self.path, whole, size, damage, pages),
+                "the others are fetched again%s",
+                *(self.path, whole, size, damage, pages, self._set_aside(whole)),
             )
         else:
             log.info("the last page was not written whole (%d bytes); cut off", size - whole)
         os.truncate(self.path, whole)
+
+    def _set_aside(self, start: int) -> str:
+        """Copy what is cut off from byte ``start`` on; says where to."""
+        if self._aside is None:
+            return ""
+        numbers = itertools.count(1)
+        names = (self._aside.with_name(f"{self._aside.name}.journal-damaged-{n}") for n in numbers)
+        target = next(path for path in names if not path.exists())
+        with self.path.open("rb") as stream, target.open("wb") as copy:
+            stream.seek(start)
+            shutil.copyfileobj(stream, copy)
+        return f"; what was cut off is in {target}"
+
+    def _entry(self, member: bytes) -> Entry:
+        try:
+            state, *lines = member.rstrip(b"\n").split(b"\n")
+            parts = (line.split(b"\t", 2) for line in lines)
+            items = [(kind.decode(), int(ident), data) for kind, ident, data in parts]
+            return Entry(orjson.loads(state), items)
+        except ValueError as error:
+            raise ArtifactError(
+                f"{str(self.path)!r} is no journal of this program ({error}); move it away: the "
+                "crawl then begins again, from the last snapshot when there is one"
+            ) from None
 
 
 def _members(stream: Any) -> Iterator[tuple[bytes, int]]:
@@ -126,12 +162,3 @@ def _members(stream: Any) -> Iterator[tuple[bytes, int]]:
             used += len(data) - len(rest)
         end += used
         yield b"".join(parts), end
-
-
-def _entry(member: bytes) -> Entry:
-    state, *lines = member.rstrip(b"\n").split(b"\n")
-    items = []
-    for line in lines:
-        kind, ident, data = line.split(b"\t", 2)
-        items.append((kind.decode(), int(ident), data))
-    return Entry(orjson.loads(state), items)

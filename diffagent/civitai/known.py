@@ -11,11 +11,19 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from diffagent.artifacts import Artifact
-from diffagent.civitai.snapshot import GONE, read_rows
-from schemas.civitai import canonical, content, whole_number
+from diffagent.civitai.snapshot import GONE, read_generations, read_rows
+from schemas.civitai import (
+    GENERATION,
+    canonical,
+    content,
+    generation_of,
+    versions_of,
+    whole_number,
+)
 
 
 def fingerprint(item: Mapping[str, Any]) -> int:
@@ -32,17 +40,6 @@ def image_fingerprint(image: Mapping[str, Any]) -> int:
 def has_meta(mark: int) -> bool:
     """Whether the image with this fingerprint has generation metadata."""
     return bool(mark & 1)
-
-
-def versions_of(model: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """Versions of a model by id; what has none is left out."""
-    versions = model.get("modelVersions")
-    found = {}
-    for version in versions if isinstance(versions, list) else ():
-        ident = whole_number(version.get("id")) if isinstance(version, dict) else None
-        if ident is not None:
-            found[ident] = version
-    return found
 
 
 def head_of(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,10 +61,10 @@ def creator_of(model: Mapping[str, Any]) -> str | None:
 
 
 class Marks:
-    """Fingerprints by id, added in the order of the ids."""
+    """Fingerprints and generations by id, added in the order of the ids."""
 
     def __init__(self) -> None:
-        self._ids, self._marks = array("q"), array("Q")
+        self._ids, self._marks, self._generations = array("q"), array("Q"), array("I")
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -78,33 +75,49 @@ class Marks:
     def __contains__(self, ident: int) -> bool:
         return self.get(ident) is not None
 
-    def add(self, ident: int, mark: int) -> None:
+    def add(self, ident: int, mark: int, generation: int = 0) -> None:
         """Add an id above all others."""
         self._ids.append(ident)
         self._marks.append(mark)
+        self._generations.append(generation)
 
     def get(self, ident: int) -> int | None:
         """The fingerprint of an id."""
+        place = self._place(ident)
+        return None if place is None else self._marks[place]
+
+    def generation(self, ident: int) -> int | None:
+        """The generation of an id."""
+        place = self._place(ident)
+        return None if place is None else self._generations[place]
+
+    def _place(self, ident: int) -> int | None:
         place = bisect_left(self._ids, ident)
-        if place < len(self._ids) and self._ids[place] == ident:
-            return self._marks[place]
-        return None
+        return place if place < len(self._ids) and self._ids[place] == ident else None
 
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
-    """Fingerprints of a model without its versions and of each version."""
+    """Fingerprints and generations of a model without its versions and of each version."""
 
     head: int
     versions: Mapping[int, int]
     downloads: int
+    generation: int
+    version_generations: Mapping[int, int]
 
 
 @dataclass(slots=True)
 class Known:
-    """An earlier snapshot."""
+    """An earlier snapshot.
 
+    ``missing``: (kind, id) -> generation of what it held before it was damaged.
+    """
+
+    path: Path
     digest: str
+    generations: list[dict[str, Any]]
+    missing: Mapping[tuple[str, int], int] = field(default_factory=dict)
     models: dict[int, KnownModel] = field(default_factory=dict)
     images: Marks = field(default_factory=Marks)
     images_of_version: dict[int, array[int]] = field(default_factory=dict)
@@ -112,24 +125,47 @@ class Known:
     gone: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, snapshot: Artifact) -> Known:
+    def load(
+        cls, snapshot: Artifact, missing: Mapping[tuple[str, int], int] | None = None
+    ) -> Known:
         """Read a snapshot once.
 
         Raises:
             ArtifactError: it is damaged.
         """
-        known = cls(snapshot.content_digest)
+        generations = read_generations(snapshot)
+        known = cls(snapshot.path, snapshot.content_digest, generations, missing or {})
         for row in read_rows(snapshot.path, GONE):
             known.gone[row["kind"], row["id"]] = row
         for model in read_rows(snapshot.path, "models"):
-            versions = {i: fingerprint(v) for i, v in versions_of(model).items()}
-            head = fingerprint(head_of(model))
-            known.models[model["id"]] = KnownModel(head, versions, downloads_of(model))
+            versions = versions_of(model)
+            known.models[model["id"]] = KnownModel(
+                head=fingerprint(head_of(model)),
+                versions={i: fingerprint(v) for i, v in versions.items()},
+                downloads=downloads_of(model),
+                generation=generation_of(model),
+                version_generations={i: generation_of(v) for i, v in versions.items()},
+            )
         for image in read_rows(snapshot.path, "images"):
             known._add_image(image)
         for page in read_rows(snapshot.path, "pages"):
             known.pages[page["id"]] = page.get("status") == "ok"
         return known
+
+    @property
+    def next_generation(self) -> int:
+        """The generation of what is new after this snapshot."""
+        return int(self.generations[-1]["generation"]) + 1
+
+    def first(self, kind: str, ident: int, model: int = 0) -> int:
+        """The generation of a model, of a version of ``model``, or of an image."""
+        found: int | None = None
+        if kind == "images":
+            found = self.images.generation(ident)
+        elif before := self.models.get(ident if kind == "models" else model):
+            versions = before.version_generations
+            found = before.generation if kind == "models" else versions.get(ident)
+        return self.missing.get((kind, ident), self.next_generation) if found is None else found
 
     def count(self, kind: str) -> int:
         """How many models, versions or images there are."""
@@ -154,8 +190,18 @@ class Known:
         )
 
     def _add_image(self, image: dict[str, Any]) -> None:
-        self.images.add(image["id"], image_fingerprint(image))
+        self.images.add(image["id"], image_fingerprint(image), generation_of(image))
         versions = image.get("modelVersionIds")
         for version in versions if isinstance(versions, list) else ():
             if type(version) is int:
                 self.images_of_version.setdefault(version, array("q")).append(image["id"])
+
+
+def annotate(kind: str, item: dict[str, Any], known: Known | None) -> None:
+    """Write down which crawl took a model with its versions, or an image, in first."""
+    item[GENERATION] = known.first(kind, item["id"]) if known else 0
+    versions = item.get("modelVersions") if kind == "models" else None
+    for version in versions if isinstance(versions, list) else ():
+        if isinstance(version, dict):
+            ident = whole_number(version.get("id")) or 0
+            version[GENERATION] = known.first("versions", ident, item["id"]) if known else 0

@@ -112,7 +112,11 @@ class Listings:
         key, columns = _model_order(query.sort, rows)
         if query.query:  # ordered by relevance, not by sort: popularity stands for it
             key, columns = _model_order("Most Downloaded", rows)
-        found = [i for i, row in enumerate(rows) if query.matches(row)]
+        candidates: Iterable[int] = range(len(rows))
+        if query.ids is not None:
+            index = self.replay.model_index
+            candidates = {index[ident] for ident in query.ids if ident in index}
+        found = [i for i in candidates if query.matches(rows[i])]
         return Selection(sorted(found, key=key), key, columns)
 
     def _select_images(self, query: ImageQuery) -> Selection:

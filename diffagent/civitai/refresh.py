@@ -24,7 +24,6 @@ over with the next real change, and are no reason for a new snapshot.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterable, Sequence
@@ -34,25 +33,26 @@ from typing import Any
 
 import orjson
 
-from diffagent.artifacts import Artifact, Progress, atomic_file
-from diffagent.civitai.client import CivitaiClient
-from diffagent.civitai.crawler import MODELS_LIMIT, Crawler
-from diffagent.civitai.journal import Journal
+from diffagent.civitai.crawler import MODELS_LIMIT, Crawler, Session
 from diffagent.civitai.known import (
     Known,
     fingerprint,
     head_of,
     image_fingerprint,
-    versions_of,
 )
 from diffagent.civitai.pagination import walk
-from diffagent.civitai.snapshot import read_snapshot, write_gone, write_snapshot
-from diffagent.civitai.walks import Walks
+from diffagent.civitai.snapshot import (
+    read_snapshot,
+    write_generations,
+    write_gone,
+    write_snapshot,
+)
 from diffagent.errors import Forbidden, NotFound, ServerError
-from schemas.civitai import ALL_LEVELS, PG, canonical, image_level, whole_number
-from schemas.config import CrawlConfig, RuntimeConfig
+from schemas.civitai import ALL_LEVELS, PG, canonical, image_level, versions_of, whole_number
 
 log = logging.getLogger(__name__)
+#: What a reconciliation is asked for; the command line shows it always.
+recall_log = logging.getLogger("diffagent.civitai.recall")
 
 CHANGES = "changes.json"
 _OVERLAP = 1
@@ -116,28 +116,33 @@ class Changes:
 
 
 class Refresh(Crawler):
-    """A crawl after ``known``, the snapshot ``previous``."""
+    """A crawl after ``known``, an earlier snapshot.
+
+    Args:
+        session: what it works with.
+        known: the snapshot.
+        looked_at: when each version's pictures were last asked for; brought up to date.
+        share: of the versions that did not change, how many are looked at.
+        full: walk whole listings and look at all versions.
+        rewrite: write a snapshot even when nothing is new.
+    """
 
     def __init__(
         self,
-        config: CrawlConfig,
-        client: CivitaiClient,
-        journal: Journal,
-        walks: Walks,
-        *,
-        runtime: RuntimeConfig,
+        session: Session,
         known: Known,
-        previous: Artifact,
-        memory: Path,
-        report: Progress = lambda fraction, text: None,
+        looked_at: dict[int, str],
+        *,
+        share: float,
+        full: bool,
+        rewrite: bool,
     ) -> None:
-        super().__init__(config, client, journal, walks, report=report)
-        self._known, self._previous = known, previous
-        self._full, self._share = runtime.reconcile, runtime.refresh_share
-        self._memory = memory
+        super().__init__(session)
+        self._known, self._looked_at = known, looked_at
+        self._full, self._share, self._rewrite = full, share, rewrite
         self.changes = Changes(known)
         self._looked: list[int] = []
-        walks.on_item = self.changes.add
+        self.walks.on_item = self.changes.add
 
     def run(self) -> None:
         """Ask for what can have changed."""
@@ -161,21 +166,24 @@ class Refresh(Crawler):
         found = super().metrics() | {"changes": self.changes.counts()}
         if self._full:
             found["recall"] = self._recall()
-            log.info("recall of what was known before: %s", found["recall"])
+            recall_log.info("recall of what was known before: %s", found["recall"])
         return found
 
     def write(self, out: Path, scratch: Path) -> bool:
         """Write the snapshot, if there is anything new; returns whether there is."""
-        self._remember_looks()
+        answered = set(self._looked).difference(self.walks.failed.get("gallery", ()))
+        self._looked_at |= dict.fromkeys(answered, self.date)
         pages = self.walks.seen["pages"]
-        if not self.changes and not pages:
+        if not (self.changes or pages or self._rewrite):
             return False
         keep = {kind: self.newest(kind) for kind in ("models", "images")}
         keep["pages"] = sorted(pages | self._known.pages.keys())
-        items = read_snapshot(self._previous.path)
+        items = read_snapshot(self._known.path)
         entries = self._journal.read()
         write_snapshot(out, entries, keep, scratch, previous=items, merge=_merge)
         write_gone(out, self._tombstones())
+        this = {"generation": self._known.next_generation, "date": self.date}
+        write_generations(out, [*self._known.generations, this])
         (out / CHANGES).write_bytes(self.changes.to_json(self._known.digest))
         log.info("changes: %s", self.changes.counts())
         return True
@@ -298,7 +306,6 @@ class Refresh(Crawler):
 
     def _due(self) -> list[int]:
         """Versions whose pictures this refresh asks for, newest first."""
-        looked = self._looks()
         due: list[int] = []
         others: list[int] = []
         for model in self.newest("models"):
@@ -306,7 +313,7 @@ class Refresh(Crawler):
                 new = self.changes.touched("versions", version)
                 new = new or self.changes.touched("models", model)
                 (due if new else others).append(version)
-        others.sort(key=lambda v: (looked.get(v, ""), -v))
+        others.sort(key=lambda v: (self._looked_at.get(v, ""), -v))
         due += others[: math.ceil(len(others) * self._share)]
         return sorted(set(due), reverse=True)
 
@@ -318,20 +325,6 @@ class Refresh(Crawler):
         if self._is_gone("models", model):
             return ()
         return (v for v in self.versions(model) if not self._is_gone("versions", v))
-
-    def _looks(self) -> dict[int, str]:
-        """When each version's pictures were last asked for; lost or damaged: never."""
-        try:
-            found = json.loads(self._memory.read_bytes())
-            return {int(version): str(date) for version, date in found["looked_at"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return {}
-
-    def _remember_looks(self) -> None:
-        answered = set(self._looked).difference(self.walks.failed.get("gallery", ()))
-        looks = self._looks() | dict.fromkeys(answered, self.date)
-        with atomic_file(self._memory) as file:
-            file.write_bytes(orjson.dumps({"looked_at": {str(v): looks[v] for v in sorted(looks)}}))
 
     def _refresh_pages(self) -> None:
         """Read pages of models that changed again, and of others until there are enough.

@@ -1,29 +1,25 @@
 """The records that the local server replays: on disk as JSON, in memory as a small index.
 
-A dump is a directory with ``models*.jsonl[.gz]`` and ``images*.jsonl[.gz]`` in the API's shape,
-and perhaps ``files/SHA256`` (lower case) with the model files. Keys that begin with ``_`` are
-annotations: they are read (``_context`` says which version's showcase held a picture) and never
-served. Files with 'redacted' in their name are left out. Of several records with one id the
-first counts: a site has one model of an id.
+They come from a source (``diffagent.civitai.sources``). Keys that begin with ``_`` are annotations:
+they are read (``_context`` says which version's showcase held a picture) and never served. Of
+several records with one id the first counts: a site has one model of an id.
 """
 
 from __future__ import annotations
 
-import gzip
 import logging
 import os
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import orjson
 
-from diffagent.errors import ConfigError
-from schemas.civitai import canonical, image_level, model_levels, unwrap_meta
+from schemas.civitai import image_level, model_levels, unwrap_meta
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +33,7 @@ class Spool:
     """Byte strings in an unlinked temporary file: any number of them for a few bytes each."""
 
     def __init__(self) -> None:
-        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  lives with self
+        self._file: IO[bytes] = tempfile.TemporaryFile(buffering=1 << 20)  # noqa: SIM115  lives with self
         self._ends = array("Q", [0])
 
     def __len__(self) -> int:
@@ -82,7 +78,7 @@ class ModelRow:
 class Replay:
     """Everything that the server knows. Indexes of models and images are positions in spools."""
 
-    files: Path | None = None
+    files: Mapping[str, Path] = field(default_factory=dict)
     models: list[ModelRow] = field(default_factory=list)
     model_json: Spool = field(default_factory=Spool)
     model_index: dict[int, int] = field(default_factory=dict)
@@ -105,10 +101,13 @@ class Replay:
 
     @classmethod
     def load(
-        cls, models: Iterable[dict[str, Any]], images: Iterable[dict[str, Any]], files: Path | None
+        cls,
+        models: Iterable[dict[str, Any]],
+        images: Iterable[dict[str, Any]],
+        files: Mapping[str, Path] | None = None,
     ) -> Replay:
-        """Index the records. ``files`` holds model files named by their SHA256."""
-        replay = cls(files=files)
+        """Index the records. ``files`` are model files by their SHA256 in lower case."""
+        replay = cls(files=files or {})
         repeated = sum(not replay._add_model(model) for model in models)
         repeated_images = sum(not replay._add_image(image) for image in images)
         for spool in (replay.model_json, replay.image_json, replay.image_meta):
@@ -121,25 +120,6 @@ class Replay:
             repeated_images,
         )
         return replay
-
-    @classmethod
-    def dump(cls, directory: Path) -> Replay:
-        """Index a dump directory.
-
-        Raises:
-            ConfigError: there is no dump, or a line is not a JSON object.
-        """
-        if not _parts(directory, "models"):
-            raise ConfigError(
-                f"{str(directory)!r} holds no models*.jsonl or models*.jsonl.gz; "
-                "give the directory of a dump"
-            )
-        files = directory / "files"
-        return cls.load(
-            read_lines(directory, "models"),
-            read_lines(directory, "images"),
-            files if files.is_dir() else None,
-        )
 
     def model(self, index: int) -> dict[str, Any]:
         """A model as it was read, without annotations."""
@@ -158,7 +138,7 @@ class Replay:
         model = _plain(record)
         if model["id"] in self.model_index:
             return False
-        versions = model.setdefault("modelVersions", [])
+        versions = model["modelVersions"] = [_plain(v) for v in model.get("modelVersions") or ()]
         index = len(self.models)
         stats = model.get("stats") or {}
         username = (model.get("creator") or {}).get("username") or ""
@@ -205,7 +185,8 @@ class Replay:
         if image.get("minor") is True or image.get("poi") is True:
             return True
         meta = image.pop("meta", None)
-        image.setdefault("modelVersionIds", _version_ids(context, meta))
+        if "modelVersionIds" not in image:
+            image["modelVersionIds"] = _version_ids(context, meta)
         base = image.get("baseModel") or context.get("baseModel")
         if base:
             image.setdefault("baseModel", base)
@@ -229,42 +210,6 @@ class Replay:
         self.image_json.append(orjson.dumps(image)[:-1])
         self.image_meta.append(orjson.dumps(meta))
         return True
-
-
-def read_lines(directory: Path, kind: str) -> Iterator[dict[str, Any]]:
-    """Records of ``kind`` ('models' or 'images') of a dump, in the order of files and lines.
-
-    Raises:
-        ConfigError: a line is not a JSON object with an integer id.
-    """
-    for path in _parts(directory, kind):
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    record = orjson.loads(line)
-                except orjson.JSONDecodeError as error:
-                    raise ConfigError(f"{path}: line {number} is not JSON: {error}") from None
-                if not isinstance(record, dict) or not isinstance(record.get("id"), int):
-                    raise ConfigError(f"{path}: line {number} is no object with an integer id")
-                yield record
-
-
-def write_dump(
-    directory: Path, models: Iterable[dict[str, Any]], images: Iterable[dict[str, Any]]
-) -> None:
-    """Write records as a dump that ``Replay.dump`` reads."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for kind, records in (("models", models), ("images", images)):
-        with gzip.open(directory / f"{kind}.jsonl.gz", "wb") as stream:
-            stream.writelines(canonical(record) + b"\n" for record in records)
-
-
-def _parts(directory: Path, kind: str) -> list[Path]:
-    return sorted(
-        path
-        for path in directory.glob(f"{kind}*.jsonl*")
-        if path.name.endswith((".jsonl", ".jsonl.gz")) and "redacted" not in path.name
-    )
 
 
 def _plain(record: dict[str, Any]) -> dict[str, Any]:

@@ -520,8 +520,8 @@ def deliver(site: LocalCivitai, request: Request) -> Response:
     if not good or float(expires) < time.time():
         text = "<Error><Code>AccessDenied</Code></Error>"
         return Response(text, 403, media_type="application/xml")
-    path = site.replay.files / key if site.replay.files else None
-    if path is None or not re.fullmatch("[0-9a-f]{64}", key) or not path.is_file():
+    path = site.replay.files.get(key)
+    if path is None or not path.is_file():
         text = "<Error><Code>NoSuchKey</Code></Error>"
         return Response(text, 404, media_type="application/xml")
     disposition = query.get("response-content-disposition", "attachment")

@@ -13,6 +13,7 @@ from typing import Any
 
 from diffagent.civitai.faults import PROFILES, FaultName
 from diffagent.civitai.replay import Replay
+from diffagent.civitai.sources import SOURCES, is_source, open_source
 from diffagent.errors import CivitaiError, ConfigError
 from schemas.config import CrawlConfig
 
@@ -23,13 +24,17 @@ _READY = "serving on "
 
 
 @contextmanager
-def embedded_site(site: str, faults: FaultName = "none") -> Iterator[str]:
+def embedded_site(
+    site: str, faults: FaultName = "none", cache: Path | None = None
+) -> Iterator[str]:
     """Yield the address of a Civitai API.
 
     Args:
-        site: an http(s) address (which is yielded as it is), 'sandbox', or 'dump:DIR'. The last
-            two start a server as a child process on a free port of the loopback interface.
+        site: an http(s) address (which is yielded as it is), 'sandbox', or a source
+            (``diffagent.civitai.sources``) such as 'dump:DIR' or 'local:DIR'. All but the first
+            start a server as a child process on a free port of the loopback interface.
         faults: fault profile of the embedded server.
+        cache: where a source may keep what is slow to find out, such as hashes of large files.
 
     Raises:
         ConfigError: ``site`` is none of these, or faults are asked of a real site.
@@ -41,7 +46,14 @@ def embedded_site(site: str, faults: FaultName = "none") -> Iterator[str]:
     if faults not in PROFILES:
         raise ConfigError(f"no fault profile {faults!r}; choose one of {sorted(PROFILES)}")
     command = [sys.executable, "-m", "diffagent.civitai.cli", "serve", "--port", "0"]
-    command += ["--while-stdin", "--faults", faults, *_source_arguments(site)]
+    if site != SANDBOX and not is_source(site):
+        kinds = ", ".join(f"'{kind}:DIR'" for kind in SOURCES)
+        raise ConfigError(
+            f"site {site!r} is neither an http(s) address nor 'sandbox' nor one of {kinds} with a "
+            "directory that exists"
+        )
+    command += ["--while-stdin", "--faults", faults, "--site", site]
+    command += ["--cache", str(cache)] if cache else []
     server = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
     )
@@ -61,15 +73,15 @@ def embedded_site(site: str, faults: FaultName = "none") -> Iterator[str]:
         server.communicate()
 
 
-def replay_of(site: str) -> Replay:
-    """The records behind 'sandbox' or 'dump:DIR'.
+def replay_of(site: str, cache: Path | None = None) -> Replay:
+    """The records behind 'sandbox' or a source.
 
     Raises:
-        ConfigError: there is no such dump.
+        ConfigError: there is no such source, or it does not hold what it should.
     """
-    if site == SANDBOX:
-        return Replay.dump(Path(_sandbox_files().materialise()))
-    return Replay.dump(Path(site.removeprefix("dump:")))
+    address = f"dump:{_sandbox_files().materialise()}" if site == SANDBOX else site
+    records = open_source(address, cache)
+    return Replay.load(records.models, records.images, records.files)
 
 
 def site_files(config: CrawlConfig) -> list[Path]:
@@ -80,14 +92,3 @@ def site_files(config: CrawlConfig) -> list[Path]:
 def _sandbox_files() -> Any:
     # Only a run on the sandbox pays for it.
     return importlib.import_module("diffagent.sandbox.files")
-
-
-def _source_arguments(site: str) -> list[str]:
-    if site == SANDBOX:
-        return ["--sandbox"]
-    if site.startswith("dump:") and Path(site.removeprefix("dump:")).is_dir():
-        return ["--dump", site.removeprefix("dump:")]
-    raise ConfigError(
-        f"site {site!r} is neither an http(s) address nor 'sandbox' nor 'dump:DIR' "
-        "with a directory that exists"
-    )

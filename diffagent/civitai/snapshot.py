@@ -4,6 +4,10 @@
 by id over all parts. Neither the order of fetching nor page boundaries, repeats or the site's
 address leave a trace, so equal contents are equal files.
 
+Each model, version and image has the annotation ``_generation``: the number of the crawl that took
+it in first. ``generations.jsonl`` says when these were: {"generation": 0, "date": "YYYY-MM-DD"} of
+the first crawl, and a line for each refresh since that brought something new.
+
 A refreshed snapshot (``diffagent.civitai.refresh``) may also hold ``gone/``: one tombstone a line,
 ``{"kind": "models" | "versions" | "images", "id", "date": "YYYY-MM-DD", "reason"}``, for what the
 site has no more. Its last good record stays where it was.
@@ -18,21 +22,26 @@ import zlib
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from diffagent.artifacts import Artifact
 from diffagent.civitai.journal import Entry, Item
+from diffagent.civitai.memory import Ledger
 from diffagent.errors import ArtifactError
 from schemas.civitai import Drift, canonical, content
 
 KINDS = ("images", "models", "pages")
 GONE = "gone"
+GENERATIONS = "generations.jsonl"
 #: Rows a part, unless that makes more than ``_MAX_PARTS``; memory holds one part.
 _ROWS = {"images": 20_000, "models": 1_000, "pages": 1_000}
 _MAX_PARTS = 64
+_MEMBER_BYTES = 1 << 20
 
 #: (kind, new, old) -> what stays of two records of one id
 Merge = Callable[[str, bytes, bytes], bytes]
@@ -95,17 +104,60 @@ def write_gone(out: Path, tombstones: Iterable[Mapping[str, Any]]) -> None:
     rows = sorted(tombstones, key=lambda row: (row["kind"], row["id"]))
     if rows:
         (out / GONE).mkdir(exist_ok=True)
-        _write_lines(out / GONE / "part-00000.jsonl.gz", (canonical(row) + b"\n" for row in rows))
+        write_lines(out / GONE / "part-00000.jsonl.gz", (canonical(row) + b"\n" for row in rows))
 
 
-def summarise(out: Path) -> tuple[dict[str, int], str, dict[str, int]]:
-    """Rows of each kind, the content digest, and the drift of the schema.
+def write_generations(out: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write which crawls there were."""
+    (out / GENERATIONS).write_bytes(b"".join(canonical(row) + b"\n" for row in rows))
+
+
+def read_generations(snapshot: Artifact) -> list[dict[str, Any]]:
+    """Which crawls a snapshot is made of; never empty: one of before there were generations is 0.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
+    rows = generation_rows(snapshot.path)
+    date = "" if rows else snapshot.manifest.created_at.date().isoformat()
+    return rows or [{"generation": 0, "date": date}]
+
+
+def generation_rows(directory: Path) -> list[dict[str, Any]]:
+    """The lines of generations.jsonl; none when there is no such file.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
+    path = directory / GENERATIONS
+    try:
+        rows = [orjson.loads(line) for line in path.read_bytes().splitlines()]
+        return [{"generation": int(row["generation"]), "date": str(row["date"])} for row in rows]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise _damaged(path, error) from None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Rows of each kind, the content digest, the drift of the schema, and which ids there are."""
+
+    rows: dict[str, int]
+    digest: str
+    drift: dict[str, int]
+    ledger: Ledger
+
+
+def summarise(out: Path) -> Summary:
+    """Read a snapshot once.
 
     The digest is the SHA256 over the sorted (kind, id, SHA256 of the content's canonical JSON),
     then over kind and id of what is gone. Counters and their like (``schemas.civitai.VOLATILE``)
     are no content: a snapshot does not become another one because downloads were counted.
     """
     digest, rows, drift = hashlib.sha256(), {}, Drift()
+    ledger = Ledger(generations=generation_rows(out))
     look = {"images": drift.image, "models": drift.model}
     for kind in KINDS:
         rows[kind] = 0
@@ -116,10 +168,12 @@ def summarise(out: Path) -> tuple[dict[str, int], str, dict[str, int]]:
             rows[kind] += 1
             if kind in look:
                 look[kind](item)
+                ledger.add(kind, item)
     for row in read_rows(out, GONE):
         digest.update(f"{GONE}\t{row['kind']}\t{row['id']}\n".encode())
         rows[GONE] = rows.get(GONE, 0) + 1
-    return rows, digest.hexdigest(), drift.report()
+        ledger.gone.append(row)
+    return Summary(rows, digest.hexdigest(), drift.report(), ledger)
 
 
 def read_lines(snapshot: Path, kind: str) -> Iterator[bytes]:
@@ -152,8 +206,8 @@ def read_rows(snapshot: Path, kind: str) -> Iterator[dict[str, Any]]:
 
 def _damaged(path: Path, error: Exception) -> ArtifactError:
     return ArtifactError(
-        f"{str(path)!r} is damaged ({error}); put its file back from a copy (a mirror, or an older "
-        "snapshot beside it), or delete the snapshot and crawl again"
+        f"{str(path)!r} is damaged ({error}); put its file back from a copy (a mirror), or crawl "
+        "again with --refresh: that sets the snapshot aside and takes over what is good in it"
     )
 
 
@@ -176,13 +230,20 @@ def _write_part(bucket: Path, target: Path, merge: Callable[[bytes, bytes], byte
         ident, data = line.split(b"\t", 1)
         new = merged.get(int(ident))
         merged[int(ident)] = data if new is None else merge(new, data)
-    _write_lines(target, (merged[ident] for ident in sorted(merged)))
+    write_lines(target, (merged[ident] for ident in sorted(merged)))
     bucket.unlink()
 
 
-def _write_lines(target: Path, lines: Iterable[bytes]) -> None:
-    with (
-        target.open("wb") as raw,
-        gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=raw, mtime=0) as stream,
-    ):
-        stream.writelines(lines)
+def write_lines(target: Path, lines: Iterable[bytes]) -> None:
+    """Write lines as gzip members of about a megabyte, each with a checksum of its own: what one
+    damaged byte can cost.
+    """
+    with target.open("wb") as stream:
+        chunk, size = [], 0
+        for line in lines:
+            chunk.append(line)
+            size += len(line)
+            if size >= _MEMBER_BYTES:
+                stream.write(gzip.compress(b"".join(chunk), compresslevel=6, mtime=0))
+                chunk, size = [], 0
+        stream.write(gzip.compress(b"".join(chunk), compresslevel=6, mtime=0))

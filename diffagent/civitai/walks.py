@@ -23,10 +23,16 @@ import orjson
 
 from diffagent.civitai.client import CivitaiClient, is_site_host, origin_of
 from diffagent.civitai.journal import Item, Journal
-from diffagent.civitai.known import Known, creator_of, downloads_of, has_meta, versions_of
+from diffagent.civitai.known import (
+    Known,
+    annotate,
+    creator_of,
+    downloads_of,
+    has_meta,
+)
 from diffagent.civitai.pagination import Fetch, Page, Walk
-from diffagent.errors import CivitaiError, ServerError
-from schemas.civitai import canonical, unwrap_meta, whole_number
+from diffagent.errors import ArtifactError, CivitaiError, ServerError
+from schemas.civitai import canonical, unwrap_meta, versions_of, whole_number
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +46,7 @@ _MAX_FAILED = 0.01
 
 
 @dataclass(slots=True)
-class Progress:
+class WalkState:
     """How far one walk has come. ``quiet``: pages with nothing new in a row, so far."""
 
     cursor: str | None = None
@@ -89,7 +95,7 @@ class Walks:
         self.judged: dict[tuple[str, int], bool] = {}
         self.failed: dict[str, list[int]] = {}
         self.on_item: Callable[[str, dict[str, Any]], None] = lambda kind, item: None
-        self._walks: dict[str, Progress] = {}
+        self._walks: dict[str, WalkState] = {}
         names = ("loops", "restarts", "repeated", "malformed", "text_ids", "hollow")
         self._counts = dict.fromkeys(names, 0)
         self._fetched = 0
@@ -108,7 +114,14 @@ class Walks:
         begun: dict[str, Any] = first.state.get("request", {}) if first else {}
         if begun and {**begun, "date": None} == {**request, "date": None}:
             for entry in entries:
-                self._take(entry.state, entry.items)
+                try:
+                    self._take(entry.state, entry.items)
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ArtifactError(
+                        f"{str(self._journal.path)!r} holds a page of another version of this "
+                        f"program ({type(error).__name__}: {error}); move it away: the crawl then "
+                        "begins again, from the last snapshot when there is one"
+                    ) from None
             fetched = {kind: len(ids) for kind, ids in self.seen.items() if ids}
             log.info("going on after %s", fetched)
             return begun
@@ -223,7 +236,7 @@ class Walks:
 
     def walked_whole(self, name: str) -> bool:
         """Whether listing ``name`` was walked to its end."""
-        return self._walks.get(f"{name}#0", Progress()).whole
+        return self._walks.get(f"{name}#0", WalkState()).whole
 
     def _walk(
         self,
@@ -234,20 +247,20 @@ class Walks:
         *,
         kind: str,
         more: Callable[[int], None],
-    ) -> Steps[Progress]:
-        progress = self._walks.setdefault(key, Progress())
-        if progress.done:
-            return progress
-        walk = Walk(fetch, progress.cursor, progress.seen)
+    ) -> Steps[WalkState]:
+        reached = self._walks.setdefault(key, WalkState())
+        if reached.done:
+            return reached
+        walk = Walk(fetch, reached.cursor, reached.seen)
         pages = iter(walk)
-        while not progress.done:
+        while not reached.done:
             page: Page | None = yield partial(next, pages, None)
             if page is None:
                 break
             new = self.unseen(kind, page.items)
             news = any(self._is_news(kind, item) for item in page.items)
             # An empty page in the middle says nothing.
-            quiet = 0 if news else progress.quiet + bool(page.items)
+            quiet = 0 if news else reached.quiet + bool(page.items)
             last = page.cursor is None or self._reaches_limit(kind, page, new, maximum)
             state = {
                 "listing": key,
@@ -263,7 +276,7 @@ class Walks:
             more(len(new))
         self._counts["loops"] += walk.loops
         self._counts["restarts"] += walk.restarts
-        return progress
+        return reached
 
     def unseen(self, kind: str, items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Those of the items, each once, that this crawl does not have yet."""
@@ -322,7 +335,7 @@ class Walks:
         Raises:
             CivitaiError: the crawl's time is up; retryable.
         """
-        items = [(kind, item["id"], canonical(self._plain(item))) for item in new]
+        items = [(kind, item["id"], canonical(self._plain(kind, item))) for item in new]
         self._journal.append(state, items)
         self._take(state, items)
         self._fetched += len(items)
@@ -369,19 +382,21 @@ class Walks:
             self.judged[kind, ident] = gone
         if "cursor" not in state:
             return
-        progress = self._walks.setdefault(state["listing"], Progress())
+        reached = self._walks.setdefault(state["listing"], WalkState())
         if state["asked"] is None:  # the listing was started anew: old cursors mean nothing
-            progress.seen.clear()
+            reached.seen.clear()
         if state["cursor"] is not None and not state["done"]:
-            progress.seen.append(state["cursor"])
-        progress.cursor, progress.done = state["cursor"], state["done"]
-        progress.complete, progress.quiet = state["complete"], state["quiet"]
-        progress.pages += 1
-        if progress.done:
-            progress.seen.clear()
+            reached.seen.append(state["cursor"])
+        reached.cursor, reached.done = state["cursor"], state["done"]
+        reached.complete, reached.quiet = state["complete"], state["quiet"]
+        reached.pages += 1
+        if reached.done:
+            reached.seen.clear()
 
-    def _plain(self, item: dict[str, Any]) -> dict[str, Any]:
-        """An item without traces of how it was fetched; ids that were in quotes are numbers."""
+    def _plain(self, kind: str, item: dict[str, Any]) -> dict[str, Any]:
+        """An item without traces of how it was fetched, with the crawl that took it in first;
+        ids that were in quotes are numbers.
+        """
         meta = item.get("meta")
         if isinstance(meta, dict) and "id" in meta and "meta" in meta:
             item["meta"] = unwrap_meta(meta)
@@ -395,6 +410,8 @@ class Walks:
             files = version.get("files") if isinstance(version, dict) else None
             for file in files if isinstance(files, list) else ():
                 self._make_relative(file)
+        if kind != "pages":
+            annotate(kind, item, self._known)
         return item
 
     def _number(self, value: Any) -> Any:

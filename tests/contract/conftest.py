@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from diffagent.civitai.faults import Faults, Profile
-from diffagent.civitai.replay import Replay, write_dump
+from diffagent.civitai.replay import Replay
 from diffagent.civitai.server import serve
+from diffagent.civitai.site import replay_of
+from diffagent.civitai.sources.dump import write_dump
 
 MODELS = 230
 IMAGES = 620
@@ -129,7 +131,7 @@ def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def replay(dump: Path) -> Replay:
     """The dump, indexed."""
-    return Replay.dump(dump)
+    return replay_of(f"dump:{dump}")
 
 
 @pytest.fixture(scope="session")

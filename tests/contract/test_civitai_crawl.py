@@ -17,8 +17,9 @@ from diffagent.civitai.client import CivitaiClient
 from diffagent.civitai.crawl import crawl
 from diffagent.civitai.faults import Faults, Profile
 from diffagent.civitai.pagination import Page
-from diffagent.civitai.replay import read_lines, write_dump
 from diffagent.civitai.site import embedded_site
+from diffagent.civitai.snapshot import GENERATIONS
+from diffagent.civitai.sources.dump import read_records, write_dump
 from diffagent.errors import ServerError
 from schemas.config import CrawlConfig, RuntimeConfig
 from tests.conftest import ROOT, SHARED_DATA
@@ -54,7 +55,9 @@ def rows(snapshot: Artifact, kind: str) -> list[dict]:
 
 
 def files(snapshot: Artifact) -> list[tuple[str, str]]:
-    return [(entry.path, entry.sha256) for entry in snapshot.manifest.files]
+    """Names and digests of all files but the one with the day of the crawl."""
+    entries = snapshot.manifest.files
+    return [(entry.path, entry.sha256) for entry in entries if entry.path != GENERATIONS]
 
 
 @pytest.fixture(scope="module")
@@ -263,8 +266,8 @@ def test_the_server_ends_with_its_parent(dump):
 )
 def test_a_sample_of_real_records_survives(tmp_path):
     source = SHARED_DATA / "civitai"
-    models = list(itertools.islice(read_lines(source, "models"), 200))
-    images = list(itertools.islice(read_lines(source, "images"), 0, 60_000, 100))
+    models = list(itertools.islice(read_records(source, "models"), 200))
+    images = list(itertools.islice(read_records(source, "images"), 0, 60_000, 100))
     write_dump(tmp_path / "dump", models, images)
     with embedded_site(f"dump:{tmp_path / 'dump'}", "hostile") as url:
         snapshot = run(url, tmp_path)

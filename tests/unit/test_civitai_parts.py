@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import threading
 import time
+from array import array
 
 import pytest
 from hypothesis import given, settings
@@ -21,11 +22,19 @@ from diffagent.civitai.known import (
     image_fingerprint,
 )
 from diffagent.civitai.listing import StaleCursor, decode_cursor, encode_cursor
+from diffagent.civitai.memory import Ledger, Memory
 from diffagent.civitai.pagination import Page, Walk, walk
 from diffagent.civitai.ratelimit import TokenBucket
 from diffagent.civitai.site import embedded_site
 from diffagent.civitai.snapshot import summarise, write_snapshot
-from diffagent.errors import BadCursor, CivitaiError, ConfigError, SchemaError, ServerError
+from diffagent.errors import (
+    ArtifactError,
+    BadCursor,
+    CivitaiError,
+    ConfigError,
+    SchemaError,
+    ServerError,
+)
 from tests.conftest import file_size_limit
 
 # --- journal ---
@@ -84,16 +93,44 @@ def test_a_damaged_journal_keeps_its_good_beginning(tmp_path_factory, data):
     assert read(path) == kept
 
 
-def test_damage_is_told(tmp_path, caplog):
+def test_damage_is_told_and_what_is_cut_off_set_aside(tmp_path, caplog):
     path = tmp_path / "journal.gz"
     with Journal(path) as journal:
         for entry in ENTRIES:
             journal.append(entry.state, entry.items)
     content = path.read_bytes()
     half = len(content) // 2
-    path.write_bytes(content[:half] + bytes(10) + content[half + 10 :])
-    assert 0 < len(read(path)) < len(ENTRIES)
+    damaged = content[:half] + bytes(10) + content[half + 10 :]
+    for number in (1, 2):
+        path.write_bytes(damaged)
+        with Journal(path, aside=tmp_path / "crawl") as journal:
+            assert 0 < len(list(journal.read())) < len(ENTRIES)
+        aside = tmp_path / f"crawl.journal-damaged-{number}"
+        assert path.read_bytes() + aside.read_bytes() == damaged
+        assert str(aside) in caplog.text
     assert "is damaged behind byte" in caplog.text and "are good and stay" in caplog.text
+
+
+@pytest.mark.parametrize("text", [b"no state", b'{"a":1}\nmodels\tx\t{}', b'{"a":1}\nmodels'])
+def test_a_journal_of_something_else_names_the_file_and_the_remedy(tmp_path, text):
+    path = tmp_path / "journal.gz"
+    path.write_bytes(gzip.compress(text + b"\n"))
+    with pytest.raises(ArtifactError, match=r"journal\.gz.*move it away.*begins again"):
+        read(path)
+    assert path.exists()
+
+
+def test_a_damaged_memory_says_so_and_knows_nothing(tmp_path, caplog):
+    path = tmp_path / "x.memory.json"
+    assert Memory.load(path) == Memory()
+    ledger = Ledger({"images": {0: array("q", [5, 9]), 2: array("q", [7])}}, [{"id": 1}], [{}])
+    memory = Memory({3: "2026-01-01"}, ledger, {"requests": 1})
+    memory.save(path)
+    assert Memory.load(path) == memory
+    assert set(ledger) == {("images", 5, 0), ("images", 9, 0), ("images", 7, 2)}
+    path.write_bytes(path.read_bytes()[:-20])
+    assert Memory.load(path) == Memory()
+    assert "x.memory.json cannot be read" in caplog.text
 
 
 @pytest.mark.parametrize("room", [0, 1, 40])
@@ -123,14 +160,14 @@ def test_a_snapshot_forgets_order_pages_and_repeats(tmp_path_factory, order, siz
     items = [("images", n, b'{"id":%d}' % n) for n in [*order, *order[:5]]]
     pages = [Entry({}, items[i : i + size]) for i in range(0, len(items), size)]
     write_snapshot(out, pages, {"images": range(40)}, out / "scratch")
-    rows, digest, drift = summarise(out)
-    assert rows == {"images": 40, "models": 0, "pages": 0}
-    assert drift == {"image.url: missing": 40}
+    found = summarise(out)
+    assert found.rows == {"images": 40, "models": 0, "pages": 0}
+    assert found.drift == {"image.url: missing": 40}
     lines = gzip.decompress((out / "images/part-00000.jsonl.gz").read_bytes()).splitlines()
     assert lines == [b'{"id":%d}' % n for n in range(40)]
     reference = tmp_path_factory.mktemp("reference")
     write_snapshot(reference, [Entry({}, sorted(items))], {"images": range(40)}, out / "scratch")
-    assert summarise(reference)[1] == digest
+    assert summarise(reference).digest == found.digest
     assert (reference / "images/part-00000.jsonl.gz").read_bytes() == (
         out / "images/part-00000.jsonl.gz"
     ).read_bytes()
