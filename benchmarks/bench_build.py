@@ -32,7 +32,7 @@ import psutil
 from pydantic import BaseModel
 
 from diffagent.artifacts import Artifact, StageContext, StageResult, open_artifact, stage
-from diffagent.civitai.replay import read_lines
+from diffagent.civitai.sources.dump import read_records
 from diffagent.dabench.filters import filter_records
 from diffagent.dabench.shards import build_dabench
 from diffagent.dabench.tables import read_rows
@@ -55,8 +55,8 @@ class Source(BaseModel):
 @stage("crawl", version=0, config=Source)
 def replicate(config: Source, context: StageContext) -> StageResult:
     """Write a snapshot of ``records`` pictures."""
-    models = {item["id"]: item for item in read_lines(Path(config.dump), "models")}
-    images = sorted(read_lines(Path(config.dump), "images"), key=lambda item: item["id"])
+    models = {item["id"]: item for item in read_records(Path(config.dump), "models")}
+    images = sorted(read_records(Path(config.dump), "images"), key=lambda item: item["id"])
     words = Counter(w for item in images for w in set(_words(_prompt(item))))
     common = {word for word, count in words.items() if count > COMMON * len(images)}
     for kind in ("models", "images"):

@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from diffagent.civitai.replay import read_lines
+from diffagent.civitai.sources.dump import read_records
 from diffagent.dabench.catalogue import CHECKPOINT
 from diffagent.dabench.metadata import Generation, Reference, parse_generation
 from diffagent.dabench.resolve import NAME_VIAS, VIAS, Candidate, Resolution, Resolver, Standing
@@ -73,7 +73,7 @@ class World:
     def __init__(self, directory: Path) -> None:
         self.resolver = Resolver()
         self.bases: Counter[str] = Counter()  # of the checkpoints
-        self.models = {model["id"]: model for model in read_lines(directory, "models")}
+        self.models = {model["id"]: model for model in read_records(directory, "models")}
         self.checkpoints: dict[int, int] = {}  # version id -> model id
         for model in self.models.values():
             for version in model.get("modelVersions") or ():
@@ -83,7 +83,7 @@ class World:
                     self.checkpoints.setdefault(version["id"], model["id"])
         self.shown: list[Shown] = []
         self.made: list[Generation] = []
-        for item in read_lines(directory, "images"):
+        for item in read_records(directory, "images"):
             generation = parse_generation(
                 item.get("meta"), image_width=item.get("width"), image_height=item.get("height")
             )

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from diffagent.dabench.base_models import NON_COMMERCIAL, base_model_of, ecosystem
 from diffagent.errors import ArtifactError
 from diffagent.render.samplers import SAMPLERS, SamplerSpec
-from schemas.civitai import commercial_use
+from schemas.civitai import commercial_use, generation_of
 from schemas.dabench import CATALOGUE
 
 CommercialUse = Literal["yes", "no", "unknown"]
@@ -337,12 +337,6 @@ def commercial_state(
     if uses is None:
         return "unknown", None
     return ("yes" if "Image" in uses else "no"), "model"
-
-
-def generation_of(item: Mapping[str, Any]) -> int:
-    """Which crawl first took an item in: 0 the first one, n the n-th refresh with news."""
-    value = item.get("_generation")
-    return value if type(value) is int and 0 <= value < 2**31 else 0
 
 
 def _size_bytes(kilobytes: object) -> int | None:

@@ -21,12 +21,11 @@ from diffagent.dabench.catalogue import (
     commercial_state,
     describe,
     downloads,
-    generation_of,
     make_entry,
 )
 from diffagent.dabench.funnel import FunnelCounter
 from diffagent.dabench.resolve import Resolver
-from schemas.civitai import commercial_use
+from schemas.civitai import commercial_use, generation_of
 from schemas.config import FilterConfig, ModelFilter
 
 GONE = "gone from the site"

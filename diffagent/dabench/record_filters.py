@@ -13,12 +13,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from diffagent.dabench.catalogue import Entry, generation_of
+from diffagent.dabench.catalogue import Entry
 from diffagent.dabench.metadata import Generation, checkpoints, read_keys, read_metadata
 from diffagent.dabench.resolve import Networks, Resolution, Resolver
 from diffagent.render.samplers import SAMPLERS
 from schemas.api import Params
-from schemas.civitai import X, level_of
+from schemas.civitai import X, generation_of, level_of
 from schemas.config import FilterConfig, RecordFilter
 
 MAX_NEGATIVE_CHARS = 4000  # of schemas.api.T2IAPI

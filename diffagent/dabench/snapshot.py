@@ -28,8 +28,8 @@ def read_lines(snapshot: Artifact, kind: str) -> Iterator[bytes]:
                 yield from lines
         except (OSError, EOFError, zlib.error) as error:
             raise ArtifactError(
-                f"cannot read {str(path)!r} ({error}); delete "
-                f"{str(snapshot.path)!r} and crawl again"
+                f"cannot read {str(path)!r} ({error}); crawl again with --refresh, which sets the "
+                "damaged snapshot aside and takes over what is good in it"
             ) from None
 
 
@@ -51,8 +51,8 @@ def parse_items(lines: Iterable[bytes], before: bytes | None = None) -> Iterator
                 continue
             if item["id"] < last:
                 raise ArtifactError(
-                    f"item {item['id']} comes after {last}; a snapshot is sorted by id: delete "
-                    "it and crawl again"
+                    f"item {item['id']} comes after {last}, and a snapshot is sorted by id: it is "
+                    "damaged; crawl again with --refresh"
                 )
             last = item["id"]
         yield item

@@ -19,9 +19,10 @@ from typing import Any, Literal, get_args
 
 from diffagent.dabench import names
 from diffagent.dabench.base_models import ecosystem
-from diffagent.dabench.catalogue import CHECKPOINT, WEIGHT_TYPES, generation_of
+from diffagent.dabench.catalogue import CHECKPOINT, WEIGHT_TYPES
 from diffagent.dabench.name_words import NameWords
 from diffagent.errors import ArtifactError
+from schemas.civitai import generation_of
 
 #: How a name can mean a version, the most telling first.
 NameVia = Literal[

@@ -14,7 +14,8 @@ from diffagent.civitai.faults import Faults
 from diffagent.civitai.replay import Replay
 from diffagent.civitai.server import serve
 from diffagent.dabench.filters import filter_records
-from diffagent.dabench.records import image_bits, media_type
+from diffagent.dabench.record_filters import Record, media_type
+from diffagent.dabench.resolve import Resolver
 from schemas.config import CrawlConfig, FilterConfig, RuntimeConfig
 from tests.contract.conftest import MODELS
 from tests.contract.test_civitai_crawl import ALL, rows, run
@@ -56,7 +57,8 @@ def test_the_data_set_reads_pictures_of_both(tmp_path: Path, source: str) -> Non
     for item in rows(snapshot, "images"):
         assert item["modelVersionIds"] == [item["id"] // 1000 * 100]
         assert item["username"] == "nobody"
-        assert image_bits(item) == 1 and media_type(item) is None
+        record = Record(item, Resolver())
+        assert record.level[0] == 1 and media_type(record, FilterConfig()) is None
     made = filter_records.run(
         FilterConfig(), {"snapshot": [snapshot]}, RuntimeConfig(store=str(tmp_path))
     )
