@@ -10,13 +10,14 @@ from pathlib import Path
 import orjson
 
 from diffagent.artifacts import StageContext, StageResult, stage
+from diffagent.civitai.snapshot import read_lines
 from diffagent.dabench.batches import Collector, batches, sift
 from diffagent.dabench.catalogue import Catalogue, rename
 from diffagent.dabench.funnel import FunnelCounter
 from diffagent.dabench.model_filters import ModelSift
 from diffagent.dabench.records import DUPLICATE, PairBuilder
 from diffagent.dabench.resolve import Lookup, Resolver
-from diffagent.dabench.snapshot import read_generations, read_gone, read_items, read_lines
+from diffagent.dabench.snapshot import read_generations, read_gone, read_items
 from diffagent.dabench.tables import table_writer, write_table
 from diffagent.errors import ArtifactError
 from diffagent.parallel import ordered_map
@@ -64,7 +65,7 @@ def filter_records(config: FilterConfig, context: StageContext) -> StageResult:
     ):
         collector = Collector(records, prints, funnel, unique=DUPLICATE in config.records)
         pairs = PairBuilder(config, resolver, dates)
-        lines = batches(read_lines(snapshot, "images"))
+        lines = batches(read_lines(snapshot.path, "images"))
         for sifted in ordered_map(sift, pairs, lines, _workers(config, context)):
             collector.add(sifted)
     return StageResult(

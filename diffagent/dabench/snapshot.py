@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,23 +12,6 @@ from diffagent.civitai import snapshot as civitai_snapshot
 from diffagent.errors import ArtifactError
 
 Item = dict[str, Any]
-
-
-def read_lines(snapshot: Artifact, kind: str) -> Iterator[bytes]:
-    """Lines of ``kind`` ('models' or 'images') as they are, in the order of their ids.
-
-    Raises:
-        ArtifactError: a file is damaged.
-    """
-    for path in snapshot.glob(f"{kind}/*.jsonl.gz"):
-        try:
-            with gzip.open(path) as lines:
-                yield from lines
-        except (OSError, EOFError, zlib.error) as error:
-            raise ArtifactError(
-                f"cannot read {str(path)!r} ({error}); crawl again with --refresh, which sets the "
-                "damaged snapshot aside and takes over what is good in it"
-            ) from None
 
 
 def parse_items(lines: Iterable[bytes], before: bytes | None = None) -> Iterator[Item | None]:
@@ -64,7 +45,7 @@ def read_items(snapshot: Artifact, kind: str) -> Iterator[Item | None]:
     Raises:
         ArtifactError: a file is damaged, or the ids are not in order.
     """
-    return parse_items(read_lines(snapshot, kind))
+    return parse_items(civitai_snapshot.read_lines(snapshot.path, kind))
 
 
 def read_gone(snapshot: Artifact) -> set[tuple[str, int]]:
