@@ -27,6 +27,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Sequence
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ recall_log = logging.getLogger("diffagent.civitai.recall")
 
 CHANGES = "changes.json"
 _OVERLAP = 1
+#: The site has known models that it answers 404 for, for days.
+_ASKED_FOR_DAYS = 30
 _KINDS = ("models", "versions", "images")
 _HOWS = ("added", "changed", "removed", "returned")
 
@@ -158,7 +161,7 @@ class Refresh(Crawler):
         self._ask_for_images()
         self._refresh_pages()
         for (kind, ident), gone in self.walks.judged.items():
-            if gone:
+            if gone and (kind, ident) not in self._known.gone:
                 self.changes.ids[kind]["removed"].add(ident)
 
     def metrics(self) -> dict[str, Any]:
@@ -207,9 +210,17 @@ class Refresh(Crawler):
                 self.walks.save({"batch": first}, "models", self.walks.unseen("models", found))
                 missing += [m for m in batches[first] if not self._has("models", m)]
                 more(len(batches[first]))
-        # What is gone already is not asked for singly each time.
-        missing = [m for m in missing if ("models", m) not in self._known.gone]
+        # A model that has gone for good is not asked for singly each time; one that went lately
+        # may be back, whatever a batch leaves out.
+        missing = [m for m in missing if not self._is_long_gone(m)]
         self._ask_singly("models", missing, self.client.get_model)
+
+    def _is_long_gone(self, model: int) -> bool:
+        tombstone = self._known.gone.get(("models", model))
+        if tombstone is None:
+            return False
+        since = date.fromisoformat(self.date) - date.fromisoformat(tombstone["date"])
+        return since.days > _ASKED_FOR_DAYS
 
     def _batch(self, models: Sequence[int]) -> list[dict[str, Any]]:
         params = self.model_params() | {"ids": ",".join(map(str, models)), "sort": "Newest"}

@@ -182,6 +182,20 @@ def test_what_is_gone_keeps_its_record_and_gets_a_tombstone_until_it_is_back(tmp
     assert fourth.content_digest == first.content_digest
 
 
+def test_a_model_that_is_back_is_found_whatever_batches_leave_out(tmp_path, monkeypatch):
+    world, leaves_out = World(), Profile({"missing": 1.0})
+    run(world, tmp_path)
+    away = world.models.pop(3)
+    assert tombstones(run(world, tmp_path)) == {("models", 3)}
+    world.models[3] = away
+    with monkeypatch.context() as later:  # long gone: asked for in batches alone
+        later.setattr("diffagent.civitai.refresh._ASKED_FOR_DAYS", -1)
+        assert tombstones(run(world, tmp_path, profile=leaves_out)) == {("models", 3)}
+    found = run(world, tmp_path, profile=leaves_out)
+    assert tombstones(found) == set()
+    assert changes(found) == {"models": {"returned": [3]}}
+
+
 def generations(snapshot: Artifact) -> dict[str, dict[int, int]]:
     """Id -> generation of models, versions and images."""
     models = rows(snapshot, "models")
