@@ -62,8 +62,9 @@ RecordFilter = Literal[
     "duplicate",
 ]
 _NEEDED: Mapping[str, tuple[str, ...]] = {
-    "models": ("model_type", "file_availability"),
+    "models": ("model_type", "nsfw", "file_availability"),
     "records": (
+        "image_level",
         "checkpoint_resolved",
         "checkpoint_kept",
         "prompt",
@@ -142,7 +143,8 @@ class FilterConfig(_Section):
                 raise ValueError(f"{name} names {', '.join(twice)} twice")
             if missing := [x for x in _NEEDED[name] if x not in chosen]:
                 raise ValueError(
-                    f"{name} lacks {', '.join(missing)}, without which there is no API to call"
+                    f"{name} lacks {', '.join(missing)}, which cannot be left out; their settings "
+                    "say what they let pass"
                 )
         if "duplicate" in self.records[:-1]:
             raise ValueError("'duplicate' must be the last of records: it compares what is kept")

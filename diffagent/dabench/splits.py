@@ -86,7 +86,7 @@ def shingles(prompt: str) -> Ints:
 def shingle_sets(prompts: Sequence[str]) -> tuple[Ints, Ints]:
     """The `shingles` of many prompts one after the other, and how many each has."""
     found = [words(prompt) for prompt in prompts]
-    sizes = np.array([len(part) for part in found])
+    sizes = np.array([len(part) for part in found], dtype=np.int64)
     hashes = np.fromiter((text_hash(word) for part in found for word in part), np.uint64)
     owners = np.repeat(np.arange(len(found)), sizes)
     inside = owners[1:] == owners[:-1]

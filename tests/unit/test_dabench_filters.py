@@ -274,8 +274,8 @@ def test_model_filters_that_can_be_added(
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"models": ("model_type",)}, "lacks file_availability"),
-        ({"records": ("media_type",)}, "lacks checkpoint_resolved"),
+        ({"models": ("model_type",)}, "lacks nsfw, file_availability"),
+        ({"records": ("media_type",)}, "lacks image_level, checkpoint_resolved"),
         ({"records": ("duplicate", *FilterConfig().records[:-1])}, "must be the last"),
         ({"records": ("prompt", *FilterConfig().records)}, "names prompt twice"),
         ({"records": ("shape",)}, "media_type"),  # lists what there is
@@ -406,6 +406,13 @@ def test_files_do_not_depend_on_how_the_snapshot_is_cut(tmp_path: Path) -> None:
     one = run(tmp_path / "one", models, images)
     other = run(tmp_path / "other", models, images, parts=2)
     assert one.content_digest == other.content_digest
+
+
+def test_a_snapshot_of_nothing_usable_gives_empty_tables(tmp_path: Path) -> None:
+    made = run(tmp_path, [model(1)], [image(1, 999), image(2, prompt="")])
+    for name, schema in (("records-00000", RECORDS), ("prints", PRINTS)):
+        table = pq.read_table(made.file(f"{name}.parquet"))
+        assert (table.num_rows, table.schema.equals(schema)) == (0, True)
 
 
 def test_files_do_not_depend_on_the_number_of_workers(
