@@ -84,12 +84,7 @@ def first_ids(source: pa.Table, replica: int) -> np.ndarray:
 
 
 def peak_mb() -> int:
-    """Peak resident set; not that of the parent, which a child inherits in `getrusage`."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return round(peak_memory_bytes() / 2**20)
-    (line,) = (x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
-    return int(line.split()[1]) // 1024
+    return peak_memory_bytes() // 2**20
 
 
 def measure(path: Path) -> None:

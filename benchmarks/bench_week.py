@@ -36,6 +36,7 @@ from typing import Any
 
 import orjson
 
+from diffagent.artifacts import peak_memory_bytes
 from diffagent.civitai.faults import PROFILES, TRANSPORT, Faults, Profile
 from diffagent.civitai.replay import Replay
 from diffagent.civitai.sources.dump import read_records
@@ -199,7 +200,8 @@ def usage(prefix: str = "") -> dict[str, int]:
     """Processor time and peak memory of this process."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     seconds = round(used.ru_utime + used.ru_stime)
-    return {f"{prefix}cpu_seconds": seconds, f"{prefix}peak_mb": used.ru_maxrss // 1024}
+    peak = peak_memory_bytes() // 2**20
+    return {f"{prefix}cpu_seconds": seconds, f"{prefix}peak_mb": peak}
 
 
 # --- the crawl, a process of its own --------------------------------------------------------

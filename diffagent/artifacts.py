@@ -231,7 +231,14 @@ def files_digest(files: Sequence[FileEntry]) -> str:
 
 
 def peak_memory_bytes() -> int:
-    """Peak resident set of this process so far."""
+    """Peak resident set of this process so far.
+
+    Linux hands ``ru_maxrss`` down through fork and exec: a child of a large parent would report
+    the parent's, so there the kernel's own mark of this address space is read.
+    """
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        return int(status.partition("VmHWM:")[2].split(maxsplit=1)[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
