@@ -200,15 +200,15 @@ def select(
     verbose: Verbose = 0,
 ) -> None:
     """Print the API that an agent chooses for a prompt."""
-    from diffagent.agent import selectors
+    from diffagent.agent import llm_selector
 
     if n == 1:
-        typer.echo(selectors.select_one(prompt, agent, device).to_json())
+        typer.echo(llm_selector.select_one(prompt, agent, device).to_json())
         return
     from diffagent.agent.llm import load_agent
     from diffagent.errors import SchemaError
 
-    (choices,) = selectors.LLM(load_agent(agent, device)).select([prompt], n)
+    (choices,) = llm_selector.LLM(load_agent(agent, device)).select([prompt], n)
     valid = [choice.verdict.api for choice in choices if choice.verdict.api is not None]
     if not valid:
         raise SchemaError(f"none of {n} answers to {prompt!r:.80} is a valid API")

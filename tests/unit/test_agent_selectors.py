@@ -7,9 +7,11 @@ from collections import Counter
 import polars as pl
 import pytest
 
+from diffagent.agent.baselines import Nearest, Popular, Random, Usage
 from diffagent.agent.format import response_text
+from diffagent.agent.llm_selector import LLM, select_one
 from diffagent.agent.prompts import Pair
-from diffagent.agent.selectors import LLM, Nearest, Popular, Random, Usage, select, select_one
+from diffagent.agent.selectors import select
 from diffagent.artifacts import Artifact
 from diffagent.errors import ArtifactError, SchemaError
 from schemas.api import T2IAPI, Params, parse_api

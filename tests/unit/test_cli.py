@@ -186,7 +186,7 @@ def test_artifact_show_and_verify(config_file: Path) -> None:
 
 
 def test_select_prints_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffagent.agent import selectors
+    from diffagent.agent import llm_selector
 
     asked: list[tuple[str, str]] = []
 
@@ -194,7 +194,7 @@ def test_select_prints_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((prompt, f"{agent} {device}"))
         return API
 
-    monkeypatch.setattr(selectors, "select_one", select_one)
+    monkeypatch.setattr(llm_selector, "select_one", select_one)
     assert invoke("select", "a red circle", "--agent", "here") == API.to_json() + "\n"
     assert asked == [("a red circle", "here auto")]
 
