@@ -38,7 +38,7 @@ CATALOGUE = _schema(
     ("commercial_use", _text, False),  # of pictures: yes | no | unknown
     ("commercial_use_source", _text, True),  # model: the creator's settings | base_model: licence
     ("nsfw", _bool, False),  # the model's own flag
-    ("nsfw_level", _int, True),  # union of its pictures' levels, so no evidence of what it makes
+    ("nsfw_levels", _int, True),  # bits: union of its pictures', no evidence of what it makes
     ("page", _text, False),  # '/models/ID?modelVersionId=ID', relative to the site
     ("generation", pa.int32(), False),  # crawl that first had it: 0, or the n-th with news
     ("first_seen", _text, True),  # day of that crawl, YYYY-MM-DD

@@ -72,7 +72,7 @@ class Entry:
     commercial_use: CommercialUse = "unknown"
     commercial_use_source: str | None = None
     nsfw: bool = False
-    nsfw_level: int | None = None
+    nsfw_levels: int | None = None
     page: str = ""
     generation: int = 0
     first_seen: str | None = None
@@ -317,7 +317,7 @@ def make_entry(
         commercial_use=state,
         commercial_use_source=source,
         nsfw=model.get("nsfw") is True,
-        nsfw_level=int64(version.get("nsfwLevel", model.get("nsfwLevel"))),
+        nsfw_levels=int64(version.get("nsfwLevel", model.get("nsfwLevel"))),
         page=f"/models/{model_id}?modelVersionId={version_id}",
         generation=generation_of(version),
         first_seen=first_seen,
