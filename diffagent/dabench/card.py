@@ -108,14 +108,14 @@ def _summary(facts: CardFacts, catalogue: Catalogue) -> str:
 
 (instruction, API) pairs for learning which text-to-image model to call, and how, for a prompt: \
 after DiffAgent (CVPR 2024, arXiv 2404.01342), built from answers of Civitai's public API. The \
-instruction is a user's prompt; the API names a checkpoint and its version, LoRAs with weights, \
-sampler, steps, CFG scale, size, CLIP skip, seed and negative prompt.
+instruction is a user's prompt; the API names a checkpoint and its version, LoRAs and embeddings \
+with weights, sampler, steps, CFG scale, size, CLIP skip, seed and negative prompt.
 
 {table(("split", "pairs", "share"), [*rows, ("all", total, "100.0 %")])}
 
 The pairs call {facts.models_used:,} models. The catalogue holds \
-{len(catalogue.checkpoints):,} checkpoint versions and {len(catalogue.loras):,} LoRA versions \
-that may be called. `catalogue.parquet` and `mapping/models.json` lead from a name to ids, AIR, \
+{len(catalogue.checkpoints):,} checkpoint versions, {len(catalogue.loras):,} LoRA versions and \
+{len(catalogue.embeddings):,} embeddings (textual inversions) that may be called. `catalogue.parquet` and `mapping/models.json` lead from a name to ids, AIR, \
 SHA256 and download path (relative to the site); `mapping/samplers.json` from a sampler to its \
 diffusers scheduler."""
 
@@ -216,8 +216,9 @@ _LIMITS = """## Limits
 - The checkpoint comes from the site's own ids, a file's hash or a name (`resolved_via`). \
 `confidence` is the probability that it is that version, as measured on showcases of creators; \
 `candidates` has every version that it may be.
-- LoRAs that could not be resolved, or that the filters dropped, are missing from the API; \
-`loras_dropped` counts them. Textual inversions, hypernetworks, ControlNet, upscaling and \
+- LoRAs and embeddings that could not be resolved, or that the filters dropped, are missing from \
+the API; `loras_dropped` and `embeddings_dropped` count them. An embedding that the metadata does \
+not prove is a word of the prompt, and stays one. Hypernetworks, ControlNet, upscaling and \
 inpainting steps are not represented.
 - The size is the one the sampler ran at, before upscaling. Where the metadata has none, the \
 picture's own size stands in.

@@ -25,6 +25,7 @@ PERCENTILES = (0, 5, 25, 50, 75, 95, 99, 100)
 _MAX_VALUES = 64  # a column of more different values is no category
 _SHOWN = 10
 _IN_LINE = 5
+_NETWORKS = ("loras", "embeddings")
 _CARRIED = ("seed",)  # parameters that every API has of its own
 
 
@@ -79,9 +80,9 @@ class _Pass:
         self.columns: dict[str, Tally] = {}
         self.params: dict[str, Counter[str]] = {}
         self.versions: Counter[tuple[str, str]] = Counter()
-        self.loras: Counter[tuple[str, str]] = Counter()
+        self.networks: dict[str, Counter[str]] = {kind: Counter() for kind in _NETWORKS}
         self.base_models: Counter[str] = Counter()
-        self.with_loras = 0
+        self.with_networks: Counter[str] = Counter()
         self.characters, self.words = Lengths(), Lengths()
         self.dates: dict[str, list[Any]] = {}
 
@@ -112,9 +113,10 @@ class _Pass:
     def _add_api(self, api: Mapping[str, Any]) -> None:
         self.versions[api["model"], api["version"]] += 1
         self.base_models[api["base_model"]] += 1
-        loras = api.get("loras", ())
-        self.with_loras += bool(loras)
-        self.loras.update((lora["model"], lora["version"]) for lora in loras)
+        for kind in _NETWORKS:
+            used = api.get(kind, ())
+            self.with_networks[kind] += bool(used)
+            self.networks[kind].update(f"{one['model']} / {one['version']}" for one in used)
         for name, value in api["params"].items():
             if name not in _CARRIED:
                 self.params.setdefault(name, Counter())[str(value)] += 1
@@ -147,8 +149,8 @@ def summarise(dataset: Dataset, *, rows: int = 3, seed: int = 0) -> dict[str, An
         "used": {
             "models": len(models),
             "model_versions": len(seen.versions),
-            "loras": len(seen.loras),
-            "pairs_with_loras": seen.with_loras,
+            **{kind: len(seen.networks[kind]) for kind in _NETWORKS},
+            **{f"pairs_with_{kind}": seen.with_networks[kind] for kind in _NETWORKS},
             "base_models": len(seen.base_models),
             "samplers": len(samplers),
         },
@@ -159,7 +161,7 @@ def summarise(dataset: Dataset, *, rows: int = 3, seed: int = 0) -> dict[str, An
         "distributions": dataset.distributions,
         "counts": {
             "models": _top(models),
-            "loras": _top(Counter({f"{m} / {v}": n for (m, v), n in seen.loras.items()})),
+            **{kind: _top(seen.networks[kind]) for kind in _NETWORKS},
             "base_models": _top(seen.base_models),
             "samplers": _top(samplers),
         },
@@ -212,6 +214,7 @@ def _catalogue(path: Path) -> dict[str, int | str]:
     return {
         "checkpoints": len(catalogue.checkpoints),
         "loras": len(catalogue.loras),
+        "embeddings": len(catalogue.embeddings),
         "samplers": len(catalogue.samplers),
     }
 
@@ -331,8 +334,11 @@ def _row_text(row: Mapping[str, Any]) -> list[str]:
     """A row: its columns, and the fields of its API in place of its text."""
     api = orjson.loads(row["api"])
     params = ", ".join(f"{name} {value}" for name, value in api.pop("params").items())
-    loras = ", ".join(f"{x['model']} / {x['version']} ({x['weight']})" for x in api.pop("loras"))
-    facts = {"prompt": row["prompt"], **api, "params": params, "loras": loras}
+    networks = {
+        kind: ", ".join(f"{x['model']} / {x['version']} ({x['weight']})" for x in api.pop(kind, ()))
+        for kind in _NETWORKS
+    }
+    facts = {"prompt": row["prompt"], **api, "params": params, **networks}
     facts |= {k: v for k, v in row.items() if k not in (*facts, "api", "id", "split")}
     if facts.get("prompt_raw") == row["prompt"]:
         del facts["prompt_raw"]

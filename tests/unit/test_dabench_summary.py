@@ -44,7 +44,9 @@ def test_counts_are_those_of_the_rows(made: Artifact, summary: dict[str, Any]) -
         "models": 2,
         "model_versions": 2,
         "loras": 1,
+        "embeddings": 0,
         "pairs_with_loras": 9,
+        "pairs_with_embeddings": 0,
         "base_models": 1,
         "samplers": 2,
     }
@@ -56,7 +58,7 @@ def test_counts_are_those_of_the_rows(made: Artifact, summary: dict[str, Any]) -
     assert "seed" not in summary["params"]
     assert summary["columns"]["form"] == dict(Counter(row["form"] for row in every).most_common())
     assert not {"id", "prompt", "url", "group", "model_id"} & set(summary["columns"])
-    assert summary["catalogue"] == {"checkpoints": 3, "loras": 2, "samplers": 73}
+    assert summary["catalogue"] == {"checkpoints": 3, "loras": 2, "embeddings": 0, "samplers": 73}
     lengths = [len(row["prompt"]) for row in every]
     assert summary["prompt_characters"]["p0"] == min(lengths)
     assert summary["prompt_characters"]["p100"] == max(lengths)
