@@ -115,9 +115,9 @@ with weights, sampler, steps, CFG scale, size, CLIP skip, seed and negative prom
 
 The pairs call {facts.models_used:,} models. The catalogue holds \
 {len(catalogue.checkpoints):,} checkpoint versions, {len(catalogue.loras):,} LoRA versions and \
-{len(catalogue.embeddings):,} embeddings (textual inversions) that may be called. `catalogue.parquet` and `mapping/models.json` lead from a name to ids, AIR, \
-SHA256 and download path (relative to the site); `mapping/samplers.json` from a sampler to its \
-diffusers scheduler."""
+{len(catalogue.embeddings):,} embeddings (textual inversions) that may be called. \
+`catalogue.parquet` and `mapping/models.json` lead from a name to ids, AIR, SHA256 and download \
+path (relative to the site); `mapping/samplers.json` from a sampler to its diffusers scheduler."""
 
 
 def _funnel(funnel: Funnel) -> str:
