@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -232,7 +231,7 @@ def _loras(
     for reference in tagged:
         if reference.name and (key := reference.name.casefold()) not in found:
             digest = _spilled_hash(bag, reference.name)
-            found[key] = replace(reference, hash=digest) if digest else reference
+            found[key] = reference._replace(hash=digest) if digest else reference
     for reference in (*given, *_listed_loras(bag)):
         key = (reference.name or reference.hash or str(reference.version_id or "")).casefold()
         if not key:
@@ -243,7 +242,7 @@ def _loras(
             if reference.hash not in hashes:  # the site shortens some names of AddNet
                 found[key] = reference
         elif known.hash is None and reference.hash:  # the tag has the weight, the list the hash
-            found[key] = replace(known, hash=reference.hash)
+            found[key] = known._replace(hash=reference.hash)
         if reference.hash:
             hashes.add(reference.hash)
     return tuple(found.values())
