@@ -35,6 +35,7 @@ class Record:
         #: The metadata in the site's keys; None when there is none.
         self.reading = read_metadata(item.get("meta"))
         self._resolver = resolver
+        self._named = checkpoints(self.reading) if self.reading else ()
         #: The checkpoints that may have been used, or why none is known.
         self.found: Resolution | str = "no metadata"
         #: The likeliest in the catalogue; None when none is known, or it was not kept.
@@ -42,7 +43,7 @@ class Record:
         if self.reading is not None:
             base_model, created_at = item.get("baseModel"), item.get("createdAt")
             self.found = resolver.checkpoint(
-                checkpoints(self.reading),
+                self._named,
                 base_model=base_model if isinstance(base_model, str) else None,
                 loras=(lora for _ in range(1) for lora in self.generation.loras),  # when asked
                 created_at=created_at if isinstance(created_at, str) else None,
@@ -56,7 +57,8 @@ class Record:
         """What the metadata says."""
         if self.reading is None:
             return Generation()
-        return read_keys(self.reading, self.item.get("width"), self.item.get("height"))
+        item = self.item
+        return read_keys(self.reading, item.get("width"), item.get("height"), self._named)
 
     @cached_property
     def loras(self) -> Networks:

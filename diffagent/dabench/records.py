@@ -155,10 +155,10 @@ def make_api(record: Record, entry: Entry, params: Params) -> T2IAPI:
 
 def _digest(prompt: str, api: T2IAPI) -> int:
     """64 bits of what a pair teaches: the prompt and the response, without seed."""
-    params = api.params
-    call = (api.model, api.version, api.loras, api.embeddings, params.sampler, params.steps)
-    rest = (params.cfg_scale, params.width, params.height, params.clip_skip, api.negative_prompt)
-    text = f"{prompt.casefold()}\0{call}\0{rest}".encode()
+    networks = [list(vars(x).values()) for x in (*api.loras, *api.embeddings)]
+    params = [value for name, value in vars(api.params).items() if name != "seed"]
+    call = (api.model, api.version, len(api.loras), networks, params, api.negative_prompt)
+    text = f"{prompt.casefold()}\0{call}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 

@@ -28,8 +28,10 @@ from diffagent.dabench.metadata.values import (
 )
 from diffagent.render.samplers import normalise
 
+_MAX_SHARED = 4000  # characters of a prompt; the cache holds 16 MB at most
 _MAX_NAME = 100  # characters; a longer sampler is none, and must not fill the cache
 _cached = lru_cache(maxsize=4096)(normalise)  # a few spellings, millions of records
+_split = lru_cache(maxsize=4096)(split_prompt)  # pictures of a post share theirs
 
 _CHECKPOINT_AIRS = frozenset({"checkpoint"})
 _LORA_TYPES = frozenset({"lora", "locon", "lycoris", "lyco", "dora"})
@@ -57,7 +59,10 @@ def form_of_keys(bag: Bag) -> Form:
 
 
 def read_keys(
-    reading: Reading, image_width: object = None, image_height: object = None
+    reading: Reading,
+    image_width: object = None,
+    image_height: object = None,
+    named: tuple[Reference, ...] | None = None,
 ) -> Generation:
     """Read the site's keys. Never raises, whatever the values.
 
@@ -65,13 +70,14 @@ def read_keys(
         reading: the keys, and the models that another dialect names.
         image_width: pixels of the picture itself, for a record that has no size.
         image_height: as ``image_width``.
+        named: its `checkpoints`, where they are known already.
     """
     bag = reading.keys
     prompt_raw = text(first(bag, "prompt", "Prompt"))
     negative_raw = text(first(bag, "negativePrompt", "Negative prompt", "negative_prompt"))
     known = _known_embeddings(bag)
-    prompt = split_prompt(prompt_raw, known) if prompt_raw else Prompt()
-    negative = split_prompt(negative_raw, known, take_words=True) if negative_raw else Prompt()
+    prompt = _prompt(prompt_raw, known)
+    negative = _prompt(negative_raw, known, take_words=True)
     if reading.original is not None:
         prompt_raw = text(reading.original.get("prompt"))
         negative_raw = text(reading.original.get("negativePrompt"))
@@ -102,12 +108,21 @@ def read_keys(
         clip_skip=abs(clip_skip) or 1 if clip_skip is not None else 1,
         seed=seed if seed is not None and 0 <= seed < 2**64 else None,
         from_image=reading.from_image or _from_image(bag),
-        checkpoints=checkpoints(reading),
+        checkpoints=checkpoints(reading) if named is None else named,
         loras=_loras(bag, prompt.loras, reading.loras),
         hypernetworks=_hypernetworks(bag, prompt.hypernetworks),
         embeddings=prompt.embeddings,
         negative_embeddings=negative.embeddings,
     )
+
+
+def _prompt(
+    raw: str | None, known: tuple[tuple[str, str | None], ...], *, take_words: bool = False
+) -> Prompt:
+    if not raw:
+        return Prompt()
+    split = _split if len(raw) <= _MAX_SHARED else split_prompt
+    return split(raw, known, take_words=take_words)
 
 
 def _normalise(sampler: str, schedule: str | None) -> str | None:
@@ -313,13 +328,13 @@ def _pairs(value: object) -> Iterator[tuple[str, str]]:
             yield name, str(given)
 
 
-def _known_embeddings(bag: Bag) -> list[tuple[str, str | None]]:
+def _known_embeddings(bag: Bag) -> tuple[tuple[str, str | None], ...]:
     """Embeddings that hashes prove: ``embed:NAME`` of the site's extension, and "TI hashes"."""
     hashes = bag.get("hashes")
     if not isinstance(hashes, dict):
         hashes = {}
     if not hashes and "TI hashes" not in bag:
-        return []
+        return ()
     known = {
         key.partition(":")[2]: file_hash(value)
         for key, value in hashes.items()
@@ -328,7 +343,7 @@ def _known_embeddings(bag: Bag) -> list[tuple[str, str | None]]:
     for name, value in _pairs(bag.get("TI hashes")):
         known[name] = known.get(name) or file_hash(value)
     known.pop("", None)
-    return list(known.items())
+    return tuple(known.items())
 
 
 def _hypernetworks(bag: Bag, tagged: tuple[Reference, ...]) -> tuple[Reference, ...]:
