@@ -14,7 +14,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from diffagent.dabench.catalogue import Entry
-from diffagent.dabench.metadata import Generation, checkpoints, read_keys, read_metadata
+from diffagent.dabench.metadata import (
+    NOTHING_NAMED,
+    Generation,
+    Named,
+    checkpoints,
+    read_keys,
+    read_metadata,
+    read_named,
+)
 from diffagent.dabench.resolve import Networks, Resolution, Resolver
 from diffagent.render.samplers import SAMPLERS
 from schemas.api import Params
@@ -35,17 +43,17 @@ class Record:
         #: The metadata in the site's keys; None when there is none.
         self.reading = read_metadata(item.get("meta"))
         self._resolver = resolver
-        self._named = checkpoints(self.reading) if self.reading else ()
         #: The checkpoints that may have been used, or why none is known.
         self.found: Resolution | str = "no metadata"
         #: The likeliest in the catalogue; None when none is known, or it was not kept.
         self.entry: Entry | None = None
         if self.reading is not None:
+            self._checkpoints = checkpoints(self.reading)
             base_model, created_at = item.get("baseModel"), item.get("createdAt")
             self.found = resolver.checkpoint(
-                self._named,
+                self._checkpoints,
                 base_model=base_model if isinstance(base_model, str) else None,
-                loras=(lora for _ in range(1) for lora in self.generation.loras),  # when asked
+                loras=(lora for _ in range(1) for lora in self.named.loras),  # when asked
                 created_at=created_at if isinstance(created_at, str) else None,
                 gallery=gallery,
             )
@@ -53,12 +61,17 @@ class Record:
                 self.entry = resolver.entry(self.found.best.version)
 
     @cached_property
+    def named(self) -> Named:
+        """What of the metadata names models."""
+        return read_named(self.reading, self._checkpoints) if self.reading else NOTHING_NAMED
+
+    @cached_property
     def generation(self) -> Generation:
         """What the metadata says."""
         if self.reading is None:
             return Generation()
         item = self.item
-        return read_keys(self.reading, item.get("width"), item.get("height"), self._named)
+        return read_keys(self.reading, item.get("width"), item.get("height"), self.named)
 
     @cached_property
     def loras(self) -> Networks:

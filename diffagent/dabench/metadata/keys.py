@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffagent.dabench.metadata.generation import Form, Generation, Reading, Reference
 from diffagent.dabench.metadata.prompts import Prompt, split_prompt
@@ -33,6 +33,7 @@ _MAX_NAME = 100  # characters; a longer sampler is none, and must not fill the c
 _cached = lru_cache(maxsize=4096)(normalise)  # a few spellings, millions of records
 _split = lru_cache(maxsize=4096)(split_prompt)  # pictures of a post share theirs
 
+_PROMPT = ("prompt", "Prompt")
 _CHECKPOINT_AIRS = frozenset({"checkpoint"})
 _LORA_TYPES = frozenset({"lora", "locon", "lycoris", "lyco", "dora"})
 _EMBEDDING_TYPES = frozenset({"embed", "embedding", "textualinversion"})
@@ -58,11 +59,33 @@ def form_of_keys(bag: Bag) -> Form:
     return "typed" if bag.keys() <= _TYPED else "a1111"
 
 
+class Named(NamedTuple):
+    """What of a record names models; many are dropped before more of them is wanted."""
+
+    checkpoints: tuple[Reference, ...]
+    prompt: Prompt
+    loras: tuple[Reference, ...]
+
+
+NOTHING_NAMED = Named((), Prompt(), ())
+
+
+def read_named(reading: Reading, named: tuple[Reference, ...] | None = None) -> Named:
+    """The part of `read_keys` that names models; ``named``: its `checkpoints`, where known."""
+    bag = reading.keys
+    prompt = _prompt(text(first(bag, *_PROMPT)), _known_embeddings(bag))
+    return Named(
+        checkpoints(reading) if named is None else named,
+        prompt,
+        _loras(bag, prompt.loras, reading.loras),
+    )
+
+
 def read_keys(
     reading: Reading,
     image_width: object = None,
     image_height: object = None,
-    named: tuple[Reference, ...] | None = None,
+    named: Named | None = None,
 ) -> Generation:
     """Read the site's keys. Never raises, whatever the values.
 
@@ -70,14 +93,13 @@ def read_keys(
         reading: the keys, and the models that another dialect names.
         image_width: pixels of the picture itself, for a record that has no size.
         image_height: as ``image_width``.
-        named: its `checkpoints`, where they are known already.
+        named: what `read_named` gave, where that is known already.
     """
     bag = reading.keys
-    prompt_raw = text(first(bag, "prompt", "Prompt"))
+    named = read_named(reading) if named is None else named
+    prompt_raw = text(first(bag, *_PROMPT))
     negative_raw = text(first(bag, "negativePrompt", "Negative prompt", "negative_prompt"))
-    known = _known_embeddings(bag)
-    prompt = _prompt(prompt_raw, known)
-    negative = _prompt(negative_raw, known, take_words=True)
+    negative = _prompt(negative_raw, _known_embeddings(bag), take_words=True)
     if reading.original is not None:
         prompt_raw = text(reading.original.get("prompt"))
         negative_raw = text(reading.original.get("negativePrompt"))
@@ -93,7 +115,7 @@ def read_keys(
     return Generation(
         form=reading.form,
         prompt_raw=prompt_raw,
-        prompt=prompt.text,
+        prompt=named.prompt.text,
         negative_prompt_raw=negative_raw,
         negative_prompt=negative.text,
         sampler_name=sampler,
@@ -108,10 +130,10 @@ def read_keys(
         clip_skip=abs(clip_skip) or 1 if clip_skip is not None else 1,
         seed=seed if seed is not None and 0 <= seed < 2**64 else None,
         from_image=reading.from_image or _from_image(bag),
-        checkpoints=checkpoints(reading) if named is None else named,
-        loras=_loras(bag, prompt.loras, reading.loras),
-        hypernetworks=_hypernetworks(bag, prompt.hypernetworks),
-        embeddings=prompt.embeddings,
+        checkpoints=named.checkpoints,
+        loras=named.loras,
+        hypernetworks=_hypernetworks(bag, named.prompt.hypernetworks),
+        embeddings=named.prompt.embeddings,
         negative_embeddings=negative.embeddings,
     )
 
