@@ -28,7 +28,7 @@ _VERSION_KEYS = (
 )
 
 
-class _Enough(Exception):
+class _Enough(Exception):  # noqa: N818 - no error, but the way out of a parser
     """The rest of a text is not wanted."""
 
 
