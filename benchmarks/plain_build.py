@@ -1,14 +1,17 @@
 """The stage ``filter`` as one writes it with json and pandas: the yardstick of bench_build.py.
 
-Everything is loaded into DataFrames and each step maps a function over a column. What the stage
-means is shared with it (readers of metadata, the resolver, the filters' own conditions), so both
-give the same rows; how the work is organised is not.
+Everything is loaded into DataFrames, each step is a column that a function makes for every record,
+and each filter is a mask. What the stage means is shared with it: the readers of metadata, the
+resolver (with the answers that it remembers), the filters' own conditions, how a row is put
+together. Not shared is how the work is organised: here nothing is streamed, put off until it is
+asked for or left to other processes. The prints, which the stage writes besides, are left out.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,9 @@ from diffagent.artifacts import Artifact
 from diffagent.dabench.catalogue import Catalogue, rename
 from diffagent.dabench.model_filters import ModelSift
 from diffagent.dabench.record_filters import RECORD_FILTERS, Record
-from diffagent.dabench.records import DUPLICATE, PairBuilder
+from diffagent.dabench.records import DUPLICATE, PairBuilder, make_api
 from diffagent.dabench.resolve import Resolver
 from diffagent.dabench.snapshot import read_generations, read_gone
-from schemas.api import parse_api
 from schemas.config import FilterConfig
 
 
@@ -44,20 +46,21 @@ def build(snapshot: Artifact, config: FilterConfig) -> pd.DataFrame:
 
     images = load(snapshot, "images")
     images["record"] = images["item"].map(lambda item: Record(item, resolver))
-    images["made"] = images["record"].map(lambda record: record.generation)
-    images["found"] = images["record"].map(lambda record: record.found)
+    for column in ("generation", "loras", "embeddings", "params", "level"):
+        images[column] = images["record"].map(attrgetter(column))
     for name in config.records:
         if name != DUPLICATE:
             check = RECORD_FILTERS[name]
             reasons = images["record"].map(lambda record, check=check: check(record, config))
-            images = images[reasons.isna()]
+            images = images[reasons.isna()].copy()
     pairs = PairBuilder(config, resolver, dates)
-    rows = pd.DataFrame([pairs.build(item).row for item in images["item"]])
+    images["api"] = images["record"].map(make_api)
+    rows = pd.DataFrame(map(pairs.row, images["record"], images["api"]))
     if DUPLICATE in config.records:
         taught = pd.DataFrame(
             {
                 "prompt": rows["prompt"].str.casefold(),
-                "response": rows["api"].map(lambda api: parse_api(api).response().to_json()),
+                "response": [api.response().to_json() for api in images["api"]],
             }
         )
         rows = rows[~taught.duplicated()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import threading
@@ -19,6 +20,7 @@ Item = TypeVar("Item")
 State = TypeVar("State")
 Result = TypeVar("Result")
 
+_GARBAGE = 100_000  # objects; a batch makes many and leaves few, which 700 would look at often
 _AHEAD = 2  # batches a worker that wait, so that none idles and memory stays flat
 
 _task: list[Any] = []  # of a worker: function, state
@@ -62,6 +64,8 @@ def ordered_map(
 
 def _start(parent: int, function: Callable[..., Any], state: Any) -> None:
     _task[:] = [function, state]
+    gc.freeze()
+    gc.set_threshold(_GARBAGE)
     threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
 
 

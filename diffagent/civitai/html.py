@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
+from contextlib import suppress
 from html.parser import HTMLParser
 from typing import Any
 
 import orjson
-from bs4 import BeautifulSoup
 
 from diffagent.errors import SchemaError
 
@@ -27,12 +28,20 @@ _VERSION_KEYS = (
 )
 
 
-class _Text(HTMLParser):
-    """Collects the text of HTML; blocks begin and end lines, some elements hold no text."""
+class _Enough(Exception):  # noqa: N818 - no error, but the way out of a parser
+    """The rest of a text is not wanted."""
 
-    def __init__(self) -> None:
+
+class _Text(HTMLParser):
+    """Collects the text of HTML; blocks begin and end lines, some elements hold no text.
+
+    Stops at a text of more than ``enough`` characters, with single spaces between words.
+    """
+
+    def __init__(self, enough: float) -> None:
         super().__init__(convert_charrefs=True)
         self.parts: list[str] = []
+        self._missing = enough
         self._hidden = 0
 
     def handle_starttag(self, tag: str, attrs: object) -> None:
@@ -49,16 +58,23 @@ class _Text(HTMLParser):
     def handle_data(self, data: str) -> None:
         if not self._hidden:
             self.parts.append(data)
+            self._missing -= len(" ".join(data.split()))
+            if self._missing < 0:
+                raise _Enough
 
 
-def plain_text(description: str | None) -> str:
-    """The text of a description: one line a paragraph, without markup, scripts or pictures."""
+def plain_text(description: str | None, enough: float = math.inf) -> str:
+    """The text of a description: one line a paragraph, without markup, scripts or pictures.
+
+    Of a text of more than ``enough`` characters it is a beginning that has more than those.
+    """
     if not description:
         return ""
     # Not BeautifulSoup: a build reads a description per model, and the tree is not wanted.
-    parser = _Text()
-    parser.feed(description)
-    parser.close()
+    parser = _Text(enough)
+    with suppress(_Enough):
+        parser.feed(description)
+        parser.close()
     lines = (_SPACES.sub(" ", line).strip() for line in "".join(parser.parts).split("\n"))
     return "\n".join(line for line in lines if line)
 
@@ -73,6 +89,8 @@ def page_settings(page: str) -> dict[str, Any]:
     Raises:
         SchemaError: the page has no ``__NEXT_DATA__`` with a model in a form known here.
     """
+    from bs4 import BeautifulSoup  # slow to import, and a build reads no pages
+
     script = BeautifulSoup(page, "html.parser").find("script", id="__NEXT_DATA__")
     try:
         state = orjson.loads(script.get_text() if script else "")

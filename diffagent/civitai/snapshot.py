@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import shutil
 import zlib
 from bisect import bisect_right
@@ -41,6 +42,7 @@ GENERATIONS = "generations.jsonl"
 #: Rows a part, unless that makes more than ``_MAX_PARTS``; memory holds one part.
 _ROWS = {"images": 20_000, "models": 1_000, "pages": 1_000}
 _MAX_PARTS = 64
+_BUFFER = 1 << 17  # bytes: the lines of it are cut in C
 _MEMBER_BYTES = 1 << 20
 
 #: (kind, new, old) -> what stays of two records of one id
@@ -184,7 +186,7 @@ def read_lines(snapshot: Path, kind: str) -> Iterator[bytes]:
     """
     for path in sorted(snapshot.glob(f"{kind}/*.jsonl.gz")):
         try:
-            with gzip.open(path) as stream:
+            with io.BufferedReader(gzip.open(path), _BUFFER) as stream:
                 yield from stream
         except (OSError, EOFError, zlib.error) as error:
             raise _damaged(path, error) from None

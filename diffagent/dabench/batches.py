@@ -74,10 +74,15 @@ def sift(pairs: PairBuilder, batch: Batch) -> Sifted:
 
 
 def _prints(rows: list[dict[str, Any]]) -> pa.RecordBatch:
-    values, sizes = shingle_sets([row["prompt"] for row in rows])
+    places: dict[str, int] = {}  # pictures of a post share their prompt
+    indices = [places.setdefault(row["prompt"], len(places)) for row in rows]
+    values, sizes = shingle_sets(list(places))
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+    shingles = pa.ListArray.from_arrays(
+        pa.array(offsets), pa.array(values), PRINTS.field("shingles").type
+    )
     columns = [
-        pa.ListArray.from_arrays(pa.array(offsets), pa.array(values), field.type)
+        shingles.take(pa.array(indices, pa.int32()))
         if field.name == "shingles"
         else pa.array([row[field.name] for row in rows], field.type)
         for field in PRINTS

@@ -265,7 +265,9 @@ def describe(model: Mapping[str, Any]) -> str:
     from diffagent.civitai.html import plain_text  # an agent that loads a catalogue needs no HTML
 
     html = model.get("description")
-    return first_sentences(plain_text(html[:_MAX_HTML])) if isinstance(html, str) else ""
+    if not isinstance(html, str):
+        return ""
+    return first_sentences(plain_text(html[:_MAX_HTML], enough=_MAX_DESCRIPTION))
 
 
 def make_entry(

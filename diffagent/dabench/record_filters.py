@@ -14,7 +14,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from diffagent.dabench.catalogue import Entry
-from diffagent.dabench.metadata import Generation, checkpoints, read_keys, read_metadata
+from diffagent.dabench.metadata import (
+    NOTHING_NAMED,
+    Generation,
+    Named,
+    checkpoints,
+    read_keys,
+    read_metadata,
+    read_named,
+)
 from diffagent.dabench.resolve import Networks, Resolution, Resolver
 from diffagent.render.samplers import SAMPLERS
 from schemas.api import Params
@@ -40,11 +48,12 @@ class Record:
         #: The likeliest in the catalogue; None when none is known, or it was not kept.
         self.entry: Entry | None = None
         if self.reading is not None:
+            self._checkpoints = checkpoints(self.reading)
             base_model, created_at = item.get("baseModel"), item.get("createdAt")
             self.found = resolver.checkpoint(
-                checkpoints(self.reading),
+                self._checkpoints,
                 base_model=base_model if isinstance(base_model, str) else None,
-                loras=(lora for _ in range(1) for lora in self.generation.loras),  # when asked
+                loras=(lora for _ in range(1) for lora in self.named.loras),  # when asked
                 created_at=created_at if isinstance(created_at, str) else None,
                 gallery=gallery,
             )
@@ -52,11 +61,17 @@ class Record:
                 self.entry = resolver.entry(self.found.best.version)
 
     @cached_property
+    def named(self) -> Named:
+        """What of the metadata names models."""
+        return read_named(self.reading, self._checkpoints) if self.reading else NOTHING_NAMED
+
+    @cached_property
     def generation(self) -> Generation:
         """What the metadata says."""
         if self.reading is None:
             return Generation()
-        return read_keys(self.reading, self.item.get("width"), self.item.get("height"))
+        item = self.item
+        return read_keys(self.reading, item.get("width"), item.get("height"), self.named)
 
     @cached_property
     def loras(self) -> Networks:

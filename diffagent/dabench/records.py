@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from diffagent.dabench.catalogue import Entry, int64
+from diffagent.dabench.catalogue import int64
 from diffagent.dabench.metadata import PARSER_VERSION, Generation
 from diffagent.dabench.record_filters import RECORD_FILTERS, Record, highest, reaction_counts
 from diffagent.dabench.resolve import MAX_EMBEDDINGS, Resolver
@@ -59,19 +59,18 @@ class PairBuilder:
         for name, check in self._checks:
             if reason := check(record, self._config):
                 return Built(Dropped(name, reason), fingerprint(record, kept=False))
-        entry, params = record.entry, record.params
-        assert entry and isinstance(params, Params)  # filters.records has what makes sure of both
-        api = make_api(record, entry, params)
+        api = make_api(record)
         return Built(
-            self._row(record, entry, api),
+            self.row(record, api),
             fingerprint(record, kept=True),
             _digest(record.generation.prompt, api),
             record.loras.outcomes,
         )
 
-    def _row(self, record: Record, entry: Entry, api: T2IAPI) -> dict[str, Any]:
-        item, made, found = record.item, record.generation, record.found
-        assert not isinstance(found, str)
+    def row(self, record: Record, api: T2IAPI) -> dict[str, Any]:
+        """The row of ``schemas.dabench.RECORDS`` of a record that passed the filters."""
+        item, made, found, entry = record.item, record.generation, record.found, record.entry
+        assert entry and not isinstance(found, str)
         level, level_source = record.level
         counts = reaction_counts(item)
         return {
@@ -118,7 +117,7 @@ def fingerprint(record: Record, *, kept: bool) -> dict[str, Any] | None:
     None without a prompt or a known checkpoint.
     """
     found = record.found
-    if isinstance(found, str) or not record.generation.prompt:
+    if isinstance(found, str) or not record.named.prompt.text:
         return None
     return {
         "id": record.item["id"],
@@ -127,12 +126,14 @@ def fingerprint(record: Record, *, kept: bool) -> dict[str, Any] | None:
         "creator": _text(record.item.get("username")),
         "base_model": found.first.base_model,
         "kept": kept,
-        "prompt": record.generation.prompt,
+        "prompt": record.named.prompt.text,
     }
 
 
-def make_api(record: Record, entry: Entry, params: Params) -> T2IAPI:
+def make_api(record: Record) -> T2IAPI:
     """The full API record of a call: what an agent writes, and what the catalogue knows."""
+    entry, params = record.entry, record.params
+    assert entry and isinstance(params, Params)  # filters.records has what makes sure of both
     return T2IAPI(
         model=entry.model,
         version=entry.version,
@@ -155,10 +156,10 @@ def make_api(record: Record, entry: Entry, params: Params) -> T2IAPI:
 
 def _digest(prompt: str, api: T2IAPI) -> int:
     """64 bits of what a pair teaches: the prompt and the response, without seed."""
-    params = api.params
-    call = (api.model, api.version, api.loras, api.embeddings, params.sampler, params.steps)
-    rest = (params.cfg_scale, params.width, params.height, params.clip_skip, api.negative_prompt)
-    text = f"{prompt.casefold()}\0{call}\0{rest}".encode()
+    networks = [list(vars(x).values()) for x in (*api.loras, *api.embeddings)]
+    params = [value for name, value in vars(api.params).items() if name != "seed"]
+    call = (api.model, api.version, len(api.loras), networks, params, api.negative_prompt)
+    text = f"{prompt.casefold()}\0{call}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 

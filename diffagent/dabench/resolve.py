@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -96,7 +96,7 @@ class Candidate:
     confidence: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Resolution:
     """All versions that metadata may mean, the likeliest first; never empty."""
 
@@ -109,7 +109,7 @@ class Resolution:
         """The likeliest."""
         return self.candidates[0]
 
-    @property
+    @cached_property
     def first(self) -> KnownVersion:
         """The one that was known first. Later crawls bring other candidates, but none before."""
         versions = (candidate.version for candidate in self.candidates)

@@ -21,6 +21,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -87,7 +88,7 @@ def shingle_sets(prompts: Sequence[str]) -> tuple[Ints, Ints]:
     """The `shingles` of many prompts one after the other, and how many each has."""
     found = [words(prompt) for prompt in prompts]
     sizes = np.array([len(part) for part in found], dtype=np.int64)
-    hashes = np.fromiter((text_hash(word) for part in found for word in part), np.uint64)
+    hashes = np.fromiter(map(text_hash, chain.from_iterable(found)), np.uint64, sizes.sum())
     owners = np.repeat(np.arange(len(found)), sizes)
     inside = owners[1:] == owners[:-1]
     alone = np.flatnonzero((sizes == 1)[owners])

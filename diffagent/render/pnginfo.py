@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +43,7 @@ def infotext(recipe: Recipe, names: Mapping[str, str]) -> str:
             sampler_name=recipe.sampler,
             checkpoints=(_reference(recipe.checkpoint, names),),
             loras=tuple(
-                replace(_reference(use.sha256, names), weight=use.weight) for use in recipe.loras
+                _reference(use.sha256, names)._replace(weight=use.weight) for use in recipe.loras
             ),
             **recipe.model_dump(
                 include={"steps", "cfg_scale", "width", "height", "clip_skip", "seed"}

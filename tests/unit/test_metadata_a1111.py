@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import time
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -182,8 +181,8 @@ SIZES = st.integers(1, 512).map(lambda size: size * 8)
 def generations(draw: st.DrawFn) -> Generation:
     """What `read_parameters` can say of a text, with a checkpoint by hash or by id."""
     checkpoint = draw(
-        st.builds(Reference, hash=HASHES, name=NAMES | st.none())
-        | st.builds(Reference, version_id=st.integers(1, 2**40))
+        st.tuples(st.none(), HASHES, NAMES | st.none()).map(lambda known: Reference(*known))
+        | st.integers(1, 2**40).map(Reference)
         | st.none()
     )
     width = draw(SIZES | st.none())
@@ -197,9 +196,8 @@ def generations(draw: st.DrawFn) -> Generation:
     made = read_keys(Reading("a1111-text", keys))  # what derives from these is the reader's
     loras = [use for use in made.loras if use.name]
     if draw(st.booleans()):
-        loras = [replace(use, hash=digest) for use in loras for digest in [draw(HASHES)]]
-    return replace(
-        made,
+        loras = [use._replace(hash=digest) for use in loras for digest in [draw(HASHES)]]
+    return made._replace(
         steps=draw(st.integers(0, 10**6) | st.none()),
         cfg_scale=draw(CFG | st.none()),
         seed=draw(st.integers(0, 2**64 - 1) | st.none()),
@@ -220,7 +218,7 @@ def test_reading_gives_back_what_was_written(generation: Generation) -> None:
 @pytest.mark.parametrize("fields", [{}, {"seed": 5}, {"sampler_name": "Odd"}, {"width": 8}])
 def test_few_fields_are_not_taken_for_a_prompt(fields: dict[str, Any]) -> None:
     made = Generation(form="a1111-text", prompt_raw="a", prompt="a", **fields)
-    made = replace(made, height=made.width)
+    made = made._replace(height=made.width)
     assert read_parameters(write_parameters(made)) == made
 
 

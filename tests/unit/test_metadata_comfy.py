@@ -390,7 +390,7 @@ def test_the_editors_graph_when_there_is_no_other() -> None:
     made = parse_generation({"comfy": {"workflow": workflow()}})
     assert made == Generation(
         **{
-            **{name: getattr(PLAIN, name) for name in PLAIN.__dataclass_fields__},
+            **PLAIN._asdict(),
             "form": "comfyui-workflow",
             "loras": (Reference(name="ink.safetensors", weight=0.6),),
         }

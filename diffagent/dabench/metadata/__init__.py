@@ -9,7 +9,13 @@ record says: what cannot be read is None, and the filters decide what that means
 from diffagent.dabench.metadata.a1111 import read_parameters, tag_name, write_parameters
 from diffagent.dabench.metadata.generation import Form, Generation, Reading, Reference
 from diffagent.dabench.metadata.image import read_image_metadata
-from diffagent.dabench.metadata.keys import checkpoints, read_keys
+from diffagent.dabench.metadata.keys import (
+    NOTHING_NAMED,
+    Named,
+    checkpoints,
+    read_keys,
+    read_named,
+)
 from diffagent.dabench.metadata.parse import parse_generation, read_metadata
 from diffagent.dabench.metadata.prompts import clean_prompt
 
@@ -17,9 +23,11 @@ from diffagent.dabench.metadata.prompts import clean_prompt
 PARSER_VERSION = 1
 
 __all__ = [
+    "NOTHING_NAMED",
     "PARSER_VERSION",
     "Form",
     "Generation",
+    "Named",
     "Reading",
     "Reference",
     "checkpoints",
@@ -28,6 +36,7 @@ __all__ = [
     "read_image_metadata",
     "read_keys",
     "read_metadata",
+    "read_named",
     "read_parameters",
     "tag_name",
     "write_parameters",

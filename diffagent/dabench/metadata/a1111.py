@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from decimal import Decimal
 
 from diffagent.dabench.metadata.generation import Generation, Reading, Reference
@@ -254,7 +253,7 @@ def write_parameters(generation: Generation, program: str = "diffagent") -> str:
     prompt, negative = generation.prompt_raw or "", generation.negative_prompt_raw or ""
     tagged = {reference.name for reference in split_prompt(prompt).loras}
     loras = [
-        use if use.name in tagged else replace(use, name=tag_name(use.name))
+        use if use.name in tagged else use._replace(name=tag_name(use.name))
         for use in generation.loras
         if use.name and use.version_id is None
     ]

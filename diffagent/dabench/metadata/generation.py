@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 #: Which reader read a record.
 Form = Literal[
@@ -24,8 +23,7 @@ Form = Literal[
 ]
 
 
-@dataclass(frozen=True, slots=True)
-class Reference:
+class Reference(NamedTuple):
     """How metadata names a model: by the site's version id, by a file's hash, or only by name."""
 
     version_id: int | None = None
@@ -34,8 +32,7 @@ class Reference:
     weight: float = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Generation:
+class Generation(NamedTuple):
     """What metadata says; None where it does not say."""
 
     form: Form = "none"
@@ -68,8 +65,7 @@ class Generation:
         return self.sampler_name
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(NamedTuple):
     """A dialect in the site's own keys, which is what every reader but that of keys makes.
 
     ``keys`` are those of the WebUI's text as the site parses it; ``checkpoints`` and ``loras``

@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffagent.dabench.metadata.generation import Form, Generation, Reading, Reference
 from diffagent.dabench.metadata.prompts import Prompt, split_prompt
@@ -29,9 +28,12 @@ from diffagent.dabench.metadata.values import (
 )
 from diffagent.render.samplers import normalise
 
+_MAX_SHARED = 4000  # characters of a prompt; the cache holds 16 MB at most
 _MAX_NAME = 100  # characters; a longer sampler is none, and must not fill the cache
 _cached = lru_cache(maxsize=4096)(normalise)  # a few spellings, millions of records
+_split = lru_cache(maxsize=4096)(split_prompt)  # pictures of a post share theirs
 
+_PROMPT = ("prompt", "Prompt")
 _CHECKPOINT_AIRS = frozenset({"checkpoint"})
 _LORA_TYPES = frozenset({"lora", "locon", "lycoris", "lyco", "dora"})
 _EMBEDDING_TYPES = frozenset({"embed", "embedding", "textualinversion"})
@@ -57,8 +59,33 @@ def form_of_keys(bag: Bag) -> Form:
     return "typed" if bag.keys() <= _TYPED else "a1111"
 
 
+class Named(NamedTuple):
+    """What of a record names models; many are dropped before more of them is wanted."""
+
+    checkpoints: tuple[Reference, ...]
+    prompt: Prompt
+    loras: tuple[Reference, ...]
+
+
+NOTHING_NAMED = Named((), Prompt(), ())
+
+
+def read_named(reading: Reading, named: tuple[Reference, ...] | None = None) -> Named:
+    """The part of `read_keys` that names models; ``named``: its `checkpoints`, where known."""
+    bag = reading.keys
+    prompt = _prompt(text(first(bag, *_PROMPT)), _known_embeddings(bag))
+    return Named(
+        checkpoints(reading) if named is None else named,
+        prompt,
+        _loras(bag, prompt.loras, reading.loras),
+    )
+
+
 def read_keys(
-    reading: Reading, image_width: object = None, image_height: object = None
+    reading: Reading,
+    image_width: object = None,
+    image_height: object = None,
+    named: Named | None = None,
 ) -> Generation:
     """Read the site's keys. Never raises, whatever the values.
 
@@ -66,13 +93,13 @@ def read_keys(
         reading: the keys, and the models that another dialect names.
         image_width: pixels of the picture itself, for a record that has no size.
         image_height: as ``image_width``.
+        named: what `read_named` gave, where that is known already.
     """
     bag = reading.keys
-    prompt_raw = text(first(bag, "prompt", "Prompt"))
+    named = read_named(reading) if named is None else named
+    prompt_raw = text(first(bag, *_PROMPT))
     negative_raw = text(first(bag, "negativePrompt", "Negative prompt", "negative_prompt"))
-    known = _known_embeddings(bag)
-    prompt = split_prompt(prompt_raw, known) if prompt_raw else Prompt()
-    negative = split_prompt(negative_raw, known, take_words=True) if negative_raw else Prompt()
+    negative = _prompt(negative_raw, _known_embeddings(bag), take_words=True)
     if reading.original is not None:
         prompt_raw = text(reading.original.get("prompt"))
         negative_raw = text(reading.original.get("negativePrompt"))
@@ -88,7 +115,7 @@ def read_keys(
     return Generation(
         form=reading.form,
         prompt_raw=prompt_raw,
-        prompt=prompt.text,
+        prompt=named.prompt.text,
         negative_prompt_raw=negative_raw,
         negative_prompt=negative.text,
         sampler_name=sampler,
@@ -103,12 +130,21 @@ def read_keys(
         clip_skip=abs(clip_skip) or 1 if clip_skip is not None else 1,
         seed=seed if seed is not None and 0 <= seed < 2**64 else None,
         from_image=reading.from_image or _from_image(bag),
-        checkpoints=checkpoints(reading),
-        loras=_loras(bag, prompt.loras, reading.loras),
-        hypernetworks=_hypernetworks(bag, prompt.hypernetworks),
-        embeddings=prompt.embeddings,
+        checkpoints=named.checkpoints,
+        loras=named.loras,
+        hypernetworks=_hypernetworks(bag, named.prompt.hypernetworks),
+        embeddings=named.prompt.embeddings,
         negative_embeddings=negative.embeddings,
     )
+
+
+def _prompt(
+    raw: str | None, known: tuple[tuple[str, str | None], ...], *, take_words: bool = False
+) -> Prompt:
+    if not raw:
+        return Prompt()
+    split = _split if len(raw) <= _MAX_SHARED else split_prompt
+    return split(raw, known, take_words=take_words)
 
 
 def _normalise(sampler: str, schedule: str | None) -> str | None:
@@ -232,7 +268,7 @@ def _loras(
     for reference in tagged:
         if reference.name and (key := reference.name.casefold()) not in found:
             digest = _spilled_hash(bag, reference.name)
-            found[key] = replace(reference, hash=digest) if digest else reference
+            found[key] = reference._replace(hash=digest) if digest else reference
     for reference in (*given, *_listed_loras(bag)):
         key = (reference.name or reference.hash or str(reference.version_id or "")).casefold()
         if not key:
@@ -243,7 +279,7 @@ def _loras(
             if reference.hash not in hashes:  # the site shortens some names of AddNet
                 found[key] = reference
         elif known.hash is None and reference.hash:  # the tag has the weight, the list the hash
-            found[key] = replace(known, hash=reference.hash)
+            found[key] = known._replace(hash=reference.hash)
         if reference.hash:
             hashes.add(reference.hash)
     return tuple(found.values())
@@ -314,13 +350,13 @@ def _pairs(value: object) -> Iterator[tuple[str, str]]:
             yield name, str(given)
 
 
-def _known_embeddings(bag: Bag) -> list[tuple[str, str | None]]:
+def _known_embeddings(bag: Bag) -> tuple[tuple[str, str | None], ...]:
     """Embeddings that hashes prove: ``embed:NAME`` of the site's extension, and "TI hashes"."""
     hashes = bag.get("hashes")
     if not isinstance(hashes, dict):
         hashes = {}
     if not hashes and "TI hashes" not in bag:
-        return []
+        return ()
     known = {
         key.partition(":")[2]: file_hash(value)
         for key, value in hashes.items()
@@ -329,7 +365,7 @@ def _known_embeddings(bag: Bag) -> list[tuple[str, str | None]]:
     for name, value in _pairs(bag.get("TI hashes")):
         known[name] = known.get(name) or file_hash(value)
     known.pop("", None)
-    return list(known.items())
+    return tuple(known.items())
 
 
 def _hypernetworks(bag: Bag, tagged: tuple[Reference, ...]) -> tuple[Reference, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from diffagent.dabench.metadata.generation import Reference
 from diffagent.dabench.metadata.values import air, text, weight
@@ -29,8 +29,7 @@ _HYPERNET = frozenset({"hypernet", "hypernetwork"})
 _EMBED = frozenset({"embed", "embedding"})
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(NamedTuple):
     """A prompt in one line, and what was taken out of it."""
 
     text: str = ""
@@ -80,7 +79,7 @@ def split_prompt(
         without = _take(cleaned, _word(name), taken)
         if taken:
             cleaned = without if take_words else cleaned
-            embeddings.append(replace(taken[0], name=name, hash=digest))
+            embeddings.append(taken[0]._replace(name=name, hash=digest))
     for _ in range(_MAX_NESTED if cleaned is not raw else 0):
         cleaned = _EMPTY.sub(" ", cleaned)
     return Prompt(clean_prompt(cleaned), tuple(loras), tuple(hypernetworks), tuple(embeddings))
