@@ -295,6 +295,11 @@ class SelectConfig(_Section):
     split: Literal["validation", "test"] = "test"
     num_prompts: int = Field(default=200, ge=1)
     max_new_tokens: int = Field(default=256, ge=8)
+    decoding: Literal["unconstrained", "constrained"] = Field(
+        default="unconstrained",
+        description="of an agent: 'unconstrained' shows what it hallucinates; 'constrained' has "
+        "valid answers alone",
+    )
     seed: int = Field(default=0, ge=0, description="of the prompts drawn and of 'random'")
 
 

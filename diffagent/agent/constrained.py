@@ -50,7 +50,7 @@ class Row:
     used: int = 0
     logprob: float = 0.0
     probability: float | None = None
-    text: str | None = None
+    text: str = ""
 
     def choose(self, token: int, budget: int, counts: Counts) -> None:
         """Append a token and what it forces; the answer is finished at the end of the budget."""
@@ -88,12 +88,6 @@ class Decoder:
     draft_tokens: int = 16
     counts: Counts = field(default_factory=Counts)
 
-    def greedy(self, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """The answer of always the likeliest allowed token, a prompt."""
-        keys, rows, logits = self._start(prompts, 1)
-        self._walk(keys, rows, logits)
-        return [row.text or "" for row in rows]
-
     def choose(
         self, prompts: Sequence[Sequence[int]], processor: Processor, eos: int, copies: int
     ) -> list[str]:
@@ -103,21 +97,21 @@ class Decoder:
         """
         keys, rows, logits = self._start(prompts, copies)
         chosen = torch.zeros(len(rows), 0, dtype=torch.int64, device=self.device)
-        while any(row.text is None for row in rows):
+        while any(not row.text for row in rows):
             scores = torch.full_like(logits, -math.inf)
             for i, row in enumerate(rows):
-                allowed = [eos] if row.text is not None else row.state.tokens()
+                allowed = [eos] if row.text else row.state.tokens()
                 ids = torch.as_tensor(allowed, device=self.device)
-                scores[i, ids] = logits[i, ids] if row.text is None else 0.0
+                scores[i, ids] = logits[i, ids] if not row.text else 0.0
             picked = processor(chosen, scores).argmax(1, keepdim=True)
             chosen = torch.cat([chosen, picked], 1)
             for row, token in zip(rows, picked[:, 0].tolist(), strict=True):
-                if row.text is None:
+                if not row.text:
                     row.choose(token, self.budget, self.counts)
             if any(row.pending for row in rows):
                 logits = self._read(keys, rows, logits)
         self.counts.passes += keys.passes
-        return [row.text or "" for row in rows]
+        return [row.text for row in rows]
 
     def rank(
         self,
@@ -189,9 +183,9 @@ class Decoder:
         now = {i: logits[i] for i in live}
         while True:
             for i in live:
-                if rows[i].text is None:
+                if not rows[i].text:
                     rows[i].choose(_best(rows[i].state, now[i]), self.budget, self.counts)
-            still = [i for i in live if rows[i].text is None]
+            still = [i for i in live if not rows[i].text]
             if not still:
                 break
             keys.select([live.index(i) for i in still])
@@ -267,7 +261,7 @@ class Decoder:
         found: list[tuple[float, int, int | None]] = []
         for i in own:
             row = rows[i]
-            if row.text is not None or row.state.entry is not None:
+            if row.text or row.state.entry is not None:
                 found.append((row.logprob, i, None))
                 continue
             allowed = row.state.tokens().tolist()

@@ -1,15 +1,16 @@
 """The language of valid answers over a catalogue, as an automaton over tokens.
 
-An answer is the compact JSON of `schemas.api`. It is cut into segments that begin with
-punctuation and end with a value::
+An answer is the compact JSON of `schemas.api`. It is cut into segments, each of which ends with
+a letter or digit and is followed by punctuation::
 
-    {"model":"M","version":"V","type":"Checkpoint | ","base_model":"SD 1.5 |
-    ","loras":[],"params":{"sampler":"Euler a | ","steps":20 | ,"cfg_scale":7 | .5 | ...
+    {"model":"M","version":"V","type":"Checkpoint | ","base_model":"SD 1.5","loras |
+    ":[],"params":{"sampler":"Euler a","steps | ":20 | ,"cfg_scale":7 | .5 | ,"width":512 | ...
 
 and each segment is chosen from a `TokenTrie` of its alternatives in the tokenizer's own
 encoding. BPE does not merge a letter or digit with the punctuation after it, so the tokens of
 the segments are the tokens of the whole: the agent is only ever asked for what it was trained to
-write. (Where a tokenizer does merge them, answers are as valid, in a spelling it saw less.)
+write. (A tokenizer that has whole keys for tokens is cut before the key. Where one merges at a
+seam all the same, answers are as valid, in a spelling that it saw less.)
 
 A `State` is the set of places in tries where the tokens so far may have led: several where one
 value begins another ("2", "20") or where a list may end or go on.
@@ -37,7 +38,8 @@ NegativePrompts = Literal["known", "free"]
 Trie = TokenTrie[Any]
 
 MAX_NETWORKS = 8
-_LORAS, _WEIGHT = '","loras":[', '"weight":'
+#: Keys with the quote that ends the value before them; where they are cut depends on the tokenizer.
+_LORAS, _STEPS, _WEIGHT = '","loras":[', '","steps":', '","weight":'
 _PARAMS, _EMBEDDINGS = '"params":{"sampler":"', '"embeddings":['
 _NEGATIVE = '},"negative_prompt":'
 #: What a segment follows, as far as its tokens are concerned.
@@ -285,7 +287,9 @@ class Grammar:
         self._usual: dict[str, dict[int, tuple[int, ...]]] = {}
         texts = [f'{{{_named(entry)},"type":"Checkpoint' for entry in checkpoints]
         self._head: Trie = TokenTrie(encode_texts(tokenizer, texts), texts, checkpoints)
-        self._seam = self._weight_seam()
+        self._loras = self._cut(_LORAS, ('],"params', '{"model'))
+        self._steps = self._cut(_STEPS, ("1", "20"))
+        self._weight = self._cut(_WEIGHT, ("1", "0.5", "-1"))
         self._start = _settled(self._all(Written(), self._head, self._after_head))
 
     def start(self) -> State:
@@ -320,43 +324,52 @@ class Grammar:
 
     # Tries, each built when it is first needed.
 
-    def _trie(self, key: tuple[object, ...], make: Callable[[], Sequence[tuple[str, Any]]]) -> Trie:
+    def _trie(
+        self,
+        key: tuple[object, ...],
+        make: Callable[[], Sequence[tuple[str, Any]]],
+        context: str = "",
+    ) -> Trie:
+        key = (*key, context)
         if key not in self._tries:
             pairs = make()
             texts = [text for text, _ in pairs]
-            sequences = encode_texts(self._tokenizer, texts, _CONTEXT)
+            sequences = encode_texts(self._tokenizer, texts, context or _CONTEXT)
             self._tries[key] = TokenTrie(sequences, texts, [value for _, value in pairs])
         return self._tries[key]
 
-    def _choice(self, opening: str, options: Iterable[object]) -> Trie:
+    def _choice(self, opening: str, options: Iterable[object], context: str = "") -> Trie:
         """``options`` after ``opening``, which is theirs alone."""
         return self._trie(
-            (opening,), lambda: [(f"{opening}{option}", str(option)) for option in options]
+            (opening,), lambda: [(f"{opening}{option}", str(option)) for option in options], context
         )
 
-    def _network_trie(self, opening: str, is_lora: bool, ecosystem: str) -> Trie | None:
+    def _network_trie(
+        self, opening: str, is_lora: bool, ecosystem: str, context: str
+    ) -> Trie | None:
         entries = self._networks.get((is_lora, ecosystem))
         if not entries:
             return None
-        close = "," + _WEIGHT[: self._seam]
         return self._trie(
             (opening, is_lora, ecosystem),
-            lambda: [(f"{opening}{{{_named(entry)}{close}", entry) for entry in entries],
+            lambda: [
+                (f"{opening}{{{_named(entry)[:-1]}{self._weight[0]}", entry) for entry in entries
+            ],
+            context,
         )
 
-    def _weight_seam(self) -> int:
-        """Where in ``"weight":`` no token reaches across, whatever number follows."""
-        before = '{"version":"v1",'
+    def _cut(self, key: str, values: Sequence[str]) -> tuple[str, str]:
+        """``key`` in two where no token reaches across: after it, after its name, or before it."""
 
-        def splits(seam: int) -> bool:
+        def holds(seam: int) -> bool:
+            left = f'{{"model":"v1{key[:seam]}'
             head, *whole = encode_texts(
-                self._tokenizer,
-                [before + _WEIGHT[:seam]] + [before + _WEIGHT + text for text in ("1", "0", "-1")],
+                self._tokenizer, [left, *(left + key[seam:] + value for value in values)]
             )
             return all(ids[: len(head)] == head for ids in whole)
 
-        seams = (len(_WEIGHT), len(_WEIGHT) - 2)
-        return next((seam for seam in seams if splits(seam)), seams[0])
+        seam = next((s for s in (len(key), key.rindex('"')) if holds(s)), 0)
+        return key[:seam], key[seam:]
 
     @staticmethod
     def _all(written: Written, trie: Trie | None, then: Then) -> tuple[Thread, ...]:
@@ -365,38 +378,38 @@ class Grammar:
     # What follows what. In each answer the thread that leads to the end comes last.
 
     def _after_head(self, written: Written, entry: Entry) -> tuple[Thread | FreeText, ...]:
-        trie = self._choice(f'","base_model":"{_quoted(entry.base_model)[1:-1]}', [""])
+        base_model = _quoted(entry.base_model)[1:-1]
+        trie = self._choice(f'","base_model":"{base_model}{self._loras[0]}', [""])
         return self._all(replace(written, entry=entry), trie, self._after_base_model)
 
     def _after_base_model(self, written: Written, _: object) -> tuple[Thread | FreeText, ...]:
         return (
-            *self._network(written, _LORAS, True),
-            *self._after_loras(written, f"{_LORAS}],"),
+            *self._network(written, self._loras[1], True, self._loras[0]),
+            *self._after_loras(written, f"{self._loras[1]}],", self._loras[0]),
         )
 
-    def _after_loras(self, written: Written, end: str) -> tuple[Thread | FreeText, ...]:
+    def _after_loras(
+        self, written: Written, end: str, context: str = ""
+    ) -> tuple[Thread | FreeText, ...]:
         written = replace(written, networks=0)
         return (
-            *self._network(written, end + _EMBEDDINGS, False),
-            *self._params(written, end),
+            *self._network(written, end + _EMBEDDINGS, False, context),
+            *self._params(written, end, context),
         )
 
-    def _network(self, written: Written, opening: str, is_lora: bool) -> tuple[Thread, ...]:
+    def _network(
+        self, written: Written, opening: str, is_lora: bool, context: str = ""
+    ) -> tuple[Thread, ...]:
         assert written.entry is not None
         if written.networks == MAX_NETWORKS:
             return ()
-        trie = self._network_trie(opening, is_lora, written.entry.ecosystem)
+        trie = self._network_trie(opening, is_lora, written.entry.ecosystem, context)
         more = replace(written, networks=written.networks + 1, is_lora=is_lora)
         return self._all(more, trie, self._after_name)
 
     def _after_name(self, written: Written, _: object) -> tuple[Thread | FreeText, ...]:
-        opening = _WEIGHT[self._seam :]
-        trie = self._trie(
-            ("weight",),
-            lambda: [
-                (f"{opening}{sign}{n}", sign + str(n)) for sign in ("", "-") for n in range(5)
-            ],
-        )
+        whole = [f"{sign}{number}" for sign in ("", "-") for number in range(5)]
+        trie = self._choice(self._weight[1], whole, self._weight[0])
         return self._all(written, trie, self._after_weight)
 
     def _after_weight(self, written: Written, whole: str) -> tuple[Thread | FreeText, ...]:
@@ -418,12 +431,15 @@ class Grammar:
     def _after_embedding(self, written: Written, _: object) -> tuple[Thread | FreeText, ...]:
         return (*self._network(written, "},", False), *self._params(written, "}],"))
 
-    def _params(self, written: Written, end: str) -> tuple[Thread, ...]:
-        samplers = [_quoted(sampler)[1:-1] for sampler in self._samplers]
-        return self._all(written, self._choice(end + _PARAMS, samplers), self._after_sampler)
+    def _params(self, written: Written, end: str, context: str = "") -> tuple[Thread, ...]:
+        samplers = [f"{_quoted(sampler)[1:-1]}{self._steps[0]}" for sampler in self._samplers]
+        trie = self._choice(end + _PARAMS, samplers, context)
+        return self._all(written, trie, self._after_sampler)
 
     def _after_sampler(self, written: Written, _: object) -> tuple[Thread | FreeText, ...]:
-        return self._all(written, self._choice('","steps":', range(1, 151)), self._after_steps)
+        return self._all(
+            written, self._choice(self._steps[1], range(1, 151), self._steps[0]), self._after_steps
+        )
 
     def _after_steps(self, written: Written, _: object) -> tuple[Thread | FreeText, ...]:
         return self._all(written, self._choice(',"cfg_scale":', range(31)), self._after_cfg_scale)

@@ -81,6 +81,8 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], context: str = "") -> lis
     The context must end where no token of the tokenizer reaches across, as between a letter and
     punctuation. It keeps a tokenizer that puts a space before every text from doing so here.
     """
+    if not texts:
+        return []
     before = tokenizer(context, add_special_tokens=False)["input_ids"] if context else []
     rows: list[list[int]] = tokenizer(
         [context + text for text in texts], add_special_tokens=False, split_special_tokens=True

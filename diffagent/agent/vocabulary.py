@@ -37,7 +37,7 @@ def _transitions() -> Ints:
         table[ESCAPE, ord(char)] = TEXT
     table[ESCAPE, ord("u")], table[U, ord("0")], table[U0, ord("0")] = U, U0, U00
     table[U00, ord("0")], table[U00, ord("1")] = U000, U001
-    for char in "01234567be":  # the rest of 0..f have short escapes
+    for char in "01234567bef":  # the rest of 0..f have short escapes
         table[U000, ord(char)] = TEXT
     for char in "0123456789abcdef":
         table[U001, ord(char)] = TEXT
