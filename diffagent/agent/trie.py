@@ -66,7 +66,9 @@ class TokenTrie(Generic[Value]):
     def children(self, low: int, high: int, depth: int) -> Tokens:
         """The distinct tokens that follow in rows low..high, ascending."""
         column = self.column(low, high, depth)
-        return column[np.flatnonzero(np.diff(column, prepend=-1))]
+        if column[0] == column[-1]:
+            return column[:1]
+        return np.concatenate([column[:1], column[1:][column[1:] != column[:-1]]])
 
     def narrow(self, low: int, high: int, depth: int, token: int) -> tuple[int, int]:
         """The rows of low..high that have ``token`` at ``depth``; an empty range if none has."""

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.hostile import ugly_catalogue
 from diffagent.agent.calls import Calls
 from diffagent.agent.format import _ids as encode
 from diffagent.agent.format import response_text
@@ -25,7 +26,6 @@ from diffagent.errors import ArtifactError
 from diffagent.train.sandbox_llama import build_tokenizer
 from schemas.api import T2IAPI, Embedding, LoRA, Params
 from tests.unit.agent_world import entry, make_rows
-from tests.unit.hostile import ugly_catalogue
 
 CATALOGUE = ugly_catalogue(120, networks=40)
 _LLAMA3 = (

@@ -8,13 +8,13 @@ from typing import Any
 
 from diffagent.dabench.catalogue import Catalogue, Entry
 from diffagent.train.sandbox_llama import build_model, build_tokenizer
-from tests.unit.agent_world import SAMPLERS, entry
 
+SAMPLERS = ("Euler a", "DPM++ 2M Karras", "DDIM", "UniPC", "DPM++ SDE", 'odd "sampler"\\')
 _PARTS = (
     "Dream", "Shaper", "Realistic", "Vision", "Anything", "xl", "v5", "SD1.5", "(fp16)", "[LoRA]",
     'the "best"', "back\\slash", "\\", '"', "\\n", "tab\there", "\x01", "\x7f", "{", "}", "],",
-    "🌸", "👩‍🎨", "夢の絵", "Мечта", "حلم", "é", "e\u0301", "-", "_", "'s", "</s>", "<|im_end|>", "</",
-    '","version":"', "0", "12", "1.5", "%", "\u2028", "\u200b", "A" * 60,
+    "🌸", "👩‍🎨", "夢の絵", "Мечта", "حلم", "é", "e\u0301", "-", "_", "'s", "</s>", "<|im_end|>",
+    "</", '","version":"', "0", "12", "1.5", "%", "\u2028", "\u200b", "A" * 60,
 )  # fmt: skip
 _BASES = ("SD 1.5", "SDXL 1.0", "Pony", "Flux.1 D", "SD 3.5 Large (turbo)", 'odd "base"')
 _ATTACKS: tuple[Callable[[random.Random], str], ...] = (
@@ -61,7 +61,33 @@ def ugly_catalogue(checkpoints: int, seed: int = 0, networks: int = 12) -> Catal
             model += rng.choice(_PARTS)  # begins with another's name
         name = (model[:290] or "x", rng.choice(_PARTS)[:9] + str(rng.randrange(3)))
         entries.setdefault(name, entry(number, *name, kind, rng.choice(_BASES)))
-    return Catalogue(entries.values(), [*SAMPLERS, "DPM++ SDE", 'odd "sampler"\\'])
+    return Catalogue(entries.values(), SAMPLERS)
+
+
+def entry(number: int, model: str, version: str, kind: str, base_model: str) -> Entry:
+    """A catalogue's entry; what is no name is made up."""
+    return Entry(
+        model=model,
+        version=version,
+        type=kind,
+        base_model=base_model,
+        model_id=number,
+        version_id=number,
+        air=f"urn:air:test:test:civitai:{number}@{number}",
+        file_name=f"{number}.safetensors",
+        file_id=number,
+        size_bytes=1000,
+        sha256=f"{number:064x}",
+        download_path=f"/api/download/models/{number}",
+        description="",
+        tags=(),
+        trained_words=(),
+        downloads=0,
+        creator=None,
+        allow_commercial_use=None,
+        allow_derivatives=None,
+        allow_no_credit=None,
+    )
 
 
 def wandering_llm(
