@@ -199,7 +199,9 @@ def select(
     ],
     *,
     agent: Annotated[Path, typer.Option(metavar="DIR", help="An agent, as sft or rrhf makes it.")],
-    n: Annotated[int, typer.Option(min=1, max=32, help="Different APIs, likeliest first.")] = 1,
+    n: Annotated[
+        int, typer.Option("-n", "--n", min=1, max=32, help="Different APIs, likeliest first.")
+    ] = 1,
     unconstrained: Annotated[
         bool, typer.Option("--unconstrained", help="Let the agent write what it likes.")
     ] = False,

@@ -85,8 +85,12 @@ def encode_texts(tokenizer: Any, texts: Sequence[str], context: str = "") -> lis
     """
     if not texts:
         return []
-    before = tokenizer(context, add_special_tokens=False)["input_ids"] if context else []
-    rows: list[list[int]] = tokenizer(
-        [context + text for text in texts], add_special_tokens=False, split_special_tokens=True
-    )["input_ids"]
-    return [row[len(before) :] for row in rows]
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = True  # '</s>' in a name is text
+    before, *rows = backend.encode_batch_fast(
+        [context, *(context + text for text in texts)], add_special_tokens=False
+    )
+    skipped = len(before) if context else 0
+    return [row.ids[skipped:] for row in rows]
