@@ -174,7 +174,8 @@ class SFTConfig(_Section):
 
     model: str = Field(
         default="sandbox-llama",
-        description="any causal LM by name or path; 'sandbox-llama' is built from config",
+        description="any causal LM by name or path; 'sandbox-llama' is built from config, "
+        "'smollm2-135m' is in a package (extra smollm2)",
     )
     hidden_size: int = Field(default=128, ge=16, description="sandbox-llama only")
     num_hidden_layers: int = Field(default=4, ge=1, description="sandbox-llama only")

@@ -37,6 +37,6 @@ def test_the_weights_are_whole(tmp_path: Path) -> None:
         loss = model(**ids, labels=ids["input_ids"]).loss
     assert loss.exp() < 30
     model.save_pretrained(tmp_path)
-    assert str(tmp_path.parents[-2]) not in (tmp_path / "config.json").read_text()
+    assert "site-packages" not in (tmp_path / "config.json").read_text()
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again.model.embed_tokens.weight, model.model.embed_tokens.weight)
