@@ -3,8 +3,9 @@
 One JSON line a figure. ``--agent DIR`` takes an agent. Without it the released weights, which
 know nothing of the task, stand in, and what they would answer is of no use, so each choice is
 replaced by that of a real call of ``--dabench`` (test split; else of a small made-up world): the
-passes and their lengths are those of an agent that answers like the users (``--led`` does that
-to an agent). ``untrained`` is what the released weights do on their own: they stack LoRAs.
+passes and their lengths are those of an agent that answers like one user (``--led`` does that to
+an agent). ``usual calls`` are those that a checkpoint mostly has in training, which is what a
+trained agent tends to, being greedy: what it needs lies between the two. ``untrained`` is what the released weights do on their own: they stack LoRAs.
 
 On a busy machine read the CPU seconds: with two threads, twice what a calm machine takes.
 """
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from diffagent.agent.format import response_text
 from diffagent.agent.llm import Agent, AgentInfo, load_agent, save_agent
 from diffagent.agent.prompts import Pair, read_split
+from schemas.api import parse_api
 
 
 class Led(torch.nn.Module):
@@ -101,6 +104,13 @@ def measure(
     )
 
 
+def usual(agent: Agent, pair: Pair) -> Pair:
+    """The pair with the call that its checkpoint mostly has in training, if it has one."""
+    entry = agent.catalogue.checkpoint(pair.api.model, pair.api.version)
+    text = agent.calls.usual(entry) if agent.calls and entry else None
+    return replace(pair, api=parse_api(text)) if text else pair
+
+
 def cold_start(directory: Path, prompt: str, int8: bool) -> None:
     """Of the command ``diffagent select``: its first answer, and a second one from a warm one."""
     command = [sys.executable, "-m", "diffagent.cli", "select", "-", "--agent", str(directory)]
@@ -166,6 +176,10 @@ def main() -> None:
         measure(
             "int8, runs and drafts", agent, pairs, draft_tokens=16, budget=arguments.budget, led=led
         )
+        if led:
+            most = [usual(agent, pair) for pair in pairs]
+            measure("int8, runs and drafts, usual calls", agent, most, draft_tokens=16,
+                    budget=arguments.budget, led=True)  # fmt: skip
         measure("int8, runs", agent, pairs, draft_tokens=0, budget=arguments.budget, led=led)
         if led:
             measure(

@@ -40,7 +40,7 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         """An agent directory has agent.json."""
 
 
-@stage("sft", version=1, config=SFTConfig, files=lambda config: named_files(config.model))
+@stage("sft", version=2, config=SFTConfig, files=lambda config: named_files(config.model))
 def train_sft(config: SFTConfig, context: StageContext) -> StageResult:
     """DABench's train split -> agent directory."""
     dabench = context.one("dabench")
