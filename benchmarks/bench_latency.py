@@ -5,7 +5,8 @@ know nothing of the task, stand in, and what they would answer is of no use, so 
 replaced by that of a real call of ``--dabench`` (test split; else of a small made-up world): the
 passes and their lengths are those of an agent that answers like one user (``--led`` does that to
 an agent). ``usual calls`` are those that a checkpoint mostly has in training, which is what a
-trained agent tends to, being greedy: what it needs lies between the two. ``untrained`` is what the released weights do on their own: they stack LoRAs.
+trained agent tends to, being greedy: what it needs lies between the two. ``untrained`` is what
+the released weights do on their own: they stack LoRAs.
 
 On a busy machine read the CPU seconds: with two threads, twice what a calm machine takes.
 """

@@ -94,12 +94,19 @@ def one_by_one(agent: Agent, prompt: str, grammar: Grammar) -> str:
     return state.answer or state.finish()
 
 
+@pytest.fixture(scope="module")
+def expected(agent: Agent) -> list[str]:
+    return [one_by_one(agent, prompt, agent.grammar()) for prompt in PROMPTS]
+
+
 @pytest.mark.parametrize("draft_tokens", [0, 3, 16, 64])
-def test_runs_and_drafts_change_no_answer(agent: Agent, draft_tokens: int) -> None:
+def test_runs_and_drafts_change_no_answer(
+    agent: Agent, expected: list[str], draft_tokens: int
+) -> None:
     ids = agent.encode(PROMPTS, 256)
     decoder = agent.decoder(draft_tokens=draft_tokens, max_new_tokens=400)
     answers = [row.text for (row,) in decoder.rank(ids, 1, 1)]
-    assert answers == [one_by_one(agent, prompt, agent.grammar()) for prompt in PROMPTS]
+    assert answers == expected
     assert decoder.counts.forced > 4 * 20
     assert (decoder.counts.drafted > 0) == (draft_tokens > 0)
     alone = [agent.decoder(max_new_tokens=400).rank([row], 1, 1)[0][0].text for row in ids]
