@@ -19,7 +19,7 @@ import torch
 from hostile import hostile_prompts, ugly_catalogue, wandering_llm
 from transformers import GenerationConfig, LogitsProcessorList
 
-from diffagent.agent.calls import Calls
+from diffagent.agent.call_counts import Calls
 from diffagent.agent.format import response_text
 from diffagent.agent.grammar import Grammar
 from diffagent.agent.llm import Agent, AgentInfo

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from diffagent.agent.calls import Calls
+from diffagent.agent.call_counts import Calls
 from diffagent.agent.trie import TokenTrie, encode_texts
 from diffagent.agent.vocabulary import DEAD, END, TEXT, Ints, Vocabulary
 from diffagent.dabench.catalogue import Catalogue, Entry

@@ -20,7 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from diffagent.agent.calls import Calls
+from diffagent.agent.call_counts import Calls
 from diffagent.agent.constrained import Decoder, Row
 from diffagent.agent.decoding import Decoding, Greedy
 from diffagent.agent.format import (

@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LogitsProcessorList
 
 from benchmarks.hostile import hostile_prompts, ugly_catalogue, wandering_llm
-from diffagent.agent.calls import Calls
+from diffagent.agent.call_counts import Calls
 from diffagent.agent.constrained import Decoder
 from diffagent.agent.decoding import DiverseBeams, TopP
 from diffagent.agent.format import response_text

@@ -14,7 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.hostile import ugly_catalogue
-from diffagent.agent.calls import Calls
+from diffagent.agent.call_counts import Calls
 from diffagent.agent.format import _ids as encode
 from diffagent.agent.format import response_text
 from diffagent.agent.grammar import FreeText, Grammar, State
