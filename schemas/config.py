@@ -174,7 +174,8 @@ class SFTConfig(_Section):
 
     model: str = Field(
         default="sandbox-llama",
-        description="any causal LM by name or path; 'sandbox-llama' is built from config",
+        description="any causal LM by name or path; 'sandbox-llama' is built from config, "
+        "'smollm2-135m' is in a package (extra smollm2)",
     )
     hidden_size: int = Field(default=128, ge=16, description="sandbox-llama only")
     num_hidden_layers: int = Field(default=4, ge=1, description="sandbox-llama only")
@@ -295,6 +296,11 @@ class SelectConfig(_Section):
     split: Literal["validation", "test"] = "test"
     num_prompts: int = Field(default=200, ge=1)
     max_new_tokens: int = Field(default=256, ge=8)
+    decoding: Literal["unconstrained", "constrained"] = Field(
+        default="unconstrained",
+        description="of an agent: 'unconstrained' shows what it hallucinates; 'constrained' has "
+        "valid answers alone",
+    )
     seed: int = Field(default=0, ge=0, description="of the prompts drawn and of 'random'")
 
 

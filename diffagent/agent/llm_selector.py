@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,21 +13,77 @@ from diffagent.agent.verify import verify
 from diffagent.errors import SchemaError
 from schemas.api import T2IAPI
 
+if TYPE_CHECKING:
+    from diffagent.agent.grammar import NegativePrompts
+    from diffagent.agent.llm import Agent
+
 log = logging.getLogger(__name__)
 
-RETRIES = 8
-"""Answers that `select_one` asks for when the first one is no valid API."""
+BEAMS = 8
+"""Names that are scored at least where several choices are asked for."""
 
 
 class LLM:
-    """An agent. One answer is greedy; more come from diverse beams, likeliest first."""
+    """An agent.
 
-    def __init__(self, agent: Any, max_new_tokens: int = 256) -> None:
+    Constrained, every choice is a valid API of another checkpoint, and ``probability`` is that
+    of its model and version: p(x) / (sum of p over the names that were scored + p of the
+    beginnings that were not followed), where p is what the language model gives the tokens of
+    the name after those that all answers begin with, everything that is forced up to the next
+    decision included. A beginning stands for all names under it, so the denominator covers the
+    whole catalogue and shrinks only by what the model would spend outside of it: with more beams
+    the probability rises to p(x) / p(any name of the catalogue). Parameters are greedy and take
+    no part in it.
+
+    Unconstrained, one choice is greedy, more come from diverse beams, and ``probability`` is that
+    of the whole text, stop included; what is no API is returned as it is.
+
+    Args:
+        agent: see `diffagent.agent.llm.load_agent`.
+        max_new_tokens: of an answer.
+        constrained: whether invalid answers are impossible.
+        beams: names that are scored; by default one for one choice (greedy), else `BEAMS` or as
+            many as choices.
+        temperature: divides the logits of names; above 1 for an agent that is too sure.
+        negative_prompts: see `diffagent.agent.grammar.Grammar`.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        max_new_tokens: int = 256,
+        *,
+        constrained: bool = True,
+        beams: int | None = None,
+        temperature: float = 1.0,
+        negative_prompts: NegativePrompts = "known",
+    ) -> None:
         self.agent = agent
         self.max_new_tokens = max_new_tokens
+        self.constrained = constrained
+        self.beams = beams
+        self.temperature = temperature
+        self.negative_prompts = negative_prompts
 
     def select(self, prompts: Sequence[str], n: int = 1) -> list[list[Choice]]:
-        """See `Selector`. ``probability`` is that of the whole text, stop included."""
+        """See `Selector`."""
+        if not self.constrained:
+            return self._select_unconstrained(prompts, n)
+        ranked = self.agent.rank(
+            prompts,
+            n,
+            beams=self.beams or (1 if n == 1 else BEAMS),
+            temperature=self.temperature,
+            max_new_tokens=self.max_new_tokens,
+            negative_prompts=self.negative_prompts,
+        )
+        catalogue = self.agent.catalogue
+        return [
+            [Choice(row.text, verify(row.text, catalogue), row.probability) for row in rows]
+            for rows in ranked
+        ]
+
+    def _select_unconstrained(self, prompts: Sequence[str], n: int) -> list[list[Choice]]:
         from diffagent.agent.decoding import DiverseBeams
 
         completions = self.agent.generate(
@@ -51,29 +106,20 @@ class LLM:
         return [sorted(found, key=lambda choice: -(choice.probability or 0)) for found in choices]
 
 
-def select_one(prompt: str, agent_dir: str | Path, device: str = "auto") -> T2IAPI:
-    """The API that an agent answers to one prompt, air and description filled in.
-
-    The greedy answer when it is valid. Otherwise the likeliest valid one of `RETRIES` diverse
-    answers, with a warning in the log: no other selector and no default steps in.
+def valid_apis(selector: LLM, prompt: str, n: int = 1) -> list[T2IAPI]:
+    """Up to ``n`` APIs for a prompt, likeliest first, air and description filled in.
 
     Raises:
-        SchemaError: none of the answers is a valid API; the message says what is wrong with the
-            greedy one.
-        ArtifactError: the directory holds no agent.
+        SchemaError: none of the answers of an unconstrained agent is a valid API; the message
+            says what is wrong with the first.
     """
-    from diffagent.agent.llm import load_agent
-
-    selector = LLM(load_agent(agent_dir, device))
-    first = selector.select([prompt])[0][0].verdict
-    if first.api is not None:
-        return first.api
-    log.warning("the greedy answer is invalid (%s: %s)", first.reason, first.detail)
-    for choice in selector.select([prompt], RETRIES)[0]:
-        if choice.verdict.api is not None:
-            return choice.verdict.api
-    raise SchemaError(
-        f"the agent has no valid API for {prompt!r:.80}: {first.reason}: {first.detail}; "
-        f"{RETRIES} more answers were invalid too; train the agent longer, or ask otherwise",
-        field=first.detail.partition(":")[0],
-    )
+    (choices,) = selector.select([prompt], n)
+    valid = [choice.verdict.api for choice in choices if choice.verdict.api is not None]
+    if not valid:
+        first = choices[0].verdict
+        raise SchemaError(
+            f"the agent has no valid API for {prompt!r:.80}: {first.reason}: {first.detail}; "
+            "constrain it, train it longer, or ask otherwise",
+            field=first.detail.partition(":")[0],
+        )
+    return valid

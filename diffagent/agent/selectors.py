@@ -4,7 +4,7 @@
 * random: a checkpoint of the catalogue, all equally likely, called as it mostly is (one that
   the train split never uses: with the parameters most used on its base model).
 * nearest: the API of the training prompt with the highest TF-IDF cosine.
-* sft, rrhf: an agent, decoding greedily.
+* sft, rrhf: an agent, decoding greedily, constrained to valid APIs or not.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def build_selector(config: SelectConfig, context: StageContext) -> Selector:
         from diffagent.agent.llm_selector import LLM
 
         agent = load_agent(context.one("agent").path, context.runtime.device)
-        return LLM(agent, config.max_new_tokens)
+        return LLM(agent, config.max_new_tokens, constrained=config.decoding == "constrained")
     train, catalogue = read_split(dabench, "train"), Catalogue.load(dabench)
     if not catalogue.checkpoints:
         raise ArtifactError(f"the catalogue of {str(dabench)!r} has no checkpoint to select")

@@ -22,6 +22,7 @@ from diffagent.device import resolve_device
 from diffagent.errors import TrainingError
 from diffagent.train import fit
 from diffagent.train.sandbox_llama import build_model, build_tokenizer
+from diffagent.train.smollm2 import SMOLLM2, load_smollm2
 from schemas.config import SFTConfig
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         """An agent directory has agent.json."""
 
 
-@stage("sft", version=1, config=SFTConfig, files=lambda config: named_files(config.model))
+@stage("sft", version=2, config=SFTConfig, files=lambda config: named_files(config.model))
 def train_sft(config: SFTConfig, context: StageContext) -> StageResult:
     """DABench's train split -> agent directory."""
     dabench = context.one("dabench")
@@ -81,7 +82,7 @@ def train_sft(config: SFTConfig, context: StageContext) -> StageResult:
 def load_base(
     config: SFTConfig, pairs: list[tuple[str, str]], dtype: torch.dtype
 ) -> tuple[Any, Any]:
-    """Model and tokenizer to start from: 'sandbox-llama', or a causal LM by name or path.
+    """Model and tokenizer to start from: a model of ours by its name, or any causal LM.
 
     Raises:
         TrainingError: the model cannot be loaded.
@@ -94,6 +95,8 @@ def load_base(
             num_hidden_layers=config.num_hidden_layers,
             seed=config.seed,
         )
+    elif config.model == SMOLLM2:
+        model, tokenizer = load_smollm2(dtype)
     else:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -105,7 +108,8 @@ def load_base(
         except (OSError, ValueError) as error:
             raise TrainingError(
                 f"sft.model: cannot load {config.model!r}: {error}; give the name of a causal LM "
-                "on the Hugging Face hub, a local directory with safetensors, or 'sandbox-llama'"
+                "on the Hugging Face hub, a local directory with safetensors, 'smollm2-135m' or "
+                "'sandbox-llama'"
             ) from error
     align_special_tokens(model, tokenizer)
     return model, tokenizer

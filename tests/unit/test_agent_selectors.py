@@ -6,14 +6,15 @@ from collections import Counter
 
 import polars as pl
 import pytest
+import torch
 
 from diffagent.agent.baselines import Nearest, Popular, Random, Usage
 from diffagent.agent.format import response_text
-from diffagent.agent.llm_selector import LLM, select_one
+from diffagent.agent.llm_selector import LLM, valid_apis
 from diffagent.agent.prompts import Pair
 from diffagent.agent.selectors import select
 from diffagent.artifacts import Artifact
-from diffagent.errors import ArtifactError, SchemaError
+from diffagent.errors import ArtifactError, ConfigError, SchemaError
 from schemas.api import T2IAPI, Params, parse_api
 from schemas.config import SelectConfig, Selector
 from tests.unit.agent_world import make_catalogue
@@ -115,7 +116,8 @@ def test_all_selectors_answer_the_same_prompts(agent_run: AgentRun) -> None:
 def test_an_agent_gives_probabilities_best_first(agent_run: AgentRun) -> None:
     from diffagent.agent.llm import load_agent
 
-    selector = LLM(load_agent(agent_run.agent.path, "cpu"), max_new_tokens=96)
+    agent = load_agent(agent_run.agent.path, "cpu")
+    selector = LLM(agent, max_new_tokens=96, constrained=False)
     [choices] = selector.select(["a red star, flat design"], n=4)
     probabilities = [choice.probability or 0 for choice in choices]
     assert probabilities == sorted(probabilities, reverse=True)
@@ -123,15 +125,33 @@ def test_an_agent_gives_probabilities_best_first(agent_run: AgentRun) -> None:
     assert len({choice.text for choice in choices}) == len(choices) > 1
 
 
-def test_select_one_answers_or_says_why_not(
+def test_an_agent_answers_or_says_why_not(
     agent_run: AgentRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    call = select_one("a red star, flat design", agent_run.agent.path, "cpu")
-    assert CATALOGUE.checkpoint(call.model, call.version) is not None
-    assert call.air is not None
+    from diffagent.agent.llm import load_agent
+
+    agent = load_agent(agent_run.agent.path, "cpu")
+    calls = valid_apis(LLM(agent), "a red star, flat design", 3)
+    assert len({(call.model, call.version) for call in calls}) == 3
+    assert all(call.air is not None for call in calls)
+    free = valid_apis(LLM(agent, negative_prompts="free"), "a red star, flat design")
+    assert free[0].model == calls[0].model
     monkeypatch.setattr("diffagent.agent.verify.parse_api", lambda text: api("Nobody's Mix"))
     with pytest.raises(SchemaError, match=r"unknown_model: model: \"Nobody's Mix\""):
-        select_one("a red star", agent_run.agent.path, "cpu")
+        valid_apis(LLM(agent, constrained=False), "a red star")
+
+
+def test_a_trained_agent_answers_alike_in_int8_and_constrained(agent_run: AgentRun) -> None:
+    from diffagent.agent.llm import _in_int8, load_agent
+
+    prompts = ["a red star on white, flat design", "pencil sketch of a blue ring"]
+    agent = load_agent(agent_run.agent.path, "cpu")
+    greedy = [found[0].text for found in agent.generate(prompts)]
+    assert [found[0].text for found in agent.generate(prompts, constrained=True)] == greedy
+    small = load_agent(agent_run.agent.path, "cpu", "int8")
+    assert all(c[0].verdict.api for c in LLM(small).select(prompts))
+    with pytest.raises(ConfigError, match="is for device 'cpu'"):
+        _in_int8(agent.model, torch.device("cuda"))
 
 
 def test_an_agent_selector_needs_an_agent(agent_run: AgentRun) -> None:

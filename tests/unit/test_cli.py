@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import sys
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import typer
@@ -15,8 +16,10 @@ import yaml
 from typer.testing import CliRunner
 
 from diffagent import cli, pipeline
+from diffagent.agent.selector import Choice
+from diffagent.agent.verify import Verdict
 from diffagent.artifacts import StageContext, StageResult, stage
-from diffagent.errors import ArtifactError, ConfigError
+from diffagent.errors import ArtifactError, ConfigError, SchemaError
 from schemas.api import T2IAPI, Params
 from schemas.config import CrawlConfig, FilterConfig, PipelineConfig
 from schemas.manifest import Funnel, FunnelStep
@@ -185,18 +188,48 @@ def test_artifact_show_and_verify(config_file: Path) -> None:
         invoke("artifact", "verify", path)
 
 
-def test_select_prints_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffagent.agent import llm_selector
+class Chooses:
+    """An LLM that has one answer, and none to 'nothing'."""
 
-    asked: list[tuple[str, str]] = []
+    made: ClassVar[list[tuple[Any, ...]]] = []
 
-    def select_one(prompt: str, agent: Path, device: str) -> T2IAPI:
-        asked.append((prompt, f"{agent} {device}"))
-        return API
+    def __init__(self, agent: Any, **options: Any) -> None:
+        self.made.append((agent, options))
 
-    monkeypatch.setattr(llm_selector, "select_one", select_one)
+    def select(self, prompts: list[str], n: int) -> list[list[Choice]]:
+        bad = Verdict(None, "invalid", "unparsable", "not JSON")
+        good = Verdict(API, "valid")
+        return [[Choice("", bad if p == "nothing" else good)] * n for p in prompts]
+
+
+@pytest.fixture
+def chooses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    monkeypatch.setattr("diffagent.agent.llm.load_agent", lambda *what: what)
+    monkeypatch.setattr("diffagent.agent.llm_selector.LLM", Chooses)
+    Chooses.made.clear()
+    return Chooses.made
+
+
+def test_select_prints_the_api(chooses: list[tuple[Any, ...]]) -> None:
     assert invoke("select", "a red circle", "--agent", "here") == API.to_json() + "\n"
-    assert asked == [("a red circle", "here auto")]
+    assert invoke("select", "a ring", "--agent", "here", "-n", 2) == 2 * (API.to_json() + "\n")
+    ((where, device, quantization), options), *_ = chooses
+    assert (str(where), device, quantization) == ("here", "auto", "none")
+    assert options == {"constrained": True, "negative_prompts": "known"}
+    invoke("select", "x", "--agent", "here", "--unconstrained", "--free-negative-prompt", "--int8")
+    ((*_, quantization), options) = chooses[-1]
+    assert quantization == "int8"
+    assert options == {"constrained": False, "negative_prompts": "free"}
+    with pytest.raises(SchemaError, match="unparsable: not JSON"):
+        invoke("select", "nothing", "--agent", "here")
+
+
+def test_select_answers_line_by_line(chooses: list[tuple[Any, ...]]) -> None:
+    result = runner.invoke(cli.app, ["select", "-", "--agent", "x"], b"a\nnothing\r\n\xff\n\n")
+    lines = result.output.splitlines()
+    assert [line == API.to_json() for line in lines] == [True, False, True, True]
+    assert "no valid API for 'nothing'" in json.loads(lines[1])["error"]
+    assert len(chooses) == 1
 
 
 def test_select_needs_an_agent(tmp_path: Path) -> None:
