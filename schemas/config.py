@@ -285,7 +285,20 @@ class RRHFConfig(_Section):
     seed: int = Field(default=0, ge=0)
 
 
-Selector = Literal["popular", "random", "nearest", "sft", "rrhf"]
+FittedSelector = Literal[
+    "neighbours", "bm25", "embeddings", "cards", "card-embeddings", "model-token", "combined"
+]
+Selector = Literal["popular", "random", "nearest", "sft", "rrhf"] | FittedSelector
+
+
+class FitConfig(_Section):
+    """A selector that is fitted, and kept: what the stage ``fit`` takes."""
+
+    selector: FittedSelector = "combined"
+    encoder: str = Field(
+        default="", description="sentence encoder: 'minilm', a directory, a hub's name, '' for none"
+    )
+    seed: int = Field(default=0, ge=0)
 
 
 class SelectConfig(_Section):
@@ -295,7 +308,13 @@ class SelectConfig(_Section):
     split: Literal["validation", "test"] = "test"
     num_prompts: int = Field(default=200, ge=1)
     max_new_tokens: int = Field(default=256, ge=8)
-    seed: int = Field(default=0, ge=0, description="of the prompts drawn and of 'random'")
+    encoder: str = Field(
+        default="auto",
+        description="of fitted selectors: as in FitConfig, or 'auto' for MiniLM where installed",
+    )
+    seed: int = Field(
+        default=0, ge=0, description="of the prompts drawn, of 'random' and of what is fitted"
+    )
 
 
 class EvaluationConfig(_Section):
