@@ -108,7 +108,13 @@ class Calls:
     def prior(self) -> Floats:
         """(models,) shares of the calls; half a call more for each, so that none is impossible."""
         counts = np.bincount(self.model, minlength=len(self.models)) + 0.5
-        return (counts / counts.sum()).astype(np.float32)
+        shares: Floats = (counts / counts.sum()).astype(np.float32)
+        return shares
+
+    @cached_property
+    def called(self) -> npt.NDArray[np.bool_]:
+        """(models,) whether there is any call of a model."""
+        return np.bincount(self.model, minlength=len(self.models)) > 0
 
     @cached_property
     def one_hot(self) -> Any:

@@ -130,7 +130,8 @@ class Votes:
         votes = evidence.similarity(self.index) ** self.power @ calls.one_hot
         total = votes.sum(axis=1, keepdims=True)
         shares = (votes + self.doubt * calls.prior) / (total + self.doubt)
-        return np.log(shares).astype(np.float32)
+        scores: Floats = np.log(shares).astype(np.float32)
+        return scores
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,6 @@ class Bayes:
         totals = np.asarray(found.sum(axis=0)).ravel()
         found.data = np.log1p(found.data / alpha)
         base = np.log(alpha / (totals + alpha * counts.shape[1]))
-        base[totals == 0] = base.min()  # a model nobody calls explains no prompt well
         learnt = {"base": base, "data": found.data}
         arrays: dict[str, npt.NDArray[Any]] = {n: a.astype(np.float32) for n, a in learnt.items()}
         arrays |= {"indices": found.indices.astype(np.int32), "indptr": found.indptr}
@@ -189,8 +189,11 @@ class Bayes:
         terms = np.diff(query.indptr)[:, None].astype(np.float32)
         likelihood = (query @ self._found).toarray() + terms * self._base
         likelihood += np.log(evidence.memory.calls.prior)
+        called = evidence.memory.calls.called
+        likelihood[:, ~called] = likelihood[:, called].mean(axis=1, keepdims=True)  # nothing known
         likelihood -= likelihood.max(axis=1, keepdims=True)
-        return (likelihood / np.sqrt(terms + 1)).astype(np.float32)
+        scores: Floats = (likelihood / np.sqrt(terms + 1)).astype(np.float32)
+        return scores
 
 
 @dataclass(frozen=True)
@@ -229,7 +232,9 @@ class ModelToken:
 def log_softmax(logits: npt.NDArray[Any]) -> Floats:
     """Along the last axis."""
     logits = logits - logits.max(axis=-1, keepdims=True)
-    return (logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))).astype(np.float32)
+    total = np.exp(logits).sum(axis=-1, keepdims=True)
+    probabilities: Floats = (logits - np.log(total)).astype(np.float32)
+    return probabilities
 
 
 def card_texts(catalogue: Catalogue, models: Sequence[str]) -> list[str]:

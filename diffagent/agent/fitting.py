@@ -90,10 +90,10 @@ def fit_selector(config: FitConfig, context: StageContext) -> StageResult:
     train, validation = (rows.filter(split=split) for split in ("train", "validation"))
     started = time.perf_counter()
     vectors = encode_rows(encoder, train, validation, catalogue) if encoder else None
-    encoded = time.perf_counter()
-    fitted = fit(config, train, validation, catalogue, encoder, vectors)
+    encoded_at = time.perf_counter()
+    fitted = fit(config, train, validation, catalogue, encoded=(encoder, vectors))
     save_selector(fitted, config, context.out)
-    seconds = {"encode": encoded - started, "fit": time.perf_counter() - encoded}
+    seconds = {"encode": encoded_at - started, "fit": time.perf_counter() - encoded_at}
     return StageResult(rows={"train": train.height}, metrics={"seconds": seconds})
 
 
@@ -114,10 +114,10 @@ def fit(
     train: pl.DataFrame,
     validation: pl.DataFrame,
     catalogue: Catalogue,
-    encoder: Encoder | None = None,
-    vectors: Vectors | None = None,
+    *,
+    encoded: tuple[Encoder | None, Vectors | None] = (None, None),
 ) -> Ranked:
-    """A selector fitted on rows of `read_rows`.
+    """A selector fitted on rows of `read_rows`; ``encoded``: an encoder and `encode_rows`.
 
     Raises:
         ConfigError: the selector is made of sentence embeddings, and there is no encoder.
@@ -125,6 +125,7 @@ def fit(
     """
     if not catalogue.checkpoints or not train.height:
         raise ArtifactError("no checkpoint to select, or no pair to learn from; crawl more")
+    encoder, vectors = encoded
     names = _experts_of(config, vectors is not None)
     calls = Calls.of(train, catalogue)
     prompts = train["prompt"].to_list()

@@ -107,7 +107,7 @@ def _train(
 
     labels = torch.from_numpy(calls.model)
     for _ in range(num_train_epochs):
-        for rows in torch.randperm(len(labels), generator=generator).split(_BATCH):
+        for rows in torch.randperm(len(labels), generator=generator).split(_BATCH):  # type: ignore[no-untyped-call]
             for optimizer in optimizers:
                 optimizer.zero_grad()
             loss(rows.numpy(), labels[rows]).backward()  # type: ignore[no-untyped-call]

@@ -40,12 +40,11 @@ class Ranked:
     def _rank(self, chances: Floats, evidence: Evidence, row: int, n: int) -> list[Choice]:
         kept = min(n, len(chances))
         best = np.argpartition(-chances, kept - 1)[:kept]
-        similarity = evidence.similarity("tokens")[row]
+        advice = self.parameters.about(evidence.similarity("tokens")[row])
         found = []
         for model in best[np.lexsort((best, -chances[best]))].tolist():
-            entry = self.parameters.version(model, similarity)
-            api = T2IAPI.model_validate(self.parameters.call(entry, similarity))
-            text = api.to_json()
+            entry = advice.version(self.memory.calls.models[model])
+            text = T2IAPI.model_validate(advice.call(entry)).to_json()
             verdict = verify(text, self.parameters.catalogue)
             found.append(Choice(text, verdict, float(chances[model])))
         return found

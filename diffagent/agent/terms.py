@@ -23,7 +23,8 @@ Weighting = Literal["tfidf", "bm25"]
 
 #: Kind -> (what a token is, whether case is kept, longest n-gram). "words" is the usual bag of
 #: words and word pairs. "tokens" keeps case and punctuation: how a person writes a prompt
-#: ("(masterpiece:1.2)", "BREAK") tells of the models which that person uses. "pairs" is less of that.
+#: ("(masterpiece:1.2)", "BREAK") tells of the models which that person uses. "pairs": the
+#: same, up to pairs.
 KINDS: dict[str, tuple[re.Pattern[str], bool, int]] = {
     "words": (re.compile(r"\w+"), False, 2),
     "tokens": (re.compile(r"\w+|[^\w\s]"), True, 3),
