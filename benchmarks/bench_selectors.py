@@ -3,8 +3,9 @@
     python benchmarks/bench_selectors.py DIR [--encoder minilm] [--vectors FILE] [--seeds 3]
     python benchmarks/bench_selectors.py --catalogue 75000
 
-One JSON line a selector and stratum (all test prompts; nearest train prompt under 0.6 and 0.3 cosine
-of TF-IDF, as bench_splits.py has it; 0.6 and above), on the leak-free split and on the random one.
+One JSON line a selector and stratum (all test prompts; those whose nearest train prompt is under
+0.6, or 0.3, in cosine of TF-IDF, as bench_splits.py has it; those at 0.6 and above), on the
+leak-free split and on the random one.
 Intervals are of 95 %, by a bootstrap over groups. ``over_nearest`` is the paired difference in
 accuracy to copying the nearest neighbour. Fitted selectors see train and validation alone; those
 that draw at random are fitted once a seed, and their values are means over seeds. Encoding all
