@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from bench_splits import nearest
 from safetensors.numpy import load_file, save_file
 
 from diffagent.agent.baselines import Nearest, Popular, Random, Usage
@@ -34,7 +35,6 @@ from diffagent.agent.experts import card_texts
 from diffagent.agent.fitting import RECIPES, Vectors, fit, load_selector, save_selector
 from diffagent.agent.prompts import Pair
 from diffagent.agent.selector import Choice
-from diffagent.agent.terms import Index
 from diffagent.dabench.catalogue import Catalogue, Entry
 from diffagent.evaluation.metrics import agreement
 from diffagent.evaluation.selection import (
@@ -50,13 +50,6 @@ STRATA = {"all": (-1, 2), "<0.6": (-1, 0.6), "<0.3": (-1, 0.3), ">=0.6": (0.6, 2
 LATENCY_PROMPTS = 100
 SEEDED = ("model-token", "combined")
 SHOWN = ("model@1", "model@5", "model@10", "model_mrr", "version@1", "version@5", "version@10")
-
-
-def nearest_cosine(train: list[str], test: list[str]) -> np.ndarray:
-    index = Index.fit(train, "words")
-    counts = index.terms.counts(test)
-    blocks = range(0, len(test), 256)
-    return np.concatenate([index.similarity(counts[b : b + 256]).max(axis=1) for b in blocks])
 
 
 def latencies(selector: Any, prompts: list[str]) -> dict[str, float]:
@@ -80,7 +73,7 @@ class Bench:
         )
         self.prompts = self.test["prompt"].to_list()
         self.truth = [parse_api(api) for api in self.test["api"]]
-        self.cosine = nearest_cosine(self.train["prompt"].to_list(), self.prompts)
+        _, self.cosine = nearest(self.train["prompt"].to_list(), self.prompts)
         self.reference: np.ndarray | None = None
 
     def baseline(self, name: str) -> Any:

@@ -194,12 +194,30 @@ def _show_report(done: dict[str, Artifact]) -> None:
 @app.command()
 def select(
     prompt: Annotated[str, typer.Argument(help="What the picture should show.")],
-    agent: Annotated[Path, typer.Option(metavar="DIR", help="An agent, as sft or rrhf makes it.")],
+    agent: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="An agent, as sft or rrhf makes it.")
+    ] = None,
+    dabench: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Without an agent: a DABench to learn from.")
+    ] = None,
+    selector: Annotated[
+        str, typer.Option(help="With --dabench: what is fitted on it, once.")
+    ] = "combined",
+    encoder: Annotated[
+        str, typer.Option(help="With --dabench: sentence encoder, e.g. 'minilm'; '' for none.")
+    ] = "",
+    store: Annotated[
+        Path, typer.Option(metavar="DIR", help="With --dabench: where what was fitted is kept.")
+    ] = Path("store"),
     n: Annotated[int, typer.Option(min=1, max=32, help="Different APIs, likeliest first.")] = 1,
     device: Annotated[str, typer.Option(help="'auto', 'cpu', 'cuda', 'mps'")] = "auto",
     verbose: Verbose = 0,
 ) -> None:
-    """Print the API that an agent chooses for a prompt."""
+    """Print the API that an agent, or a selector fitted on a DABench, chooses for a prompt."""
+    if agent is None:
+        for api in _select_fitted(prompt, n, dabench, (selector, encoder), store, device):
+            typer.echo(api)
+        return
     from diffagent.agent import llm_selector
 
     if n == 1:
@@ -214,6 +232,32 @@ def select(
         raise SchemaError(f"none of {n} answers to {prompt!r:.80} is a valid API")
     for api in valid:
         typer.echo(api.to_json())
+
+
+def _select_fitted(
+    prompt: str,
+    n: int,
+    dabench: Path | None,
+    kind: tuple[str, str],
+    store: Path,
+    device: str,
+) -> list[str]:
+    from diffagent.agent.fitting import FITTED
+    from diffagent.agent.selectors import fitted_selector
+    from diffagent.artifacts import open_artifact
+    from diffagent.errors import ConfigError
+    from schemas.config import RuntimeConfig
+
+    if dabench is None:
+        raise ConfigError("select needs --agent DIR, or --dabench DIR to learn from")
+    name, encoder = kind
+    for known in FITTED:
+        if known == name:
+            runtime = RuntimeConfig(store=str(store), device=device)
+            fitted = fitted_selector(known, open_artifact(dabench), runtime, encoder)
+            (choices,) = fitted.select([prompt], n)
+            return [c.verdict.api.to_json() for c in choices if c.verdict.api is not None]
+    raise ConfigError(f"--selector: {name!r} is none of {', '.join(FITTED)}")
 
 
 @app.command(

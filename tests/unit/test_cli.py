@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from diffagent import cli, pipeline
 from diffagent.artifacts import StageContext, StageResult, stage
 from diffagent.errors import ArtifactError, ConfigError
-from schemas.api import T2IAPI, Params
+from schemas.api import T2IAPI, Params, parse_api
 from schemas.config import CrawlConfig, FilterConfig, PipelineConfig
 from schemas.manifest import Funnel, FunnelStep
 
@@ -197,6 +197,19 @@ def test_select_prints_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llm_selector, "select_one", select_one)
     assert invoke("select", "a red circle", "--agent", "here") == API.to_json() + "\n"
     assert asked == [("a red circle", "here auto")]
+
+
+def test_select_fits_on_a_dabench_once(tmp_path: Path) -> None:
+    from tests.unit.agent_world import make_world
+
+    dabench = make_world(tmp_path, train=40, test=4)
+    options = ("--dabench", dabench.path, "--store", tmp_path, "--selector", "neighbours", "-n", 3)
+    lines = invoke("select", "a red star, line art", *options).splitlines()
+    assert len({parse_api(line).model for line in lines}) == 3
+    with pytest.raises(ConfigError, match="is none of neighbours"):
+        invoke("select", "a red star", "--dabench", dabench.path, "--selector", "llm")
+    with pytest.raises(ConfigError, match="--agent DIR, or --dabench DIR"):
+        invoke("select", "a red star")
 
 
 def test_select_needs_an_agent(tmp_path: Path) -> None:
