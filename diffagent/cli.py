@@ -11,6 +11,7 @@ import typer
 from diffagent.dabench.cli import app as dabench_app
 
 if TYPE_CHECKING:
+    from diffagent.agent.selector import Selector
     from diffagent.artifacts import Artifact
     from diffagent.pipeline import Node
 
@@ -194,6 +195,7 @@ def _show_report(done: dict[str, Artifact]) -> None:
 @app.command()
 def select(
     prompt: Annotated[str, typer.Argument(help="What the picture should show.")],
+    *,
     agent: Annotated[
         Path | None, typer.Option(metavar="DIR", help="An agent, as sft or rrhf makes it.")
     ] = None,
@@ -215,8 +217,9 @@ def select(
 ) -> None:
     """Print the API that an agent, or a selector fitted on a DABench, chooses for a prompt."""
     if agent is None:
-        for api in _select_fitted(prompt, n, dabench, (selector, encoder), store, device):
-            typer.echo(api)
+        found = _fitted(selector, dabench, encoder, store=store, device=device)
+        for choice in found.select([prompt], n)[0]:
+            typer.echo(choice.text)
         return
     from diffagent.agent import llm_selector
 
@@ -234,14 +237,7 @@ def select(
         typer.echo(api.to_json())
 
 
-def _select_fitted(
-    prompt: str,
-    n: int,
-    dabench: Path | None,
-    kind: tuple[str, str],
-    store: Path,
-    device: str,
-) -> list[str]:
+def _fitted(name: str, dabench: Path | None, encoder: str, *, store: Path, device: str) -> Selector:
     from diffagent.agent.fitting import FITTED
     from diffagent.agent.selectors import fitted_selector
     from diffagent.artifacts import open_artifact
@@ -250,13 +246,10 @@ def _select_fitted(
 
     if dabench is None:
         raise ConfigError("select needs --agent DIR, or --dabench DIR to learn from")
-    name, encoder = kind
     for known in FITTED:
         if known == name:
             runtime = RuntimeConfig(store=str(store), device=device)
-            fitted = fitted_selector(known, open_artifact(dabench), runtime, encoder)
-            (choices,) = fitted.select([prompt], n)
-            return [c.verdict.api.to_json() for c in choices if c.verdict.api is not None]
+            return fitted_selector(known, open_artifact(dabench), runtime, encoder)
     raise ConfigError(f"--selector: {name!r} is none of {', '.join(FITTED)}")
 
 

@@ -203,7 +203,7 @@ def test_select_fits_on_a_dabench_once(tmp_path: Path) -> None:
     from tests.unit.agent_world import make_world
 
     dabench = make_world(tmp_path, train=40, test=4)
-    options = ("--dabench", dabench.path, "--store", tmp_path, "--selector", "neighbours", "-n", 3)
+    options = ("--dabench", dabench.path, "--store", tmp_path, "--selector", "neighbours", "--n", 3)
     lines = invoke("select", "a red star, line art", *options).splitlines()
     assert len({parse_api(line).model for line in lines}) == 3
     with pytest.raises(ConfigError, match="is none of neighbours"):
