@@ -5,12 +5,11 @@
 
 One JSON line a selector and stratum (all test prompts; those whose nearest train prompt is under
 0.6, or 0.3, in cosine of TF-IDF, as bench_splits.py has it; those at 0.6 and above), on the
-leak-free split and on the random one.
-Intervals are of 95 %, by a bootstrap over groups. ``over_nearest`` is the paired difference in
-accuracy to copying the nearest neighbour. Fitted selectors see train and validation alone; those
-that draw at random are fitted once a seed, and their values are means over seeds. Encoding all
-prompts takes minutes: FILE keeps the vectors for the next time. ``--catalogue`` measures the
-latency of retrieval over a synthetic catalogue.
+leak-free split and on the random one. Intervals are of 95 %, by a bootstrap over groups.
+``over_nearest`` is the paired difference in accuracy to bench_splits.py's nearest neighbour. Fitted
+selectors see train and validation alone; those that draw at random are fitted once a seed, and
+their values are means over seeds. Encoding all prompts takes minutes: FILE keeps the vectors for
+the next time. ``--catalogue`` measures the latency of retrieval over a synthetic catalogue.
 """
 
 from __future__ import annotations
@@ -48,6 +47,7 @@ from schemas.config import FitConfig
 
 STRATA = {"all": (-1, 2), "<0.6": (-1, 0.6), "<0.3": (-1, 0.3), ">=0.6": (0.6, 2)}
 LATENCY_PROMPTS = 100
+BASELINES = ("popular", "random", "nearest")
 SEEDED = ("model-token", "combined")
 SHOWN = ("model@1", "model@5", "model@10", "model_mrr", "version@1", "version@5", "version@10")
 
@@ -73,8 +73,10 @@ class Bench:
         )
         self.prompts = self.test["prompt"].to_list()
         self.truth = [parse_api(api) for api in self.test["api"]]
-        _, self.cosine = nearest(self.train["prompt"].to_list(), self.prompts)
-        self.reference: np.ndarray | None = None
+        found, self.cosine = nearest(self.train["prompt"].to_list(), self.prompts)
+        copied = self.train["api"].gather(found)
+        pairs = zip(copied, self.truth, strict=True)
+        self.reference = np.array([parse_api(api).model == truth.model for api, truth in pairs])
 
     def baseline(self, name: str) -> Any:
         columns = self.train.select("id", "prompt", "api")
@@ -98,21 +100,17 @@ class Bench:
 
     def report(self, name: str, runs: list[dict[str, np.ndarray]], facts: dict[str, Any]) -> None:
         mean = {key: np.mean([run[key] for run in runs], axis=0) for key in runs[0]}
-        if name == "nearest":
-            self.reference = mean["model@1"]
         keys = [key for key in mean if key != "p"]
         groups = self.test["group"].to_numpy()
         for stratum, (low, high) in STRATA.items():
             asked = (self.cosine >= low) & (self.cosine < high)
             columns = [mean[key][asked] for key in keys]
-            if self.reference is not None:
-                columns.append((mean["model@1"] - self.reference)[asked])
+            columns.append((mean["model@1"] - self.reference)[asked])
             intervals = clustered_intervals(np.stack(columns, axis=1), groups[asked])
-            said = dict(zip([*keys, "over_nearest"], intervals, strict=False))
+            said = dict(zip([*keys, "over_nearest"], intervals, strict=True))
             line: dict[str, Any] = {"benchmark": "selectors", "split": self.kind, "selector": name}
             line |= {"stratum": stratum, "n": int(asked.sum())}
-            shown = [*SHOWN, *(["over_nearest"] if self.reference is not None else [])]
-            for key in shown:
+            for key in (*SHOWN, "over_nearest"):
                 found = said[key]
                 line[key] = [round(x, 3) for x in (found.mean, found.low, found.high)]
             rest = [key for key in keys if "@" not in key and not key.endswith("_mrr")]
@@ -132,40 +130,36 @@ class Bench:
                 line["seeds"], line["model@1_sd"] = len(runs), round(float(spread), 4)
             print(json.dumps(line | (facts if stratum == "all" else {})), flush=True)
 
-    def run(self, names: list[str], seeds: int, encoder: Any, known: dict[str, np.ndarray]) -> None:
-        for name in ("popular", "random", "nearest"):
+    def run_baseline(self, name: str) -> None:
+        started = time.perf_counter()
+        selector = self.baseline(name)
+        facts: dict[str, Any] = {"fit_seconds": round(time.perf_counter() - started, 1)}
+        answers = selector.select(self.prompts, 10)
+        self.report(name, [self.judge(answers)], facts | latencies(selector, self.prompts))
+
+    def run_fitted(
+        self, name: Any, seeds: int, encoder: Any = None, known: dict[str, Any] | None = None
+    ) -> None:
+        vectors = asked = None
+        if known is not None:
+            train, validation, asked = (
+                known["prompts"][self.column == split] for split in ("train", "validation", "test")
+            )
+            vectors = Vectors(train, validation, known["cards"])
+        runs = []
+        for seed in range(seeds if name in SEEDED else 1):
+            kind = encoder.name if encoder is not None else ""
+            config = FitConfig(selector=name, encoder=kind, seed=seed)
             started = time.perf_counter()
-            selector = self.baseline(name)
-            facts: dict[str, Any] = {"fit_seconds": round(time.perf_counter() - started, 1)}
-            answers = selector.select(self.prompts, 10)
-            self.report(name, [self.judge(answers)], facts | latencies(selector, self.prompts))
-        vectors = None
-        if encoder is not None:
-            parts = [known["prompts"][self.column == s] for s in ("train", "validation")]
-            vectors = Vectors(*parts, known["cards"])
-        asked = known["prompts"][self.column == "test"] if encoder is not None else None
-        for name in names:
-            for with_encoder in (False, True):
-                if not RECIPES[name][with_encoder] or (with_encoder and encoder is None):
-                    continue
-                encoded = (encoder, vectors) if with_encoder else (None, None)
-                runs = []
-                for seed in range(seeds if name in SEEDED else 1):
-                    config = FitConfig(selector=name, seed=seed)  # type: ignore[arg-type]
-                    config = config.model_copy(
-                        update={"encoder": encoder.name if with_encoder else ""}
-                    )
-                    started = time.perf_counter()
-                    fitted = fit(
-                        config, self.train, self.validation, self.catalogue, encoded=encoded
-                    )
-                    seconds = time.perf_counter() - started
-                    found = fitted.choices(self.prompts, 10, asked if with_encoder else None)
-                    runs.append(self.judge(list(found)))
-                facts = {"fit_seconds": round(seconds, 1), **_size(fitted, config)}
-                facts |= latencies(fitted, self.prompts)
-                label = f"{name} + {encoder.name}" if with_encoder and RECIPES[name][0] else name
-                self.report(label, runs, facts)
+            fitted = fit(
+                config, self.train, self.validation, self.catalogue, encoded=(encoder, vectors)
+            )
+            seconds = time.perf_counter() - started
+            runs.append(self.judge(list(fitted.choices(self.prompts, 10, asked))))
+        facts = {"fit_seconds": round(seconds, 1), **_size(fitted, config)}
+        facts |= latencies(fitted, self.prompts)
+        label = f"{name} + {encoder.name}" if encoder is not None and RECIPES[name][0] else name
+        self.report(label, runs, facts)
 
 
 def _size(fitted: Any, config: FitConfig) -> dict[str, Any]:
@@ -260,7 +254,7 @@ def main() -> None:
     parser.add_argument("--encoder", default="", help="'minilm', a directory, a name; '' for none")
     parser.add_argument("--vectors", type=Path, help="file that keeps the encoder's vectors")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--selectors", nargs="*", default=list(RECIPES))
+    parser.add_argument("--selectors", nargs="*", default=[*BASELINES, *RECIPES])
     parser.add_argument("--splits", nargs="*", default=["leak-free", "random"])
     parser.add_argument("--catalogue", type=int, help="models of a synthetic catalogue")
     args = parser.parse_args()
@@ -272,7 +266,16 @@ def main() -> None:
     encoder = TransformerEncoder(args.encoder) if args.encoder else None
     known = all_vectors(encoder, rows, catalogue, args.vectors) if encoder else {}
     for kind in args.splits:
-        Bench(rows, kind, catalogue).run(args.selectors, args.seeds, encoder, known)
+        bench = Bench(rows, kind, catalogue)
+        for name in args.selectors:
+            if name not in RECIPES:
+                bench.run_baseline(name)
+                continue
+            plain, embedded = RECIPES[name]
+            if plain:
+                bench.run_fitted(name, args.seeds)
+            if embedded and encoder is not None:
+                bench.run_fitted(name, args.seeds, encoder, known)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 * embeddings: votes by cosines of sentence embeddings.
 * cards, card-embeddings: how alike the prompt and the models' cards are.
 * model-token: one trained output embedding a model on the frozen encoder.
-* combined: all that the machine has, each weighed by what it is worth.
+* combined: votes, a naive Bayes, a bag of n-grams, cards and (with an encoder) model-token, each
+  weighed by what it is worth.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ RECIPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "model-token": ((), ("model-token",)),
     "combined": (
         ("prior", "tokens", "words", "bayes", "bag", "cards"),
-        ("embeddings", "model-token", "card-embeddings"),
+        ("model-token",),
     ),
 }
 FITTED: tuple[FittedSelector, ...] = get_args(FittedSelector)
@@ -138,7 +139,12 @@ def fit(
         indexes["cards"] = Index.fit(card_texts(catalogue, calls.models), "words")
     memory = Memory(calls, indexes)
     if vectors is not None:
-        memory = replace(memory, encoder=encoder, prompts=vectors.train, cards=vectors.cards)
+        memory = replace(
+            memory,
+            encoder=encoder,
+            prompts=vectors.train if "embeddings" in names else None,
+            cards=vectors.cards if "card-embeddings" in names else None,
+        )
     learnt: dict[str, Arrays] = {}
     if "bag" in names:
         pairs, counts = Terms.fit(prompts, "pairs", min(_MIN_PROMPTS, len(prompts)))
@@ -171,10 +177,9 @@ def save_selector(fitted: Ranked, config: FitConfig, out: Path) -> None:
         index.save(out, name)
     if memory.pairs is not None:
         memory.pairs.save(out / "pairs.parquet")
-    if memory.prompts is not None and memory.cards is not None:
-        parts = {"prompts": memory.prompts, "cards": memory.cards}
-        half = {name: part.astype(np.float16) for name, part in parts.items()}
-        save_file(half, out / "vectors.safetensors")
+    parts = {"prompts": memory.prompts, "cards": memory.cards}
+    half = {name: part.astype(np.float16) for name, part in parts.items() if part is not None}
+    save_file(half, out / "vectors.safetensors")
     for name, expert in mixture.experts.items():
         if expert.arrays:
             save_file(dict(expert.arrays), out / f"expert-{name}.safetensors")

@@ -64,9 +64,9 @@ def fit_model_token(
     vectors: Floats,
     cards: Floats,
     *,
-    scale: float = 8.0,
-    num_train_epochs: int = 12,
-    learning_rate: float = 0.03,
+    scale: float = 20.0,
+    num_train_epochs: int = 8,
+    learning_rate: float = 0.1,
     seed: int = 0,
 ) -> ModelToken:
     """`ModelToken` on the encoder's vectors of the training prompts.

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 BLOCK = 128
 """Prompts whose evidence is held at a time: (128, 75,000 models) float32 is 38 MB an expert."""
-_CANDIDATES = 256  # models that a prompt's softmax is taken over while weights are fitted
+_CANDIDATES = 256  # best models, and as many drawn ones, that a softmax is fitted over
 _RIDGE = 1e-3
 
 
@@ -93,16 +93,16 @@ def fit_mixture(
         known = np.flatnonzero(truth >= 0)
         if len(known):
             scores = [expert.scores(evidence)[known] for expert in experts.values()]
-            parts.append((_candidates(scores, truth[known]), gates(evidence, gate)[known]))
+            parts.append((*_candidates(scores, truth[known]), gates(evidence, gate)[known]))
     if not parts:
         log.warning("no validation prompt to weigh experts by; all weigh the same")
         return Mixture(experts, start, gate)
-    features = np.concatenate([found for found, _ in parts])
-    gated = np.concatenate([c for _, c in parts])
+    features, counts, gated = (np.concatenate(part) for part in zip(*parts, strict=True))
 
     def loss(flat: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
         weights = flat.reshape(start.shape)
-        logits = log_softmax(np.einsum("nkf,nf->nk", features, (gated @ weights), optimize=True))
+        logits = np.einsum("nkf,nf->nk", features, gated @ weights, optimize=True)
+        logits = log_softmax(logits + counts)
         error = np.exp(logits)
         error[:, 0] -= 1  # the truth comes first
         slope = gated.T @ np.einsum("nk,nkf->nf", error, features) / len(features)
@@ -115,14 +115,30 @@ def fit_mixture(
     return Mixture(experts, weights, gate)
 
 
-def _candidates(scores: list[Floats], truth: npt.NDArray[np.int64]) -> Floats:
-    """(prompts, candidates, experts): scores of the truth, then of the best of the others."""
+def _candidates(
+    scores: list[Floats], truth: npt.NDArray[np.int64]
+) -> tuple[Floats, npt.NDArray[np.float64]]:
+    """A sample of models that stands for all of them in each prompt's softmax.
+
+    The truth, then the best by the sum of the scores, then models drawn from all; of those that
+    are neither each stands for many.
+
+    Returns:
+        (prompts, sample, experts) scores, and (prompts, sample) logarithms of how many models each
+        stands for (-inf: of none, it is there already).
+    """
     total = np.sum(scores, axis=0)
-    rows = np.arange(len(truth))
-    total[rows, truth] = np.inf
-    kept = min(_CANDIDATES, total.shape[1])
+    models = total.shape[1]
+    kept = min(_CANDIDATES, models)
     best = np.argpartition(-total, kept - 1, axis=1)[:, :kept]
-    best = np.where(best == truth[:, None], best[:, :1], best)
-    best[:, 0] = truth
-    stacked = np.stack([np.take_along_axis(score, best, axis=1) for score in scores], axis=-1)
-    return stacked.astype(np.float32)
+    drawn = np.random.default_rng(0).choice(models, kept, replace=False)
+    is_best = np.zeros(total.shape, bool)
+    np.put_along_axis(is_best, best, True, axis=1)
+    sample = np.hstack([truth[:, None], best, np.broadcast_to(drawn, best.shape)])
+    others = ~is_best[:, drawn]
+    stands_for = (models - kept) / np.maximum(others.sum(axis=1, keepdims=True), 1)
+    counts = np.hstack([np.ones_like(truth)[:, None], np.ones(best.shape), others * stands_for])
+    counts[:, 1:][sample[:, 1:] == truth[:, None]] = 0
+    stacked = np.stack([np.take_along_axis(score, sample, axis=1) for score in scores], axis=-1)
+    with np.errstate(divide="ignore"):
+        return stacked.astype(np.float32), np.log(counts)

@@ -10,8 +10,10 @@ import numpy as np
 import polars as pl
 import pytest
 
-from diffagent.agent import fitting
+from diffagent.agent import fitting, mixture
+from diffagent.agent.experts import card_texts
 from diffagent.agent.fitting import RECIPES, fit, load_selector, resolve_encoder, save_selector
+from diffagent.agent.heads import fit_model_token
 from diffagent.agent.ranked import Ranked
 from diffagent.agent.selectors import fitted_selector
 from diffagent.agent.terms import Floats
@@ -175,9 +177,12 @@ def test_the_same_seed_fits_the_same(combined: Ranked) -> None:
 def test_model_token_starts_as_the_cards_and_improves() -> None:
     selector = fitted("model-token")
     learnt = selector.mixture.experts["model-token"].arrays["models"]
-    assert selector.memory.cards is not None
-    assert learnt.shape == selector.memory.cards.shape
-    assert (learnt != 8 * selector.memory.cards).any(axis=1).all()
+    cards = Hashed().encode(card_texts(CATALOGUE, selector.memory.calls.models))
+    assert learnt.shape == cards.shape
+    untrained = fit_model_token(
+        selector.memory.calls, Hashed().encode(TRAIN["prompt"].to_list()), cards, num_train_epochs=0
+    )
+    np.testing.assert_array_equal(untrained.arrays["models"], 20 * cards)
     assert accuracy(selector) > accuracy(fitted("card-embeddings")) + 0.1
 
 
@@ -215,3 +220,16 @@ def test_what_is_no_selector_is_refused(tmp_path: Path) -> None:
         load_selector(tmp_path)
     with pytest.raises(ArtifactError, match="no pair to learn from"):
         fit(FitConfig(selector="neighbours"), TRAIN.head(0), VALIDATION, CATALOGUE)
+
+
+def test_a_sample_of_models_stands_for_all_of_them() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(5, 2000)).astype(np.float32)
+    truth = np.array([0, 7, 500, 1999, int(scores[4].argmax())])
+    features, counts = mixture._candidates([scores], truth)
+    sampled = np.log(np.exp(features[..., 0] + counts).sum(axis=1))
+    np.testing.assert_allclose(sampled, np.log(np.exp(scores).sum(axis=1)), atol=0.12)
+    np.testing.assert_array_equal(features[:, 0, 0], scores[np.arange(5), truth])
+    few, weights = mixture._candidates([scores[:, :100]], truth % 100)
+    exact = np.log(np.exp(few[..., 0] + weights).sum(axis=1))
+    np.testing.assert_allclose(exact, np.log(np.exp(scores[:, :100]).sum(axis=1)), rtol=1e-5)
