@@ -15,6 +15,7 @@ the next time. ``--catalogue`` measures the latency of retrieval over a syntheti
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import tempfile
@@ -194,10 +195,12 @@ def synthetic(models: int, calls: int = 25_000) -> None:
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 9)))
              for _ in range(20_000)]  # fmt: skip
-    weights = [1 / (rank + 10) for rank in range(len(words))]
+    shares = list(itertools.accumulate(1 / (rank + 10) for rank in range(len(words))))
 
     def text(length: int) -> str:
-        return ", ".join(" ".join(rng.choices(words, weights, k=3)) for _ in range(length))
+        return ", ".join(
+            " ".join(rng.choices(words, cum_weights=shares, k=3)) for _ in range(length)
+        )
 
     catalogue = Catalogue([_entry(number, text) for number in range(1, models + 1)])
     names = [entry.model for entry in catalogue.checkpoints]
