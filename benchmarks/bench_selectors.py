@@ -29,12 +29,12 @@ from bench_splits import nearest
 from safetensors.numpy import load_file, save_file
 
 from diffagent.agent.baselines import Nearest, Popular, Random, Usage
-from diffagent.agent.calls import model_names, read_rows
 from diffagent.agent.encoder import TransformerEncoder
 from diffagent.agent.experts import card_texts
 from diffagent.agent.fitting import RECIPES, Vectors, fit, load_selector, save_selector
 from diffagent.agent.prompts import Pair
 from diffagent.agent.selector import Choice
+from diffagent.agent.training_calls import model_names, read_rows
 from diffagent.dabench.catalogue import Catalogue, Entry
 from diffagent.evaluation.metrics import agreement
 from diffagent.evaluation.selection import (

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from diffagent.agent.calls import Calls
 from diffagent.agent.terms import Floats, Index, Terms
+from diffagent.agent.training_calls import Calls
 from diffagent.dabench.catalogue import Catalogue
 
 Arrays = Mapping[str, npt.NDArray[Any]]

@@ -24,7 +24,6 @@ import polars as pl
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 
-from diffagent.agent.calls import Calls, read_rows
 from diffagent.agent.encoder import MINILM, TransformerEncoder, has_minilm
 from diffagent.agent.experts import (
     Arrays,
@@ -44,6 +43,7 @@ from diffagent.agent.mixture import Mixture, fit_mixture
 from diffagent.agent.parameters import Parameters
 from diffagent.agent.ranked import Ranked
 from diffagent.agent.terms import Floats, Index, Terms
+from diffagent.agent.training_calls import Calls, read_rows
 from diffagent.artifacts import StageContext, StageResult, stage
 from diffagent.dabench.catalogue import Catalogue
 from diffagent.errors import ArtifactError, ConfigError

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffagent.agent.calls import Calls
 from diffagent.agent.experts import Bag, ModelToken
 from diffagent.agent.terms import Floats
+from diffagent.agent.training_calls import Calls
 
 if TYPE_CHECKING:
     import torch

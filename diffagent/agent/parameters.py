@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from diffagent.agent.calls import Calls
 from diffagent.agent.terms import Floats
+from diffagent.agent.training_calls import Calls
 from diffagent.dabench.catalogue import Catalogue, Entry
 
 Floats64 = npt.NDArray[np.float64]
