@@ -12,6 +12,7 @@ import typer
 from diffagent.dabench.cli import app as dabench_app
 
 if TYPE_CHECKING:
+    from diffagent.agent.selector import Selector
     from diffagent.artifacts import Artifact
     from diffagent.pipeline import Node
 
@@ -198,7 +199,21 @@ def select(
         str, typer.Argument(help="What the picture should show; '-': a prompt a line of stdin.")
     ],
     *,
-    agent: Annotated[Path, typer.Option(metavar="DIR", help="An agent, as sft or rrhf makes it.")],
+    agent: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="An agent, as sft or rrhf makes it.")
+    ] = None,
+    dabench: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Without an agent: a DABench to learn from.")
+    ] = None,
+    selector: Annotated[
+        str, typer.Option(help="With --dabench: what is fitted on it, once.")
+    ] = "combined",
+    encoder: Annotated[
+        str, typer.Option(help="With --dabench: sentence encoder, e.g. 'minilm'; '' for none.")
+    ] = "",
+    store: Annotated[
+        Path, typer.Option(metavar="DIR", help="With --dabench: where what was fitted is kept.")
+    ] = Path("store"),
     n: Annotated[
         int, typer.Option("-n", "--n", min=1, max=32, help="Different APIs, likeliest first.")
     ] = 1,
@@ -213,35 +228,57 @@ def select(
         ),
     ] = False,
     int8: Annotated[
-        bool, typer.Option("--int8", help="Weights in 8 bits: two to three times faster on a CPU.")
+        bool, typer.Option("--int8", help="The agent's weights in 8 bits: faster on a CPU.")
     ] = False,
     device: Annotated[str, typer.Option(help="'auto', 'cpu', 'cuda', 'mps'")] = "auto",
     verbose: Verbose = 0,
 ) -> None:
-    """Print the APIs that an agent chooses for a prompt, one a line.
+    """Print the APIs that an agent, or a selector fitted on a DABench, chooses, one a line.
 
-    With '-' the agent is loaded once; each prompt is answered when its line has been read, and
+    With '-' the selector is loaded once; each prompt is answered when its line has been read, and
     where an unconstrained agent has no valid API the line is {"error": ...}.
     """
-    from diffagent.agent import llm_selector
-    from diffagent.agent.llm import load_agent
+    from diffagent.agent.selector import valid_apis
     from diffagent.errors import SchemaError
 
-    selector = llm_selector.LLM(
-        load_agent(agent, device, "int8" if int8 else "none"),
-        constrained=not unconstrained,
-        negative_prompts="free" if free_negative_prompt else "known",
-    )
+    found: Selector
+    if agent is None:
+        found = _fitted(selector, dabench, encoder, store=store, device=device)
+    else:
+        from diffagent.agent import llm_selector
+        from diffagent.agent.llm import load_agent
+
+        found = llm_selector.LLM(
+            load_agent(agent, device, "int8" if int8 else "none"),
+            constrained=not unconstrained,
+            negative_prompts="free" if free_negative_prompt else "known",
+        )
     if prompt != "-":
-        for api in llm_selector.valid_apis(selector, prompt, n):
+        for api in valid_apis(found, prompt, n):
             typer.echo(api.to_json())
         return
     for line in typer.get_text_stream("stdin", "utf-8", "replace"):
         try:
-            for api in llm_selector.valid_apis(selector, line.rstrip("\r\n"), n):
+            for api in valid_apis(found, line.rstrip("\r\n"), n):
                 typer.echo(api.to_json())
         except SchemaError as error:
             typer.echo(json.dumps({"error": str(error)}, ensure_ascii=False))
+
+
+def _fitted(name: str, dabench: Path | None, encoder: str, *, store: Path, device: str) -> Selector:
+    from diffagent.agent.fitting import FITTED
+    from diffagent.agent.selectors import fitted_selector
+    from diffagent.artifacts import open_artifact
+    from diffagent.errors import ConfigError
+    from schemas.config import RuntimeConfig
+
+    if dabench is None:
+        raise ConfigError("select needs --agent DIR, or --dabench DIR to learn from")
+    for known in FITTED:
+        if known == name:
+            runtime = RuntimeConfig(store=str(store), device=device)
+            return fitted_selector(known, open_artifact(dabench), runtime, encoder)
+    raise ConfigError(f"--selector: {name!r} is none of {', '.join(FITTED)}")
 
 
 @app.command(

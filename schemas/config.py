@@ -286,7 +286,20 @@ class RRHFConfig(_Section):
     seed: int = Field(default=0, ge=0)
 
 
-Selector = Literal["popular", "random", "nearest", "sft", "rrhf"]
+FittedSelector = Literal[
+    "neighbours", "bm25", "embeddings", "cards", "card-embeddings", "model-token", "combined"
+]
+Selector = Literal["popular", "random", "nearest", "sft", "rrhf"] | FittedSelector
+
+
+class FitConfig(_Section):
+    """A selector that is fitted, and kept: what the stage ``fit`` takes."""
+
+    selector: FittedSelector = "combined"
+    encoder: str = Field(
+        default="", description="sentence encoder: 'minilm', a directory, a hub's name, '' for none"
+    )
+    seed: int = Field(default=0, ge=0)
 
 
 class SelectConfig(_Section):
@@ -301,7 +314,13 @@ class SelectConfig(_Section):
         description="of an agent: 'unconstrained' shows what it hallucinates; 'constrained' has "
         "valid answers alone",
     )
-    seed: int = Field(default=0, ge=0, description="of the prompts drawn and of 'random'")
+    encoder: str = Field(
+        default="auto",
+        description="of fitted selectors: as in FitConfig, or 'auto' for MiniLM where installed",
+    )
+    seed: int = Field(
+        default=0, ge=0, description="of the prompts drawn, of 'random' and of what is fitted"
+    )
 
 
 class EvaluationConfig(_Section):

@@ -10,8 +10,6 @@ import numpy as np
 
 from diffagent.agent.selector import Choice
 from diffagent.agent.verify import verify
-from diffagent.errors import SchemaError
-from schemas.api import T2IAPI
 
 if TYPE_CHECKING:
     from diffagent.agent.grammar import NegativePrompts
@@ -104,22 +102,3 @@ class LLM:
                 probability = float(np.exp(logprob.total))
                 choices[i].append(Choice(text, verdict, probability, logprob.mean))
         return [sorted(found, key=lambda choice: -(choice.probability or 0)) for found in choices]
-
-
-def valid_apis(selector: LLM, prompt: str, n: int = 1) -> list[T2IAPI]:
-    """Up to ``n`` APIs for a prompt, likeliest first, air and description filled in.
-
-    Raises:
-        SchemaError: none of the answers of an unconstrained agent is a valid API; the message
-            says what is wrong with the first.
-    """
-    (choices,) = selector.select([prompt], n)
-    valid = [choice.verdict.api for choice in choices if choice.verdict.api is not None]
-    if not valid:
-        first = choices[0].verdict
-        raise SchemaError(
-            f"the agent has no valid API for {prompt!r:.80}: {first.reason}: {first.detail}; "
-            "constrain it, train it longer, or ask otherwise",
-            field=first.detail.partition(":")[0],
-        )
-    return valid

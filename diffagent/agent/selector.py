@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from diffagent.agent.verify import Verdict
+from diffagent.errors import SchemaError
+from schemas.api import T2IAPI
 
 
 @dataclass(frozen=True)
@@ -32,3 +34,22 @@ class Selector(Protocol):
     def select(self, prompts: Sequence[str], n: int = 1) -> list[list[Choice]]:
         """Up to ``n`` different choices a prompt, best first; at least one."""
         ...
+
+
+def valid_apis(selector: Selector, prompt: str, n: int = 1) -> list[T2IAPI]:
+    """Up to ``n`` APIs for a prompt, likeliest first, air and description filled in.
+
+    Raises:
+        SchemaError: none of the answers of an unconstrained agent is a valid API; the message
+            says what is wrong with the first.
+    """
+    (choices,) = selector.select([prompt], n)
+    valid = [choice.verdict.api for choice in choices if choice.verdict.api is not None]
+    if not valid:
+        first = choices[0].verdict
+        raise SchemaError(
+            f"the agent has no valid API for {prompt!r:.80}: {first.reason}: {first.detail}; "
+            "constrain it, train it longer, or ask otherwise",
+            field=first.detail.partition(":")[0],
+        )
+    return valid

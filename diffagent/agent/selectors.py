@@ -4,6 +4,8 @@
 * random: a checkpoint of the catalogue, all equally likely, called as it mostly is (one that
   the train split never uses: with the parameters most used on its base model).
 * nearest: the API of the training prompt with the highest TF-IDF cosine.
+* neighbours, bm25, embeddings, cards, card-embeddings, model-token, combined: fitted once and kept
+  in the store, see `diffagent.agent.fitting`.
 * sft, rrhf: an agent, decoding greedily, constrained to valid APIs or not.
 """
 
@@ -17,12 +19,13 @@ import numpy as np
 
 from diffagent.agent.baselines import Nearest, Popular, Random, Usage
 from diffagent.agent.candidates import Answer, write_candidates
+from diffagent.agent.fitting import FITTED, fit_selector, load_selector, resolve_encoder
 from diffagent.agent.prompts import draw, read_split
 from diffagent.agent.selector import Selector
-from diffagent.artifacts import StageContext, StageResult, stage
+from diffagent.artifacts import Artifact, StageContext, StageResult, stage
 from diffagent.dabench.catalogue import Catalogue
 from diffagent.errors import ArtifactError
-from schemas.config import SelectConfig
+from schemas.config import FitConfig, FittedSelector, RuntimeConfig, SelectConfig
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +72,10 @@ def build_selector(config: SelectConfig, context: StageContext) -> Selector:
 
         agent = load_agent(context.one("agent").path, context.runtime.device)
         return LLM(agent, config.max_new_tokens, constrained=config.decoding == "constrained")
+    if config.selector in FITTED:
+        return fitted_selector(
+            config.selector, context.one("dabench"), context.runtime, config.encoder, config.seed
+        )
     train, catalogue = read_split(dabench, "train"), Catalogue.load(dabench)
     if not catalogue.checkpoints:
         raise ArtifactError(f"the catalogue of {str(dabench)!r} has no checkpoint to select")
@@ -76,6 +83,19 @@ def build_selector(config: SelectConfig, context: StageContext) -> Selector:
         return Nearest(train, catalogue)
     usage = Usage(train, catalogue)
     return Popular(usage) if config.selector == "popular" else Random(usage, config.seed)
+
+
+def fitted_selector(
+    name: FittedSelector,
+    dabench: Artifact,
+    runtime: RuntimeConfig,
+    encoder: str = "auto",
+    seed: int = 0,
+) -> Selector:
+    """A fitted selector of a DABench, from the store when it was fitted before."""
+    fit_config = FitConfig(selector=name, encoder=resolve_encoder(encoder, name), seed=seed)
+    artifact = fit_selector.run(fit_config, {"dabench": [dabench]}, runtime)
+    return load_selector(artifact.path, runtime.device)
 
 
 def latency(selector: Selector, prompts: Sequence[str]) -> dict[str, float]:

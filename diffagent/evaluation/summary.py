@@ -22,6 +22,13 @@ SELECTORS = {
     "popular": "most popular model",
     "random": "random valid API",
     "nearest": "nearest neighbour",
+    "neighbours": "votes of neighbours",
+    "bm25": "votes by BM25",
+    "embeddings": "votes by sentence embeddings",
+    "cards": "model cards",
+    "card-embeddings": "model cards, embedded",
+    "model-token": "a token a model",
+    "combined": "all of these combined",
     "sft": "DiffAgent, SFT",
     "rrhf": "DiffAgent, SFT + RRHF",
 }

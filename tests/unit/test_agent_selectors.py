@@ -10,8 +10,9 @@ import torch
 
 from diffagent.agent.baselines import Nearest, Popular, Random, Usage
 from diffagent.agent.format import response_text
-from diffagent.agent.llm_selector import LLM, valid_apis
+from diffagent.agent.llm_selector import LLM
 from diffagent.agent.prompts import Pair
+from diffagent.agent.selector import valid_apis
 from diffagent.agent.selectors import select
 from diffagent.artifacts import Artifact
 from diffagent.errors import ArtifactError, ConfigError, SchemaError

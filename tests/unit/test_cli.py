@@ -20,7 +20,7 @@ from diffagent.agent.selector import Choice
 from diffagent.agent.verify import Verdict
 from diffagent.artifacts import StageContext, StageResult, stage
 from diffagent.errors import ArtifactError, ConfigError, SchemaError
-from schemas.api import T2IAPI, Params
+from schemas.api import T2IAPI, Params, parse_api
 from schemas.config import CrawlConfig, FilterConfig, PipelineConfig
 from schemas.manifest import Funnel, FunnelStep
 
@@ -230,6 +230,19 @@ def test_select_answers_line_by_line(chooses: list[tuple[Any, ...]]) -> None:
     assert [line == API.to_json() for line in lines] == [True, False, True, True]
     assert "no valid API for 'nothing'" in json.loads(lines[1])["error"]
     assert len(chooses) == 1
+
+
+def test_select_fits_on_a_dabench_once(tmp_path: Path) -> None:
+    from tests.unit.agent_world import make_world
+
+    dabench = make_world(tmp_path, train=40, test=4)
+    options = ("--dabench", dabench.path, "--store", tmp_path, "--selector", "neighbours", "--n", 3)
+    lines = invoke("select", "a red star, line art", *options).splitlines()
+    assert len({parse_api(line).model for line in lines}) == 3
+    with pytest.raises(ConfigError, match="is none of neighbours"):
+        invoke("select", "a red star", "--dabench", dabench.path, "--selector", "llm")
+    with pytest.raises(ConfigError, match="--agent DIR, or --dabench DIR"):
+        invoke("select", "a red star")
 
 
 def test_select_needs_an_agent(tmp_path: Path) -> None:
