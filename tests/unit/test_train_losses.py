@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffagent.train.losses import INVALID_REWARD, rrhf_loss, sequence_logps
+from diffagent.train.losses import INVALID_REWARD, ranking_loss, sequence_logps
 
 torch.set_num_threads(1)
 
@@ -71,7 +71,7 @@ def test_the_loss_equals_the_naive_loop(seed: int, data: st.DataObject) -> None:
     sums, counts = sequence_logps(logits, labels)
     grid = torch.full(mask.shape, 77.0, dtype=torch.float64).masked_scatter(mask, sums)
     lengths = torch.zeros(mask.shape, dtype=torch.int64).masked_scatter(mask, counts)
-    loss = rrhf_loss(grid, lengths, table, mask)
+    loss = ranking_loss(grid, lengths, table, mask)
 
     rank = sum(r for r, _ in expected) / len(groups)
     sft = sum(s for _, s in expected) / len(groups)
@@ -87,7 +87,7 @@ def two(
     lengths = torch.tensor([[4, 2]])
     logps = torch.tensor([p], dtype=torch.float64) * lengths
     mask = torch.ones(1, 2, dtype=torch.bool)
-    loss = rrhf_loss(logps, lengths, torch.tensor([rewards]), mask, **options)
+    loss = ranking_loss(logps, lengths, torch.tensor([rewards]), mask, **options)
     return loss.rank.item(), loss.sft.item()
 
 
@@ -106,9 +106,9 @@ def test_weights_and_the_mean_over_pairs() -> None:
     logps = torch.tensor([[-1.0, -2.0, -3.0]])
     ones = torch.ones(1, 3, dtype=torch.int64)
     rewards, mask = torch.tensor([[1.0, 2.0, 3.0]]), torch.ones(1, 3, dtype=torch.bool)
-    loss = rrhf_loss(logps, ones, rewards, mask, rank_weight=10, sft_weight=0.5)
+    loss = ranking_loss(logps, ones, rewards, mask, rank_weight=10, sft_weight=0.5)
     assert (loss.rank.item(), loss.sft.item(), loss.total.item()) == (4.0, 3.0, 41.5)
-    mean = rrhf_loss(logps, ones, rewards, mask, pairs="mean")
+    mean = ranking_loss(logps, ones, rewards, mask, pairs="mean")
     assert mean.rank.item() == pytest.approx(4 / 3)
 
 
@@ -117,8 +117,8 @@ def test_only_the_order_of_rewards_matters() -> None:
     logps = -torch.rand(3, 4, generator=generator) * 9
     lengths = torch.randint(1, 9, (3, 4), generator=generator)
     rewards, mask = torch.randn(3, 4, generator=generator), torch.ones(3, 4, dtype=torch.bool)
-    loss = rrhf_loss(logps, lengths, rewards, mask)
-    assert torch.equal(loss.total, rrhf_loss(logps, lengths, rewards.exp() * 5, mask).total)
+    loss = ranking_loss(logps, lengths, rewards, mask)
+    assert torch.equal(loss.total, ranking_loss(logps, lengths, rewards.exp() * 5, mask).total)
 
 
 def test_gradients_in_float64() -> None:
@@ -132,7 +132,7 @@ def test_gradients_in_float64() -> None:
         sums, counts = sequence_logps(x, labels)
         grid = sums.new_zeros(mask.shape).masked_scatter(mask, sums)
         lengths = counts.new_zeros(mask.shape).masked_scatter(mask, counts)
-        return rrhf_loss(grid, lengths, rewards, mask, margin=0.05).total
+        return ranking_loss(grid, lengths, rewards, mask, margin=0.05).total
 
     assert torch.autograd.gradcheck(total, (logits,))
 
@@ -154,9 +154,9 @@ def test_padding_and_company_change_nothing() -> None:
         torch.rand(4, 3, generator=generator) < 0.8,
     )
     mask[:, 0] = True
-    together = rrhf_loss(logps, lengths, rewards, mask).total
+    together = ranking_loss(logps, lengths, rewards, mask).total
     alone = [
-        rrhf_loss(logps[i, None], lengths[i, None], rewards[i, None], mask[i, None]).total
+        ranking_loss(logps[i, None], lengths[i, None], rewards[i, None], mask[i, None]).total
         for i in range(4)
     ]
     assert torch.allclose(together, torch.stack(alone).mean())
