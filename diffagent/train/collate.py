@@ -10,7 +10,7 @@ one row a candidate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -108,6 +108,30 @@ class RRHFCollator:
             "rows": where * columns + column,
             "targets": targets,
             "owners": owners,
+        }
+
+
+@dataclass(frozen=True)
+class PackCollator:
+    """Rows of several examples each, as ``trl.pack_dataset`` fills them."""
+
+    pad_token_id: int
+
+    def __call__(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, Tensor]:
+        """One batch of B rows, right-padded to T tokens.
+
+        Args:
+            rows: ``input_ids``, ``labels`` and ``seq_lengths``, the lengths of the examples.
+
+        Returns:
+            ``input_ids``, ``labels``, ``position_ids``: (B, T) int. Positions begin at 0 with each
+            example, by which transformers' attention tells them apart where no mask is given.
+        """
+        positions = [[t for n in row["seq_lengths"] for t in range(n)] for row in rows]
+        return {
+            "input_ids": torch.tensor(pad([row["input_ids"] for row in rows], self.pad_token_id)),
+            "labels": torch.tensor(pad([row["labels"] for row in rows], IGNORED)),
+            "position_ids": torch.tensor(pad(positions, 0)),
         }
 
 

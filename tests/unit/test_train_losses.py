@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffagent.train.losses import INVALID_REWARD, ranking_loss, sequence_logps
+from diffagent.train.losses import INVALID_REWARD, group_advantages, ranking_loss, sequence_logps
 
 torch.set_num_threads(1)
 
@@ -160,3 +161,58 @@ def test_padding_and_company_change_nothing() -> None:
         for i in range(4)
     ]
     assert torch.allclose(together, torch.stack(alone).mean())
+
+
+def two_rows() -> tuple[torch.Tensor, ...]:
+    """Two prompts with a better and a worse response each: logps, lengths, rewards, mask, ref."""
+    logps = torch.tensor([[-4.0, -9.0], [-7.0, -6.0]], dtype=torch.float64)
+    lengths = torch.tensor([[4, 6], [5, 3]])
+    rewards, mask = torch.tensor([[1.0, 0.0], [3.0, 2.0]]), torch.ones(2, 2, dtype=torch.bool)
+    return logps, lengths, rewards, mask, torch.tensor([[-5.0, -8.5], [-6.0, -6.5]]).double()
+
+
+def test_simpo_is_that_of_trl() -> None:
+    from trl.experimental.cpo import CPOTrainer
+
+    logps, lengths, rewards, mask, _ = two_rows()
+    settings = {"alpha": 0.0, "loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.5}
+    stub = SimpleNamespace(
+        **settings, label_smoothing=0.0, accelerator=SimpleNamespace(device="cpu")
+    )
+    means = logps / lengths
+    expected, _, _ = CPOTrainer.cpo_loss(stub, means[:, 0], means[:, 1])
+    ours = ranking_loss(logps, lengths, rewards, mask, loss="simpo", beta=2.0, margin=0.5)
+    assert ours.rank.item() == pytest.approx(expected.mean().item(), rel=1e-9)
+
+
+def test_dpo_in_closed_form() -> None:
+    logps, lengths, rewards, mask, reference = two_rows()
+    ours = ranking_loss(
+        logps, lengths, rewards, mask, loss="dpo", reference_logps=reference, beta=0.3
+    )
+    # Margins over the reference: (1 - -0.5), (-1 - 0.5).
+    expected = [math.log1p(math.exp(-0.3 * 1.5)), math.log1p(math.exp(0.3 * 1.5))]
+    assert ours.rank.item() == pytest.approx(sum(expected) / 2, rel=1e-9)
+    with pytest.raises(ValueError, match="reference_logps"):
+        ranking_loss(logps, lengths, rewards, mask, loss="dpo")
+
+
+def test_gspo_in_closed_form() -> None:
+    logps, lengths, rewards, mask, reference = two_rows()
+    ours = ranking_loss(
+        logps, lengths, rewards, mask, loss="gspo", reference_logps=reference, clip=0.2
+    )
+    advantage = 0.5 / (math.sqrt(0.5) + 1e-4)  # of two rewards that differ by 1
+    ratios = [[math.exp(1 / 4), math.exp(-0.5 / 6)], [math.exp(-1 / 5), math.exp(0.5 / 3)]]
+    gain = [min(r[0], 1.2) * advantage - max(r[1], 0.8) * advantage for r in ratios]
+    assert ours.rank.item() == pytest.approx(-sum(gain) / 4, rel=1e-6)
+
+
+def test_advantages_of_ties_and_of_invalid_answers() -> None:
+    rewards = torch.tensor(
+        [[2.0, 2.0, 9.0], [1.0, INVALID_REWARD, 9.0], [INVALID_REWARD, INVALID_REWARD, 9.0]]
+    )
+    mask = torch.tensor([[True, True, False]] * 3)
+    found = group_advantages(rewards, mask)
+    assert found[0].tolist() == found[2].tolist() == [0.0, 0.0, 0.0]
+    assert found[1].tolist() == pytest.approx([0.7070, -0.7070, 0.0], abs=1e-4)

@@ -189,8 +189,8 @@ def test_under_autocast_sums_are_in_float32() -> None:
     assert logps.dtype == torch.float32
     exact = token_logps(hidden, weight, None, targets)
     assert torch.allclose(logps, exact, atol=0.1)
-    ours, = torch.autograd.grad(logps.sum(), weight)
-    theirs, = torch.autograd.grad(exact.sum(), weight)
+    (ours,) = torch.autograd.grad(logps.sum(), weight)
+    (theirs,) = torch.autograd.grad(exact.sum(), weight)
     assert ours.dtype == torch.float32
     assert torch.allclose(ours, theirs, atol=0.1)
 
