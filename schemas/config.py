@@ -308,6 +308,12 @@ class RRHFConfig(_Section):
     seed: int = Field(default=0, ge=0)
 
 
+class RatingsConfig(_Section):
+    """Ratings that people gave to pictures: what the stage ``ratings`` takes."""
+
+    path: str = Field(description="JSON file: see diffagent.train.ratings.read_ratings")
+
+
 Selector = Literal["popular", "random", "nearest", "sft", "rrhf"]
 
 
