@@ -216,6 +216,9 @@ class SamplingConfig(_Section):
     diversity_penalty: float = Field(default=1.0, ge=0)
     max_new_tokens: int = Field(default=256, ge=8)
     batch_size: int = Field(default=16, ge=1, description="prompts per generate call")
+    engine: Literal["transformers", "vllm"] = Field(
+        default="transformers", description="'vllm': for GPUs, with the extra of that name"
+    )
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -225,6 +228,8 @@ class SamplingConfig(_Section):
                 f"num_beam_groups must be 0 (sampling) or num_candidates ({self.num_candidates}): "
                 "a group has one beam"
             )
+        if self.num_beam_groups and self.engine == "vllm":
+            raise ValueError("vLLM has no diverse beam search; set num_beam_groups: 0")
         return self
 
 
