@@ -39,7 +39,8 @@ Array = NDArray[np.float64]
 #: Features and rewards of the training prompts, features of others -> scores of the models there.
 Method = Callable[[Array, Array, Array, float], Array]
 
-SEEDS, FOLDS = 5, 5
+SEEDS, FOLDS, INNER_FOLDS = 5, 5, 2
+DIRECTIONS = 48  # principal ones of the training prompts, which the trained layers see
 SAME_WORDS, SAME_MEANING = 0.6, 0.85
 
 
@@ -107,17 +108,20 @@ def head(loss: Loss | None) -> Method:
     """
 
     def method(x: Array, r: Array, others: Array, setting: float) -> Array:
-        weights = fit_head(x, r, None, setting, None)
+        centre = x.mean(0)
+        axes = np.linalg.svd(x - centre, full_matrices=False)[2][:DIRECTIONS].T
+        features = (x - centre) @ axes
+        weights = fit_head(features, r, None, setting, None)
         if loss is not None:
             start = weights if loss in ("dpo", "gspo") else None
-            weights = fit_head(x, r, loss, setting, start)
-        return np.c_[others, np.ones(len(others))] @ weights
+            weights = fit_head(features, r, loss, setting, start)
+        return np.c_[(others - centre) @ axes, np.ones(len(others))] @ weights
 
     return method
 
 
 def fit_head(x: Array, r: Array, loss: Loss | None, decay: float, start: Array | None) -> Array:
-    """(385, models) weights, the last row the bias, of full-batch L-BFGS with an L2 penalty."""
+    """(features + 1, models) weights, the last row the bias: full-batch L-BFGS, L2 penalty."""
     features = torch.tensor(np.c_[x, np.ones(len(x))])
     rewards = torch.tensor(r)
     mask, lengths = torch.ones_like(rewards).bool(), torch.ones_like(rewards).long()
@@ -155,7 +159,7 @@ def fit_head(x: Array, r: Array, loss: Loss | None, decay: float, start: Array |
     return weights.detach().numpy()
 
 
-DECAYS = (1e-4, 1e-3, 1e-2, 1e-1)
+DECAYS = (1e-4, 1e-3, 1e-2)
 METHODS: dict[str, tuple[Method, tuple[float, ...]]] = {
     "best single": (best_single, (0,)),
     "neighbours": (neighbours, (5, 15, 40, 100)),
@@ -182,8 +186,8 @@ def held_out(method: Method, settings: tuple[float, ...], x: Array, r: Array, gr
         for k in range(FOLDS):
             train, test = fold != k, fold == k
             setting = settings[0]
-            if len(settings) > 1:  # three inner folds
-                inner = folds(group[train], 3, rng)
+            if len(settings) > 1:
+                inner = folds(group[train], INNER_FOLDS, rng)
                 found = [
                     np.mean(
                         np.concatenate(
@@ -197,7 +201,7 @@ def held_out(method: Method, settings: tuple[float, ...], x: Array, r: Array, gr
                                     ),
                                     r[train][inner == i],
                                 )
-                                for i in range(3)
+                                for i in range(INNER_FOLDS)
                             ]
                         )
                     )

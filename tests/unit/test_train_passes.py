@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -20,13 +22,15 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
 )
+from trl import DPOConfig, DPOTrainer
 
 from diffagent.agent.format import IGNORED, Example
 from diffagent.train import losses
 from diffagent.train.collate import RankedPrompt, RRHFCollator, block_mask
 from diffagent.train.losses import INVALID_REWARD, token_logps
 from diffagent.train.passes import packs, response_logps
-from diffagent.train.rrhf import batch_loss
+from diffagent.train.rrhf import batch_loss, with_reference
+from diffagent.train.sandbox_llama import build_tokenizer
 from schemas.config import RRHFConfig
 
 torch.set_num_threads(1)
@@ -257,3 +261,43 @@ def test_models_that_cannot_be_packed_are_found_out(
     loss, gradients = loss_and_gradients(model, ranked_prompts(), False, RRHFConfig())
     assert loss.isfinite()
     assert gradients
+
+
+def test_dpo_is_that_of_trl(tmp_path: Path) -> None:
+    """The same pairs, tokens and reference model in TRL's DPOTrainer and in ours."""
+    tokenizer = build_tokenizer(["a b c d e f"], 300)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=4, **sizes)
+    model = seeded(lambda: LlamaForCausalLM(config))
+    reference = LlamaForCausalLM(config).eval()
+    texts = [
+        {"prompt": "a b", "chosen": " c d", "rejected": " e f f"},
+        {"prompt": "b", "chosen": " a", "rejected": " c d e"},
+    ]
+    args = DPOConfig(
+        output_dir=str(tmp_path), beta=0.3, report_to=[], use_cpu=True, bf16=False, seed=0
+    )
+    trainer = DPOTrainer(
+        model,
+        ref_model=reference,
+        args=args,
+        train_dataset=Dataset.from_list(texts),
+        processing_class=tokenizer,
+    )
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
+    expected = trainer.compute_loss(model.eval(), batch).item()
+
+    rows = []
+    for ids, mask, answer in zip(
+        batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True
+    ):
+        labels = ids.masked_fill(answer == 0, IGNORED)[mask == 1]
+        rows.append(Example(ids[mask == 1].tolist(), labels.tolist()))
+    pairs = zip(rows[:2], rows[2:], strict=True)  # TRL: the chosen ones first
+    prompts = [RankedPrompt((chosen, rejected), (1.0, 0.0)) for chosen, rejected in pairs]
+    collator = RRHFCollator(0)
+    ours = collator(with_reference(reference, prompts, collator))
+    options = RRHFConfig(loss="dpo", beta=0.3, sft_weight=0)
+    found = batch_loss(*response_logps(model, ours), ours, options).total.item()
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert abs(found - 0.6931) > 0.01  # not the loss of equal models
