@@ -1,9 +1,10 @@
 """An epoch of SFT: packed rows and batches by length against batches drawn at random and padded.
 
-Random tokens whose lengths are those of real pairs (log-normal, median 200, nine tenths within 100
+Random tokens whose lengths are those of real pairs (log-normal, median 200, eight tenths within 100
 to 400, at most 512; three tenths are prompt), a Llama with random weights, forward and backward
-without an optimizer step, so that all three have one loss. One JSON line: real tokens a second of processor time,
-ratios to ``random``, and the mean loss of a response token over the epoch.
+without an optimizer step, so that all three have one loss. One JSON line: real tokens a second of
+processor time (a busy machine changes it little), ratios to ``random``, and the mean loss of a
+response token over the epoch.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_sft.py
 """
