@@ -21,6 +21,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -223,16 +224,18 @@ def main() -> None:
     ratings = np.array([[r.ratings[model] for model in models] for r in rated])  # (n, 6, raters)
     r, x = ratings.mean(2), embed([p.prompt for p in rated])
     group = near_duplicates(rated, x)
-    results = {"random": r.mean(1)}
-    for name, (method, settings) in METHODS.items():
-        results[name] = held_out(method, settings, x, r, group)
     raters = range(ratings.shape[2])
-    results["oracle of two raters"] = np.mean(
-        [chosen(np.delete(ratings, i, 2).mean(2), ratings[:, :, i]) for i in raters], axis=0
-    )
-    results["oracle"] = r.max(1)
-    base = results["best single"]
-    for name, values in results.items():
+    base = held_out(*METHODS["best single"], x, r, group)
+    results: dict[str, Callable[[], Array]] = {
+        "random": lambda: r.mean(1),
+        **{name: partial(held_out, *chosen_by, x, r, group) for name, chosen_by in METHODS.items()},
+        "oracle of two raters": lambda: np.mean(
+            [chosen(np.delete(ratings, i, 2).mean(2), ratings[:, :, i]) for i in raters], axis=0
+        ),
+        "oracle": lambda: r.max(1),
+    }
+    for name, result in results.items():
+        values = result()
         mean, gain = bootstrap_intervals(np.c_[values, values - base], samples=5000)
         line = {"benchmark": "ratings", "method": name}
         for label, interval in (("rating", mean), ("gain", gain)):
