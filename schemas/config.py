@@ -181,7 +181,9 @@ class SFTConfig(_Section):
     num_hidden_layers: int = Field(default=4, ge=1, description="sandbox-llama only")
     vocab_size: int = Field(default=2048, ge=300, description="sandbox-llama only: byte-level BPE")
     lora_rank: int = Field(default=0, ge=0, le=512, description="0 trains all parameters")
-    gradient_checkpointing: bool = Field(default=False, description="less memory, more time")
+    gradient_checkpointing: bool | Literal["half"] = Field(
+        default=False, description="less memory for more time; 'half': every second layer"
+    )
     num_train_epochs: float = Field(default=3, gt=0)
     max_steps: int = Field(default=-1, ge=-1, description="-1: by epochs")
     per_device_train_batch_size: int = Field(default=16, ge=1)
@@ -190,6 +192,11 @@ class SFTConfig(_Section):
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
     max_length: int = Field(default=512, ge=32, description="tokens of prompt + response")
+    batching: Literal["random", "by_length", "packed"] = Field(
+        default="random",
+        description="'by_length': rows of one batch are about equally long; 'packed': a row of the "
+        "batch holds as many examples as fit into max_length, and none sees another",
+    )
     save_steps: int = Field(default=200, ge=1)
     seed: int = Field(default=0, ge=0)
 
@@ -210,6 +217,9 @@ class SamplingConfig(_Section):
     diversity_penalty: float = Field(default=1.0, ge=0)
     max_new_tokens: int = Field(default=256, ge=8)
     batch_size: int = Field(default=16, ge=1, description="prompts per generate call")
+    engine: Literal["transformers", "vllm"] = Field(
+        default="transformers", description="'vllm': for GPUs, with the extra of that name"
+    )
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -219,6 +229,8 @@ class SamplingConfig(_Section):
                 f"num_beam_groups must be 0 (sampling) or num_candidates ({self.num_candidates}): "
                 "a group has one beam"
             )
+        if self.num_beam_groups and self.engine == "vllm":
+            raise ValueError("vLLM has no diverse beam search; set num_beam_groups: 0")
         return self
 
 
@@ -264,26 +276,48 @@ class RewardsConfig(_Section):
 
 
 class RRHFConfig(_Section):
-    """RRHF, equations 1 to 4 of arXiv 2304.05302."""
+    """Training on ranked candidates: RRHF, equations 1 to 4 of arXiv 2304.05302, and others."""
 
+    loss: Literal["rrhf", "dpo", "simpo", "gspo"] = Field(
+        default="rrhf",
+        description="ranking term: see diffagent.train.losses.ranking_loss; for the others as "
+        "published set pairs: mean and sft_weight: 0",
+    )
+    formulation: Literal["packed", "padded"] = Field(
+        default="packed",
+        description="'packed': the candidates of a prompt share one pass over it, where the model "
+        "can; 'padded': one row a candidate. The loss is the same",
+    )
     lora_rank: int = Field(default=0, ge=0, le=512, description="0 trains all parameters")
-    gradient_checkpointing: bool = Field(default=False, description="less memory, more time")
+    gradient_checkpointing: bool | Literal["half"] = Field(
+        default="half", description="less memory for more time; 'half': every second layer"
+    )
     num_train_epochs: float = Field(default=3, gt=0)
     max_steps: int = Field(default=-1, ge=-1)
     per_device_train_batch_size: int = Field(default=4, ge=1, description="prompts per step")
     gradient_accumulation_steps: int = Field(default=1, ge=1)
     learning_rate: float = Field(default=2e-5, gt=0)
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
-    rank_weight: float = Field(default=1.0, ge=0, description="weight of L_rank")
+    rank_weight: float = Field(default=1.0, ge=0, description="weight of the ranking term")
     sft_weight: float = Field(default=1.0, ge=0, description="weight of L_ft")
-    length_normalization: bool = Field(default=True, description="equation 1 divides by |y|")
+    length_normalization: bool = Field(
+        default=True, description="'rrhf': equation 1 divides by |y|; 'simpo' always does"
+    )
     pairs: Literal["sum", "mean"] = Field(
         default="sum", description="equation 2 over the pairs of a prompt; 'sum' in the paper"
     )
-    margin: float = Field(default=0.0, ge=0, description="0 as in the paper")
+    margin: float = Field(default=0.0, ge=0, description="0 as in the paper; 'simpo': its gamma")
+    beta: float = Field(default=0.1, gt=0, description="'dpo', 'simpo': sharpness; 2 in SimPO")
+    clip: float = Field(default=0.2, gt=0, description="'gspo': bound of the likelihood ratio")
     max_length: int = Field(default=512, ge=32)
     save_steps: int = Field(default=200, ge=1)
     seed: int = Field(default=0, ge=0)
+
+
+class RatingsConfig(_Section):
+    """Ratings that people gave to pictures: what the stage ``ratings`` takes."""
+
+    path: str = Field(description="JSON file: see diffagent.train.ratings.read_ratings")
 
 
 FittedSelector = Literal[

@@ -233,6 +233,7 @@ class Agent:
             output = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
+                past_key_values=self._read_once(ids[::k, :-1], mask[::k, :-1], k),
                 generation_config=GenerationConfig(
                     do_sample=False,
                     max_new_tokens=max_new_tokens,
@@ -242,10 +243,25 @@ class Agent:
                 ),
                 logits_processor=LogitsProcessorList([processor] if processor else []),
             )
-        completions = [self._completion(row) for row in output[:, width:].tolist()]
+        completions = [self.completion(row) for row in output[:, width:].tolist()]
         return (completions[start : start + k] for start in range(0, len(completions), k))
 
-    def _completion(self, ids: list[int]) -> Completion:
+    def _read_once(self, ids: Tensor, mask: Tensor, k: int) -> Any:
+        """Keys and values of prompts (P, T) as rows of k candidates each would have them."""
+        from transformers import DynamicCache
+
+        if k == 1 or not ids.shape[1] or not self.model._supports_default_dynamic_cache():
+            return None
+        cache = DynamicCache(config=self.model.config)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        self.model.base_model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache
+        )
+        cache.batch_repeat_interleave(k)
+        return cache
+
+    def completion(self, ids: list[int]) -> Completion:
+        """The answer that the tokens ``ids`` are."""
         eos = self.tokenizer.eos_token_id
         ended = eos in ids
         text = self.tokenizer.decode(

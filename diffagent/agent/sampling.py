@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
 
 from diffagent.agent.candidates import Answer, write_candidates
 from diffagent.agent.decoding import Decoding, DiverseBeams, TopP
-from diffagent.agent.format import response_text
-from diffagent.agent.llm import Completion, load_agent
+from diffagent.agent.format import encode_prompt, response_text
+from diffagent.agent.llm import Agent, Completion, load_agent
 from diffagent.agent.prompts import Pair, draw, read_split
 from diffagent.agent.verify import verify
 from diffagent.artifacts import StageContext, StageResult, stage
 from diffagent.dabench.catalogue import Catalogue
+from diffagent.errors import ConfigError
 from schemas.config import SampleShard, SamplingConfig
 
 log = logging.getLogger(__name__)
 
 
-@stage("sample", version=1, config=SampleShard)
+@stage("sample", version=2, config=SampleShard)
 def sample(config: SampleShard, context: StageContext) -> StageResult:
     """One shard of the drawn train prompts -> candidates.parquet.
 
@@ -29,9 +33,11 @@ def sample(config: SampleShard, context: StageContext) -> StageResult:
     """
     dabench = context.one("dabench").path
     agent = load_agent(context.one("agent").path, context.runtime.device)
+    # Prompts of like length share a batch; the answers do not depend on that.
     drawn = draw(read_split(dabench, "train"), config.num_prompts, config.seed)
-    pairs = drawn[config.shard :: config.num_shards]
-    completions = agent.generate(
+    pairs = sorted(drawn[config.shard :: config.num_shards], key=lambda pair: len(pair.prompt))
+    engine = VLLM(agent, context.one("agent").path) if config.engine == "vllm" else agent
+    completions = engine.generate(
         [pair.prompt for pair in pairs],
         max_new_tokens=config.max_new_tokens,
         decoding=decoding(config),
@@ -58,6 +64,93 @@ def sample(config: SampleShard, context: StageContext) -> StageResult:
             "outcomes": counts,
         },
     )
+
+
+class Engine(Protocol):
+    """What writes candidates: an ``Agent`` (transformers), or ``VLLM``."""
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        decoding: Decoding,
+        batch_size: int,
+    ) -> list[list[Completion]]:
+        """``decoding.num_candidates`` answers to each prompt, as ``Agent.generate``."""
+        ...
+
+
+class VLLM:
+    """vLLM behind the agent's interface, for sampling on a GPU.
+
+    Batches are vLLM's own, and it encodes the prompt of several candidates once. What it samples
+    depends on (seed, prompt, candidate), but its numbers are not those of transformers.
+
+    Never run by its authors, who had no GPU: the tests check the calls that it makes.
+
+    Args:
+        agent: gives tokenizer and template.
+        directory: the agent's directory, which vLLM loads the weights from.
+    """
+
+    def __init__(self, agent: Agent, directory: Path) -> None:
+        try:
+            import vllm
+        except ImportError as error:
+            raise ConfigError(
+                "sampling.engine is 'vllm', which is not installed; pip install "
+                "'diffagent[vllm]' on a machine with a GPU, or set engine: transformers"
+            ) from error
+        self.agent, self.params = agent, vllm.SamplingParams
+        self.model = vllm.LLM(str(directory), enable_prefix_caching=True)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        decoding: Decoding,
+        batch_size: int,
+    ) -> list[list[Completion]]:
+        """Sampled answers; ``batch_size`` is left to vLLM.
+
+        Raises:
+            ConfigError: ``decoding`` is none that vLLM has.
+        """
+        if not isinstance(decoding, TopP):
+            raise ConfigError(f"vLLM samples (TopP) and does not decode by {decoding!r}")
+        params = [
+            self.params(
+                n=decoding.num_candidates,
+                temperature=decoding.temperature,
+                top_p=decoding.top_p,
+                max_tokens=max_new_tokens,
+                seed=_seed(decoding.seed, prompt),
+                stop_token_ids=[self.agent.tokenizer.eos_token_id],
+                detokenize=False,
+            )
+            for prompt in prompts
+        ]
+        info, tokenizer = self.agent.info, self.agent.tokenizer
+        encoded = [
+            {
+                "prompt_token_ids": encode_prompt(
+                    tokenizer, prompt, info.max_length, info.prompt_template
+                )[0]
+            }
+            for prompt in prompts
+        ]
+        outputs = self.model.generate(encoded, params, use_tqdm=False)
+        return [
+            [self.agent.completion(list(answer.token_ids)) for answer in output.outputs]
+            for output in outputs
+        ]
+
+
+def _seed(seed: int, prompt: str) -> int:
+    digest = hashlib.sha256(f"{seed}/{prompt}".encode(errors="replace")).digest()
+    return int.from_bytes(digest[:4], "big")
 
 
 def decoding(config: SamplingConfig) -> Decoding:

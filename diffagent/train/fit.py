@@ -34,7 +34,8 @@ def training_arguments(
         "max_steps": config.max_steps,
         "per_device_train_batch_size": config.per_device_train_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "activation_checkpointing": config.gradient_checkpointing,  # its name since 5.23
+        "activation_checkpointing": bool(config.gradient_checkpointing),  # its name since 5.23
+        "activation_checkpointing_kwargs": checkpointing(config),
         "learning_rate": config.learning_rate,
         "warmup_steps": config.warmup_ratio,  # below 1 it is a fraction of all steps
         "lr_scheduler_type": "linear",
@@ -51,6 +52,11 @@ def training_arguments(
         "dataloader_pin_memory": device.type == "cuda",
         "disable_tqdm": not sys.stderr.isatty(),
     }
+
+
+def checkpointing(config: SFTConfig | RRHFConfig) -> dict[str, Any]:
+    """Keyword arguments of ``model.activation_checkpointing_enable``, as Trainer takes them."""
+    return {"every_n_layers": 2 if config.gradient_checkpointing == "half" else 1}
 
 
 def weights_dtype(lora_rank: int, device: torch.device) -> torch.dtype:

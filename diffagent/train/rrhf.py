@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import polars as pl
@@ -23,7 +24,8 @@ from diffagent.device import resolve_device
 from diffagent.errors import ArtifactError, TrainingError
 from diffagent.train import fit
 from diffagent.train.collate import RankedPrompt, RRHFCollator
-from diffagent.train.losses import INVALID_REWARD, RRHFLoss, rrhf_loss, sequence_logps
+from diffagent.train.losses import INVALID_REWARD, RankingLoss, ranking_loss
+from diffagent.train.passes import packs, response_logps
 from schemas.config import RRHFConfig
 
 log = logging.getLogger(__name__)
@@ -45,10 +47,11 @@ class RankedPrompts(Dataset[RankedPrompt]):
 
 
 class RRHFTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
-    """transformers' Trainer with the loss of RRHF.
+    """transformers' Trainer with the losses of ``ranking_loss``.
 
     A batch is what ``RRHFCollator`` makes, ``per_device_train_batch_size`` counts prompts, and
     the loss is a mean over prompts. The two terms are logged as ``rank_loss`` and ``sft_loss``.
+    Prompts are packed when the options say so and the model can; ``packed`` tells.
 
     Args:
         model: a causal LM.
@@ -69,10 +72,22 @@ class RRHFTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped her
         train_dataset: RankedPrompts,
         processing_class: Any,
     ) -> None:
+        model, pad_token_id = model.to(args.device), processing_class.pad_token_id
+        # With several processes gradients are gathered by a wrapper, which the packed pass evades.
+        self.packed = (
+            rrhf.formulation == "packed"
+            and args.world_size == 1
+            and packs(model, train_dataset.prompts, pad_token_id)
+        )
+        if rrhf.formulation == "packed" and not self.packed:
+            log.warning("training with one padded row a candidate, which is slower")
+        collator = RRHFCollator(pad_token_id, self.packed)
+        if rrhf.loss in ("dpo", "gspo"):
+            train_dataset = RankedPrompts(with_reference(model, train_dataset.prompts, collator))
         super().__init__(
             model=model,
             args=args,
-            data_collator=RRHFCollator(processing_class.pad_token_id),
+            data_collator=collator,
             train_dataset=train_dataset,
             processing_class=processing_class,
         )
@@ -86,16 +101,13 @@ class RRHFTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped her
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """RRHF's loss of one batch."""
-        outputs = model(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            use_cache=False,
-        )
-        loss = batch_loss(outputs.logits, inputs, self.rrhf)
+        """The loss of one batch; as outputs, log-probabilities and lengths (P, K)."""
+        with self.accelerator.autocast():
+            logps, lengths = response_logps(model, inputs)
+        loss = batch_loss(logps, lengths, inputs, self.rrhf)
         self._terms["rank_loss"].append(loss.rank.item())
         self._terms["sft_loss"].append(loss.sft.item())
-        return (loss.total, outputs) if return_outputs else loss.total
+        return (loss.total, {"logps": logps, "lengths": lengths}) if return_outputs else loss.total
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log with the two terms, averaged since the last one."""
@@ -104,25 +116,43 @@ class RRHFTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped her
         super().log({**logs, **means}, start_time)
 
 
-def batch_loss(logits: Tensor, batch: dict[str, Tensor], config: RRHFConfig) -> RRHFLoss:
-    """RRHF's loss of a collated batch given its logits (N, T, V)."""
-    sums, counts = sequence_logps(logits.float(), batch["labels"])
-    mask = batch["mask"]
-    grid = sums.new_zeros(mask.shape)
-    return rrhf_loss(
-        grid.masked_scatter(mask, sums),
-        torch.zeros_like(mask, dtype=counts.dtype).masked_scatter(mask, counts),
+def batch_loss(
+    logps: Tensor, lengths: Tensor, batch: dict[str, Tensor], config: RRHFConfig
+) -> RankingLoss:
+    """The loss of a collated batch given ``logps`` (P, K) and ``lengths`` (P, K)."""
+    return ranking_loss(
+        logps,
+        lengths,
         batch["rewards"],
-        mask,
+        batch["mask"],
+        loss=config.loss,
+        reference_logps=batch["reference_logps"],
         length_normalization=config.length_normalization,
         pairs=config.pairs,
         margin=config.margin,
+        beta=config.beta,
+        clip=config.clip,
         rank_weight=config.rank_weight,
         sft_weight=config.sft_weight,
     )
 
 
-@stage("rrhf", version=1, config=RRHFConfig)
+def with_reference(
+    model: Any, prompts: Sequence[RankedPrompt], collator: RRHFCollator
+) -> list[RankedPrompt]:
+    """The prompts with the log-probabilities that ``model`` gives their candidates now."""
+    result, training = [], model.training
+    model.eval()
+    for prompt in prompts:
+        batch = {name: value.to(model.device) for name, value in collator([prompt]).items()}
+        with torch.no_grad():
+            logps, _ = response_logps(model, batch)
+        result.append(replace(prompt, reference_logps=tuple(logps[0].tolist())))
+    model.train(training)
+    return result
+
+
+@stage("rrhf", version=2, config=RRHFConfig)
 def train_rrhf(config: RRHFConfig, context: StageContext) -> StageResult:
     """SFT agent, candidates and their scores -> aligned agent directory."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig as TRLConfig
-from trl import SFTTrainer
+from trl import SFTTrainer, pack_dataset
 
 from diffagent.agent.format import Example, encode_example, response_text
 from diffagent.agent.llm import AgentInfo, align_special_tokens, save_agent
@@ -21,6 +23,7 @@ from diffagent.artifacts import StageContext, StageResult, named_files, stage
 from diffagent.device import resolve_device
 from diffagent.errors import TrainingError
 from diffagent.train import fit
+from diffagent.train.collate import PackCollator
 from diffagent.train.sandbox_llama import build_model, build_tokenizer
 from diffagent.train.smollm2 import SMOLLM2, load_smollm2
 from schemas.config import SFTConfig
@@ -30,8 +33,32 @@ log = logging.getLogger(__name__)
 SANDBOX_MODEL = "sandbox-llama"
 
 
+class EpochLengthSampler(LengthGroupedSampler):  # type: ignore[misc]  # transformers is untyped
+    """Batches of equal lengths whose order depends on (seed, epoch) alone.
+
+    transformers' own draws from the global generator, so that a run that is resumed in a later
+    epoch would go on in another order.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader when an epoch begins."""
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
+
+
 class ResponseTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
-    """TRL's SFTTrainer without its telemetry and its model card."""
+    """TRL's SFTTrainer without its telemetry and its model card, and with batches by length."""
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
+        args, rows = self.args, train_dataset or self.train_dataset
+        if args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        batch = args.train_batch_size * args.gradient_accumulation_steps
+        return EpochLengthSampler(batch, [len(ids) for ids in rows["input_ids"]], args.seed)
 
     def _send_telemetry(self) -> None:
         """Nothing leaves the machine."""
@@ -49,21 +76,7 @@ def train_sft(config: SFTConfig, context: StageContext) -> StageResult:
     pairs = [(pair.prompt, response_text(pair.api)) for pair in train]
     model, tokenizer = load_base(config, pairs, fit.weights_dtype(config.lora_rank, device))
     examples, counts = encode_pairs(tokenizer, pairs, config.max_length)
-    trainer = ResponseTrainer(
-        model=fit.add_lora(model, config),
-        args=TRLConfig(
-            **fit.training_arguments(config, context.out, device),
-            dataset_kwargs={"skip_prepare_dataset": True},
-            max_length=config.max_length,
-        ),
-        train_dataset=Dataset.from_dict(
-            {
-                "input_ids": [example.input_ids for example in examples],
-                "labels": [example.labels for example in examples],
-            }
-        ),
-        processing_class=tokenizer,
-    )
+    trainer = build_trainer(config, model, tokenizer, examples, out=context.out, device=device)
     metrics = fit.fit(trainer)
     info = AgentInfo(
         # A path would name this machine; its last part says enough.
@@ -77,6 +90,69 @@ def train_sft(config: SFTConfig, context: StageContext) -> StageResult:
         rows={"pairs": len(pairs), "examples": len(examples)},
         metrics={**metrics, **counts, "parameters": model.num_parameters()},
     )
+
+
+def build_trainer(
+    config: SFTConfig,
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    *,
+    out: Path,
+    device: torch.device,
+) -> ResponseTrainer:
+    """The trainer of a run, whose batches are made as ``config.batching`` says."""
+    rows = Dataset.from_dict(
+        {
+            "input_ids": [example.input_ids for example in examples],
+            "labels": [example.labels for example in examples],
+        }
+    )
+    batching = config.batching
+    if batching == "packed" and not keeps_packs_apart(model, examples):
+        log.warning("%s cannot read packed rows; batching by length", type(model).__name__)
+        batching = "by_length"
+    if batching == "packed":
+        rows = pack_dataset(rows, config.max_length, "bfd")
+    return ResponseTrainer(
+        model=fit.add_lora(model, config),
+        args=TRLConfig(
+            **fit.training_arguments(config, out, device),
+            dataset_kwargs={"skip_prepare_dataset": True},
+            max_length=config.max_length,
+            train_sampling_strategy="group_by_length" if batching == "by_length" else "random",
+        ),
+        data_collator=PackCollator(tokenizer.pad_token_id) if batching == "packed" else None,
+        train_dataset=rows,
+        processing_class=tokenizer,
+    )
+
+
+def keeps_packs_apart(model: Any, examples: Sequence[Example]) -> bool:
+    """Whether an example's logits stay the same behind another one, tried on two short ones."""
+    first, *rest = sorted(examples, key=lambda example: len(example.input_ids))
+    second = rest[0] if rest else first
+    row = {"input_ids": first.input_ids + second.input_ids, "labels": first.labels + second.labels}
+    lengths = [len(first.input_ids), len(second.input_ids)]
+    batch = PackCollator(0)([{**row, "seq_lengths": lengths}])
+    alone = torch.tensor([second.input_ids], device=model.device)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            packed = model(
+                input_ids=batch["input_ids"].to(model.device),
+                position_ids=batch["position_ids"].to(model.device),
+                use_cache=False,
+            ).logits[:, lengths[0] :]
+            expected = model(input_ids=alone, use_cache=False).logits
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        log.warning("%s cannot take positions: %s", type(model).__name__, error)
+        return False
+    finally:
+        model.train(training)
+    tolerance = 5e-2 if model.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    return bool((packed - expected).abs().max() < tolerance * expected.abs().max().clamp(min=1))
 
 
 def load_base(

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+from typing import Any
+
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
-from diffagent.agent.format import response_text
-from diffagent.agent.llm import Completion
+from diffagent.agent.decoding import Decoding, DiverseBeams, TopP
+from diffagent.agent.format import encode_prompt, response_text
+from diffagent.agent.llm import Agent, Completion, load_agent
 from diffagent.agent.prompts import Pair, draw, read_split
-from diffagent.agent.sampling import distinct, sample
+from diffagent.agent.sampling import VLLM, distinct, sample
 from diffagent.artifacts import Artifact
-from diffagent.errors import ArtifactError
+from diffagent.errors import ArtifactError, ConfigError
 from schemas.api import parse_api
-from schemas.config import SampleShard
+from schemas.config import SampleShard, SamplingConfig
 from schemas.dabench import CANDIDATES
 from tests.unit.agent_world import make_catalogue, make_rows
 from tests.unit.conftest import AgentRun
@@ -78,6 +84,76 @@ def test_the_same_request_gives_the_same_bytes(agent_run: AgentRun, shards: list
 def test_diverse_beams_are_an_option(agent_run: AgentRun) -> None:
     artifact = run(agent_run, 1, num_beam_groups=3)
     assert table(artifact).filter(pl.col("source") == "sft")["prompt_id"].n_unique() > 0
+
+
+@pytest.mark.parametrize("decoding", [TopP(3, 1.5, 0.95, seed=1), DiverseBeams(3, 1.0)])
+def test_a_prompt_is_read_once_for_all_its_candidates(
+    agent_run: AgentRun, monkeypatch: pytest.MonkeyPatch, decoding: Decoding
+) -> None:
+    agent = load_agent(agent_run.agent.path, "cpu")
+    prompts = ["a red star", "a pixel art drawing of two blue circles on a green field", "x"]
+    embed, sizes = agent.model.get_input_embeddings(), []
+    hook = embed.register_forward_hook(lambda module, inputs, out: sizes.append(inputs[0].shape))
+    once = agent.generate(prompts, decoding=decoding, max_new_tokens=96)
+    hook.remove()
+    assert [tuple(size) for size in sizes[1:]] == [(9, 1)] * (len(sizes) - 1)
+    assert sizes[0][0] == 3
+    monkeypatch.setattr(Agent, "_read_once", lambda *args: None)
+    assert agent.generate(prompts, decoding=decoding, max_new_tokens=96) == once
+
+
+def test_vllm_is_asked_for_what_the_agent_would_do(
+    agent_run: AgentRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a stand-in for vLLM that notes its calls: no GPU is needed, and nothing is proved."""
+    agent = load_agent(agent_run.agent.path, "cpu")
+    eos, calls = agent.tokenizer.eos_token_id, []
+    answer = [*agent.tokenizer('{"model":"x"}')["input_ids"], eos]
+
+    class LLM:
+        def __init__(self, model: str, **options: object) -> None:
+            calls.append((model, options))
+
+        def generate(self, prompts: list[Any], params: list[Any], use_tqdm: bool) -> list[Any]:
+            calls.append((prompts, params))
+            found = [SimpleNamespace(token_ids=answer), SimpleNamespace(token_ids=answer[:-1])]
+            return [SimpleNamespace(outputs=found) for _ in prompts]
+
+    stand_in = SimpleNamespace(LLM=LLM, SamplingParams=dict)
+    monkeypatch.setitem(sys.modules, "vllm", stand_in)
+    engine = VLLM(agent, agent_run.agent.path)
+    settings = {"max_new_tokens": 9, "batch_size": 1}
+    found = engine.generate(["a star", "a box"], decoding=TopP(2, 0.8, 0.9, 3), **settings)
+    assert found == [[Completion('{"model":"x"}', True), Completion('{"model":"x"}', False)]] * 2
+    assert calls[0] == (str(agent_run.agent.path), {"enable_prefix_caching": True})
+    prompts, params = calls[1]
+    template = agent.info.prompt_template
+    for prompt, given in zip(["a star", "a box"], prompts, strict=True):
+        assert given == {
+            "prompt_token_ids": encode_prompt(agent.tokenizer, prompt, 99, template)[0]
+        }
+    assert params[0] | {"seed": 0} == {
+        "n": 2,
+        "temperature": 0.8,
+        "top_p": 0.9,
+        "max_tokens": 9,
+        "seed": 0,
+        "stop_token_ids": [eos],
+        "detokenize": False,
+    }
+    assert params[0]["seed"] != params[1]["seed"]
+    with pytest.raises(ConfigError, match="does not decode by DiverseBeams"):
+        engine.generate(["a star"], decoding=DiverseBeams(2), **settings)
+    with pytest.raises(ValidationError, match="no diverse beam search"):
+        SamplingConfig(engine="vllm", num_candidates=4, num_beam_groups=4)
+
+
+def test_without_vllm_the_message_names_the_extra(
+    agent_run: AgentRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(ConfigError, match=r"diffagent\[vllm\]"):
+        run(agent_run, 0, engine="vllm")
 
 
 def test_equal_apis_are_one_candidate_however_they_are_spelt() -> None:

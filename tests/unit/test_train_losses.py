@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffagent.train.losses import INVALID_REWARD, rrhf_loss, sequence_logps
+from diffagent.train.losses import INVALID_REWARD, group_advantages, ranking_loss, sequence_logps
 
 torch.set_num_threads(1)
 
@@ -71,7 +72,7 @@ def test_the_loss_equals_the_naive_loop(seed: int, data: st.DataObject) -> None:
     sums, counts = sequence_logps(logits, labels)
     grid = torch.full(mask.shape, 77.0, dtype=torch.float64).masked_scatter(mask, sums)
     lengths = torch.zeros(mask.shape, dtype=torch.int64).masked_scatter(mask, counts)
-    loss = rrhf_loss(grid, lengths, table, mask)
+    loss = ranking_loss(grid, lengths, table, mask)
 
     rank = sum(r for r, _ in expected) / len(groups)
     sft = sum(s for _, s in expected) / len(groups)
@@ -87,7 +88,7 @@ def two(
     lengths = torch.tensor([[4, 2]])
     logps = torch.tensor([p], dtype=torch.float64) * lengths
     mask = torch.ones(1, 2, dtype=torch.bool)
-    loss = rrhf_loss(logps, lengths, torch.tensor([rewards]), mask, **options)
+    loss = ranking_loss(logps, lengths, torch.tensor([rewards]), mask, **options)
     return loss.rank.item(), loss.sft.item()
 
 
@@ -106,9 +107,9 @@ def test_weights_and_the_mean_over_pairs() -> None:
     logps = torch.tensor([[-1.0, -2.0, -3.0]])
     ones = torch.ones(1, 3, dtype=torch.int64)
     rewards, mask = torch.tensor([[1.0, 2.0, 3.0]]), torch.ones(1, 3, dtype=torch.bool)
-    loss = rrhf_loss(logps, ones, rewards, mask, rank_weight=10, sft_weight=0.5)
+    loss = ranking_loss(logps, ones, rewards, mask, rank_weight=10, sft_weight=0.5)
     assert (loss.rank.item(), loss.sft.item(), loss.total.item()) == (4.0, 3.0, 41.5)
-    mean = rrhf_loss(logps, ones, rewards, mask, pairs="mean")
+    mean = ranking_loss(logps, ones, rewards, mask, pairs="mean")
     assert mean.rank.item() == pytest.approx(4 / 3)
 
 
@@ -117,8 +118,8 @@ def test_only_the_order_of_rewards_matters() -> None:
     logps = -torch.rand(3, 4, generator=generator) * 9
     lengths = torch.randint(1, 9, (3, 4), generator=generator)
     rewards, mask = torch.randn(3, 4, generator=generator), torch.ones(3, 4, dtype=torch.bool)
-    loss = rrhf_loss(logps, lengths, rewards, mask)
-    assert torch.equal(loss.total, rrhf_loss(logps, lengths, rewards.exp() * 5, mask).total)
+    loss = ranking_loss(logps, lengths, rewards, mask)
+    assert torch.equal(loss.total, ranking_loss(logps, lengths, rewards.exp() * 5, mask).total)
 
 
 def test_gradients_in_float64() -> None:
@@ -132,7 +133,7 @@ def test_gradients_in_float64() -> None:
         sums, counts = sequence_logps(x, labels)
         grid = sums.new_zeros(mask.shape).masked_scatter(mask, sums)
         lengths = counts.new_zeros(mask.shape).masked_scatter(mask, counts)
-        return rrhf_loss(grid, lengths, rewards, mask, margin=0.05).total
+        return ranking_loss(grid, lengths, rewards, mask, margin=0.05).total
 
     assert torch.autograd.gradcheck(total, (logits,))
 
@@ -154,9 +155,64 @@ def test_padding_and_company_change_nothing() -> None:
         torch.rand(4, 3, generator=generator) < 0.8,
     )
     mask[:, 0] = True
-    together = rrhf_loss(logps, lengths, rewards, mask).total
+    together = ranking_loss(logps, lengths, rewards, mask).total
     alone = [
-        rrhf_loss(logps[i, None], lengths[i, None], rewards[i, None], mask[i, None]).total
+        ranking_loss(logps[i, None], lengths[i, None], rewards[i, None], mask[i, None]).total
         for i in range(4)
     ]
     assert torch.allclose(together, torch.stack(alone).mean())
+
+
+def two_rows() -> tuple[torch.Tensor, ...]:
+    """Two prompts with a better and a worse response each: logps, lengths, rewards, mask, ref."""
+    logps = torch.tensor([[-4.0, -9.0], [-7.0, -6.0]], dtype=torch.float64)
+    lengths = torch.tensor([[4, 6], [5, 3]])
+    rewards, mask = torch.tensor([[1.0, 0.0], [3.0, 2.0]]), torch.ones(2, 2, dtype=torch.bool)
+    return logps, lengths, rewards, mask, torch.tensor([[-5.0, -8.5], [-6.0, -6.5]]).double()
+
+
+def test_simpo_is_that_of_trl() -> None:
+    from trl.experimental.cpo import CPOTrainer
+
+    logps, lengths, rewards, mask, _ = two_rows()
+    settings = {"alpha": 0.0, "loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.5}
+    stub = SimpleNamespace(
+        **settings, label_smoothing=0.0, accelerator=SimpleNamespace(device="cpu")
+    )
+    means = logps / lengths
+    expected, _, _ = CPOTrainer.cpo_loss(stub, means[:, 0], means[:, 1])
+    ours = ranking_loss(logps, lengths, rewards, mask, loss="simpo", beta=2.0, margin=0.5)
+    assert ours.rank.item() == pytest.approx(expected.mean().item(), rel=1e-9)
+
+
+def test_dpo_in_closed_form() -> None:
+    logps, lengths, rewards, mask, reference = two_rows()
+    ours = ranking_loss(
+        logps, lengths, rewards, mask, loss="dpo", reference_logps=reference, beta=0.3
+    )
+    # Margins over the reference: (1 - -0.5), (-1 - 0.5).
+    expected = [math.log1p(math.exp(-0.3 * 1.5)), math.log1p(math.exp(0.3 * 1.5))]
+    assert ours.rank.item() == pytest.approx(sum(expected) / 2, rel=1e-9)
+    with pytest.raises(ValueError, match="reference_logps"):
+        ranking_loss(logps, lengths, rewards, mask, loss="dpo")
+
+
+def test_gspo_in_closed_form() -> None:
+    logps, lengths, rewards, mask, reference = two_rows()
+    ours = ranking_loss(
+        logps, lengths, rewards, mask, loss="gspo", reference_logps=reference, clip=0.2
+    )
+    advantage = 0.5 / (math.sqrt(0.5) + 1e-4)  # of two rewards that differ by 1
+    ratios = [[math.exp(1 / 4), math.exp(-0.5 / 6)], [math.exp(-1 / 5), math.exp(0.5 / 3)]]
+    gain = [min(r[0], 1.2) * advantage - max(r[1], 0.8) * advantage for r in ratios]
+    assert ours.rank.item() == pytest.approx(-sum(gain) / 4, rel=1e-6)
+
+
+def test_advantages_of_ties_and_of_invalid_answers() -> None:
+    rewards = torch.tensor(
+        [[2.0, 2.0, 9.0], [1.0, INVALID_REWARD, 9.0], [INVALID_REWARD, INVALID_REWARD, 9.0]]
+    )
+    mask = torch.tensor([[True, True, False]] * 3)
+    found = group_advantages(rewards, mask)
+    assert found[0].tolist() == found[2].tolist() == [0.0, 0.0, 0.0]
+    assert found[1].tolist() == pytest.approx([0.7070, -0.7070, 0.0], abs=1e-4)

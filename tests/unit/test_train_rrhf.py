@@ -21,12 +21,13 @@ from diffagent.agent.prompts import Pair, read_split
 from diffagent.agent.verify import verify
 from diffagent.artifacts import Artifact, StageContext, StageResult, stage
 from diffagent.errors import ArtifactError, TrainingError
+from diffagent.train import fit
 from diffagent.train.collate import RankedPrompt, RRHFCollator
 from diffagent.train.losses import INVALID_REWARD
+from diffagent.train.passes import response_logps
 from diffagent.train.rrhf import (
     RankedPrompts,
     RRHFTrainer,
-    batch_loss,
     encode_ranked,
     rank,
     train_rrhf,
@@ -162,7 +163,7 @@ def test_the_collator_keeps_rows_rewards_and_masks_together() -> None:
         RankedPrompt((example(5, 6, 7), example(8, prompt=1)), (0.5, INVALID_REWARD)),
         RankedPrompt((example(9),), (2.0,)),
     ]
-    batch = RRHFCollator(pad_token_id=0)(prompts)
+    batch = RRHFCollator(pad_token_id=0, packed=False)(prompts)
     assert batch["input_ids"].tolist() == [[1, 1, 5, 6, 7], [1, 8, 0, 0, 0], [1, 1, 9, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]]
     assert batch["labels"][1].tolist() == [-100, 8, -100, -100, -100]
@@ -176,27 +177,40 @@ def encoded(agent_run: AgentRun, agent: Agent, count: int) -> list[RankedPrompt]
     return encode_ranked(agent.tokenizer, ranked, 192, agent.info.prompt_template)[0]
 
 
-def test_the_batch_loss_of_a_model_equals_one_forward_pass_a_candidate(agent_run: AgentRun) -> None:
+@pytest.mark.parametrize("loss", ["rrhf", "dpo", "simpo", "gspo"])
+def test_every_loss_trains_on_the_same_ranked_data(
+    agent_run: AgentRun, tmp_path: Path, loss: str
+) -> None:
+    """After some steps the favourite model's answer is ahead of the others by more."""
     agent = load_agent(agent_run.agent.path, "cpu")
-    prompts = encoded(agent_run, agent, 3)
-    expected = 0.0
-    for prompt in prompts:
-        sums, means = [], []
-        for candidate in prompt.candidates:
-            with torch.no_grad():
-                logits = agent.model(torch.tensor([candidate.input_ids])).logits[0].log_softmax(-1)
-            steps = [logits[t - 1][y].item() for t, y in enumerate(candidate.labels) if y >= 0]
-            sums.append(sum(steps))
-            means.append(sum(steps) / len(steps))
-        for p_i, r_i in zip(means, prompt.rewards, strict=True):
-            for p_j, r_j in zip(means, prompt.rewards, strict=True):
-                expected += max(0.0, p_i - p_j) if r_i < r_j else 0.0
-        expected -= sums[prompt.rewards.index(max(prompt.rewards))]
-    batch = RRHFCollator(agent.tokenizer.pad_token_id)(prompts)
-    with torch.no_grad():
-        logits = agent.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    loss = batch_loss(logits, batch, RRHFConfig())
-    assert loss.total.item() == pytest.approx(expected / len(prompts), rel=1e-4)
+    prompts = encoded(agent_run, agent, 12)
+    config = RRHFConfig.model_validate(
+        {"loss": loss, "pairs": "mean", "sft_weight": 0, "learning_rate": 2e-4, "max_steps": 12}
+    )
+    device = torch.device("cpu")
+    trainer = RRHFTrainer(
+        agent.model,
+        TrainingArguments(**fit.training_arguments(config, tmp_path, device)),
+        config,
+        RankedPrompts(prompts),
+        agent.tokenizer,
+    )
+    assert trainer.packed
+    compared = loss in ("dpo", "gspo")
+    assert all(bool(p.reference_logps) == compared for p in trainer.train_dataset.prompts)
+
+    def lead() -> float:
+        with torch.no_grad():
+            batch = RRHFCollator(agent.tokenizer.pad_token_id)(prompts)
+            logps, lengths = response_logps(agent.model.eval(), batch)
+        mean = logps / lengths.clamp(min=1)
+        best = batch["rewards"].masked_fill(~batch["mask"], INVALID_REWARD).argmax(1, keepdim=True)
+        others = batch["mask"].scatter(1, best, False)
+        return float((mean.gather(1, best) - mean)[others].mean())
+
+    before = lead()
+    fit.fit(trainer)
+    assert lead() > before + 0.01
 
 
 def test_prompts_a_step_and_accumulation_give_the_same_update(

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    Trainer,
+)
 
+from diffagent.agent.format import Example
 from diffagent.agent.llm import load_agent
 from diffagent.artifacts import Artifact
 from diffagent.errors import TrainingError
 from diffagent.train import fit, sft
+from diffagent.train.sandbox_llama import build_tokenizer
 from schemas.config import RuntimeConfig, SFTConfig
 from tests.unit.agent_world import make_world
 from tests.unit.conftest import AgentRun
@@ -115,6 +126,98 @@ def test_a_killed_run_continues_as_if_undisturbed(
     resumed = train(TINY, tmp_path / "killed")
     assert resumed.content_digest == undisturbed.content_digest
     assert resumed.manifest.metrics.get("resumed_at_step", 0) == step // 2 * 2
+
+
+@pytest.mark.parametrize("batching", ["by_length", "packed"])
+def test_a_run_killed_in_its_second_epoch_continues_in_the_same_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batching: str
+) -> None:
+    rows = {"by_length": 8, "packed": 2}[batching]
+    config = TINY.model_copy(
+        update={"batching": batching, "max_steps": 7, "per_device_train_batch_size": rows}
+    )
+    undisturbed = train(config, tmp_path / "undisturbed")
+    with monkeypatch.context() as patch:
+        kill_at(patch, 5)  # an epoch has three steps, or four
+        with pytest.raises(Killed):
+            train(config, tmp_path / "killed")
+    resumed = train(config, tmp_path / "killed")
+    assert resumed.manifest.metrics["resumed_at_step"] == 4
+    assert resumed.content_digest == undisturbed.content_digest
+    assert undisturbed.content_digest != train(TINY, tmp_path / "plain").content_digest
+
+
+def tiny_trainer(config: SFTConfig, model: Any, out: Path) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A trainer over nine examples, and the batch that holds all of them."""
+    lengths = [5, 9, 12, 7, 20, 6, 11, 8, 15]
+    generator = torch.Generator().manual_seed(0)
+    examples = []
+    for n in lengths:
+        ids = torch.randint(3, 300, (n,), generator=generator).tolist()
+        examples.append(Example(ids, [-100] * 3 + ids[3:]))
+    tokenizer = build_tokenizer(["a b c"], 300)
+    trainer = sft.build_trainer(
+        config, model, tokenizer, examples, out=out, device=torch.device("cpu")
+    )
+    rows = [trainer.train_dataset[i] for i in range(len(trainer.train_dataset))]
+    return trainer, trainer.data_collator(rows)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_packed_rows_have_the_loss_and_the_gradient_of_padded_ones(
+    tmp_path: Path, architecture: str
+) -> None:
+    results = []
+    for batching in ("random", "packed"):
+        torch.manual_seed(0)
+        model: Any
+        if architecture == "llama":
+            sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+            model = LlamaForCausalLM(LlamaConfig(vocab_size=300, num_attention_heads=4, **sizes))
+        else:
+            model = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4))
+        model.eval()
+        config = TINY.model_copy(update={"batching": batching, "max_length": 32})
+        trainer, batch = tiny_trainer(config, model, tmp_path)
+        loss = trainer.compute_loss(model, batch)
+        loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        results.append((loss.item(), len(trainer.train_dataset), gradients))
+    (padded, nine, expected), (packed, three, ours) = results
+    assert (nine, three) == (9, 3)
+    assert packed == pytest.approx(padded, rel=1e-6)
+    for name, gradient in expected.items():
+        assert torch.allclose(ours[name], gradient, atol=1e-6), name
+
+
+def test_a_model_that_mixes_packed_examples_is_batched_by_length(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model = MambaForCausalLM(MambaConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2))
+    config = TINY.model_copy(update={"batching": "packed"})
+    trainer, batch = tiny_trainer(config, model, tmp_path)
+    assert "MambaForCausalLM cannot read packed rows" in caplog.text
+    assert trainer.args.train_sampling_strategy == "group_by_length"
+    assert batch["input_ids"].shape == (9, 20)
+
+
+def test_batches_by_length_waste_little() -> None:
+    rng = random.Random(0)
+    lengths = [rng.randrange(1, 200) for _ in range(2048)]
+    sampler = sft.EpochLengthSampler(8, lengths, seed=0)
+    order = list(sampler)
+    assert sorted(order) == list(range(2048))
+    sampler.set_epoch(1)
+    assert list(sampler) != order
+    sampler.set_epoch(0)
+    assert list(sampler) == order
+
+    def padded(indices: list[int]) -> int:
+        batches = [indices[i : i + 8] for i in range(0, 2048, 8)]
+        return sum(8 * max(lengths[i] for i in batch) for batch in batches)
+
+    assert padded(order) < 1.1 * sum(lengths) < 0.7 * padded(list(range(2048)))
 
 
 def test_a_run_killed_after_its_last_step_trains_no_further(
