@@ -77,7 +77,7 @@ def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Te
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
         bias = bias if bias is None else bias.to(dtype)
-    logps: Tensor = _TokenLogps.apply(hidden, weight, bias, targets)
+    logps: Tensor = _TokenLogps.apply(hidden, weight, bias, targets)  # type: ignore[no-untyped-call]
     return logps
 
 
