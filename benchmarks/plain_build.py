@@ -13,7 +13,6 @@ import gzip
 import json
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
@@ -70,8 +69,3 @@ def build(snapshot: Artifact, config: FilterConfig) -> pd.DataFrame:
 def save(rows: pd.DataFrame, path: Path) -> None:
     """Write the rows as JSON lines."""
     rows.to_json(path, orient="records", lines=True)
-
-
-def as_rows(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """The rows as plain objects."""
-    return json.loads(rows.to_json(orient="records"))
