@@ -64,7 +64,7 @@ def show(**figures: object) -> None:
 
 def make_agent(directory: Path, dabench: Path) -> None:
     """An agent's directory with the released weights."""
-    from diffagent.train.smollm2 import SMOLLM2, load_smollm2
+    from diffagent.agent.smollm2 import SMOLLM2, load_smollm2
 
     model, tokenizer = load_smollm2()
     info = AgentInfo(base_model=SMOLLM2, trained_by=(), max_length=512)

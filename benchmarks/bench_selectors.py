@@ -1,6 +1,7 @@
 """Every selector on held-out prompts of a DABench: accuracy, parameters, calibration, time, size.
 
     python benchmarks/bench_selectors.py DIR [--encoder minilm] [--vectors FILE] [--seeds 3]
+    python benchmarks/bench_selectors.py DIR --selectors agent --agent AGENT --splits leak-free
     python benchmarks/bench_selectors.py --catalogue 75000
 
 One JSON line a selector and stratum (all test prompts; those whose nearest train prompt is under
@@ -20,6 +21,8 @@ import json
 import random
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,8 @@ from diffagent.agent.baselines import Nearest, Popular, Random, Usage
 from diffagent.agent.encoder import TransformerEncoder
 from diffagent.agent.experts import card_texts
 from diffagent.agent.fitting import RECIPES, Vectors, fit, load_selector, save_selector
+from diffagent.agent.llm import load_agent
+from diffagent.agent.llm_selector import LLM
 from diffagent.agent.prompts import Pair
 from diffagent.agent.selector import Choice
 from diffagent.agent.training_calls import model_names, read_rows
@@ -133,9 +138,9 @@ class Bench:
                 line["seeds"], line["model@1_sd"] = len(runs), round(float(spread), 4)
             print(json.dumps(line | (facts if stratum == "all" else {})), flush=True)
 
-    def run_baseline(self, name: str) -> None:
+    def run(self, name: str, make: Callable[[], Any]) -> None:
         started = time.perf_counter()
-        selector = self.baseline(name)
+        selector = make()
         facts: dict[str, Any] = {"fit_seconds": round(time.perf_counter() - started, 1)}
         answers = selector.select(self.prompts, 10)
         self.report(name, [self.judge(answers)], facts | latencies(selector, self.prompts))
@@ -163,6 +168,10 @@ class Bench:
         facts |= latencies(fitted, self.prompts)
         label = f"{name} + {encoder.name}" if encoder is not None and RECIPES[name][0] else name
         self.report(label, runs, facts)
+
+
+def load_llm(directory: Path) -> LLM:
+    return LLM(load_agent(directory))
 
 
 def _size(fitted: Any, config: FitConfig) -> dict[str, Any]:
@@ -258,6 +267,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path, nargs="?")
     parser.add_argument("--encoder", default="", help="'minilm', a directory, a name; '' for none")
     parser.add_argument("--vectors", type=Path, help="file that keeps the encoder's vectors")
+    parser.add_argument("--agent", type=Path, help="a trained agent, the selector 'agent'")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--selectors", nargs="*", default=[*BASELINES, *RECIPES])
     parser.add_argument("--splits", nargs="*", default=["leak-free", "random"])
@@ -274,7 +284,8 @@ def main() -> None:
         bench = Bench(rows, kind, catalogue)
         for name in args.selectors:
             if name not in RECIPES:
-                bench.run_baseline(name)
+                made = partial(bench.baseline, name)
+                bench.run(name, made if name in BASELINES else partial(load_llm, args.agent))
                 continue
             plain, embedded = RECIPES[name]
             if plain:

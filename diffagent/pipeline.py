@@ -127,7 +127,9 @@ def _training_nodes(config: PipelineConfig) -> Iterator[Node]:
 def _evaluation_nodes(config: PipelineConfig) -> Iterator[Node]:
     group: Group = "evaluate-agent"
     evaluation = config.evaluation
-    shared = evaluation.model_dump(include={"split", "num_prompts", "max_new_tokens", "seed"})
+    shared = evaluation.model_dump(
+        include={"split", "num_prompts", "max_new_tokens", "decoding", "encoder", "seed"}
+    )
     for name in evaluation.selectors:
         agent = {"agent": (AGENTS[name],)} if name in AGENTS else {}
         yield Node(

@@ -201,6 +201,9 @@ class SFTConfig(_Section):
     seed: int = Field(default=0, ge=0)
 
 
+Decoding = Literal["unconstrained", "constrained"]
+
+
 class SamplingConfig(_Section):
     """Candidates for RRHF."""
 
@@ -220,6 +223,11 @@ class SamplingConfig(_Section):
     engine: Literal["transformers", "vllm"] = Field(
         default="transformers", description="'vllm': for GPUs, with the extra of that name"
     )
+    decoding: Decoding = Field(
+        default="unconstrained",
+        description="'unconstrained' also samples invalid answers, which rank last, as in the "
+        "paper; 'constrained' has valid ones alone (transformers)",
+    )
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -231,6 +239,8 @@ class SamplingConfig(_Section):
             )
         if self.num_beam_groups and self.engine == "vllm":
             raise ValueError("vLLM has no diverse beam search; set num_beam_groups: 0")
+        if self.decoding == "constrained" and self.engine == "vllm":
+            raise ValueError("vLLM samples unconstrained; set engine: transformers")
         return self
 
 
@@ -343,14 +353,14 @@ class SelectConfig(_Section):
     split: Literal["validation", "test"] = "test"
     num_prompts: int = Field(default=200, ge=1)
     max_new_tokens: int = Field(default=256, ge=8)
-    decoding: Literal["unconstrained", "constrained"] = Field(
+    decoding: Decoding = Field(
         default="unconstrained",
         description="of an agent: 'unconstrained' shows what it hallucinates; 'constrained' has "
         "valid answers alone",
     )
     encoder: str = Field(
-        default="auto",
-        description="of fitted selectors: as in FitConfig, or 'auto' for MiniLM where installed",
+        default="",
+        description="of fitted selectors: as in FitConfig; '' is MiniLM for those that need one",
     )
     seed: int = Field(
         default=0, ge=0, description="of the prompts drawn, of 'random' and of what is fitted"
@@ -360,10 +370,12 @@ class SelectConfig(_Section):
 class EvaluationConfig(_Section):
     """What is compared, and on what."""
 
-    selectors: tuple[Selector, ...] = ("popular", "random", "nearest", "sft", "rrhf")
+    selectors: tuple[Selector, ...] = ("popular", "random", "nearest", "combined", "sft", "rrhf")
     split: Literal["validation", "test"] = "test"
     num_prompts: int = Field(default=200, ge=2)
     max_new_tokens: int = Field(default=256, ge=8)
+    decoding: Decoding = Field(default="unconstrained", description="as in SelectConfig")
+    encoder: str = Field(default="", description="as in SelectConfig")
     bootstrap_samples: int = Field(default=2000, ge=100)
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     report_prompts: int = Field(default=12, ge=0, description="prompts shown with pictures")

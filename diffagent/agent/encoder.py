@@ -22,16 +22,12 @@ _BATCH = 32
 _MAX_TOKENS = 256  # of models that do not say what they were trained for
 
 
-def has_minilm() -> bool:
-    """Whether the package with all-MiniLM-L6-v2 is installed."""
-    return importlib.util.find_spec(_PACKAGE) is not None
-
-
 class TransformerEncoder:
     """Means of the last hidden states over the tokens of a text, scaled to unit length.
 
     Args:
-        name: 'minilm', a directory, or the name of a model of a hub; a causal LM will do too.
+        name: 'minilm', 'smollm2-135m', a directory, or the name of a model of a hub; a causal LM
+            will do too.
         device: see `diffagent.device.resolve_device`.
 
     Raises:
@@ -44,23 +40,31 @@ class TransformerEncoder:
         compat.install()
         from transformers import AutoModel, AutoTokenizer
 
+        from diffagent.agent.smollm2 import SMOLLM2, load_smollm2
         from diffagent.device import resolve_device
 
         self.name = name
-        path = _minilm() if name == MINILM else name
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(path)
-            self._model: Any = AutoModel.from_pretrained(path, use_safetensors=True).eval()
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"no sentence encoder {name!r}: {error}; give 'minilm', a directory with "
-                "safetensors, or the name of a model that can be downloaded"
-            ) from None
+        self._tokenizer: Any
+        self._model: Any
+        self._max_tokens = _MAX_TOKENS
+        if name == SMOLLM2:
+            model, self._tokenizer = load_smollm2()
+            self._model = model.model
+        else:
+            path = _minilm() if name == MINILM else name
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(path)
+                self._model = AutoModel.from_pretrained(path, use_safetensors=True).eval()
+            except (OSError, ValueError) as error:
+                raise ConfigError(
+                    f"no sentence encoder {name!r}: {error}; give 'minilm', 'smollm2-135m', a "
+                    "directory with safetensors, or the name of a model that can be downloaded"
+                ) from None
+            self._max_tokens = _max_tokens(Path(path))
         self._device = resolve_device(device)
         self._model.to(self._device)
         if self._tokenizer.pad_token_id is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
-        self._max_tokens = _max_tokens(Path(path))
 
     def encode(self, texts: Sequence[str]) -> Floats:
         """(texts, d) float32 of unit length; texts of about one length share a batch."""

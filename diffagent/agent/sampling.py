@@ -23,7 +23,7 @@ from schemas.config import SampleShard, SamplingConfig
 log = logging.getLogger(__name__)
 
 
-@stage("sample", version=2, config=SampleShard)
+@stage("sample", version=3, config=SampleShard)
 def sample(config: SampleShard, context: StageContext) -> StageResult:
     """One shard of the drawn train prompts -> candidates.parquet.
 
@@ -42,6 +42,7 @@ def sample(config: SampleShard, context: StageContext) -> StageResult:
         max_new_tokens=config.max_new_tokens,
         decoding=decoding(config),
         batch_size=config.batch_size,
+        constrained=config.decoding == "constrained",
     )
     catalogue = Catalogue.load(dabench)
     answers = [
@@ -76,6 +77,7 @@ class Engine(Protocol):
         max_new_tokens: int,
         decoding: Decoding,
         batch_size: int,
+        constrained: bool = False,
     ) -> list[list[Completion]]:
         """``decoding.num_candidates`` answers to each prompt, as ``Agent.generate``."""
         ...
@@ -112,14 +114,15 @@ class VLLM:
         max_new_tokens: int,
         decoding: Decoding,
         batch_size: int,
+        constrained: bool = False,
     ) -> list[list[Completion]]:
         """Sampled answers; ``batch_size`` is left to vLLM.
 
         Raises:
-            ConfigError: ``decoding`` is none that vLLM has.
+            ConfigError: ``decoding`` is none that vLLM has, or is to be constrained.
         """
-        if not isinstance(decoding, TopP):
-            raise ConfigError(f"vLLM samples (TopP) and does not decode by {decoding!r}")
+        if constrained or not isinstance(decoding, TopP):
+            raise ConfigError(f"vLLM samples (TopP) unconstrained and does not do {decoding!r}")
         params = [
             self.params(
                 n=decoding.num_candidates,

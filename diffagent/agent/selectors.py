@@ -89,7 +89,7 @@ def fitted_selector(
     name: FittedSelector,
     dabench: Artifact,
     runtime: RuntimeConfig,
-    encoder: str = "auto",
+    encoder: str = "",
     seed: int = 0,
 ) -> Selector:
     """A fitted selector of a DABench, from the store when it was fitted before."""

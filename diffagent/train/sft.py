@@ -19,13 +19,13 @@ from trl import SFTTrainer, pack_dataset
 from diffagent.agent.format import Example, encode_example, response_text
 from diffagent.agent.llm import AgentInfo, align_special_tokens, save_agent
 from diffagent.agent.prompts import read_split
+from diffagent.agent.smollm2 import SMOLLM2, load_smollm2
 from diffagent.artifacts import StageContext, StageResult, named_files, stage
 from diffagent.device import resolve_device
 from diffagent.errors import TrainingError
 from diffagent.train import fit
 from diffagent.train.collate import PackCollator
 from diffagent.train.sandbox_llama import build_model, build_tokenizer
-from diffagent.train.smollm2 import SMOLLM2, load_smollm2
 from schemas.config import SFTConfig
 
 log = logging.getLogger(__name__)

