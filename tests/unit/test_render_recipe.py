@@ -205,8 +205,9 @@ def test_pictures_carry_their_recipe(tmp_path: Path, prompt: str) -> None:
     assert (fields["Steps"], fields["CFG scale"], fields["Size"]) == ("20", "7", "512x768")
     assert (fields["Sampler"], fields["Seed"]) == ("Euler a", str(2**63))
     assert (fields["Model hash"], fields["Clip skip"]) == ("a" * 10, "2")
-    assert json.loads(fields["Model"]) == 'Dream, "the" Shaper'
+    assert (fields["Model"], fields["RNG"]) == ("Dream the Shaper", "CPU")
     assert json.loads(fields["Hashes"]) == {"model": "a" * 10, "lora:ink_v2": "f" * 10}
+    assert fields["Lora hashes"] == f'"ink_v2: {"f" * 10}"'
     with Image.open(path) as written:
         assert written.tobytes() == image.tobytes()
     write_png(tmp_path / "y.png", image, recipe, names)
