@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,10 +18,13 @@ from diffagent.artifacts import StageContext, StageResult, stage
 from diffagent.civitai.client import client_for
 from diffagent.dabench.catalogue import Catalogue
 from diffagent.device import resolve_device
-from diffagent.errors import CivitaiError, RenderError
-from diffagent.render.pipelines import DiffusersRenderer, local_configs
-from diffagent.render.planner import Group, plan
-from diffagent.render.pnginfo import read_png, write_png
+from diffagent.errors import RenderError
+from diffagent.render.base import Files, ModelRef, Renderer
+from diffagent.render.checkpoints import local_configs
+from diffagent.render.pictures import PictureCache
+from diffagent.render.pipelines import DiffusersRenderer
+from diffagent.render.planner import draw
+from diffagent.render.pnginfo import write_png
 from diffagent.render.recipe import Recipe, by_hash, resolve
 from diffagent.render.store import ModelStore
 from schemas.api import ApiError, parse_api
@@ -29,6 +33,8 @@ from schemas.dabench import RENDERS
 from schemas.manifest import Funnel, FunnelStep
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from diffagent.dabench.catalogue import Entry
 
 log = logging.getLogger(__name__)
@@ -47,9 +53,10 @@ REASONS: Mapping[str, str] = {
     "too-large": "more pixels than render.max_pixels",
     "download": "the site does not give the file, or gives another",
     "bad-model-file": "not a safetensors file that diffusers can load",
-    "bad-lora": "the LoRA does not fit the checkpoint",
+    "bad-vae": "the VAE does not fit the checkpoint",
+    "vae-base-mismatch": "the VAE is for another architecture",
+    "bad-lora": "the LoRA does not fit the checkpoint, or diffusers cannot read its kind",
     "bad-embedding": "the embedding does not fit the checkpoint",
-    "embedding-weight": "the backend does not weigh parts of a prompt",
     "clip-skip": "the text encoder has fewer layers",
     "out-of-memory": "the picture or the model does not fit into the device's memory",
     "nan": "the picture is not a number somewhere",
@@ -69,13 +76,14 @@ class Job:
     reason: str | None
 
 
-@stage("render", version=1, config=RenderConfig)
+@stage("render", version=2, config=RenderConfig)
 def render(config: RenderConfig, context: StageContext) -> StageResult:
     """Render the candidates that are valid.
 
     Inputs: ``candidates`` (candidates.parquet), ``dabench`` (the catalogue). Files:
-    renders.parquet (``schemas.dabench.RENDERS``) and images/RECIPE.png. An interrupted run goes
-    on after the last whole picture. Model files are cached in ``runtime.models``.
+    renders.parquet (``schemas.dabench.RENDERS``) and images/RECIPE.png. Every picture is kept in
+    ``STORE/pictures`` for all runs, so an interrupted one goes on after the last whole picture.
+    Model files are cached in ``runtime.models``.
 
     Raises:
         RenderError: more than ``max_failed_fraction`` of the valid ones failed.
@@ -84,35 +92,34 @@ def render(config: RenderConfig, context: StageContext) -> StageResult:
     catalogue = Catalogue.load(context.one("dabench").path)
     candidates = pq.read_table(context.one("candidates").file("candidates.parquet")).to_pylist()
     jobs = list(make_jobs(candidates, catalogue, config))
-    images = context.out / "images"
-    images.mkdir(exist_ok=True)
     wanted = {job.recipe.digest: job.recipe for job in jobs if job.recipe}
-    done = usable_pictures(images, wanted)
-    missing = [recipe for digest, recipe in wanted.items() if digest not in done]
     models = Path(context.runtime.models or Path(context.runtime.store, "models"))
     renderer = DiffusersRenderer(
         resolve_device(context.runtime.device), local_configs(models / "configs")
     )
+    cache = PictureCache(Path(context.runtime.store, "pictures"), renderer)
     started = time.monotonic()
-    with client_for(context.site_url, context.runtime.requests_per_second) as client:
-        store = ModelStore(models, client)
-        failed = draw(missing, by_hash(catalogue), store, renderer, images)
+    try:
+        with client_for(context.site_url, context.runtime.requests_per_second) as client:
+            store = ModelStore(models, client)
+            album = Album(by_hash(catalogue), cache, context.out / "images")
+            failed = album.fill(wanted.values(), renderer, store)
+    finally:
+        renderer.close()
     seconds = time.monotonic() - started
     jobs = [finish(job, failed) for job in jobs]
     check_failures(jobs, config.max_failed_fraction)
     pq.write_table(to_table(jobs), context.out / "renders.parquet", compression="zstd")
-    drawn = len(missing) - len(failed)
     return StageResult(
         rows={"renders.parquet": len(jobs)},
         funnels=(funnel(jobs),),
         metrics={
             "pictures": len(wanted) - len(failed),
-            "pictures_drawn": drawn,
-            "pictures_resumed": len(done),
+            "pictures_drawn": album.drawn,
+            "pictures_cached": album.cached,
             "checkpoint_loads": renderer.loads,
-            "truncated_prompts": renderer.truncated,
             "render_seconds": round(seconds, 3),
-            "seconds_per_picture": round(seconds / drawn, 4) if drawn else None,
+            "seconds_per_picture": round(seconds / album.drawn, 4) if album.drawn else None,
             "device": str(renderer.device),
         },
     )
@@ -158,78 +165,65 @@ def _recipe(
     return resolve(api, row["prompt"], seed, catalogue)
 
 
-def usable_pictures(images: Path, wanted: Mapping[str, Recipe]) -> set[str]:
-    """Digests of the wanted recipes whose whole picture is there; everything else is removed."""
-    usable = set()
-    for path in sorted(images.iterdir()):
-        try:
-            if path.suffix == ".png" and wanted.get(path.stem) == read_png(path)[0]:
-                usable.add(path.stem)
-                continue
-        except RenderError as error:
-            log.warning("%s", error)
-        path.unlink()
-    return usable
+class Album:
+    """A run's pictures, DIGEST.png each, out of the cache or drawn; ``drawn`` and ``cached`` count.
 
-
-def draw(
-    recipes: Iterable[Recipe],
-    models: Mapping[str, Entry],
-    store: ModelStore,
-    renderer: DiffusersRenderer,
-    images: Path,
-) -> dict[str, str]:
-    """Render recipes into ``images``, each checkpoint loaded once.
-
-    Args:
-        recipes: in any order.
-        models: what the hashes in them stand for.
-        store: gives the files.
-        renderer: draws.
-        images: directory that gets DIGEST.png.
-
-    Returns:
-        The reasons of those that failed, by digest.
+    Pictures tell the names of their models as this run knows them, so they are written anew.
     """
-    names = {sha256: entry.model for sha256, entry in models.items()}
-    failed: dict[str, str] = {}
-    for group in plan(recipes):
-        try:
-            prepare(group, models, store, renderer)
-        except RenderError as error:
-            log.warning("%d pictures fail: %s", len(group.recipes), error)
-            failed |= {recipe.digest: error.reason for recipe in group.recipes}
-            continue
-        log.info("%s: %d pictures", names[group.checkpoint], len(group.recipes))
-        for recipe in group.recipes:
-            try:
-                image = renderer.render(recipe)
-            except RenderError as error:
-                log.warning("%s", error)
-                failed[recipe.digest] = error.reason
+
+    def __init__(self, models: Mapping[str, Entry], cache: PictureCache, images: Path) -> None:
+        self.drawn = self.cached = 0
+        self._models = models
+        self._names = {sha256: entry.model for sha256, entry in models.items()}
+        self._cache = cache
+        self._images = images
+
+    def fill(
+        self, recipes: Iterable[Recipe], renderer: Renderer, store: ModelStore
+    ) -> dict[str, str]:
+        """Write the pictures of recipes; the reasons of those that failed, by digest."""
+        shutil.rmtree(self._images, ignore_errors=True)  # of an interrupted run: all is cached
+        self._images.mkdir()
+        missing = []
+        for recipe in recipes:
+            image = self._cache.get(recipe)
+            if image is None:
+                missing.append(recipe)
                 continue
-            write_png(images / f"{recipe.digest}.png", image, recipe, names)
-    return failed
+            self.cached += 1
+            self._write(recipe, image)
+        failed: dict[str, str] = {}
+        drawn = draw(
+            missing, renderer, self.files, lambda ref: store.fetch(self._models[ref.sha256])
+        )
+        for recipe, outcome in drawn:
+            if isinstance(outcome, RenderError):
+                log.warning("%s: %s", recipe.digest[:12], outcome)
+                failed[recipe.digest] = outcome.reason
+                continue
+            self.drawn += 1
+            self._cache.put(recipe, outcome)
+            self._write(recipe, outcome)
+        return failed
 
+    def files(self, recipe: Recipe) -> Files:
+        """What the hashes in a recipe stand for."""
+        embeddings = sorted({item.sha256 for item in recipe.embeddings})
+        return Files(
+            self._ref(recipe.checkpoint),
+            self._ref(recipe.vae) if recipe.vae else None,
+            tuple(self._ref(use.sha256) for use in recipe.loras),
+            tuple(map(self._ref, embeddings)),
+        )
 
-def prepare(
-    group: Group, models: Mapping[str, Entry], store: ModelStore, renderer: DiffusersRenderer
-) -> None:
-    """Fetch a group's files and put them to use.
+    def _ref(self, sha256: str) -> ModelRef:
+        entry = self._models.get(sha256)
+        if entry is None:
+            raise RenderError(f"the catalogue has no file {sha256!r}", reason="unknown-model")
+        return ModelRef(sha256, entry.model, entry.base_model, entry.file_name)
 
-    Raises:
-        RenderError: a file cannot be had or used, and trying again would not help.
-        CivitaiError: the site may give it later.
-    """
-    try:
-        checkpoint = store.fetch(models[group.checkpoint])
-        loras = {sha256: store.fetch(models[sha256]) for sha256 in group.loras}
-        embeddings = {sha256: store.fetch(models[sha256]) for sha256 in group.embeddings}
-    except CivitaiError as error:
-        if error.retryable:
-            raise
-        raise RenderError(str(error), reason="download") from error
-    renderer.use(checkpoint, loras, embeddings)
+    def _write(self, recipe: Recipe, image: Image) -> None:
+        write_png(self._images / f"{recipe.digest}.png", image, recipe, self._names)
 
 
 def finish(job: Job, failed: Mapping[str, str]) -> Job:
