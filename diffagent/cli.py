@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffagent.dabench.cli import app as dabench_app
+from diffagent.render.models_cli import app as models_app
 
 if TYPE_CHECKING:
     from diffagent.agent.selector import Selector
@@ -90,6 +91,7 @@ app = typer.Typer(
 artifacts_app = typer.Typer(help="Look at artefacts.", no_args_is_help=True)
 app.add_typer(artifacts_app, name="artifact")
 app.add_typer(dabench_app, name="dabench")
+app.add_typer(models_app, name="models")
 
 
 def _print_version(wanted: bool) -> None:

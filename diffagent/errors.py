@@ -82,7 +82,7 @@ class EarlyAccess(Forbidden):
     """403: a version that is for sale before it is free; a token that has bought it opens it."""
 
 
-class DownloadsDisabled(Forbidden):  # noqa: N818
+class DownloadsDisabled(Forbidden):
     """401: the creator lets the site use the model and nobody download it; no token helps."""
 
 

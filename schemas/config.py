@@ -390,6 +390,20 @@ class RuntimeConfig(_Section):
         default=None, description="fsspec URI that finished artefacts are shared through"
     )
     models: str | None = Field(default=None, description="cache of model files; STORE/models")
+    models_max_gb: float | None = Field(
+        default=None,
+        gt=0,
+        description="limit of that cache in 10^9 bytes: what was not used for the longest time "
+        "goes, but nothing that is pinned or in use; no limit",
+    )
+    model_folders: tuple[str, ...] = Field(
+        default=(),
+        description="folders of model files, or installations of A1111 or ComfyUI, that are read "
+        "in place before anything is downloaded",
+    )
+    max_downloads: int = Field(
+        default=2, ge=1, le=32, description="of model files at once, by all processes"
+    )
     device: str = Field(default="auto", description="'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     workers: int = Field(default=2, ge=1, description="concurrent tasks of a flow")
     requests_per_second: float | None = Field(
@@ -416,6 +430,16 @@ class RuntimeConfig(_Section):
         default="none", description="of the embedded server"
     )
     stage_timeout_seconds: float = Field(default=6 * 3600, gt=0)
+
+    @property
+    def models_directory(self) -> Path:
+        """Where the cache of model files is."""
+        return Path(self.models) if self.models else Path(self.store, "models")
+
+    @property
+    def models_max_bytes(self) -> int | None:
+        """The limit of that cache."""
+        return None if self.models_max_gb is None else round(self.models_max_gb * 1e9)
 
 
 class PipelineConfig(_Section):

@@ -23,7 +23,7 @@ from diffagent import compat
 from diffagent.errors import RenderError
 from diffagent.render.recipe import LoRAUse, Recipe
 from diffagent.render.samplers import SAMPLERS
-from diffagent.render.store import Tensor, read_header
+from diffagent.render.weights import Tensor, read_header
 
 if TYPE_CHECKING:
     import torch

@@ -89,13 +89,15 @@ def render(config: RenderConfig, context: StageContext) -> StageResult:
     wanted = {job.recipe.digest: job.recipe for job in jobs if job.recipe}
     done = usable_pictures(images, wanted)
     missing = [recipe for digest, recipe in wanted.items() if digest not in done]
-    models = Path(context.runtime.models or Path(context.runtime.store, "models"))
+    models = context.runtime.models_directory
     renderer = DiffusersRenderer(
         resolve_device(context.runtime.device), local_configs(models / "configs")
     )
     started = time.monotonic()
-    with client_for(context.site_url, context.runtime.requests_per_second) as client:
-        store = ModelStore(models, client)
+    with (
+        client_for(context.site_url, context.runtime.requests_per_second) as client,
+        ModelStore.of(context.runtime, client) as store,
+    ):
         failed = draw(missing, by_hash(catalogue), store, renderer, images)
     seconds = time.monotonic() - started
     jobs = [finish(job, failed) for job in jobs]
