@@ -12,6 +12,7 @@ import typer
 from diffagent.dabench.cli import app as dabench_app
 from diffagent.options import ConfigFile, Overrides, Reconcile, Refresh, Verbose, parse_overrides
 from diffagent.render.cli import add_commands
+from diffagent.render.models_cli import app as models_app
 
 if TYPE_CHECKING:
     from diffagent.artifacts import Artifact
@@ -52,6 +53,7 @@ app = typer.Typer(
 artifacts_app = typer.Typer(help="Look at artefacts.", no_args_is_help=True)
 app.add_typer(artifacts_app, name="artifact")
 app.add_typer(dabench_app, name="dabench")
+app.add_typer(models_app, name="models")
 
 
 def _print_version(wanted: bool) -> None:

@@ -9,6 +9,8 @@
     │   ├── ServerError      5xx, 524, broken transfer (retryable)
     │   ├── NotFound         404
     │   ├── Forbidden        401, 403
+    │   │   ├── EarlyAccess         for sale before it is free
+    │   │   └── DownloadsDisabled   its creator lets nobody download it
     │   ├── BadCursor        400: the cursor is malformed or stale
     │   └── PageCap          429 that means "page * limit > 1000": never succeeds
     ├── RenderError          a picture could not be made
@@ -75,6 +77,14 @@ class NotFound(CivitaiError):  # noqa: N818
 
 class Forbidden(CivitaiError):  # noqa: N818
     """401 or 403: a token is missing or the item is not open to it."""
+
+
+class EarlyAccess(Forbidden):
+    """403: a version that is for sale before it is free; a token that has bought it opens it."""
+
+
+class DownloadsDisabled(Forbidden):
+    """401: the creator lets the site use the model and nobody download it; no token helps."""
 
 
 class BadCursor(CivitaiError):  # noqa: N818

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffagent.errors import RenderError
-from diffagent.render.store import read_header
+from diffagent.render.weights import read_header
 
 if TYPE_CHECKING:
     import torch

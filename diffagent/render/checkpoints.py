@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from diffagent import compat
 from diffagent.errors import RenderError
 from diffagent.render.base import ModelRef
-from diffagent.render.store import Tensor, read_header
+from diffagent.render.weights import Tensor, read_header
 
 if TYPE_CHECKING:
     import torch

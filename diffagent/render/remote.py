@@ -18,6 +18,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
@@ -45,9 +46,9 @@ _FAULTS = frozenset({"server-error", "bad-picture"})  # may be another the next 
 _TRIES = 3
 _FOREIGN = re.compile(r"<\w+:[^>]+>|\bembedding:", re.I)
 
-#: Loading a checkpoint from a slow disk, then drawing, happens within one call.
-PATIENCE = Patience(first=1.0, longest=30.0, budget=1800.0, read_timeout=900.0)
-LOOPBACK_PATIENCE = Patience(first=0.05, longest=2.0, budget=300.0, read_timeout=900.0)
+#: One picture's time comes on top of the budget.
+PATIENCE = Patience(first=1.0, longest=30.0, budget=600.0)
+LOOPBACK_PATIENCE = Patience(first=0.05, longest=2.0, budget=120.0)
 
 
 class _Credentials(AuthBase):
@@ -70,7 +71,8 @@ class Remote:
 
     Args:
         url: its address, with a path where a proxy puts it behind one.
-        patience: how long and how often a call is tried.
+        patience: how long and how often a call is tried; by default less to a loopback address.
+        seconds_per_picture: that the server may take, with that default.
         secret: ``user:password`` or ``Bearer TOKEN``; None takes it from the environment.
 
     Raises:
@@ -78,7 +80,12 @@ class Remote:
     """
 
     def __init__(
-        self, url: str, *, patience: Patience | None = None, secret: str | None = None
+        self,
+        url: str,
+        *,
+        patience: Patience | None = None,
+        seconds_per_picture: float = 900.0,
+        secret: str | None = None,
     ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -89,7 +96,10 @@ class Remote:
                 f"files; put USER:PASSWORD into the environment variable {AUTH_VARIABLE}"
             )
         self.url = f"{origin_of(url)}{parts.path.rstrip('/')}"
-        self.patience = patience or (LOOPBACK_PATIENCE if is_loopback(url) else PATIENCE)
+        usual = LOOPBACK_PATIENCE if is_loopback(url) else PATIENCE
+        self.patience = patience or replace(
+            usual, read_timeout=seconds_per_picture, budget=usual.budget + seconds_per_picture
+        )
         self.requests = 0
         self._rng = random.Random(0)
         self._stopped = threading.Event()

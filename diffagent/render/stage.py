@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import time
@@ -17,15 +18,14 @@ import pyarrow.parquet as pq
 from diffagent.artifacts import StageContext, StageResult, stage
 from diffagent.civitai.client import client_for
 from diffagent.dabench.catalogue import Catalogue
-from diffagent.device import resolve_device
 from diffagent.errors import RenderError
+from diffagent.render.backends import open_renderer
 from diffagent.render.base import Files, ModelRef, Renderer
-from diffagent.render.checkpoints import local_configs
 from diffagent.render.pictures import PictureCache
-from diffagent.render.pipelines import DiffusersRenderer
 from diffagent.render.planner import draw
 from diffagent.render.pnginfo import write_png
 from diffagent.render.recipe import Recipe, by_hash, resolve
+from diffagent.render.safety import check_pictures
 from diffagent.render.store import ModelStore
 from schemas.api import ApiError, parse_api
 from schemas.config import RenderConfig
@@ -49,7 +49,7 @@ REASONS: Mapping[str, str] = {
     "lora-base-mismatch": "the LoRA is for another architecture",
     "embedding-base-mismatch": "the embedding is for another architecture",
     "no-hash": "the catalogue has no SHA256 of the file",
-    "unsupported-sampler": "diffusers has nothing like it",
+    "unsupported-sampler": "the backend has nothing like it",
     "too-large": "more pixels than render.max_pixels",
     "download": "the site does not give the file, or gives another",
     "bad-model-file": "not a safetensors file that diffusers can load",
@@ -61,7 +61,18 @@ REASONS: Mapping[str, str] = {
     "out-of-memory": "the picture or the model does not fit into the device's memory",
     "nan": "the picture is not a number somewhere",
     "black": "the picture is black all over",
-    "render-error": "diffusers failed; the log says how",
+    "unsafe": "the safety check withholds the picture",
+    "prompt-network": "the prompt orders a server to load a network that the call does not name",
+    "missing-on-server": "the server has no such model",
+    "ambiguous-on-server": "the server has more than one file that it may be",
+    "unverified-model": "the server does not say which checkpoint it used",
+    "wrong-model": "the server used another file",
+    "wrong-answer": "the server drew something else than it was asked for",
+    "bad-picture": "the server's picture is damaged",
+    "server-refused": "the server does not take the call",
+    "server-error": "the server failed; the log says how",
+    "no-endpoint": "the server lacks a part of its API",
+    "render-error": "the renderer failed; the log says how",
 }
 
 
@@ -74,6 +85,7 @@ class Job:
     recipe: Recipe | None
     status: str
     reason: str | None
+    nsfw: float | None = None
 
 
 @stage("render", version=2, config=RenderConfig)
@@ -93,21 +105,20 @@ def render(config: RenderConfig, context: StageContext) -> StageResult:
     candidates = pq.read_table(context.one("candidates").file("candidates.parquet")).to_pylist()
     jobs = list(make_jobs(candidates, catalogue, config))
     wanted = {job.recipe.digest: job.recipe for job in jobs if job.recipe}
-    models = Path(context.runtime.models or Path(context.runtime.store, "models"))
-    renderer = DiffusersRenderer(
-        resolve_device(context.runtime.device), local_configs(models / "configs")
-    )
-    cache = PictureCache(Path(context.runtime.store, "pictures"), renderer)
     started = time.monotonic()
-    try:
-        with client_for(context.site_url, context.runtime.requests_per_second) as client:
-            store = ModelStore(models, client)
-            album = Album(by_hash(catalogue), cache, context.out / "images")
-            failed = album.fill(wanted.values(), renderer, store)
-    finally:
-        renderer.close()
+    with (
+        client_for(context.site_url, context.runtime.requests_per_second) as client,
+        ModelStore.of(context.runtime, client) as store,
+        contextlib.closing(open_renderer(config, context.runtime, store.local)) as renderer,
+    ):
+        cache = PictureCache(Path(context.runtime.store, "pictures"), renderer)
+        album = Album(by_hash(catalogue), cache, context.out / "images")
+        failed = album.fill(wanted.values(), renderer, store)
+        backend = f"{renderer.name} {renderer.version}"
     seconds = time.monotonic() - started
-    jobs = [finish(job, failed) for job in jobs]
+    unsafe = album.check_safety(config)
+    failed |= dict.fromkeys(unsafe, "unsafe")
+    jobs = [finish(job, failed, album.nsfw) for job in jobs]
     check_failures(jobs, config.max_failed_fraction)
     pq.write_table(to_table(jobs), context.out / "renders.parquet", compression="zstd")
     return StageResult(
@@ -120,7 +131,8 @@ def render(config: RenderConfig, context: StageContext) -> StageResult:
             "checkpoint_loads": renderer.loads,
             "render_seconds": round(seconds, 3),
             "seconds_per_picture": round(seconds / album.drawn, 4) if album.drawn else None,
-            "device": str(renderer.device),
+            "backend": backend,
+            "pictures_unsafe": sum(p >= config.safety_threshold for p in album.nsfw.values()),
         },
     )
 
@@ -168,11 +180,14 @@ def _recipe(
 class Album:
     """A run's pictures, DIGEST.png each, out of the cache or drawn; ``drawn`` and ``cached`` count.
 
+    ``nsfw`` is what the safety check has said, by digest.
+
     Pictures tell the names of their models as this run knows them, so they are written anew.
     """
 
     def __init__(self, models: Mapping[str, Entry], cache: PictureCache, images: Path) -> None:
         self.drawn = self.cached = 0
+        self.nsfw: dict[str, float] = {}
         self._models = models
         self._names = {sha256: entry.model for sha256, entry in models.items()}
         self._cache = cache
@@ -206,6 +221,23 @@ class Album:
             self._write(recipe, outcome)
         return failed
 
+    def check_safety(self, config: RenderConfig) -> list[str]:
+        """Check the pictures, where ``config`` says so; the digests of those that are withheld.
+
+        Raises:
+            ConfigError: the extra with the classifier is not installed.
+        """
+        if config.safety == "off":
+            return []
+        pictures = {path.stem: path for path in self._images.iterdir()}
+        self.nsfw = check_pictures(pictures, config.safety_threshold)
+        if config.safety == "flag":
+            return []
+        unsafe = [name for name, nsfw in self.nsfw.items() if nsfw >= config.safety_threshold]
+        for name in unsafe:
+            pictures[name].unlink()
+        return unsafe
+
     def files(self, recipe: Recipe) -> Files:
         """What the hashes in a recipe stand for."""
         embeddings = sorted({item.sha256 for item in recipe.embeddings})
@@ -226,10 +258,13 @@ class Album:
         write_png(self._images / f"{recipe.digest}.png", image, recipe, self._names)
 
 
-def finish(job: Job, failed: Mapping[str, str]) -> Job:
-    """The job with what became of its recipe."""
-    reason = failed.get(job.recipe.digest) if job.recipe else None
-    return replace(job, recipe=None, status="failed", reason=reason) if reason else job
+def finish(job: Job, failed: Mapping[str, str], nsfw: Mapping[str, float]) -> Job:
+    """The job with what became of its recipe, and what the safety check said of its picture."""
+    if job.recipe is None:
+        return job
+    done = replace(job, nsfw=nsfw.get(job.recipe.digest))
+    reason = failed.get(job.recipe.digest)
+    return replace(done, recipe=None, status="failed", reason=reason) if reason else done
 
 
 def check_failures(jobs: Iterable[Job], limit: float) -> None:
@@ -258,6 +293,7 @@ def to_table(jobs: Iterable[Job]) -> pa.Table:
             **{name: job.row[name] for name in ("prompt_id", "source", "candidate", "prompt")},
             "seed": job.seed,
             "recipe": job.recipe.digest if job.recipe else None,
+            "nsfw": job.nsfw,
             "status": job.status,
             "reason": job.reason,
         }

@@ -128,8 +128,7 @@ class Painter:
 
     name, version, reads_files = "painter", "1", True
 
-    def __init__(self, device: Any, configs: Any = ()) -> None:
-        self.device = device
+    def __init__(self, *_: Any) -> None:
         self.loads = 0
 
     def check(self, recipe: Recipe, files: Files) -> None:
@@ -154,7 +153,7 @@ class Painter:
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    monkeypatch.setattr(render_stage, "DiffusersRenderer", Painter)
+    monkeypatch.setattr(render_stage, "open_renderer", Painter)
     world = World(tmp_path)
     world.add_model("A")
     world.add_model("B")
@@ -277,7 +276,7 @@ def die_in_the_fourth_picture(path, data):
     if written == 4:
         os.kill(os.getpid(), signal.SIGKILL)
 
-stage.DiffusersRenderer = Painter
+stage.open_renderer = Painter
 pathlib.Path.write_bytes = die_in_the_fourth_picture
 dabench, candidates = (Artifact.model_validate_json(text) for text in sys.argv[1:3])
 stage.render.run(
