@@ -506,6 +506,17 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Pi
         raise ConfigFileError(f"{str(path)!r} is not YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigFileError(f"{str(path)!r} must be a mapping of sections, got {data!r:.80}")
+    return configure(data, overrides, path)
+
+
+def configure(
+    data: dict[str, Any], overrides: dict[str, Any] | None, path: str | Path
+) -> PipelineConfig:
+    """Check settings, changed by ``overrides``; ``path`` is their name in messages.
+
+    Raises:
+        ConfigFileError: a field is wrong (all are listed).
+    """
     for dotted, value in (overrides or {}).items():
         *parents, leaf = dotted.split(".")
         target = data

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from copy import deepcopy
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -182,7 +183,7 @@ def add_commands(app: typer.Typer, run_stage: RunStage) -> None:
             )
         else:
             rows = _named(lines, model, parameters, entries)
-        _make(rows, entries, run, out, str(prompts), score=score)
+        _make(rows, entries, run, out, prompts.name, score=score)
 
     @app.command()
     def score(
@@ -225,31 +226,15 @@ def _config(
     file: Path | None, settings: list[str] | None, changes: dict[str, Any]
 ) -> PipelineConfig:
     """The settings of a run's file or the released scorers, and what the command line says."""
-    from schemas.config import PipelineConfig, load_config
+    from schemas.config import configure, load_config
 
     overrides = {key: value for key, value in changes.items() if value is not None}
     overrides |= parse_overrides(settings)
     overrides.setdefault("render.max_failed_fraction", 1.0)  # a sheet of the others is worth it
     if file:
         return load_config(file, overrides)
-    base = PipelineConfig.model_validate(
-        {"rewards": _REWARDS, "render": {"max_pixels": _MAX_PIXELS}}
-    )
-    return load_config_data(base, overrides)
-
-
-def load_config_data(base: PipelineConfig, overrides: dict[str, Any]) -> PipelineConfig:
-    """The configuration with dotted keys changed, checked."""
-    import tempfile
-
-    import yaml
-
-    from schemas.config import load_config
-
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
-        yaml.safe_dump(base.model_dump(mode="json"), file)
-        file.flush()
-        return load_config(file.name, overrides)
+    data = {"rewards": deepcopy(_REWARDS), "render": {"max_pixels": _MAX_PIXELS}}
+    return configure(data, overrides, "the command line")
 
 
 def _read(path: Path) -> list[str]:

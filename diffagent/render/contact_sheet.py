@@ -20,6 +20,7 @@ import jinja2
 
 from diffagent.artifacts import atomic_file
 from diffagent.evaluation.report import picture_uri
+from diffagent.render.prompts_file import LOCAL_VERSION
 from schemas.api import T2IAPI
 
 #: Columns of scores with their names for people, in the order in which they are shown.
@@ -48,8 +49,11 @@ class Card:
 
     @property
     def model(self) -> str:
-        """The checkpoint's name and version."""
-        return f"{self.api.model} · {self.api.version}" if self.api else "no model"
+        """The checkpoint's name, and its version where it has one."""
+        if self.api is None:
+            return "no model"
+        version = "" if self.api.version == LOCAL_VERSION else f" · {self.api.version}"
+        return f"{self.api.model}{version}"
 
     @property
     def networks(self) -> list[str]:

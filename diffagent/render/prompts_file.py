@@ -40,7 +40,8 @@ log = logging.getLogger(__name__)
 
 #: Side of a picture in pixels that an architecture was trained for.
 _SIDES = {"sd1": 512, "sd2": 768, "sdxl": 1024}
-_LOCAL_VERSION = "local"
+#: Version of the files of a folder, which have none.
+LOCAL_VERSION = "local"
 _SHORTEST_HASH = 6
 
 
@@ -113,8 +114,9 @@ def folder_entries(
         for path in model_files(folder):
             file = look(path, known)
             kind = file.architecture.type
+            if file.refused:
+                log.warning("%s is left out: %s", path, file.refused)
             if file.refused or kind not in (CHECKPOINT, EMBEDDING, *LORA_TYPES):
-                log.warning("%s is left out: %s", path, file.refused or f"its type is {kind!r}")
                 continue
             base = file.architecture.base_model or base_model
             if base is None:
@@ -134,7 +136,7 @@ def _local_entry(path: Path, sha256: str, kind: str, base_model: str) -> Entry:
     ident = synthetic_id(sha256)
     return Entry(
         model=path.stem[:270],
-        version=_LOCAL_VERSION,
+        version=LOCAL_VERSION,
         type=kind,
         base_model=base_model,
         model_id=ident,

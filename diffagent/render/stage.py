@@ -68,7 +68,7 @@ REASONS: Mapping[str, str] = {
     "unverified-model": "the server does not say which checkpoint it used",
     "wrong-model": "the server used another file",
     "wrong-answer": "the server drew something else than it was asked for",
-    "bad-picture": "the server's picture is damaged",
+    "bad-picture": "the picture is damaged",
     "server-refused": "the server does not take the call",
     "server-error": "the server failed; the log says how",
     "no-endpoint": "the server lacks a part of its API",
