@@ -50,6 +50,7 @@ REASONS: Mapping[str, str] = {
     "embedding-base-mismatch": "the embedding is for another architecture",
     "no-hash": "the catalogue has no SHA256 of the file",
     "unsupported-sampler": "diffusers has nothing like it",
+    "unsupported-size": "no multiple of 8 pixels",
     "too-large": "more pixels than render.max_pixels",
     "download": "the site does not give the file, or gives another",
     "bad-model-file": "not a safetensors file that diffusers can load",
