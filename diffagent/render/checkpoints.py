@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -152,6 +153,7 @@ def load_checkpoint(file: ModelRef, configs: Sequence[Path], dtype: torch.dtype)
         pipeline = getattr(diffusers, name).from_single_file(
             str(path), config=str(config), torch_dtype=dtype, local_files_only=True, **components
         )
+        _check_whole(pipeline)
         if family == "sdxl" and pipeline.vae.config.force_upcast:
             pipeline.vae.float()
     except MemoryError as error:
@@ -169,6 +171,11 @@ def load_checkpoint(file: ModelRef, configs: Sequence[Path], dtype: torch.dtype)
     overrides = scheduler_overrides(path, tensors, file.base_model)
     scheduler_config = {**pipeline.scheduler.config, **overrides}
     return Checkpoint(pipeline, family, scheduler_config, pipeline.vae, config)
+
+
+def weights_size(path: Path, dtype: torch.dtype) -> int:
+    """Bytes that a file's tensors take in memory when they are loaded as ``dtype``."""
+    return dtype.itemsize * sum(math.prod(t.shape) for t in read_header(path).values())
 
 
 def load_vae(file: ModelRef, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
@@ -219,6 +226,19 @@ def quiet_diffusers() -> Any:
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     return diffusers
+
+
+def _check_whole(pipeline: Any) -> None:
+    """Raise a ValueError when tensors were missing: they are still without data."""
+    modules = {n: m for n, m in pipeline.components.items() if hasattr(m, "named_parameters")}
+    missing = [
+        f"{component}.{name}"
+        for component, module in modules.items()
+        for name, parameter in module.named_parameters()
+        if parameter.is_meta
+    ]
+    if missing:
+        raise ValueError(f"{len(missing)} tensors are missing, such as {missing[0]!r}")
 
 
 def _is_sd2(config: Path) -> bool:

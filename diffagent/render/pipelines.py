@@ -30,6 +30,7 @@ from diffagent.render.checkpoints import (
     load_vae,
     local_path,
     shipped_configs,
+    weights_size,
 )
 from diffagent.render.denoise import Denoiser, Sampling, failure, free_memory, is_out_of_memory
 from diffagent.render.prompts import Conditioning, PromptEncoder
@@ -114,8 +115,14 @@ class DiffusersRenderer:
         return ", ".join(parts)
 
     def check(self, recipe: Recipe, files: Files) -> None:
-        """See the protocol; reasons 'unsupported-sampler', 'unsupported-base-model', and
-        'lora-base-mismatch', 'embedding-base-mismatch', 'vae-base-mismatch'."""
+        """See the protocol; reasons 'unsupported-sampler', 'unsupported-size',
+        'unsupported-base-model', 'lora-base-mismatch', 'embedding-base-mismatch' and
+        'vae-base-mismatch'."""
+        if recipe.width % 8 or recipe.height % 8:
+            raise RenderError(
+                f"{recipe.width}x{recipe.height} is no multiple of 8 pixels",
+                reason="unsupported-size",
+            )
         if not SAMPLERS[recipe.sampler].renderable:
             raise RenderError(f"no scheduler for {recipe.sampler!r}", reason="unsupported-sampler")
         base = _ecosystem(files.checkpoint)
@@ -138,12 +145,10 @@ class DiffusersRenderer:
 
     def preload(self, files: Files) -> None:
         """Read the next checkpoint into main memory, where there is room beside this one."""
-        path = files.checkpoint.path
         current = self._current.checkpoint.size if self._current else 0
-        if path is None or current + path.stat().st_size > self._limit:
-            return
         try:
-            self._checkpoint(files.checkpoint)
+            if current + weights_size(local_path(files.checkpoint), self.dtype) <= self._limit:
+                self._checkpoint(files.checkpoint)
         except RenderError as error:
             log.debug("read ahead in vain: %s", error)
 
@@ -151,9 +156,9 @@ class DiffusersRenderer:
         """See the protocol; reasons 'bad-model-file', 'bad-vae', 'bad-lora', 'bad-embedding',
         'out-of-memory'."""
         with self._loading:
-            checkpoint = self._checkpoint(files.checkpoint)
-            if self._current is None or self._current.checkpoint is not checkpoint:
+            if self._current is None or self._current.sha256 != files.checkpoint.sha256:
                 self._put_away()
+                checkpoint = self._checkpoint(files.checkpoint)
                 self._current = self._place(files.checkpoint, checkpoint)
             self._current.use(files)
 
@@ -254,25 +259,23 @@ class DiffusersRenderer:
                 raise self._refused[file.sha256]
             if file.sha256 not in self._loaded:
                 try:
+                    self._make_room(weights_size(local_path(file), self.dtype))
                     loaded = load_checkpoint(file, self.configs, self.dtype)
                 except RenderError as error:
                     self._refused[file.sha256] = error
                     raise
                 self.loads += 1
                 self._loaded[file.sha256] = loaded
-                self._evict(keep=file.sha256)
             self._loaded.move_to_end(file.sha256)
             return self._loaded[file.sha256]
 
-    def _evict(self, keep: str) -> None:
-        """Forget checkpoints, the longest unused first, until the others fit."""
-        sizes = {sha256: loaded.size for sha256, loaded in self._loaded.items()}
+    def _make_room(self, size: int) -> None:
+        """Forget checkpoints, the longest unused first, until there is room for so many bytes."""
         current = self._current.sha256 if self._current else None
-        for sha256 in list(self._loaded):
-            if sum(sizes.values()) <= self._limit:
+        for sha256 in [name for name in self._loaded if name != current]:
+            if size + sum(loaded.size for loaded in self._loaded.values()) <= self._limit:
                 return
-            if sha256 not in {keep, current}:
-                del self._loaded[sha256], sizes[sha256]
+            del self._loaded[sha256]
 
     def _place(self, file: ModelRef, checkpoint: Checkpoint) -> _Ready:
         """The checkpoint on the device."""

@@ -23,7 +23,7 @@ from diffagent.render.backends import open_renderer
 from diffagent.render.base import Files, ModelRef, Renderer
 from diffagent.render.pictures import PictureCache
 from diffagent.render.planner import draw
-from diffagent.render.pnginfo import write_png
+from diffagent.render.pnginfo import payload_hash, write_png
 from diffagent.render.recipe import Recipe, by_hash, resolve
 from diffagent.render.safety import check_pictures
 from diffagent.render.store import ModelStore
@@ -50,6 +50,7 @@ REASONS: Mapping[str, str] = {
     "embedding-base-mismatch": "the embedding is for another architecture",
     "no-hash": "the catalogue has no SHA256 of the file",
     "unsupported-sampler": "the backend has nothing like it",
+    "unsupported-size": "no multiple of 8 pixels",
     "too-large": "more pixels than render.max_pixels",
     "download": "the site does not give the file, or gives another",
     "bad-model-file": "not a safetensors file that diffusers can load",
@@ -112,8 +113,8 @@ def render(config: RenderConfig, context: StageContext) -> StageResult:
         contextlib.closing(open_renderer(config, context.runtime, store.local)) as renderer,
     ):
         cache = PictureCache(Path(context.runtime.store, "pictures"), renderer)
-        album = Album(by_hash(catalogue), cache, context.out / "images")
-        failed = album.fill(wanted.values(), renderer, store)
+        album = Album(by_hash(catalogue), store, cache, context.out / "images")
+        failed = album.fill(wanted.values(), renderer)
         backend = f"{renderer.name} {renderer.version}"
     seconds = time.monotonic() - started
     unsafe = album.check_safety(config)
@@ -185,17 +186,23 @@ class Album:
     Pictures tell the names of their models as this run knows them, so they are written anew.
     """
 
-    def __init__(self, models: Mapping[str, Entry], cache: PictureCache, images: Path) -> None:
+    def __init__(
+        self,
+        models: Mapping[str, Entry],
+        store: ModelStore,
+        cache: PictureCache,
+        images: Path,
+    ) -> None:
         self.drawn = self.cached = 0
         self.nsfw: dict[str, float] = {}
         self._models = models
         self._names = {sha256: entry.model for sha256, entry in models.items()}
+        self._store = store
         self._cache = cache
         self._images = images
+        self._payloads: dict[str, str] = {}
 
-    def fill(
-        self, recipes: Iterable[Recipe], renderer: Renderer, store: ModelStore
-    ) -> dict[str, str]:
+    def fill(self, recipes: Iterable[Recipe], renderer: Renderer) -> dict[str, str]:
         """Write the pictures of recipes; the reasons of those that failed, by digest."""
         shutil.rmtree(self._images, ignore_errors=True)  # of an interrupted run: all is cached
         self._images.mkdir()
@@ -209,7 +216,7 @@ class Album:
             self._write(recipe, image)
         failed: dict[str, str] = {}
         drawn = draw(
-            missing, renderer, self.files, lambda ref: store.fetch(self._models[ref.sha256])
+            missing, renderer, self.files, lambda ref: self._store.fetch(self._models[ref.sha256])
         )
         for recipe, outcome in drawn:
             if isinstance(outcome, RenderError):
@@ -255,7 +262,17 @@ class Album:
         return ModelRef(sha256, entry.model, entry.base_model, entry.file_name)
 
     def _write(self, recipe: Recipe, image: Image) -> None:
-        write_png(self._images / f"{recipe.digest}.png", image, recipe, self._names)
+        payloads = {
+            use.sha256: digest for use in recipe.loras if (digest := self._payload(use.sha256))
+        }
+        write_png(self._images / f"{recipe.digest}.png", image, recipe, self._names, payloads)
+
+    def _payload(self, sha256: str) -> str:
+        """AutoV3 of a LoRA that is here, by which a WebUI finds it; '' of one that is not."""
+        if sha256 not in self._payloads:
+            path = self._store.local(sha256)
+            self._payloads[sha256] = payload_hash(path) if path else ""
+        return self._payloads[sha256]
 
 
 def finish(job: Job, failed: Mapping[str, str], nsfw: Mapping[str, float]) -> Job:

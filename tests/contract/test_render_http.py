@@ -22,9 +22,11 @@ from diffagent.errors import ConfigError, RenderError, RenderServerError
 from diffagent.render.a1111 import A1111Renderer
 from diffagent.render.base import Files, ModelRef, Renderer
 from diffagent.render.comfyui import ComfyUIRenderer
+from diffagent.render.pnginfo import read_png
 from diffagent.render.recipe import EmbeddingUse, LoRAUse, Recipe
 from diffagent.render.remote import AUTH_VARIABLE, Remote
 from diffagent.render.samplers import SAMPLERS
+from diffagent.render.stage import REASONS
 from tests.contract.local_renderers import (
     Answer,
     LocalComfyUI,
@@ -33,6 +35,7 @@ from tests.contract.local_renderers import (
     reply,
     serving,
 )
+from tests.unit.test_render_stage import World, rows
 
 QUICK = Patience(first=0.01, longest=0.05, budget=2.0, connect_timeout=1.0, read_timeout=1.0)
 TXT2IMG = "/sdapi/v1/txt2img"
@@ -559,3 +562,40 @@ def test_comfyui_that_does_not_come_to_an_end_is_stopped(comfyui: LocalComfyUI) 
 
 def test_the_version_of_comfyui_is_its_own(comfyui: LocalComfyUI) -> None:
     assert comfy(comfyui).version == comfy(comfyui).version != ""
+
+
+# --- the stage --------------------------------------------------------------------------------
+
+
+def test_the_stage_draws_on_a_server(webui: LocalWebUI, tmp_path: Path) -> None:
+    """A model that the server lacks is a failed row; nothing is fetched from the site."""
+    world = World(tmp_path)
+    for name, kind in (("base", "Checkpoint"), ("ink", "LORA"), ("gone", "Checkpoint")):
+        digest = SHA.get(name, "e" * 64)
+        world.add_model(name.title(), type=kind, sha256=digest, file_name=f"{name}.safetensors",
+                        cached=False)  # fmt: skip
+    world.answer("Base", "Ink")
+    world.answer("Gone")
+    world.runtime = world.runtime.model_copy(update={"render_url": webui.url})
+    artifact = world.render(backend="a1111")
+    told = [(row["status"], row["reason"]) for row in rows(artifact)]
+    assert told == [("ok", None), ("failed", "missing-on-server")]
+    assert {reason for _, reason in told if reason} <= set(REASONS)
+    (path,) = artifact.glob("images/*.png")
+    recipe, text = read_png(path)
+    assert recipe.checkpoint == SHA["base"]
+    assert "<lora:Ink:1>" in text
+    metrics = artifact.manifest.metrics
+    assert str(metrics["backend"]).startswith("a1111 sdapi-")
+    assert webui.url not in (artifact.path / "manifest.json").read_text()
+    world.answer("Base", steps=7)
+    webui.faults[TXT2IMG] = [503] * 1000
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffagent.render.remote.LOOPBACK_PATIENCE", Patience(0.01, 0.05, 0.2))
+        world.runtime = world.runtime.model_copy(update={"render_timeout_seconds": 0.5})
+        with pytest.raises(RenderServerError):
+            world.render(backend="a1111")
+    webui.faults.clear()
+    artifact = world.render(backend="a1111")  # it goes on
+    assert artifact.manifest.metrics["pictures_cached"] == 1
+    assert artifact.manifest.metrics["pictures_drawn"] == 1
