@@ -321,25 +321,27 @@ def test_a_download_goes_on_from_whatever_is_there(
     assert (faults.injected["no_range"] > 0) == (rate > 0)
 
 
-def test_several_threads_and_processes_share_one_download(replay: Replay, tmp_path: Path) -> None:
+def test_several_processes_share_one_download(replay: Replay, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path\n"
+        "import sys; from pathlib import Path; from types import SimpleNamespace\n"
         "from diffagent.civitai.client import client_for\n"
-        "from diffagent.render.references import find\n"
         "from diffagent.render.store import ModelStore\n"
+        "url, directory, sha256 = sys.argv[1:]\n"
+        "file = SimpleNamespace(model='', air='', size_bytes=None, sha256=sha256,\n"
+        "    download_path='/api/download/models/1001')\n"
         "sys.stdin.read()\n"
-        "with client_for(sys.argv[1]) as client, ModelStore(Path(sys.argv[2]), client) as store:\n"
-        "    print(store.fetch(find(client, '1001')))\n"
+        "with client_for(url) as client, ModelStore(Path(directory), client) as store:\n"
+        "    print(store.fetch(file))\n"
     )
     faults = Faults(Profile({"slow": 0.0}))
     with serve(replay, faults) as url:
-        command = [sys.executable, "-c", code, url, str(tmp_path)]
+        command = [sys.executable, "-c", code, url, str(tmp_path), sha256(GOOD)]
         pipe = subprocess.PIPE
         others = [
             subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=ROOT)
             for _ in range(2)
         ]
-        paths = {other.communicate(timeout=60)[0].strip() for other in others}
+        paths = {other.communicate(timeout=120)[0].strip() for other in others}
     assert paths == {str(tmp_path / sha256(GOOD)[:2] / f"{sha256(GOOD)}.safetensors")}
     served = {key: n for key, n in faults._attempts.items() if key.startswith("/delivery/")}
     assert served == {f"/delivery/{sha256(GOOD)}": 1}
