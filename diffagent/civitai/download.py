@@ -12,7 +12,7 @@ import requests
 from diffagent.artifacts import sha256_file
 from diffagent.errors import CivitaiError, ServerError
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16  # what a break loses at most
 _SIZE_SLACK = 1024  # sizeKB is rounded
 _TEXT_TYPES = ("text/html", "application/json", "application/xml", "text/xml", "text/plain")
 #: The first bytes of a page or a JSON error. In a safetensors file the first eight are a length,
@@ -75,6 +75,7 @@ class Transfer:
             if total != have:
                 self.discard()
                 raise ServerError(f"{self.name}: the part of {have} bytes is not of this file")
+            self.pieces += 1
             return
         if kind in _TEXT_TYPES:
             raise ServerError(f"{self.name} answered with {kind!r} instead of a file")

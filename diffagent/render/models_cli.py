@@ -71,11 +71,13 @@ def fetch(
     from diffagent.render.references import find
 
     with _open_store(config, models, folders, site, limit_gb) as (store, client):
-        for reference in references:
-            path = _local(store, reference)
-            if path is None:
-                entry = find(client, reference, require_scans=not allow_unscanned)
-                path = store.fetch(entry)
+        found = [
+            _local(store, reference) or find(client, reference, require_scans=not allow_unscanned)
+            for reference in references
+        ]
+        store.prefetch(entry for entry in found if not isinstance(entry, Path))
+        for entry in found:
+            path = entry if isinstance(entry, Path) else store.fetch(entry)
             if pin and path.is_relative_to(store.cache.directory):
                 store.cache.pin(path.stem)
             typer.echo(path)

@@ -107,10 +107,9 @@ def find(site: Site, text: str, *, require_scans: bool = True) -> Entry:
     types = None if named else WEIGHT_TYPES
     file, why = choose_file(files, require_scans=require_scans, types=types)
     if file is None:
-        told = "; ".join(_scans(f) for f in files) if why == "scan not passed" else ""
-        raise RenderError(
-            f"{name} is refused: {why}" + (f": {told}" if told else ""), reason="bad-model-file"
-        )
+        if why == "scan not passed":
+            why += f": {'; '.join(map(_scans, files))}; --allow-unscanned takes it all the same"
+        raise RenderError(f"{name} is refused: {why}", reason="bad-model-file")
     return make_entry(model, {"baseModel": "", **answer}, file)
 
 
