@@ -81,7 +81,10 @@ def add_commands(app: typer.Typer, run_stage: RunStage) -> None:
         models: Annotated[
             list[Path] | None,
             typer.Option(
-                "--models", metavar="DIR", help="Folder of checkpoints and LoRAs (repeatable)."
+                "--models",
+                "--folder",
+                metavar="DIR",
+                help="Folder of checkpoints and LoRAs, or an installation (repeatable).",
             ),
         ] = None,
         model: Annotated[
