@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_Fields = Mapping[str, object]
+
 _API = "/sdapi/v1"
 _NO_NAMES: Mapping[str, str] = MappingProxyType({})
 _REQUIRED = ("options", "sd-models", "samplers")
@@ -247,7 +249,8 @@ class A1111Renderer:
                 f"{self.server.url} drew something else: {told}", reason="wrong-answer"
             )
         fields = dict(read_fields(split_parameters(text)[2]))
-        self._prove_networks(recipe, fields, prepared)
+        for prove in (self._prove_loras, self._prove_embeddings, self._prove_vae):
+            prove(recipe, fields, prepared)
 
     def _prove_checkpoint(self, recipe: Recipe, made: Generation) -> None:
         reference = made.checkpoints[0] if made.checkpoints else None
@@ -265,14 +268,12 @@ class A1111Renderer:
                 reason="wrong-model",
             )
 
-    def _prove_networks(
-        self, recipe: Recipe, fields: Mapping[str, object], prepared: _Prepared
-    ) -> None:
-        """LoRAs by AutoV3 of the local file, embeddings and VAE by SHA256, where it says so."""
-        loras = _hashes(fields.get("Lora hashes"))
+    def _prove_loras(self, recipe: Recipe, fields: _Fields, prepared: _Prepared) -> None:
+        """Those that were asked for and no others, by AutoV3 of the local file."""
+        laid = _hashes(fields.get("Lora hashes"))
         for use in recipe.loras:
             name = prepared.networks[use.sha256]
-            found = loras.pop(name.replace(",", "").replace(":", ""), None)
+            found = laid.pop(name.replace(",", "").replace(":", ""), None)
             if found is None:
                 raise RenderError(
                     f"{self.server.url} did not lay LoRA {name!r} over", reason="wrong-answer"
@@ -283,29 +284,48 @@ class A1111Renderer:
                     f"LoRA {name!r} of {self.server.url} ({found}) is not {use.sha256[:10]}",
                     reason="wrong-model",
                 )
-        wanted = {prepared.networks[use.sha256]: use.sha256 for use in recipe.embeddings}
-        used = _hashes(fields.get("TI hashes"))
-        if not self._is_forge:  # which does not tell
-            if used.keys() ^ wanted.keys():
-                raise RenderError(
-                    f"{self.server.url} used embeddings {sorted(used)} instead of "
-                    f"{sorted(wanted)}; a word of the prompt that names one loads it",
-                    reason="wrong-answer",
-                )
-            if any(not wanted[name].startswith(digest) for name, digest in used.items()):
-                raise RenderError(
-                    f"embeddings of {self.server.url} are other files: {used}", reason="wrong-model"
-                )
-        digest = str(fields.get("VAE hash", ""))
-        if recipe.vae and digest and not recipe.vae.startswith(digest):
+        if laid:
             raise RenderError(
-                f"the VAE of {self.server.url} ({digest}) is not {recipe.vae[:10]}",
-                reason="wrong-model",
-            )
-        if loras:
-            raise RenderError(
-                f"{self.server.url} laid LoRAs over that nobody asked for: {sorted(loras)}",
+                f"{self.server.url} laid LoRAs over that nobody asked for: {sorted(laid)}",
                 reason="wrong-answer",
+            )
+
+    def _prove_embeddings(self, recipe: Recipe, fields: _Fields, prepared: _Prepared) -> None:
+        """By SHA256; Forge does not tell. A LoRA may bring embeddings, under its own name."""
+        if self._is_forge:
+            return
+        wanted = {prepared.networks[use.sha256]: use.sha256 for use in recipe.embeddings}
+        loras = {prepared.networks[use.sha256] for use in recipe.loras}
+        told = _hashes(fields.get("TI hashes"))
+        used = {name: digest for name, digest in told.items() if name not in loras}
+        if used.keys() ^ wanted.keys():
+            raise RenderError(
+                f"{self.server.url} used embeddings {sorted(used)} instead of {sorted(wanted)}; a "
+                "word of the prompt that names one loads it",
+                reason="wrong-answer",
+            )
+        if any(not wanted[name].startswith(digest) for name, digest in used.items()):
+            raise RenderError(
+                f"embeddings of {self.server.url} are other files: {used}", reason="wrong-model"
+            )
+
+    def _prove_vae(self, recipe: Recipe, fields: _Fields, prepared: _Prepared) -> None:
+        """By SHA256; Forge tells names alone, and versions without the setting tell nothing."""
+        if self._is_forge:
+            told = {stem(value) for name, value in fields.items() if name.startswith("Module ")}
+            if told != set(map(stem, prepared.vae["forge_additional_modules"])):
+                raise RenderError(
+                    f"{self.server.url} used the modules {sorted(told)}", reason="wrong-answer"
+                )
+            return
+        digest = str(fields.get("VAE hash", ""))
+        if not digest and "add_vae_hash_to_info" not in self._options:
+            return
+        if bool(digest) != bool(recipe.vae) or not (recipe.vae or "").startswith(digest):
+            raise RenderError(
+                f"{self.server.url} used VAE {digest or 'of the checkpoint'} instead of "
+                f"{(recipe.vae or 'that of the checkpoint')[:10]}",
+                reason="wrong-model",
             )
 
     def _abandon(self, task: str) -> None:

@@ -156,14 +156,14 @@ def add_commands(app: typer.Typer, run_stage: RunStage) -> None:
                 )
             run_stage(config, settings, "render", refresh, reconcile)
             return
-        changes = {
+        changes: dict[str, Any] = {
             "render.seeds": seed,
             "render.safety": "flag" if safety else None,
             "render.backend": backend and backend.value,
             "runtime.render_url": url,
             "runtime.device": device,
             "runtime.store": store and str(store),
-            "runtime.model_folders": models and [str(folder) for folder in models],
+            "runtime.model_folders": [str(folder) for folder in models] if models else None,
         }
         run = _config(config, settings, changes)
         entries = _entries(agent or dabench, run, base_model)

@@ -78,7 +78,8 @@ def prompts(config: PromptsConfig, context: StageContext) -> StageResult:
 
 
 def _entry(model: Mapping[str, Any]) -> Entry:
-    return Entry(**{k: tuple(v) if isinstance(v, list) else v for k, v in model.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in model.items()}
+    return Entry(**values)
 
 
 def prompts_config(rows: Sequence[Row], entries: Iterable[Entry]) -> PromptsConfig:
@@ -87,7 +88,8 @@ def prompts_config(rows: Sequence[Row], entries: Iterable[Entry]) -> PromptsConf
     for row in rows:
         if row["api"]:
             api = parse_api(row["api"])
-            named |= {(x.model, x.version) for x in (api, *api.loras, *api.embeddings)}
+            named |= {(use.model, use.version) for use in (*api.loras, *api.embeddings)}
+            named.add((api.model, api.version))
     used = [asdict(entry) for entry in entries if (entry.model, entry.version) in named]
     return PromptsConfig(candidates=tuple(rows), models=tuple(used))
 

@@ -270,8 +270,10 @@ class Album:
     def _payload(self, sha256: str) -> str:
         """AutoV3 of a LoRA that is here, by which a WebUI finds it; '' of one that is not."""
         if sha256 not in self._payloads:
-            path = self._store.local(sha256)
-            self._payloads[sha256] = payload_hash(path) if path else ""
+            self._payloads[sha256] = ""
+            with contextlib.suppress(RenderError):  # a flawed file that a server did not read
+                path = self._store.local(sha256)
+                self._payloads[sha256] = payload_hash(path) if path else ""
         return self._payloads[sha256]
 
 

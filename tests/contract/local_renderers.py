@@ -153,6 +153,7 @@ class LocalWebUI(LocalServer):
             "sd_model_checkpoint": "",
             "CLIP_stop_at_last_layers": 1,
             "add_model_hash_to_info": False,
+            "add_vae_hash_to_info": False,
             "lora_add_hashes_to_infotext": False,
             "textual_inversion_add_hashes_to_infotext": False,
             "randn_source": "GPU",
@@ -241,7 +242,9 @@ class LocalWebUI(LocalServer):
         if settings["add_model_hash_to_info"]:
             fields["Model hash"] = hashlib.sha256(self.files[self.loaded]).hexdigest()[:10]
         fields["Model"] = self.loaded.removesuffix(".safetensors")
-        if settings.get("sd_vae", "None") != "None":
+        for number, module in enumerate(settings.get("forge_additional_modules", []), 1):
+            fields[f"Module {number}"] = module.removesuffix(".safetensors")
+        if settings.get("sd_vae", "None") != "None" and settings["add_vae_hash_to_info"]:
             name = settings["sd_vae"].removesuffix(".safetensors")
             fields["VAE hash"] = hashlib.sha256(self.vaes[name]).hexdigest()[:10]
         if settings["CLIP_stop_at_last_layers"] > 1:

@@ -266,6 +266,7 @@ def test_a_lora_of_another_content_is_refused(
         ((f"Model hash: {SHA['base'][:10]}", f"Model hash: {SHA['other'][:10]}"), "wrong-model"),
         ((f"Model hash: {SHA['base'][:10]}, ", ""), "unverified-model"),
         ((f"VAE hash: {SHA['vae'][:10]}", "VAE hash: 0123456789"), "wrong-model"),
+        ((f"VAE hash: {SHA['vae'][:10]}, ", ""), "wrong-model"),
         ((SHA["fog"][:12], "0123456789ab"), "wrong-model"),
     ],
 )  # fmt: skip

@@ -261,7 +261,9 @@ def test_a_recipe_can_be_read_from_its_infotext(recipe: Recipe, data: st.DataObj
     # No word of a prompt, or the WebUI would load it there as well.
     names = {sha: f"zq{data.draw(st.text(max_size=9))}" for sha in data.draw(st.sets(some(laid)))}
     payloads = {sha: sha[-12:] for sha in data.draw(st.sets(some(laid)))}
-    made = read_parameters(infotext(recipe, names, payloads))
+    names[recipe.checkpoint] = data.draw(st.text(alphabet='a ,:"{}[]\\\n', max_size=9))
+    text = infotext(recipe, names, payloads)
+    made = read_parameters(text)
     assert recipe.prompt.replace("\0", "").strip() in (made.prompt_raw or "")
     assert recipe.negative_prompt.replace("\0", "").strip() in (made.negative_prompt_raw or "")
     assert (made.sampler, made.steps, made.seed) == (recipe.sampler, recipe.steps, recipe.seed)
@@ -277,6 +279,11 @@ def test_a_recipe_can_be_read_from_its_infotext(recipe: Recipe, data: st.DataObj
             for use in recipe.embeddings
             if use.negative == negative
         }
+    # Civitai's parser ends "Hashes" at the first brace and makes an object of a quoted value.
+    found = re.search(r", Hashes:\s*({[^}]+})", text.rpartition("\n")[2])
+    assert found
+    assert json.loads(found[1])["model"] == recipe.checkpoint[:10]
+    assert re.search(r', Model: [^",:]+, ', text)
 
 
 def some(values: list[str]) -> st.SearchStrategy[str]:
