@@ -154,9 +154,12 @@ class ModelStore:
         return self.folders.find(sha256) or (target if target.exists() else None)
 
     def close(self) -> None:
-        """Break off what is prefetched, and let everything be evicted."""
+        """Break off what is prefetched, and let everything be evicted.
+
+        A prefetch that waits for the site ends when its client is closed.
+        """
         self._closed.set()
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
         self.cache.close()
 
     def _prefetch(self, file: ModelFile) -> None:
