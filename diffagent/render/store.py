@@ -171,6 +171,8 @@ class ModelStore:
             self.release(file)
 
     def _download(self, file: ModelFile, target: Path) -> None:
+        if not file.download_path:
+            raise NotFound(f"{file.model!r} is not in the model folders any more, nor on a site")
         unchecked = target.with_suffix(".unchecked")
         with self._turn(), meter(lambda *_: None, file.model, file.size_bytes, "B") as more:
             self.cache.make_room(file.size_bytes or 0)

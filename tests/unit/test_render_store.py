@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from diffagent.errors import CivitaiError, EarlyAccess, RenderError
+from diffagent.errors import CivitaiError, EarlyAccess, NotFound, RenderError
 from diffagent.render.store import ModelStore
 
 CONTENT = save({"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros(0)})
@@ -253,3 +253,10 @@ def test_a_folder_s_file_with_nan_is_refused_by_name(tmp_path: Path) -> None:
         store = ModelStore(tmp_path / "store", Client(), folders=[tmp_path / "models"])
         with pytest.raises(RenderError, match=r"broken.safetensors.*holds NaN or infinity"):
             store.fetch(_file(content))
+
+
+def test_a_folder_s_file_that_went_is_not_asked_of_a_site(tmp_path: Path) -> None:
+    client = Client()
+    with pytest.raises(NotFound, match="'Ink' is not in the model folders any more"):
+        ModelStore(tmp_path, client).fetch(File(model="Ink", download_path=""))
+    assert client.calls == 0 and left(tmp_path) == []
