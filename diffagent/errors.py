@@ -14,6 +14,7 @@
     │   ├── BadCursor        400: the cursor is malformed or stale
     │   └── PageCap          429 that means "page * limit > 1000": never succeeds
     ├── RenderError          a picture could not be made
+    │   └── RenderServerError   the server that draws is away or busy   (retryable)
     ├── ScoreError           a reward could not be computed
     └── TrainingError        training cannot start or has diverged
 
@@ -100,6 +101,19 @@ class RenderError(DiffAgentError):
     def __init__(self, message: str, *, reason: str = "error") -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class RenderServerError(RenderError):
+    """The server that draws is away, busy or broke off; ``retry_after`` in seconds if it said so.
+
+    It says nothing about the picture: the run ends, and goes on when it is started again.
+    """
+
+    retryable = True
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message, reason="server-away")
+        self.retry_after = retry_after
 
 
 class ScoreError(DiffAgentError):
