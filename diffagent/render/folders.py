@@ -32,7 +32,7 @@ class ModelFolders:
                 raise ConfigError(f"model folder {str(folder)!r} is not there; see model_folders")
         self._hashes = Hashes(index)
         self._lock = threading.Lock()
-        self._paths: list[Path] | None = None
+        self._sizes: dict[Path, int] | None = None
 
     def find(self, sha256: str, size_bytes: int | None = None) -> Path | None:
         """The file with this hash, checked as a downloaded one is; None when there is none.
@@ -67,12 +67,16 @@ class ModelFolders:
 
     def _candidates(self, size_bytes: int | None) -> list[Path]:
         """Files that it may be, those first that need not be read to know."""
-        if self._paths is None:
+        if self._sizes is None:
             every = (path for folder in self.folders for path in model_files(folder))
-            self._paths = [path for path in every if path.suffix.lower() == ".safetensors"]
-        there = [path for path in self._paths if path.is_file()]
-        if size_bytes is not None:
-            there = [p for p in there if abs(p.stat().st_size - size_bytes) <= _SIZE_SLACK]
+            self._sizes = {
+                path: path.stat().st_size for path in every if path.suffix.lower() == ".safetensors"
+            }
+        there = [
+            path
+            for path, size in self._sizes.items()
+            if (size_bytes is None or abs(size - size_bytes) <= _SIZE_SLACK) and path.is_file()
+        ]
         return sorted(there, key=lambda path: not self._hashes.know(path))
 
     def _is(self, path: Path, sha256: str) -> bool:

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 #: Gives the local file of a model; CivitaiError or RenderError when it cannot.
 Fetch = Callable[[ModelRef], Path]
+#: Takes a file back that is not read any more.
+Release = Callable[[ModelRef], None]
 #: Says what the hashes in a recipe stand for.
 FilesOf = Callable[[Recipe], Files]
 
@@ -63,7 +65,11 @@ def _file_key(files: Files) -> tuple[str, str, str, tuple[str, ...], tuple[str, 
 
 
 def draw(
-    recipes: Iterable[Recipe], renderer: Renderer, files_of: FilesOf, fetch: Fetch
+    recipes: Iterable[Recipe],
+    renderer: Renderer,
+    files_of: FilesOf,
+    fetch: Fetch,
+    release: Release = lambda ref: None,
 ) -> Iterator[tuple[Recipe, Image | RenderError]]:
     """Draw recipes, each checkpoint loaded once; every recipe comes out once, in any order.
 
@@ -72,6 +78,7 @@ def draw(
         renderer: draws; it is not closed.
         files_of: what a recipe's hashes stand for.
         fetch: gives local files; called from another thread, one call at a time.
+        release: takes a fetched file back after the last group that needs it.
 
     Raises:
         CivitaiError, RenderError: with ``retryable`` set alone (the site or the server is away).
@@ -86,6 +93,7 @@ def draw(
                 raise
             yield recipe, error
     groups = list(plan(able, files_of))
+    last = {ref.sha256: group for group in groups for ref in group.files.all}
     supply = _Supply(renderer, fetch)
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as ahead:
         arriving = ahead.submit(supply.files, groups[0].files) if groups else None
@@ -97,9 +105,12 @@ def draw(
             if failed:
                 log.warning("%s: %d pictures fail: %s", name, number, failed)
                 yield from ((recipe, failed) for recipe in group.recipes)
-                continue
-            log.info("%s: %d pictures", name, number)
-            yield from zip(group.recipes, renderer.render(group.recipes), strict=True)
+            else:
+                log.info("%s: %d pictures", name, number)
+                yield from zip(group.recipes, renderer.render(group.recipes), strict=True)
+            for ref in supply.fetched(group.files):
+                if last[ref.sha256] is group:
+                    release(ref)
 
 
 def _prepare(renderer: Renderer, arriving: Future[Files] | None) -> RenderError | None:
@@ -139,6 +150,10 @@ class _Supply:
         found = self.files(files)
         self._renderer.preload(found)
         return found
+
+    def fetched(self, files: Files) -> list[ModelRef]:
+        """Those of some files that are there; all of them, unless one has failed."""
+        return [ref for ref in files.all if ref.sha256 in self._paths]
 
     def _local(self, ref: ModelRef) -> ModelRef:
         if ref.sha256 in self._failed:

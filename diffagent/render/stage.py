@@ -216,7 +216,11 @@ class Album:
             self._write(recipe, image)
         failed: dict[str, str] = {}
         drawn = draw(
-            missing, renderer, self.files, lambda ref: self._store.fetch(self._models[ref.sha256])
+            missing,
+            renderer,
+            self.files,
+            fetch=lambda ref: self._store.fetch(self._models[ref.sha256]),
+            release=lambda ref: self._store.release(self._models[ref.sha256]),
         )
         for recipe, outcome in drawn:
             if isinstance(outcome, RenderError):

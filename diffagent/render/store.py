@@ -154,9 +154,12 @@ class ModelStore:
         return self.folders.find(sha256) or (target if target.exists() else None)
 
     def close(self) -> None:
-        """Break off what is prefetched, and let everything be evicted."""
+        """Break off what is prefetched, and let everything be evicted.
+
+        A prefetch that waits for the site ends when its client is closed.
+        """
         self._closed.set()
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
         self.cache.close()
 
     def _prefetch(self, file: ModelFile) -> None:
@@ -168,6 +171,8 @@ class ModelStore:
             self.release(file)
 
     def _download(self, file: ModelFile, target: Path) -> None:
+        if not file.download_path:
+            raise NotFound(f"{file.model!r} is not in the model folders any more, nor on a site")
         unchecked = target.with_suffix(".unchecked")
         with self._turn(), meter(lambda *_: None, file.model, file.size_bytes, "B") as more:
             self.cache.make_room(file.size_bytes or 0)

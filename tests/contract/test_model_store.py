@@ -469,12 +469,13 @@ def test_what_an_earlier_run_left_counts_only_with_a_hash_to_check_it(tmp_path: 
 def test_a_file_of_another_size_is_stopped_before_it_fills_the_disk(
     tmp_path: Path, length: bool
 ) -> None:
-    endless = send(200, bytes(range(256)) * 100_000, length=length, **FILE)
+    endless, got = send(200, bytes(range(256)) * 100_000, length=length, **FILE), [0]
     with (
         storage(endless) as (site, asked),
         pytest.raises(CivitaiError, match=r"not the one expected: .* instead of 5000"),
     ):
-        get(site, tmp_path, size_bytes=5_000)
+        get(site, tmp_path, size_bytes=5_000, on_bytes=lambda more: got.append(got[-1] + more))
+    assert max(got) < 100_000
     assert len(asked) == 1, "a wrong record is not asked for twice"
     assert list(tmp_path.iterdir()) == []
 

@@ -26,7 +26,7 @@ from diffagent.render.checkpoints import (
 )
 from diffagent.render.pipelines import DiffusersRenderer
 from diffagent.render.recipe import LoRAUse, Recipe
-from diffagent.render.store import read_header
+from diffagent.render.weights import read_header
 from diffagent.sandbox.single_file import Tensors, single_file_tensors
 from tests.unit import tiny_sd
 

@@ -134,6 +134,27 @@ def test_failures_are_a_group_s_or_a_picture_s_and_the_rest_goes_on() -> None:
     assert sorted(asked) == ["a", "bad", "good", "locked"]  # each once
 
 
+def test_files_are_given_back_after_the_last_group_that_needs_them() -> None:
+    held: set[str] = set()
+    most = 0
+
+    def take(ref: ModelRef) -> Path:
+        nonlocal most
+        assert ref.sha256 not in held
+        if ref.sha256 == "locked":
+            raise Forbidden("401: early access")
+        held.add(ref.sha256)
+        most = max(most, len(held))
+        return fetch(ref)
+
+    recipes = [recipe(f"{number}", loras="a") for number in range(9)]
+    recipes += [recipe("bad", loras="b"), recipe("locked", loras="c"), recipe("5")]
+    for wanted, _ in draw(recipes, Sketcher(), files_of, take, lambda ref: held.remove(ref.sha256)):
+        assert wanted.checkpoint in (*held, "bad", "locked")
+    assert not held
+    assert most <= 5  # two checkpoints, this one and the next, and what is laid over them
+
+
 def test_trouble_that_may_pass_ends_the_run() -> None:
     def away(ref: ModelRef) -> Path:
         if ref.sha256 == "two":

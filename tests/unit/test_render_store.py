@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from diffagent.errors import CivitaiError, EarlyAccess, RenderError
+from diffagent.errors import CivitaiError, EarlyAccess, NotFound, RenderError
 from diffagent.render.store import ModelStore
 
 CONTENT = save({"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros(0)})
@@ -152,7 +152,9 @@ def test_downloads_at_once_are_bounded_over_all_stores_of_a_directory(tmp_path: 
         ModelStore(tmp_path, client, max_downloads=2) as one,
         ModelStore(tmp_path, client, max_downloads=2) as other,
     ):
-        futures = one.prefetch(map(_file, contents)) + other.prefetch(map(_file, contents))
+        futures = one.prefetch(map(_file, contents)) + other.prefetch(
+            map(_file, reversed(contents))
+        )
         for future in futures:
             future.result(timeout=30)
         assert client.calls == 5
@@ -175,23 +177,23 @@ def test_prefetching_returns_at_once_and_its_trouble_is_told_by_fetch(tmp_path: 
 
 
 def test_closing_breaks_prefetching_off_and_what_came_stays(tmp_path: Path) -> None:
-    begun = threading.Event()
+    begun, go_on = threading.Event(), threading.Event()
 
-    class Endless(Client):
+    class Slow(Client):
         def download(self, url: str, path: Path, *, on_bytes: Any, **_: Any) -> None:
-            with path.with_name(f"{path.name}.part").open("wb") as stream:
-                while True:
-                    stream.write(b"more")
-                    on_bytes(4)
-                    begun.set()
-                    time.sleep(0.01)
+            path.with_name(f"{path.name}.part").write_bytes(b"some")
+            begun.set()
+            go_on.wait(30)
+            on_bytes(4)
 
-    store = ModelStore(tmp_path, Endless(), max_downloads=1)
-    store.prefetch([File(), _file(_weights(1))])
+    store = ModelStore(tmp_path, Slow(), max_downloads=1)
+    first, second = store.prefetch([File(), _file(_weights(1))])
     assert begun.wait(10)
-    store.close()
-    (part,) = tmp_path.rglob("*.part")
-    assert part.stat().st_size > 0
+    store.close()  # does not wait
+    assert second.cancelled() and not first.done()
+    go_on.set()
+    first.result(timeout=30)
+    assert left(tmp_path) == [f"{File.sha256}.json", f"{File.sha256}.unchecked.part"]
 
 
 def test_what_is_fetched_is_evicted_only_after_release(tmp_path: Path) -> None:
@@ -251,3 +253,10 @@ def test_a_folder_s_file_with_nan_is_refused_by_name(tmp_path: Path) -> None:
         store = ModelStore(tmp_path / "store", Client(), folders=[tmp_path / "models"])
         with pytest.raises(RenderError, match=r"broken.safetensors.*holds NaN or infinity"):
             store.fetch(_file(content))
+
+
+def test_a_folder_s_file_that_went_is_not_asked_of_a_site(tmp_path: Path) -> None:
+    client = Client()
+    with pytest.raises(NotFound, match="'Ink' is not in the model folders any more"):
+        ModelStore(tmp_path, client).fetch(File(model="Ink", download_path=""))
+    assert client.calls == 0 and left(tmp_path) == []
