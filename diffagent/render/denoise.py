@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_ZERO_SNR = "rescale_betas_zero_snr"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -68,6 +70,13 @@ class Sampling:
         import diffusers
 
         scheduler = getattr(diffusers, spec.scheduler)
+        known = inspect.signature(scheduler.__init__).parameters
+        if scheduler_config.get(_ZERO_SNR) and _ZERO_SNR not in known:
+            raise RenderError(
+                f"{spec.scheduler} cannot begin with pure noise, as this checkpoint must; take "
+                "'Euler', 'Euler a', 'DPM++ 2M' or 'DDIM'",
+                reason="unsupported-sampler",
+            )
         self._scheduler = scheduler.from_config(scheduler_config, **spec.options)
         self._scheduler.set_timesteps(recipe.steps * spec.steps_multiplier)  # on the CPU: no waits
         self._generator = torch.Generator("cpu").manual_seed(recipe.seed)
@@ -84,6 +93,11 @@ class Sampling:
     def done(self) -> bool:
         """Whether there is nothing left to do: the latents are the picture's, or it failed."""
         return self.error is not None or self._step == len(self._scheduler.timesteps)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of the conditionings: rows of one pass share it."""
+        return self._said[0].context.shape[1]
 
     @property
     def width(self) -> int:

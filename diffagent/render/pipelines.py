@@ -13,6 +13,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -33,7 +34,7 @@ from diffagent.render.checkpoints import (
     weights_size,
 )
 from diffagent.render.denoise import Denoiser, Sampling, failure, free_memory, is_out_of_memory
-from diffagent.render.prompts import Conditioning, PromptEncoder
+from diffagent.render.prompts import PromptEncoder
 from diffagent.render.recipe import SUPPORTED, Recipe
 from diffagent.render.samplers import SAMPLERS
 
@@ -160,7 +161,8 @@ class DiffusersRenderer:
                 self._put_away()
                 checkpoint = self._checkpoint(files.checkpoint)
                 self._current = self._place(files.checkpoint, checkpoint)
-            self._current.use(files)
+            with self._room_for(files.checkpoint):
+                self._current.use(files)
 
     def render(self, recipes: Sequence[Recipe]) -> Iterator[Image | RenderError]:
         """See the protocol; reasons 'clip-skip', 'out-of-memory', 'nan', 'black',
@@ -199,41 +201,32 @@ class DiffusersRenderer:
         import torch
 
         failed: list[tuple[int, RenderError]] = []
-        buckets: dict[int, list[tuple[int, tuple[Conditioning, Conditioning]]]] = {}
+        buckets: dict[int, list[tuple[int, Sampling]]] = {}
         with torch.inference_mode():
-            ready.lay(strengths)
             for number in numbers:
                 try:
-                    said = ready.say(recipes[number])
+                    ready.lay(strengths)
+                    sampling = ready.begin(recipes[number], self.device)
                 except RenderError as error:
                     failed.append((number, error))
                     continue
-                buckets.setdefault(said[0].context.shape[1], []).append((number, said))
+                buckets.setdefault(sampling.context_length, []).append((number, sampling))
         yield from failed
         for bucket in buckets.values():
-            yield from self._denoise(ready, recipes, bucket)
+            yield from self._denoise(ready, bucket)
 
     def _denoise(
-        self,
-        ready: _Ready,
-        recipes: Sequence[Recipe],
-        bucket: Sequence[tuple[int, tuple[Conditioning, Conditioning]]],
+        self, ready: _Ready, bucket: Sequence[tuple[int, Sampling]]
     ) -> Iterator[tuple[int, Image | RenderError]]:
-        """Draw recipes of one length of context, which share every pass."""
+        """Draw pictures of one length of context, which share every pass."""
         import torch
 
-        size = recipes[bucket[0][0]].width * recipes[bucket[0][0]].height
+        recipe = bucket[0][1].recipe
+        size = recipe.width * recipe.height
         limit = self._shrunk.get((ready.checkpoint.family, size), self.rows(size))
         denoiser = Denoiser(ready.checkpoint.pipeline.unet, limit)
-        numbers: dict[int, int] = {}
-
-        def samplings() -> Iterator[Sampling]:
-            for number, said in bucket:
-                sampling = ready.begin(recipes[number], said, self.device)
-                numbers[id(sampling)] = number
-                yield sampling
-
-        steps = denoiser.run(samplings())
+        numbers = {id(sampling): number for number, sampling in bucket}
+        steps = denoiser.run(sampling for _, sampling in bucket)
         while True:
             with torch.inference_mode():  # not around a yield: it would leak to the caller
                 sampling = next(steps, None)
@@ -242,7 +235,7 @@ class DiffusersRenderer:
                 outcome = ready.picture(sampling)
             if denoiser.rows < limit:
                 self._shrunk[ready.checkpoint.family, size] = denoiser.rows
-            yield numbers.pop(id(sampling)), outcome
+            yield numbers[id(sampling)], outcome
 
     def rows(self, pixels: int) -> int:
         """Rows of a pass for pictures of so many pixels: a power of two."""
@@ -280,19 +273,29 @@ class DiffusersRenderer:
     def _place(self, file: ModelRef, checkpoint: Checkpoint) -> _Ready:
         """The checkpoint on the device."""
         try:
-            checkpoint.pipeline.to(self.device)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            checkpoint.pipeline.to("cpu")
+            with self._room_for(file):
+                checkpoint.pipeline.to(self.device)
+        except RenderError:
+            checkpoint.pipeline.to("cpu")  # what has got there already
             free_memory()
-            raise RenderError(
-                f"{file.name!r} does not fit into the memory of {self.device}",
-                reason="out-of-memory",
-            ) from error
+            raise
         if self._compile:
             checkpoint.pipeline.unet.compile()
         return _Ready(file.sha256, checkpoint)
+
+    @contextmanager
+    def _room_for(self, file: ModelRef) -> Iterator[None]:
+        """Turn a full memory into an error that says of what."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RenderError(
+                f"{file.name!r} and what is laid over it do not fit into the memory of "
+                f"{self.device}",
+                reason="out-of-memory",
+            ) from error
 
     def _put_away(self) -> None:
         """Take everything off the current checkpoint, and it off the device."""
@@ -340,29 +343,31 @@ class _Ready:
 
     def lay(self, strengths: Strengths) -> None:
         """Merge LoRAs in use with these strengths."""
-        if strengths != self._laid:
-            self._overlay.lay([(self._loras[sha256], weight) for sha256, weight in strengths])
-            self._encoder.forget()
-            self._laid = strengths
-
-    def say(self, recipe: Recipe) -> tuple[Conditioning, Conditioning]:
-        """The positive and the negative conditioning of a recipe."""
+        if strengths == self._laid:
+            return
+        self._encoder.forget()
         try:
-            return self._encoder.pair(
+            self._overlay.lay([(self._loras[sha256], weight) for sha256, weight in strengths])
+        except (RuntimeError, MemoryError) as error:
+            self._overlay.remove()
+            self._laid = ()
+            reason = "out-of-memory" if is_out_of_memory(error) else "bad-lora"
+            raise RenderError(f"the LoRAs cannot be merged: {error}", reason=reason) from error
+        self._laid = strengths
+
+    def begin(self, recipe: Recipe, device: torch.device) -> Sampling:
+        """The noise that becomes the recipe's picture."""
+        channels, scale = self._pipeline.unet.config.in_channels, self._pipeline.vae_scale_factor
+        shape = (1, channels, recipe.height // scale, recipe.width // scale)
+        try:
+            said = self._encoder.pair(
                 _with_tokens(recipe.prompt, recipe, negative=False),
                 _with_tokens(recipe.negative_prompt, recipe, negative=True),
                 recipe.clip_skip,
             )
+            return Sampling(recipe, self.checkpoint.scheduler_config, said, shape, device)
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise failure(recipe, error) from error
-
-    def begin(
-        self, recipe: Recipe, said: tuple[Conditioning, Conditioning], device: torch.device
-    ) -> Sampling:
-        """The noise that becomes the recipe's picture."""
-        channels, scale = self._pipeline.unet.config.in_channels, self._pipeline.vae_scale_factor
-        shape = (1, channels, recipe.height // scale, recipe.width // scale)
-        return Sampling(recipe, self.checkpoint.scheduler_config, said, shape, device)
 
     def picture(self, sampling: Sampling) -> Image | RenderError:
         """The picture of finished latents, or why there is none."""

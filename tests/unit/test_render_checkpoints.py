@@ -220,17 +220,25 @@ def test_what_predicts_velocity_is_known_by_its_signs(tmp_path: Path) -> None:
     assert told({}) == velocity
 
 
-def test_velocity_changes_the_picture(tmp_path: Path) -> None:
+def test_velocity_and_a_noisy_end_change_the_picture(tmp_path: Path) -> None:
     config = tmp_path / "configs" / "sd2"
     pipeline = tiny_sd.build_like(config_of("sd2"), config)
-    tiny_sd.save_single_file(pipeline, tmp_path / "model.safetensors")
-    drawn = []
-    for base_model in ("SD 2.1", "SD 2.1 768"):
+    tensors = single_file_tensors(pipeline.unet, pipeline.vae, pipeline.text_encoder)
+    marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    heun = RECIPE.model_copy(update={"sampler": "Heun"})
+    seen = set()
+    for number, added in enumerate(({}, {"v_pred": marks["v_pred"]}, marks)):
+        path = tmp_path / f"{number}.safetensors"
+        save_file({**tensors, **added}, path)
         renderer = DiffusersRenderer(torch.device("cpu"), [config])
-        file = ModelRef("a", "a", base_model, path=tmp_path / "model.safetensors")
-        renderer.prepare(Files(file))
-        drawn.extend(renderer.render([RECIPE]))
-    assert np.asarray(drawn[0]).tobytes() != np.asarray(drawn[1]).tobytes()
+        renderer.prepare(Files(ModelRef("a", "a", path=path)))
+        by_euler, by_heun = renderer.render([RECIPE, heun])
+        assert not isinstance(by_euler, RenderError), by_euler
+        seen.add(by_euler.tobytes())
+        assert getattr(by_heun, "reason", None) == (
+            "unsupported-sampler" if "ztsnr" in added else None
+        )
+    assert len(seen) == 3
 
 
 def test_other_architectures_are_refused(tmp_path: Path) -> None:
