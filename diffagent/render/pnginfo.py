@@ -97,10 +97,18 @@ def sampler_fields(name: str) -> tuple[str, str | None]:
 
 
 def payload_hash(path: Path) -> str:
-    """AutoV3 of a safetensors file: SHA256 of what follows its header, the first 12 digits."""
+    """AutoV3 of a safetensors file: SHA256 of what follows its header, the first 12 digits.
+
+    Raises:
+        RenderError: it is no such file; reason 'bad-model-file'.
+        OSError: it cannot be read.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as stream:
-        stream.seek(8 + int.from_bytes(stream.read(8), "little"))
+        start = 8 + int.from_bytes(stream.read(8), "little")
+        if start > path.stat().st_size:
+            raise RenderError(f"{path.name!r} is no safetensors file", reason="bad-model-file")
+        stream.seek(start)
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()[:12]

@@ -275,7 +275,8 @@ class Album:
         """AutoV3 of a LoRA that is here, by which a WebUI finds it; '' of one that is not."""
         if sha256 not in self._payloads:
             self._payloads[sha256] = ""
-            with contextlib.suppress(RenderError):  # a flawed file that a server did not read
+            # A flawed file, or one that went: a server has drawn with its own.
+            with contextlib.suppress(RenderError, OSError):
                 path = self._store.local(sha256)
                 self._payloads[sha256] = payload_hash(path) if path else ""
         return self._payloads[sha256]
