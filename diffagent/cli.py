@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from diffagent.dabench.cli import app as dabench_app
+from diffagent.options import ConfigFile, Overrides, Reconcile, Refresh, Verbose, parse_overrides
+from diffagent.render.cli import add_commands
+from diffagent.render.models_cli import app as models_app
 
 if TYPE_CHECKING:
-    from diffagent.agent.selector import Selector
     from diffagent.artifacts import Artifact
     from diffagent.pipeline import Node
 
@@ -39,45 +41,6 @@ STAGES = {
 }
 
 
-#: Loggers whose news are told without -v: which stage runs, and what was asked for by name.
-_TOLD = ("diffagent.pipeline", "diffagent.civitai.recall")
-
-
-def _set_up_logging(verbose: int) -> int:
-    """Warnings, and which stage runs; -v: what stages say; -vv: everything of this library."""
-    if not logging.getLogger().handlers:
-        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    level = logging.DEBUG if verbose > 1 else logging.INFO
-    for name in (*_TOLD, "diffagent") if verbose else _TOLD:
-        logging.getLogger(name).setLevel(level)
-    return verbose
-
-
-Verbose = Annotated[
-    int,
-    typer.Option(
-        "--verbose", "-v", count=True, callback=_set_up_logging, help="Say more; -vv for all."
-    ),
-]
-ConfigFile = Annotated[
-    Path, typer.Option("--config", "-c", metavar="FILE", help="YAML file of the whole run.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="SECTION.KEY=VALUE", help="Change a setting (repeatable); VALUE is YAML."
-    ),
-]
-Refresh = Annotated[
-    bool, typer.Option("--refresh", help="Crawl again; nothing else runs if nothing is new.")
-]
-Reconcile = Annotated[
-    bool,
-    typer.Option(
-        "--reconcile",
-        help="Refresh by walking whole listings again, and say what was missed before (recall).",
-    ),
-]
 ArtifactDir = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of an artefact.")]
 
 app = typer.Typer(
@@ -91,6 +54,7 @@ app = typer.Typer(
 artifacts_app = typer.Typer(help="Look at artefacts.", no_args_is_help=True)
 app.add_typer(artifacts_app, name="artifact")
 app.add_typer(dabench_app, name="dabench")
+app.add_typer(models_app, name="models")
 
 
 def _print_version(wanted: bool) -> None:
@@ -108,28 +72,6 @@ def _root(
     ] = False,
 ) -> None:
     pass
-
-
-def parse_overrides(settings: list[str] | None) -> dict[str, Any]:
-    """``section.key=value`` texts as a mapping; values are read as YAML.
-
-    Raises:
-        ConfigError: a text has no '=' or no key, or its value is not YAML.
-    """
-    import yaml
-
-    from diffagent.errors import ConfigError
-
-    overrides: dict[str, Any] = {}
-    for text in settings or ():
-        key, equals, value = text.partition("=")
-        if not equals or not key.strip():
-            raise ConfigError(f"--set needs SECTION.KEY=VALUE, got {text!r}")
-        try:
-            overrides[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ConfigError(f"--set {key}: {value!r} is not YAML") from None
-    return overrides
 
 
 def _run(
@@ -170,7 +112,9 @@ def _add_stage_command(stage: str, text: str) -> None:
 
 
 for _stage, _text in STAGES.items():
-    _add_stage_command(_stage, _text)
+    if _stage not in ("render", "score"):  # these do more
+        _add_stage_command(_stage, _text)
+add_commands(app, _run)
 
 
 @app.command()
@@ -239,21 +183,21 @@ def select(
     With '-' the selector is loaded once; each prompt is answered when its line has been read, and
     where an unconstrained agent has no valid API the line is {"error": ...}.
     """
+    from diffagent.agent.opening import open_selector
     from diffagent.agent.selector import valid_apis
     from diffagent.errors import SchemaError
 
-    found: Selector
-    if agent is None:
-        found = _fitted(selector, dabench, encoder, store=store, device=device)
-    else:
-        from diffagent.agent import llm_selector
-        from diffagent.agent.llm import load_agent
-
-        found = llm_selector.LLM(
-            load_agent(agent, device, "int8" if int8 else "none"),
-            constrained=not unconstrained,
-            negative_prompts="free" if free_negative_prompt else "known",
-        )
+    found = open_selector(
+        agent,
+        dabench,
+        selector,
+        encoder=encoder,
+        store=store,
+        device=device,
+        int8=int8,
+        constrained=not unconstrained,
+        negative_prompts="free" if free_negative_prompt else "known",
+    )
     if prompt != "-":
         for api in valid_apis(found, prompt, n):
             typer.echo(api.to_json())
@@ -264,22 +208,6 @@ def select(
                 typer.echo(api.to_json())
         except SchemaError as error:
             typer.echo(json.dumps({"error": str(error)}, ensure_ascii=False))
-
-
-def _fitted(name: str, dabench: Path | None, encoder: str, *, store: Path, device: str) -> Selector:
-    from diffagent.agent.fitting import FITTED
-    from diffagent.agent.selectors import fitted_selector
-    from diffagent.artifacts import open_artifact
-    from diffagent.errors import ConfigError
-    from schemas.config import RuntimeConfig
-
-    if dabench is None:
-        raise ConfigError("select needs --agent DIR, or --dabench DIR to learn from")
-    for known in FITTED:
-        if known == name:
-            runtime = RuntimeConfig(store=str(store), device=device)
-            return fitted_selector(known, open_artifact(dabench), runtime, encoder)
-    raise ConfigError(f"--selector: {name!r} is none of {', '.join(FITTED)}")
 
 
 @app.command(

@@ -9,9 +9,12 @@
     │   ├── ServerError      5xx, 524, broken transfer (retryable)
     │   ├── NotFound         404
     │   ├── Forbidden        401, 403
+    │   │   ├── EarlyAccess         for sale before it is free
+    │   │   └── DownloadsDisabled   its creator lets nobody download it
     │   ├── BadCursor        400: the cursor is malformed or stale
     │   └── PageCap          429 that means "page * limit > 1000": never succeeds
     ├── RenderError          a picture could not be made
+    │   └── RenderServerError   the server that draws is away or busy   (retryable)
     ├── ScoreError           a reward could not be computed
     └── TrainingError        training cannot start or has diverged
 
@@ -76,6 +79,14 @@ class Forbidden(CivitaiError):  # noqa: N818
     """401 or 403: a token is missing or the item is not open to it."""
 
 
+class EarlyAccess(Forbidden):
+    """403: a version that is for sale before it is free; a token that has bought it opens it."""
+
+
+class DownloadsDisabled(Forbidden):
+    """401: the creator lets the site use the model and nobody download it; no token helps."""
+
+
 class BadCursor(CivitaiError):  # noqa: N818
     """400: the cursor is malformed or stale; restart the listing."""
 
@@ -90,6 +101,19 @@ class RenderError(DiffAgentError):
     def __init__(self, message: str, *, reason: str = "error") -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class RenderServerError(RenderError):
+    """The server that draws is away, busy or broke off; ``retry_after`` in seconds if it said so.
+
+    It says nothing about the picture: the run ends, and goes on when it is started again.
+    """
+
+    retryable = True
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message, reason="server-away")
+        self.retry_after = retry_after
 
 
 class ScoreError(DiffAgentError):

@@ -263,6 +263,17 @@ class RenderConfig(_Section):
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1, description="pictures per call")
     max_pixels: int = Field(default=1024 * 1024, ge=64 * 64, description="larger sizes are refused")
     max_failed_fraction: float = Field(default=0.1, ge=0, le=1)
+    backend: Literal["diffusers", "a1111", "comfyui"] = Field(
+        default="diffusers", description="what draws; the others are servers: runtime.render_url"
+    )
+    safety: Literal["off", "flag", "withhold"] = Field(
+        default="off",
+        description="check of pictures by a classifier (extra safety): 'flag' logs and records "
+        "it, 'withhold' makes an unsafe picture a failed row",
+    )
+    safety_threshold: float = Field(
+        default=0.8, gt=0, le=1, description="probability from which a picture is unsafe"
+    )
 
 
 class ScorerConfig(_Section):
@@ -392,6 +403,20 @@ class RuntimeConfig(_Section):
         default=None, description="fsspec URI that finished artefacts are shared through"
     )
     models: str | None = Field(default=None, description="cache of model files; STORE/models")
+    models_max_gb: float | None = Field(
+        default=None,
+        gt=0,
+        description="limit of that cache in 10^9 bytes: what was not used for the longest time "
+        "goes, but nothing that is pinned or in use; no limit",
+    )
+    model_folders: tuple[str, ...] = Field(
+        default=(),
+        description="folders of model files, or installations of A1111 or ComfyUI, that are read "
+        "in place before anything is downloaded",
+    )
+    max_downloads: int = Field(
+        default=2, ge=1, le=32, description="of model files at once, by all processes"
+    )
     device: str = Field(default="auto", description="'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     workers: int = Field(default=2, ge=1, description="concurrent tasks of a flow")
     requests_per_second: float | None = Field(
@@ -417,7 +442,29 @@ class RuntimeConfig(_Section):
     faults: Literal["none", "flaky", "hostile"] = Field(
         default="none", description="of the embedded server"
     )
+    render_url: str | None = Field(
+        default=None,
+        description="address of the server of render.backend a1111 or comfyui; credentials are "
+        "$DIFFAGENT_RENDER_AUTH, USER:PASSWORD or 'Bearer TOKEN'",
+    )
+    render_timeout_seconds: float = Field(
+        default=900, gt=0, description="that a server may take for a picture, loading included"
+    )
+    server_models: dict[str, str] = Field(
+        default={},
+        description="SHA256 -> file name on that server, of models that it has under other names",
+    )
     stage_timeout_seconds: float = Field(default=6 * 3600, gt=0)
+
+    @property
+    def models_directory(self) -> Path:
+        """Where the cache of model files is."""
+        return Path(self.models) if self.models else Path(self.store, "models")
+
+    @property
+    def models_max_bytes(self) -> int | None:
+        """The limit of that cache."""
+        return None if self.models_max_gb is None else round(self.models_max_gb * 1e9)
 
 
 class PipelineConfig(_Section):
@@ -461,6 +508,17 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Pi
         raise ConfigFileError(f"{str(path)!r} is not YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigFileError(f"{str(path)!r} must be a mapping of sections, got {data!r:.80}")
+    return configure(data, overrides, path)
+
+
+def configure(
+    data: dict[str, Any], overrides: dict[str, Any] | None, path: str | Path
+) -> PipelineConfig:
+    """Check settings, changed by ``overrides``; ``path`` is their name in messages.
+
+    Raises:
+        ConfigFileError: a field is wrong (all are listed).
+    """
     for dotted, value in (overrides or {}).items():
         *parents, leaf = dotted.split(".")
         target = data

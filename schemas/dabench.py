@@ -143,6 +143,7 @@ RENDERS = _schema(
     ("recipe", _text, True),
     ("status", _text, False),  # 'ok' | 'invalid' | 'failed'
     ("reason", _text, True),
+    ("nsfw", _float, True),  # probability by the safety check; null: not checked
 )
 
 #: One row a RENDERS row, in the same order. Rewards are null where there is no picture;

@@ -32,13 +32,15 @@ import requests
 from requests.auth import AuthBase
 
 import diffagent
-from diffagent.artifacts import sha256_file
+from diffagent.civitai.download import Transfer
 from diffagent.civitai.pagination import Page, walk
 from diffagent.civitai.ratelimit import bucket_of
 from diffagent.errors import (
     BadCursor,
     CivitaiError,
     ConfigError,
+    DownloadsDisabled,
+    EarlyAccess,
     Forbidden,
     NotFound,
     PageCap,
@@ -55,10 +57,7 @@ SITE_HOSTS = ("civitai.com", "civitai.red")
 Params = Mapping[str, Any]
 T = TypeVar("T")
 
-_CHUNK = 1 << 20
 _MAX_REDIRECTS = 4
-_TEXT_TYPES = ("text/html", "application/json", "application/xml", "text/xml", "text/plain")
-_SIZE_SLACK = 1024  # sizeKB is rounded
 
 
 @dataclass(frozen=True)
@@ -194,8 +193,10 @@ class CivitaiClient:
             version: a version id, or a download path or address of this site.
 
         Raises:
-            Forbidden: log-in needed, downloads disabled, or early access.
-            NotFound: no such file.
+            EarlyAccess: the version is still for sale.
+            DownloadsDisabled: its creator lets nobody download it.
+            Forbidden: log-in needed.
+            NotFound: no such file, or archived.
         """
         path = f"/api/download/models/{version}" if isinstance(version, int) else version
         return self._patiently(lambda: self._redirect_target(self._own_url(path)))
@@ -207,59 +208,52 @@ class CivitaiClient:
         *,
         sha256: str | None = None,
         size_bytes: int | None = None,
+        on_bytes: Callable[[int], None] = lambda _: None,
     ) -> Path:
         """Fetch a model file to ``path``, whole and verified, or not at all.
 
         Bytes go to ``path`` + '.part', which stays when the transfer breaks and is continued
-        with a Range request on a freshly resolved address.
+        with a Range request on a freshly resolved address: in this call, and with a ``sha256``
+        in any later one.
 
         Args:
             url: a version id, or a download path or address of this site.
             path: where the file comes to lie, by a rename.
             sha256: hex digest that the file must have.
             size_bytes: size, give or take the site's rounding to 1 kB.
+            on_bytes: is called with how many more bytes are there, fewer when the file is begun
+                anew; what it raises ends the transfer.
 
         Raises:
             CivitaiError: size or SHA256 are not as expected, or the site does not give it.
         """
-        part = path.with_name(f"{path.name}.part")
         path.parent.mkdir(parents=True, exist_ok=True)
-        problem = ""
-        for _ in range(2):  # a damaged .part of an earlier run deserves a second try
-            self._patiently(lambda: self._transfer(url, part), progress=lambda: _size(part))
-            problem = _difference(part, sha256, size_bytes)
+        part = path.with_name(f"{path.name}.part")
+        transfer = Transfer(repr(url), part, sha256, size_bytes, on_bytes)
+        for last_try in (False, True):
+            self._patiently(lambda: self._transfer(url, transfer), progress=lambda: transfer.have)
+            problem = transfer.problem()
             if not problem:
                 part.replace(path)
                 return path
-            part.unlink()
-        raise CivitaiError(
-            f"the file behind {url!r} is not the one expected: {problem}; it was replaced on the "
-            "site or its record is wrong: crawl again"
-        )
+            # Pieces may be of two files, also where one was left by an earlier run.
+            in_pieces = transfer.pieces > 1
+            transfer.discard()
+            if last_try or not in_pieces:
+                break
+        raise transfer.unexpected(problem)
 
-    def _transfer(self, url: int | str, part: Path) -> None:
+    def _transfer(self, url: int | str, transfer: Transfer) -> None:
         target = self.resolve_download(url)
-        have = _size(part)
-        headers = {"Range": f"bytes={have}-", "Accept-Encoding": "identity"}
-        with self._send(target, headers=headers if have else {"Accept-Encoding": "identity"}) as r:
-            if r.status_code == 416:  # nothing left, or the part is not of this file
-                total = r.headers.get("Content-Range", "").rpartition("/")[2]
-                if total != str(have):
-                    part.unlink()
-                    raise ServerError(f"{url!r}: the part of {have} bytes is longer than the file")
-                return
-            if r.status_code not in (200, 206):
-                raise _failure(r, cursor=False)
-            kind = r.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-            if kind in _TEXT_TYPES:
-                raise ServerError(f"{url!r} answered with {kind!r} instead of a file")
-            start = r.headers.get("Content-Range", "").removeprefix("bytes ").partition("-")[0]
-            append = r.status_code == 206 and start == str(have)
-            if r.status_code == 206 and not append:
-                raise ServerError(f"{url!r}: asked for bytes from {have}, got them from {start!r}")
-            with part.open("ab" if append else "wb") as stream:
-                for chunk in r.iter_content(_CHUNK):
-                    stream.write(chunk)
+        for _ in range(_MAX_REDIRECTS):
+            with self._send(target, headers=transfer.headers()) as response:
+                if response.status_code in (200, 206, 416):
+                    transfer.take(response)
+                    return
+                if not response.is_redirect:
+                    raise self._storage_failure(response)
+                target = self._storage_url(response)
+        raise ServerError(f"{url!r}: more than {_MAX_REDIRECTS} redirects")
 
     # How requests are made
 
@@ -328,16 +322,38 @@ class CivitaiClient:
         raise ServerError(f"{urlsplit(url).path}: more than {_MAX_REDIRECTS} redirects")
 
     def _redirect_target(self, url: str) -> str:
+        path = urlsplit(url).path
         with self._send(url) as response:
             if response.status_code == 200:
                 kind = response.headers.get("Content-Type", "")
-                raise ServerError(f"{urlsplit(url).path}: {kind!r} instead of a redirect")
+                raise ServerError(f"{path}: {kind!r} instead of a redirect")
             if not response.is_redirect:
                 raise _failure(response, cursor=False)
-            target = urljoin(url, response.headers["Location"])
-            if urlsplit(target).path.startswith("/login"):
-                raise Forbidden(f"{urlsplit(url).path}: log-in required; set {TOKEN_VARIABLE}")
-            return target
+            target = self._storage_url(response)
+        parts = urlsplit(target)
+        if "reason=early-access" in parts.query:
+            raise EarlyAccess(f"{path}: in early access; a token that has bought it opens it")
+        if parts.path.startswith("/login"):
+            raise Forbidden(f"{path}: log-in required; set {TOKEN_VARIABLE}")
+        if origin_of(target) == self.origin and not parts.path.startswith("/api/"):
+            raise Forbidden(f"{path}: sent to the page {parts.path!r}; look there what it asks for")
+        return target
+
+    def _storage_url(self, response: requests.Response) -> str:
+        """Where a redirect leads: anywhere, but never from https to what can be read on the way."""
+        target = urljoin(response.url, response.headers["Location"])
+        if urlsplit(self.origin).scheme == "https" and urlsplit(target).scheme != "https":
+            raise CivitaiError(
+                f"{urlsplit(response.url).path}: redirected to an address that is not https; "
+                "not followed"
+            )
+        return target
+
+    def _storage_failure(self, response: requests.Response) -> CivitaiError:
+        if response.status_code in (401, 403) and origin_of(response.url) != self.origin:
+            # An address that has expired: the next try gets a new one.
+            return ServerError(f"{urlsplit(response.url).path}: {response.status_code} of storage")
+        return _failure(response, cursor=False)
 
     def _send(
         self, url: str, *, params: Params | None = None, headers: Mapping[str, str] | None = None
@@ -463,6 +479,10 @@ def _failure(response: requests.Response, *, cursor: bool) -> CivitaiError:
         return BadCursor(f"{message}; start the listing again")
     if status in (404, 410):
         return NotFound(message)
+    if status in (401, 403) and "early access" in said.lower():
+        return EarlyAccess(f"{message}; a token in {TOKEN_VARIABLE} that has bought it opens it")
+    if status in (401, 403) and "disabled downloads" in said.lower():
+        return DownloadsDisabled(message)
     if status in (401, 403):
         return Forbidden(f"{message}; the item needs a token in {TOKEN_VARIABLE}, or is closed")
     return CivitaiError(f"{message}: not an answer that this client knows")
@@ -478,7 +498,8 @@ def _error_text(response: requests.Response) -> str:
         return str(body)[:200]
     error = body.get("error", body)
     if isinstance(error, str):
-        return error[:200]
+        more = (body.get("message"), body.get("deadline"))
+        return ": ".join([error, *(text for text in more if isinstance(text, str))])[:200]
     issues = error.get("issues") if isinstance(error, dict) else None
     if isinstance(issues, list) and issues and isinstance(issues[0], dict):
         path = issues[0].get("path")
@@ -511,19 +532,3 @@ def _brief(error: requests.RequestException) -> str:
     # An address in the message may be presigned: only the kind of failure is told.
     cause = error.args[0] if error.args else error
     return f"{type(error).__name__} ({type(cause).__name__})"
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _difference(path: Path, sha256: str | None, size_bytes: int | None) -> str:
-    """What is wrong with a file, or ''."""
-    size = _size(path)
-    if size_bytes is not None and abs(size - size_bytes) > _SIZE_SLACK:
-        return f"{size} bytes instead of {size_bytes}"
-    if sha256:
-        digest = sha256_file(path)
-        if digest != sha256.lower():
-            return f"SHA256 {digest} instead of {sha256.lower()}"
-    return ""

@@ -34,6 +34,11 @@ TRANSPORT = (
     "cut",  # a whole answer whose JSON ends in the middle
     "slow",  # the body trickles
 )
+#: Faults of the storage behind downloads.
+STORAGE = (
+    "no_range",  # the whole file although a range was asked for
+    "error_file",  # 200, but a JSON error under the media type of a file
+)
 #: Faults of a listing's page.
 LISTING = ("empty", "loop", "duplicate", "skip", "moved", "missing")
 
@@ -81,6 +86,8 @@ PROFILES: Mapping[FaultName, Profile] = {
             "truncated": 0.03,
             "cut": 0.02,
             "slow": 0.005,
+            "no_range": 0.2,
+            "error_file": 0.05,
             "empty": 0.08,
             "loop": 0.05,
             "duplicate": 0.1,
@@ -117,11 +124,11 @@ class Faults:
             self._attempts[request] += 1
             return number
 
-    def transport(self, request: str, attempt: int) -> str | None:
-        """The fault of this answer, if any."""
+    def transport(self, request: str, attempt: int, *, storage: bool = False) -> str | None:
+        """The fault of this answer, if any; ``storage``: it is of a file."""
         if attempt % _FREE_ATTEMPT == _FREE_ATTEMPT - 1:
             return None
-        for kind in TRANSPORT:
+        for kind in (*TRANSPORT, *STORAGE) if storage else TRANSPORT:
             if self._strikes(kind, f"{request}|{attempt}"):
                 return kind
         return None

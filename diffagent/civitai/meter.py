@@ -17,19 +17,22 @@ _TELL_SECONDS = 5.0
 
 
 @contextmanager
-def meter(report: Progress, what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+def meter(
+    report: Progress, what: str, total: int | None = None, unit: str = "it"
+) -> Iterator[Callable[[int], None]]:
     """Tell how far something is: a bar on a terminal, and every few seconds to log and report.
 
     Args:
         report: takes the fraction done (None: unknown) and a text with the time left.
         what: is counted.
         total: how many there are; None: unknown.
+        unit: of what is counted on the bar; 'B': bytes, told as megabytes.
 
     Yields:
         A function that is called with how many more are done.
     """
     done, begun, told = 0, time.monotonic(), time.monotonic()
-    with tqdm(desc=what, total=total, disable=None) as bar:
+    with tqdm(desc=what, total=total, disable=None, unit=unit, unit_scale=unit == "B") as bar:
 
         def more(number: int) -> None:
             nonlocal done, told
@@ -39,13 +42,18 @@ def meter(report: Progress, what: str, total: int | None = None) -> Iterator[Cal
             if now - told < _TELL_SECONDS and done != total:
                 return
             told = now
-            text = f"{what}: {done:,}" + (f" of {total:,}" if total else "")
+            text = f"{what}: {_amount(done, unit)}"
+            text += f" of {_amount(total, unit)}" if total else ""
             if total and 0 < done < total:
                 text += f", about {_span((now - begun) / done * (total - done))} left"
             log.info("%s", text)
             report(min(1.0, done / total) if total else None, text)
 
         yield more
+
+
+def _amount(number: int, unit: str) -> str:
+    return f"{number / 1e6:,.0f} MB" if unit == "B" else f"{number:,}"
 
 
 def _span(seconds: float) -> str:

@@ -57,6 +57,7 @@ log = logging.getLogger(__name__)
 _PAGE_CAP = 1000
 _PREVIEWS, _SHOWCASE = 20, 10
 _PUBLIC_CACHE = {"Cache-Control": "public, s-maxage=300, stale-while-revalidate=150"}
+_DISABLED = "The creator of this asset has disabled downloads on this file"
 _DOWNLOAD_LINK = re.compile(r"^https?://[^/]+(/api/download/models/.*)$")
 Handler = Callable[["LocalCivitai", Request], Response]
 
@@ -114,7 +115,7 @@ class LocalCivitai:
                 return HTMLResponse("<h1>404</h1>", 404)
             key = f"{request.url.path}?{request.url.query}" if not storage else request.url.path
             request.state.attempt = self.faults.attempt(key)
-            fault = self.faults.transport(key, request.state.attempt)
+            fault = self.faults.transport(key, request.state.attempt, storage=storage)
             early = _refusal(fault)
             if early is not None:
                 return early
@@ -466,10 +467,11 @@ def download(site: LocalCivitai, request: Request) -> Response:
     if model.get("mode") == "Archived":
         raise ApiFailure(410, {"error": "Model archived, not available for download"})
     if version.get("usageControl") not in (None, "Download"):
-        raise ApiFailure(401, {"error": "Unauthorized", "message": "Downloads are disabled"})
+        raise ApiFailure(401, {"error": "Unauthorized", "message": _DISABLED})
     if version.get("availability") == "EarlyAccess":
         deadline = version.get("earlyAccessEndsAt")
-        raise ApiFailure(403, {"error": "Early Access", "deadline": deadline})
+        text = "This asset is in Early Access. You can use Buzz access it now!"
+        raise ApiFailure(403, {"error": "Early Access", "deadline": deadline, "message": text})
     file = _chosen_file(version, Parameters(parse_qsl(request.url.query)))
     digest = str((file.get("hashes") or {}).get("SHA256") or "").lower()
     if not digest:
@@ -563,20 +565,23 @@ def _refusal(fault: str | None) -> Response | None:
             return HTMLResponse("<!doctype html><title>524: A timeout occurred</title>", 524)
         case "html":
             return HTMLResponse("<!doctype html><title>Just a moment...</title>", 200)
+        case "error_file":
+            body = b'{"error":"Model file is temporarily unavailable"}'
+            return Response(body, 200, media_type="application/octet-stream")
     return None
 
 
 def _damaged(response: Response, fault: str | None) -> Response:
     """The faults that damage an answer's body."""
-    if fault not in ("truncated", "cut", "slow") or response.status_code >= 300:
+    if fault not in ("truncated", "cut", "slow", "no_range") or response.status_code >= 300:
         return response
     if isinstance(response, FileResponse):
         if fault == "slow":
             return response
         size = Path(response.path).stat().st_size
         head = {"Content-Length": str(size)}
-        # The whole file although a range may have been asked for, and only the start of it.
-        start = _file_start(Path(response.path), size // 2)
+        # The whole file although a range may have been asked for, or only the start of it.
+        start = _file_start(Path(response.path), size if fault == "no_range" else size // 2)
         return StreamingResponse(start, 200, head, "application/octet-stream")
     body = bytes(response.body)
     if fault == "cut":

@@ -8,7 +8,7 @@ of the time. `unique_names` mends both by appending ids to whatever collides, so
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -209,14 +209,18 @@ def unique_names(names: Mapping[int, str]) -> dict[int, str]:
             result[ident] = f"{result[ident]} #{ident}"
 
 
-def choose_file(files: Sequence[Any], *, require_scans: bool) -> tuple[dict[str, Any] | None, str]:
+def choose_file(
+    files: Sequence[Any], *, require_scans: bool, types: Collection[str] | None = WEIGHT_TYPES
+) -> tuple[dict[str, Any] | None, str]:
     """The file of a version to download, and why there is none: ``(file, "")`` or ``(None, why)``.
 
-    Only safetensors that hold the model's own weights, passed both scans and have a SHA256 are
-    eligible; the site's own score decides between them (pruned +10, fp16 +1), then its primary
-    flag, then the lowest id.
+    Only safetensors of these ``types`` (the model's own weights; None: any), that passed both scans
+    and have a SHA256, are eligible; the site's own score decides between them (pruned +10,
+    fp16 +1), then its primary flag, then the lowest id.
     """
-    weights = [f for f in files if isinstance(f, dict) and f.get("type") in WEIGHT_TYPES]
+    weights = [
+        f for f in files if isinstance(f, dict) and (types is None or f.get("type") in types)
+    ]
     if not weights:
         return None, "no model file" if files else "no files"
     safe = [f for f in weights if _is_safetensors(f)]

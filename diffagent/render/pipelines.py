@@ -1,29 +1,42 @@
-"""The diffusers backend: single-file checkpoints, LoRAs, samplers, one picture at a time.
+"""The diffusers backend: single-file checkpoints, LoRAs, embeddings, samplers, in batches.
 
-A picture depends on its recipe alone: the noise comes from a generator on the CPU seeded by the
-recipe, the scheduler is built anew, LoRAs are taken off before the next ones go on. Pictures
-are made one by one: in a batch of another size the same picture differs by some 1e-6, which is
-enough to change a pixel here and there (measured on the CPU; batches of 4 are twice as fast).
+A picture depends on its recipe alone, to the bit: see `diffagent.render.denoise`. Loaded
+checkpoints stay in main memory as long as there is room, the next one is read while this one draws,
+and LoRAs are merged into the weights of a warm checkpoint.
 """
 
 from __future__ import annotations
 
-import gc
-import json
+import importlib.metadata
 import logging
-import warnings
-from collections.abc import Mapping, Sequence
-from importlib import resources
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from diffagent import compat
+from diffagent.dabench.base_models import ecosystem
 from diffagent.errors import RenderError
-from diffagent.render.recipe import LoRAUse, Recipe
+from diffagent.render.adapters import Inversions, LoRA, LoRAOverlay, read_lora, token
+from diffagent.render.base import Files, ModelRef
+from diffagent.render.checkpoints import (
+    Checkpoint,
+    load_checkpoint,
+    load_vae,
+    local_path,
+    shipped_configs,
+    weights_size,
+)
+from diffagent.render.denoise import Denoiser, Sampling, failure, free_memory, is_out_of_memory
+from diffagent.render.prompts import PromptEncoder
+from diffagent.render.recipe import SUPPORTED, Recipe
 from diffagent.render.samplers import SAMPLERS
-from diffagent.render.store import Tensor, read_header
 
 if TYPE_CHECKING:
     import torch
@@ -31,339 +44,383 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_NONE: Mapping[str, Path] = {}
-_FIRST_CONVOLUTION = "model.diffusion_model.input_blocks.0.0.weight"
-_CROSS_ATTENTION = "attn2.to_k.weight"
-_SDXL_ENCODER = "conditioner.embedders.1."
+#: Raise it when the same recipe gives another picture.
+VERSION = 2
+#: Recipes whose prompts are encoded before the first is drawn: up to 1.2 MB each.
+_WINDOW = 256
+#: Pixels of all rows of a pass, by the kind of device; a picture with guidance is two rows.
+_PIXELS_PER_PASS = {"cpu": 8 * 64 * 64, "mps": 2 * 512 * 512, "cuda": 16 * 512 * 512}
+_ROWS = (2, 8)  # at least and at most, of a pass, where the device's memory allows
 
-
-def sandbox_configs() -> list[Path]:
-    """Pipeline configurations that ship with the package: those of the sandbox."""
-    root = Path(str(resources.files("diffagent.sandbox"))) / "config"
-    return _pipelines_below(root)
-
-
-def local_configs(directory: Path) -> list[Path]:
-    """Pipeline configurations below ``directory``: folders with a ``model_index.json``."""
-    return [*_pipelines_below(directory), *sandbox_configs()]
-
-
-def _pipelines_below(root: Path) -> list[Path]:
-    return sorted(file.parent for file in root.rglob("model_index.json"))
-
-
-def find_config(checkpoint: Path, configs: Sequence[Path]) -> Path | None:
-    """The configuration whose U-Net has the shapes of the checkpoint's.
-
-    Args:
-        checkpoint: a single file in the layout of Stable Diffusion 1.x, 2.x or XL.
-        configs: folders in diffusers' layout, without weights.
-
-    Returns:
-        None when none fits: then diffusers takes the full-size one from the hub or its cache.
-
-    Raises:
-        RenderError: the file is no such checkpoint.
-    """
-    tensors = read_header(checkpoint)
-    if _FIRST_CONVOLUTION not in tensors:
-        raise RenderError(
-            f"{checkpoint.name!r} is not a Stable Diffusion checkpoint in the single-file layout",
-            reason="bad-model-file",
-        )
-    width, channels = tensors[_FIRST_CONVOLUTION].shape[:2]
-    contexts = {t.shape[-1] for name, t in tensors.items() if name.endswith(_CROSS_ATTENTION)}
-    is_sdxl = _holds_sdxl(tensors)
-    for config in configs:
-        unet = json.loads((config / "unet" / "config.json").read_text(encoding="utf-8"))
-        fits = (unet["block_out_channels"][0], unet["in_channels"]) == (width, channels)
-        if fits and contexts == {unet["cross_attention_dim"]} and _is_sdxl(config) == is_sdxl:
-            return config
-    return None
-
-
-def _holds_sdxl(tensors: Mapping[str, Tensor]) -> bool:
-    return any(name.startswith(_SDXL_ENCODER) for name in tensors)
-
-
-def _is_sdxl(config: Path) -> bool:
-    index = json.loads((config / "model_index.json").read_text(encoding="utf-8"))
-    return str(index["_class_name"]).startswith("StableDiffusionXL")
+#: LoRAs by SHA256, with their strengths.
+Strengths = tuple[tuple[str, float], ...]
 
 
 class DiffusersRenderer:
-    """Holds one checkpoint with its LoRAs and makes pictures of recipes.
+    """Draws with diffusers; see `diffagent.render.base.Renderer` for what its methods promise.
 
-    Runs in float32 on the CPU and MPS, in float16 on CUDA. ``loads`` counts checkpoints loaded
-    and ``truncated`` prompts of which CLIP has read only the beginning.
+    Computes in float32 on the CPU and MPS, in float16 on CUDA, unless told otherwise. ``loads``
+    counts checkpoints loaded.
     """
 
-    def __init__(self, device: torch.device, configs: Sequence[Path] = ()) -> None:
-        """Nothing is loaded yet; ``configs`` are tried in order, see `find_config`."""
-        self.device = device
-        self.configs = list(configs)
-        self.loads = 0
-        self.truncated = 0
-        self._pipeline: Any = None
-        self._scheduler_config: Any = None
-        self._checkpoint: Path | None = None
-        self._loras: tuple[Path, ...] = ()
-        self._embeddings: tuple[Path, ...] = ()
-        self._refused: dict[Path, RenderError] = {}
+    name = "diffusers"
+    reads_files = True
 
-    def use(
-        self, checkpoint: Path, loras: Mapping[str, Path], embeddings: Mapping[str, Path] = _NONE
+    def __init__(
+        self,
+        device: torch.device,
+        configs: Sequence[Path] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        rows: int | None = None,
+        compile: bool = False,  # noqa: A002
+        cache_bytes: int | None = None,
     ) -> None:
-        """Make these files (LoRAs and embeddings by SHA256) the ones that `render` draws with.
+        """Nothing is loaded yet.
 
-        Raises:
-            RenderError: a file cannot be loaded; reason 'bad-model-file', 'bad-lora',
-                'bad-embedding' or 'out-of-memory'. The renderer stays usable.
-        """
-        if checkpoint in self._refused:  # loading may be slow to fail: the hub is asked
-            raise self._refused[checkpoint]
-        if self._checkpoint != checkpoint:
-            try:
-                self._load(checkpoint)
-            except RenderError as error:
-                self._refused[checkpoint] = error
-                raise
-        if self._loras != tuple(loras.values()):
-            self._lay(loras)
-        if self._embeddings != tuple(embeddings.values()):
-            self._embed(embeddings)
-
-    def render(self, recipe: Recipe) -> Image:
-        """The picture of a recipe whose models are in use.
-
-        Raises:
-            RenderError: reason 'clip-skip', 'embedding-weight', 'out-of-memory', 'nan', 'black'
-                or 'render-error'.
+        Args:
+            device: that draws.
+            configs: architectures, see `checkpoints.find_config`; the package's when None.
+            dtype: of the weights.
+            rows: of each pass of the U-Net, whatever the size; by size and device when None.
+            compile: the U-Net, by torch.compile: slower to start, faster from then on.
+            cache_bytes: of loaded checkpoints in main memory; a third of it when None.
         """
         import torch
 
-        pipeline = self._pipeline
-        spec = SAMPLERS[recipe.sampler]
-        if spec.scheduler is None:
+        default = torch.float16 if device.type == "cuda" else torch.float32
+        self.device = device
+        self.configs = list(configs if configs is not None else shipped_configs())
+        self.dtype = dtype or default
+        self.loads = 0
+        self._rows = rows
+        self._compile = compile
+        self._limit = _main_memory() // 3 if cache_bytes is None else cache_bytes
+        self._loading = threading.RLock()  # loaders patch torch's modules for the whole process
+        self._loaded: OrderedDict[str, Checkpoint] = OrderedDict()
+        self._refused: dict[str, RenderError] = {}
+        self._current: _Ready | None = None
+        self._shrunk: dict[tuple[str, int], int] = {}
+
+    @cached_property
+    def version(self) -> str:
+        """Versions, precision and rows a pass."""
+        rows = self._rows or f"{_PIXELS_PER_PASS.get(self.device.type, 0)} px"
+        parts = [
+            str(VERSION),
+            *(f"{name} {importlib.metadata.version(name)}" for name in ("diffusers", "compel")),
+            f"{self.device.type} {str(self.dtype).removeprefix('torch.')}",
+            f"{rows} a pass",
+            *(["compiled"] if self._compile else []),
+        ]
+        return ", ".join(parts)
+
+    def check(self, recipe: Recipe, files: Files) -> None:
+        """See the protocol; reasons 'unsupported-sampler', 'unsupported-size',
+        'unsupported-base-model', 'lora-base-mismatch', 'embedding-base-mismatch' and
+        'vae-base-mismatch'."""
+        if recipe.width % 8 or recipe.height % 8:
+            raise RenderError(
+                f"{recipe.width}x{recipe.height} is no multiple of 8 pixels",
+                reason="unsupported-size",
+            )
+        if not SAMPLERS[recipe.sampler].renderable:
             raise RenderError(f"no scheduler for {recipe.sampler!r}", reason="unsupported-sampler")
-        import diffusers
-
-        try:
-            scheduler = getattr(diffusers, spec.scheduler)
-            pipeline.scheduler = scheduler.from_config(self._scheduler_config, **spec.options)
-            self._weigh(recipe.loras)
-            with torch.inference_mode():
-                pixels = pipeline(
-                    **self._conditioning(recipe),
-                    num_inference_steps=recipe.steps * spec.steps_multiplier,
-                    guidance_scale=recipe.cfg_scale,
-                    width=recipe.width,
-                    height=recipe.height,
-                    generator=torch.Generator("cpu").manual_seed(recipe.seed),
-                    output_type="np",
-                ).images[0]
-        except torch.OutOfMemoryError as error:
-            self._free()
+        base = _ecosystem(files.checkpoint)
+        if base is not None and base not in SUPPORTED:
             raise RenderError(
-                f"{recipe.width}x{recipe.height} does not fit into the memory of {self.device}",
-                reason="out-of-memory",
-            ) from error
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise RenderError(
-                f"diffusers could not render {recipe.digest[:12]} ({recipe.sampler}, "
-                f"{recipe.steps} steps): {type(error).__name__}: {error}",
-                reason="render-error",
-            ) from error
-        return _picture(pixels)
-
-    def _load(self, checkpoint: Path) -> None:
-        import torch
-
-        self._pipeline, self._checkpoint, self._loras, self._embeddings = None, None, (), ()
-        self._free()
-        compat.install()
-        import diffusers
-
-        # Bars and per-call remarks (truncation, say) of a library; ours are logged and counted.
-        diffusers.utils.logging.disable_progress_bar()
-        diffusers.utils.logging.set_verbosity_error()
-        config = find_config(checkpoint, self.configs)
-        is_sdxl = _holds_sdxl(read_header(checkpoint))
-        name = "StableDiffusionXLPipeline" if is_sdxl else "StableDiffusionPipeline"
-        options: dict[str, Any] = {} if is_sdxl else {"safety_checker": None}
-        if config:
-            options |= {"config": str(config), "local_files_only": True}
-        try:
-            pipeline = getattr(diffusers, name).from_single_file(
-                str(checkpoint),
-                torch_dtype=torch.float16 if self.device.type == "cuda" else torch.float32,
-                **options,
+                f"{files.checkpoint.name!r} is based on {files.checkpoint.base_model!r}, which "
+                "diffusers does not draw here",
+                reason="unsupported-base-model",
             )
-            self._pipeline = pipeline.to(self.device)
-        except torch.OutOfMemoryError as error:
-            raise RenderError(
-                f"{checkpoint.name!r} does not fit into the memory of {self.device}",
-                reason="out-of-memory",
-            ) from error
-        except Exception as error:  # an untrusted file can make a loader fail in any way
-            raise RenderError(
-                f"diffusers cannot load {checkpoint.name!r}: {type(error).__name__}: {error}; a "
-                "checkpoint that is not the sandbox's needs its pipeline configuration from the "
-                "Hugging Face hub or in the folder 'configs' of the model cache",
-                reason="bad-model-file",
-            ) from error
-        pipeline.set_progress_bar_config(disable=True)
-        for convolutional in (pipeline.unet, pipeline.vae):  # 15 % faster on a CPU
-            convolutional.to(memory_format=torch.channels_last)
-        self._scheduler_config = dict(pipeline.scheduler.config)
-        self._checkpoint = checkpoint
-        self.loads += 1
-
-    def _lay(self, loras: Mapping[str, Path]) -> None:
-        from safetensors.torch import load_file
-
-        self._pipeline.unload_lora_weights()
-        self._loras = ()
-        try:
-            for sha256, path in loras.items():
-                read_header(path)
-                with warnings.catch_warnings():  # peft warns of every second adapter
-                    warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-                    self._pipeline.load_lora_weights(load_file(path), adapter_name=_adapter(sha256))
-            if loras:  # fails for a file that had nothing for this checkpoint
-                self._pipeline.set_adapters([_adapter(sha256) for sha256 in loras])
-        except Exception as error:  # an untrusted file can make a loader fail in any way
-            self._pipeline.unload_lora_weights()
-            raise RenderError(
-                f"LoRA files {[path.name for path in loras.values()]} do not fit the checkpoint: "
-                f"{type(error).__name__}: {error}",
-                reason="bad-lora",
-            ) from error
-        self._loras = tuple(loras.values())
-
-    def _embed(self, embeddings: Mapping[str, Path]) -> None:
-        from safetensors.torch import load_file
-
-        pipeline = self._pipeline
-        if self._embeddings:
-            self._unembed()
-        try:
-            for sha256, path in embeddings.items():
-                read_header(path)
-                vectors = load_file(path)
-                if "clip_g" in vectors:  # SDXL has two text encoders
-                    encoders = [("clip_l", pipeline.text_encoder, pipeline.tokenizer)]
-                    encoders += [("clip_g", pipeline.text_encoder_2, pipeline.tokenizer_2)]
-                else:
-                    (name,) = vectors  # ``emb_params`` by convention
-                    encoders = [(name, pipeline.text_encoder, pipeline.tokenizer)]
-                for name, encoder, tokenizer in encoders:
-                    pipeline.load_textual_inversion(
-                        vectors[name],
-                        token=_token(sha256),
-                        text_encoder=encoder,
-                        tokenizer=tokenizer,
+        kinds = [("lora", files.loras), ("embedding", files.embeddings)]
+        kinds.append(("vae", (files.vae,) if files.vae else ()))
+        for kind, refs in kinds:
+            for ref in refs:
+                if base is not None and _ecosystem(ref) not in {None, base}:
+                    raise RenderError(
+                        f"{kind} {ref.name!r} is for {ref.base_model!r}, "
+                        f"{files.checkpoint.name!r} is {files.checkpoint.base_model!r}",
+                        reason=f"{kind}-base-mismatch",
                     )
-                self._embeddings = (*self._embeddings, path)
-        except Exception as error:  # an untrusted file can make a loader fail in any way
-            self._unembed()
-            raise RenderError(
-                f"embeddings {[path.name for path in embeddings.values()]} do not fit the "
-                f"checkpoint: {type(error).__name__}: {error}",
-                reason="bad-embedding",
-            ) from error
 
-    def _unembed(self) -> None:
-        self._pipeline.unload_textual_inversion()
-        if hasattr(self._pipeline, "text_encoder_2"):
-            self._pipeline.unload_textual_inversion(
-                text_encoder=self._pipeline.text_encoder_2, tokenizer=self._pipeline.tokenizer_2
-            )
-        self._embeddings = ()
+    def preload(self, files: Files) -> None:
+        """Read the next checkpoint into main memory, where there is room beside this one."""
+        current = self._current.checkpoint.size if self._current else 0
+        try:
+            if current + weights_size(local_path(files.checkpoint), self.dtype) <= self._limit:
+                self._checkpoint(files.checkpoint)
+        except RenderError as error:
+            log.debug("read ahead in vain: %s", error)
 
-    def _weigh(self, loras: Sequence[LoRAUse]) -> None:
-        if loras:
-            names = [_adapter(lora.sha256) for lora in loras]
-            self._pipeline.set_adapters(names, [lora.weight for lora in loras])
+    def prepare(self, files: Files) -> None:
+        """See the protocol; reasons 'bad-model-file', 'bad-vae', 'bad-lora', 'bad-embedding',
+        'out-of-memory'."""
+        with self._loading:
+            if self._current is None or self._current.sha256 != files.checkpoint.sha256:
+                self._put_away()
+                checkpoint = self._checkpoint(files.checkpoint)
+                self._current = self._place(files.checkpoint, checkpoint)
+            with self._room_for(files.checkpoint):
+                self._current.use(files)
 
-    def _conditioning(self, recipe: Recipe) -> dict[str, Any]:
-        """Arguments that say what to draw.
+    def render(self, recipes: Sequence[Recipe]) -> Iterator[Image | RenderError]:
+        """See the protocol; reasons 'clip-skip', 'out-of-memory', 'nan', 'black',
+        'render-error'."""
+        if self._current is None:
+            raise RenderError("nothing was prepared", reason="render-error")
+        for start in range(0, len(recipes), _WINDOW):
+            yield from self._window(self._current, recipes[start : start + _WINDOW])
 
-        Clip skip is done here, for the negative prompt too, as in the WebUI: diffusers does it
-        for the prompt only, and not at all on transformers 5. For SDXL the WebUI ignores it.
-        """
-        tokenizer, encoder = self._pipeline.tokenizer, self._pipeline.text_encoder
-        self.truncated += len(tokenizer(recipe.prompt).input_ids) > tokenizer.model_max_length
-        texts = {
-            "prompt": _with_tokens(recipe.prompt, recipe, negative=False),
-            "negative_prompt": _with_tokens(recipe.negative_prompt, recipe, negative=True),
-        }
-        if hasattr(self._pipeline, "text_encoder_2"):
-            return texts
-        layers = encoder.config.num_hidden_layers
-        if recipe.clip_skip > layers:
-            raise RenderError(
-                f"clip_skip {recipe.clip_skip}: the text encoder has {layers} layers",
-                reason="clip-skip",
-            )
-        return {
-            f"{name}_embeds": self._encode(text, recipe.clip_skip) for name, text in texts.items()
-        }
+    def close(self) -> None:
+        """Give the memory back."""
+        self._put_away()
+        self._loaded.clear()
+        free_memory()
 
-    def _encode(self, text: str, clip_skip: int) -> torch.Tensor:
-        """(1, 77, D) output of CLIP's layer ``clip_skip`` from the end, normalised."""
-        tokenizer, encoder = self._pipeline.tokenizer, self._pipeline.text_encoder
-        tokens = tokenizer(
-            self._pipeline.maybe_convert_prompt(text, tokenizer),  # embeddings of several vectors
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids.to(self.device)
-        hidden = encoder(tokens, output_hidden_states=True).hidden_states[-clip_skip]
-        # transformers 5 has no `text_model` level any more.
-        norm = getattr(encoder, "text_model", encoder).final_layer_norm
-        embeddings: torch.Tensor = norm(hidden)
-        return embeddings
+    def _window(self, ready: _Ready, recipes: Sequence[Recipe]) -> Iterator[Image | RenderError]:
+        """Draw recipes in batches, and hand them out in their order."""
+        order = sorted(range(len(recipes)), key=lambda number: _strengths(recipes[number]))
+        outcomes: dict[int, Image | RenderError] = {}
+        following = 0
+        for strengths, numbers in groupby(order, key=lambda number: _strengths(recipes[number])):
+            for number, outcome in self._draw(ready, strengths, recipes, list(numbers)):
+                outcomes[number] = outcome
+                while following in outcomes:
+                    yield outcomes.pop(following)
+                    following += 1
 
-    def _free(self) -> None:
+    def _draw(
+        self,
+        ready: _Ready,
+        strengths: Strengths,
+        recipes: Sequence[Recipe],
+        numbers: Sequence[int],
+    ) -> Iterator[tuple[int, Image | RenderError]]:
+        """Draw those of the recipes whose LoRAs have these strengths."""
         import torch
 
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        failed: list[tuple[int, RenderError]] = []
+        buckets: dict[int, list[tuple[int, Sampling]]] = {}
+        with torch.inference_mode():
+            for number in numbers:
+                try:
+                    ready.lay(strengths)
+                    sampling = ready.begin(recipes[number], self.device)
+                except RenderError as error:
+                    failed.append((number, error))
+                    continue
+                buckets.setdefault(sampling.context_length, []).append((number, sampling))
+        yield from failed
+        for bucket in buckets.values():
+            yield from self._denoise(ready, bucket)
+
+    def _denoise(
+        self, ready: _Ready, bucket: Sequence[tuple[int, Sampling]]
+    ) -> Iterator[tuple[int, Image | RenderError]]:
+        """Draw pictures of one length of context, which share every pass."""
+        import torch
+
+        recipe = bucket[0][1].recipe
+        size = recipe.width * recipe.height
+        limit = self._shrunk.get((ready.checkpoint.family, size), self.rows(size))
+        denoiser = Denoiser(ready.checkpoint.pipeline.unet, limit)
+        numbers = {id(sampling): number for number, sampling in bucket}
+        steps = denoiser.run(sampling for _, sampling in bucket)
+        while True:
+            with torch.inference_mode():  # not around a yield: it would leak to the caller
+                sampling = next(steps, None)
+                if sampling is None:
+                    break
+                outcome = ready.picture(sampling)
+            if denoiser.rows < limit:
+                self._shrunk[ready.checkpoint.family, size] = denoiser.rows
+            yield numbers[id(sampling)], outcome
+
+    def rows(self, pixels: int) -> int:
+        """Rows of a pass for pictures of so many pixels: a power of two."""
+        if self._rows:
+            return self._rows
+        room = max(_PIXELS_PER_PASS.get(self.device.type, 0) // pixels, 1)
+        least, most = _ROWS
+        return min(max(1 << (room.bit_length() - 1), least), most)
+
+    def _checkpoint(self, file: ModelRef) -> Checkpoint:
+        """A checkpoint out of memory or of its file; one that failed fails again at once."""
+        with self._loading:
+            if file.sha256 in self._refused:
+                raise self._refused[file.sha256]
+            if file.sha256 not in self._loaded:
+                try:
+                    self._make_room(weights_size(local_path(file), self.dtype))
+                    loaded = load_checkpoint(file, self.configs, self.dtype)
+                except RenderError as error:
+                    self._refused[file.sha256] = error
+                    raise
+                self.loads += 1
+                self._loaded[file.sha256] = loaded
+            self._loaded.move_to_end(file.sha256)
+            return self._loaded[file.sha256]
+
+    def _make_room(self, size: int) -> None:
+        """Forget checkpoints, the longest unused first, until there is room for so many bytes."""
+        current = self._current.sha256 if self._current else None
+        for sha256 in [name for name in self._loaded if name != current]:
+            if size + sum(loaded.size for loaded in self._loaded.values()) <= self._limit:
+                return
+            del self._loaded[sha256]
+
+    def _place(self, file: ModelRef, checkpoint: Checkpoint) -> _Ready:
+        """The checkpoint on the device."""
+        try:
+            with self._room_for(file):
+                checkpoint.pipeline.to(self.device)
+        except RenderError:
+            checkpoint.pipeline.to("cpu")  # what has got there already
+            free_memory()
+            raise
+        if self._compile:
+            checkpoint.pipeline.unet.compile()
+        return _Ready(file.sha256, checkpoint)
+
+    @contextmanager
+    def _room_for(self, file: ModelRef) -> Iterator[None]:
+        """Turn a full memory into an error that says of what."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RenderError(
+                f"{file.name!r} and what is laid over it do not fit into the memory of "
+                f"{self.device}",
+                reason="out-of-memory",
+            ) from error
+
+    def _put_away(self) -> None:
+        """Take everything off the current checkpoint, and it off the device."""
+        if self._current is None:
+            return
+        ready, self._current = self._current, None
+        ready.strip()
+        if self.device.type != "cpu":
+            ready.checkpoint.pipeline.to("cpu")
+            free_memory()
 
 
-def _adapter(sha256: str) -> str:
-    return f"lora_{sha256[:16]}"
+class _Ready:
+    """A checkpoint on the device, with what is laid over it."""
+
+    def __init__(self, sha256: str, checkpoint: Checkpoint) -> None:
+        self.sha256 = sha256
+        self.checkpoint = checkpoint
+        self._overlay = LoRAOverlay(checkpoint.pipeline)
+        self._inversions = Inversions(checkpoint.pipeline)
+        self._encoder = PromptEncoder(checkpoint.pipeline, checkpoint.family)
+        self._loras: dict[str, LoRA] = {}
+        self._laid: Strengths = ()
+        self._vae: str | None = None
+
+    def use(self, files: Files) -> None:
+        """Make a group's files the ones that are drawn with."""
+        self._loras = {
+            ref.sha256: self._loras.get(ref.sha256) or read_lora(local_path(ref), self._pipeline)
+            for ref in files.loras
+        }
+        if self._inversions.load({ref.sha256: local_path(ref) for ref in files.embeddings}):
+            self._encoder.forget()
+        vae = files.vae.sha256 if files.vae else None
+        if vae != self._vae:
+            precision = self.checkpoint.vae.dtype
+            own = self.checkpoint.vae
+            chosen = load_vae(files.vae, self.checkpoint, precision) if files.vae else own
+            self._pipeline.vae = chosen.to(self._pipeline.unet.device)
+            self._vae = vae
+
+    @property
+    def _pipeline(self) -> Any:
+        return self.checkpoint.pipeline
+
+    def lay(self, strengths: Strengths) -> None:
+        """Merge LoRAs in use with these strengths."""
+        if strengths == self._laid:
+            return
+        self._encoder.forget()
+        try:
+            self._overlay.lay([(self._loras[sha256], weight) for sha256, weight in strengths])
+        except (RuntimeError, MemoryError) as error:
+            self._overlay.remove()
+            self._laid = ()
+            reason = "out-of-memory" if is_out_of_memory(error) else "bad-lora"
+            raise RenderError(f"the LoRAs cannot be merged: {error}", reason=reason) from error
+        self._laid = strengths
+
+    def begin(self, recipe: Recipe, device: torch.device) -> Sampling:
+        """The noise that becomes the recipe's picture."""
+        channels, scale = self._pipeline.unet.config.in_channels, self._pipeline.vae_scale_factor
+        shape = (1, channels, recipe.height // scale, recipe.width // scale)
+        try:
+            said = self._encoder.pair(
+                _with_tokens(recipe.prompt, recipe, negative=False),
+                _with_tokens(recipe.negative_prompt, recipe, negative=True),
+                recipe.clip_skip,
+            )
+            return Sampling(recipe, self.checkpoint.scheduler_config, said, shape, device)
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise failure(recipe, error) from error
+
+    def picture(self, sampling: Sampling) -> Image | RenderError:
+        """The picture of finished latents, or why there is none."""
+        if sampling.error:
+            return sampling.error
+        vae = self._pipeline.vae
+        try:
+            latents = (sampling.latents / vae.config.scaling_factor).to(vae.dtype)
+            decoded = vae.decode(latents, return_dict=False)[0][0]
+        except (RuntimeError, MemoryError) as error:
+            free_memory()
+            return failure(sampling.recipe, error)
+        return _image(decoded)
+
+    def strip(self) -> None:
+        """Leave the checkpoint as it was loaded."""
+        self._overlay.remove()
+        self._inversions.load({})
+        self._pipeline.vae = self.checkpoint.vae
 
 
-def _token(sha256: str) -> str:
-    return f"<embedding_{sha256[:16]}>"
+def _ecosystem(ref: ModelRef) -> str | None:
+    return ecosystem(ref.base_model) if ref.base_model else None
+
+
+def _strengths(recipe: Recipe) -> Strengths:
+    return tuple((use.sha256, use.weight) for use in recipe.loras)
+
+
+def _main_memory() -> int:
+    """Bytes of the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _with_tokens(prompt: str, recipe: Recipe, *, negative: bool) -> str:
-    """A prompt with the tokens of its embeddings in front.
-
-    Raises:
-        RenderError: an embedding has a weight, which this backend cannot give it.
-    """
-    used = [item for item in recipe.embeddings if item.negative == negative]
-    if any(item.weight != 1 for item in used):
-        raise RenderError(
-            "an embedding's weight is not 1, and this backend does not weigh parts of a prompt",
-            reason="embedding-weight",
-        )
-    return ", ".join([*(_token(item.sha256) for item in used), *([prompt] if prompt else [])])
+    """A prompt with the tokens of its embeddings in front, as one writes them in the WebUI."""
+    words = []
+    for item in recipe.embeddings:
+        if item.negative == negative:
+            word = token(item.sha256)
+            words.append(word if item.weight == 1 else f"({word}:{item.weight:f})")
+    return ", ".join([*words, *([prompt] if prompt else [])])
 
 
-def _picture(pixels: np.ndarray[Any, np.dtype[np.float32]]) -> Image:
-    """An RGB picture of (H, W, 3) values in 0..1."""
+def _image(decoded: torch.Tensor) -> Image | RenderError:
+    """An RGB picture of (3, H, W) values in -1..1."""
     from PIL import Image
 
-    if not np.isfinite(pixels).all():
-        raise RenderError("the picture is not a number somewhere", reason="nan")
-    values = (pixels * 255).round().astype(np.uint8)
+    pixels = decoded.float()
+    if not bool(pixels.isfinite().all()):
+        return RenderError("the picture is not a number somewhere", reason="nan")
+    pixels = (pixels / 2 + 0.5).clamp(0, 1).permute(1, 2, 0)
+    values = (pixels.cpu().numpy() * 255).round().astype(np.uint8)
     if not values.any():
-        raise RenderError("the picture is black all over", reason="black")
+        return RenderError("the picture is black all over", reason="black")
     return Image.fromarray(values)

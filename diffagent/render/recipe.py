@@ -49,6 +49,7 @@ class Recipe(_Frozen):
     prompt: str
     negative_prompt: str
     checkpoint: str = Field(description="SHA256 of the checkpoint's file, lower case")
+    vae: str | None = Field(default=None, description="SHA256 of another VAE; None: its own")
     loras: tuple[LoRAUse, ...] = ()
     embeddings: tuple[EmbeddingUse, ...] = ()
     sampler: str = Field(description="a key of diffagent.render.samplers.SAMPLERS")
@@ -61,8 +62,9 @@ class Recipe(_Frozen):
 
     @property
     def digest(self) -> str:
-        """SHA256 of the canonical JSON: the picture's name."""
-        return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()
+        """SHA256 of the canonical JSON, without what is unset: the picture's name."""
+        told = self.model_dump(mode="json", exclude_none=True)
+        return hashlib.sha256(canonical_json(told)).hexdigest()
 
 
 def resolve(api: T2IAPI, prompt: str, seed: int, catalogue: Catalogue) -> Recipe:

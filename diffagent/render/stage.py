@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,12 +18,14 @@ import pyarrow.parquet as pq
 from diffagent.artifacts import StageContext, StageResult, stage
 from diffagent.civitai.client import client_for
 from diffagent.dabench.catalogue import Catalogue
-from diffagent.device import resolve_device
-from diffagent.errors import CivitaiError, RenderError
-from diffagent.render.pipelines import DiffusersRenderer, local_configs
-from diffagent.render.planner import Group, plan
-from diffagent.render.pnginfo import read_png, write_png
+from diffagent.errors import RenderError
+from diffagent.render.backends import open_renderer
+from diffagent.render.base import Files, ModelRef, Renderer
+from diffagent.render.pictures import PictureCache
+from diffagent.render.planner import draw
+from diffagent.render.pnginfo import payload_hash, write_png
 from diffagent.render.recipe import Recipe, by_hash, resolve
+from diffagent.render.safety import check_pictures
 from diffagent.render.store import ModelStore
 from schemas.api import ApiError, parse_api
 from schemas.config import RenderConfig
@@ -29,6 +33,8 @@ from schemas.dabench import RENDERS
 from schemas.manifest import Funnel, FunnelStep
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from diffagent.dabench.catalogue import Entry
 
 log = logging.getLogger(__name__)
@@ -43,18 +49,31 @@ REASONS: Mapping[str, str] = {
     "lora-base-mismatch": "the LoRA is for another architecture",
     "embedding-base-mismatch": "the embedding is for another architecture",
     "no-hash": "the catalogue has no SHA256 of the file",
-    "unsupported-sampler": "diffusers has nothing like it",
+    "unsupported-sampler": "the backend has nothing like it",
+    "unsupported-size": "no multiple of 8 pixels",
     "too-large": "more pixels than render.max_pixels",
     "download": "the site does not give the file, or gives another",
     "bad-model-file": "not a safetensors file that diffusers can load",
-    "bad-lora": "the LoRA does not fit the checkpoint",
+    "bad-vae": "the VAE does not fit the checkpoint",
+    "vae-base-mismatch": "the VAE is for another architecture",
+    "bad-lora": "the LoRA does not fit the checkpoint, or diffusers cannot read its kind",
     "bad-embedding": "the embedding does not fit the checkpoint",
-    "embedding-weight": "the backend does not weigh parts of a prompt",
     "clip-skip": "the text encoder has fewer layers",
     "out-of-memory": "the picture or the model does not fit into the device's memory",
     "nan": "the picture is not a number somewhere",
     "black": "the picture is black all over",
-    "render-error": "diffusers failed; the log says how",
+    "unsafe": "the safety check withholds the picture",
+    "prompt-network": "the prompt orders a server to load a network that the call does not name",
+    "missing-on-server": "the server has no such model",
+    "ambiguous-on-server": "the server has more than one file that it may be",
+    "unverified-model": "the server does not say which checkpoint it used",
+    "wrong-model": "the server used another file",
+    "wrong-answer": "the server drew something else than it was asked for",
+    "bad-picture": "the picture is damaged",
+    "server-refused": "the server does not take the call",
+    "server-error": "the server failed; the log says how",
+    "no-endpoint": "the server lacks a part of its API",
+    "render-error": "the renderer failed; the log says how",
 }
 
 
@@ -67,15 +86,17 @@ class Job:
     recipe: Recipe | None
     status: str
     reason: str | None
+    nsfw: float | None = None
 
 
-@stage("render", version=1, config=RenderConfig)
+@stage("render", version=2, config=RenderConfig)
 def render(config: RenderConfig, context: StageContext) -> StageResult:
     """Render the candidates that are valid.
 
     Inputs: ``candidates`` (candidates.parquet), ``dabench`` (the catalogue). Files:
-    renders.parquet (``schemas.dabench.RENDERS``) and images/RECIPE.png. An interrupted run goes
-    on after the last whole picture. Model files are cached in ``runtime.models``.
+    renders.parquet (``schemas.dabench.RENDERS``) and images/RECIPE.png. Every picture is kept in
+    ``STORE/pictures`` for all runs, so an interrupted one goes on after the last whole picture.
+    Model files are cached in ``runtime.models``.
 
     Raises:
         RenderError: more than ``max_failed_fraction`` of the valid ones failed.
@@ -84,36 +105,35 @@ def render(config: RenderConfig, context: StageContext) -> StageResult:
     catalogue = Catalogue.load(context.one("dabench").path)
     candidates = pq.read_table(context.one("candidates").file("candidates.parquet")).to_pylist()
     jobs = list(make_jobs(candidates, catalogue, config))
-    images = context.out / "images"
-    images.mkdir(exist_ok=True)
     wanted = {job.recipe.digest: job.recipe for job in jobs if job.recipe}
-    done = usable_pictures(images, wanted)
-    missing = [recipe for digest, recipe in wanted.items() if digest not in done]
-    models = Path(context.runtime.models or Path(context.runtime.store, "models"))
-    renderer = DiffusersRenderer(
-        resolve_device(context.runtime.device), local_configs(models / "configs")
-    )
     started = time.monotonic()
-    with client_for(context.site_url, context.runtime.requests_per_second) as client:
-        store = ModelStore(models, client)
-        failed = draw(missing, by_hash(catalogue), store, renderer, images)
+    with (
+        client_for(context.site_url, context.runtime.requests_per_second) as client,
+        ModelStore.of(context.runtime, client) as store,
+        contextlib.closing(open_renderer(config, context.runtime, store.local)) as renderer,
+    ):
+        cache = PictureCache(Path(context.runtime.store, "pictures"), renderer)
+        album = Album(by_hash(catalogue), store, cache, context.out / "images")
+        failed = album.fill(wanted.values(), renderer)
+        backend = f"{renderer.name} {renderer.version}"
     seconds = time.monotonic() - started
-    jobs = [finish(job, failed) for job in jobs]
+    unsafe = album.check_safety(config)
+    failed |= dict.fromkeys(unsafe, "unsafe")
+    jobs = [finish(job, failed, album.nsfw) for job in jobs]
     check_failures(jobs, config.max_failed_fraction)
     pq.write_table(to_table(jobs), context.out / "renders.parquet", compression="zstd")
-    drawn = len(missing) - len(failed)
     return StageResult(
         rows={"renders.parquet": len(jobs)},
         funnels=(funnel(jobs),),
         metrics={
             "pictures": len(wanted) - len(failed),
-            "pictures_drawn": drawn,
-            "pictures_resumed": len(done),
+            "pictures_drawn": album.drawn,
+            "pictures_cached": album.cached,
             "checkpoint_loads": renderer.loads,
-            "truncated_prompts": renderer.truncated,
             "render_seconds": round(seconds, 3),
-            "seconds_per_picture": round(seconds / drawn, 4) if drawn else None,
-            "device": str(renderer.device),
+            "seconds_per_picture": round(seconds / album.drawn, 4) if album.drawn else None,
+            "backend": backend,
+            "pictures_unsafe": sum(p >= config.safety_threshold for p in album.nsfw.values()),
         },
     )
 
@@ -158,84 +178,117 @@ def _recipe(
     return resolve(api, row["prompt"], seed, catalogue)
 
 
-def usable_pictures(images: Path, wanted: Mapping[str, Recipe]) -> set[str]:
-    """Digests of the wanted recipes whose whole picture is there; everything else is removed."""
-    usable = set()
-    for path in sorted(images.iterdir()):
-        try:
-            if path.suffix == ".png" and wanted.get(path.stem) == read_png(path)[0]:
-                usable.add(path.stem)
-                continue
-        except RenderError as error:
-            log.warning("%s", error)
-        path.unlink()
-    return usable
+class Album:
+    """A run's pictures, DIGEST.png each, out of the cache or drawn; ``drawn`` and ``cached`` count.
 
+    ``nsfw`` is what the safety check has said, by digest.
 
-def draw(
-    recipes: Iterable[Recipe],
-    models: Mapping[str, Entry],
-    store: ModelStore,
-    renderer: DiffusersRenderer,
-    images: Path,
-) -> dict[str, str]:
-    """Render recipes into ``images``, each checkpoint loaded once.
-
-    Args:
-        recipes: in any order.
-        models: what the hashes in them stand for.
-        store: gives the files.
-        renderer: draws.
-        images: directory that gets DIGEST.png.
-
-    Returns:
-        The reasons of those that failed, by digest.
+    Pictures tell the names of their models as this run knows them, so they are written anew.
     """
-    names = {sha256: entry.model for sha256, entry in models.items()}
-    failed: dict[str, str] = {}
-    for group in plan(recipes):
-        try:
-            prepare(group, models, store, renderer)
-        except RenderError as error:
-            log.warning("%d pictures fail: %s", len(group.recipes), error)
-            failed |= {recipe.digest: error.reason for recipe in group.recipes}
-            continue
-        log.info("%s: %d pictures", names[group.checkpoint], len(group.recipes))
-        for recipe in group.recipes:
-            try:
-                image = renderer.render(recipe)
-            except RenderError as error:
-                log.warning("%s", error)
-                failed[recipe.digest] = error.reason
+
+    def __init__(
+        self,
+        models: Mapping[str, Entry],
+        store: ModelStore,
+        cache: PictureCache,
+        images: Path,
+    ) -> None:
+        self.drawn = self.cached = 0
+        self.nsfw: dict[str, float] = {}
+        self._models = models
+        self._names = {sha256: entry.model for sha256, entry in models.items()}
+        self._store = store
+        self._cache = cache
+        self._images = images
+        self._payloads: dict[str, str] = {}
+
+    def fill(self, recipes: Iterable[Recipe], renderer: Renderer) -> dict[str, str]:
+        """Write the pictures of recipes; the reasons of those that failed, by digest."""
+        shutil.rmtree(self._images, ignore_errors=True)  # of an interrupted run: all is cached
+        self._images.mkdir()
+        missing = []
+        for recipe in recipes:
+            image = self._cache.get(recipe)
+            if image is None:
+                missing.append(recipe)
                 continue
-            write_png(images / f"{recipe.digest}.png", image, recipe, names)
-    return failed
+            self.cached += 1
+            self._write(recipe, image)
+        failed: dict[str, str] = {}
+        drawn = draw(
+            missing,
+            renderer,
+            self.files,
+            fetch=lambda ref: self._store.fetch(self._models[ref.sha256]),
+            release=lambda ref: self._store.release(self._models[ref.sha256]),
+        )
+        for recipe, outcome in drawn:
+            if isinstance(outcome, RenderError):
+                log.warning("%s: %s", recipe.digest[:12], outcome)
+                failed[recipe.digest] = outcome.reason
+                continue
+            self.drawn += 1
+            self._cache.put(recipe, outcome)
+            self._write(recipe, outcome)
+        return failed
+
+    def check_safety(self, config: RenderConfig) -> list[str]:
+        """Check the pictures, where ``config`` says so; the digests of those that are withheld.
+
+        Raises:
+            ConfigError: the extra with the classifier is not installed.
+        """
+        if config.safety == "off":
+            return []
+        pictures = {path.stem: path for path in self._images.iterdir()}
+        self.nsfw = check_pictures(pictures, config.safety_threshold)
+        if config.safety == "flag":
+            return []
+        unsafe = [name for name, nsfw in self.nsfw.items() if nsfw >= config.safety_threshold]
+        for name in unsafe:
+            pictures[name].unlink()
+        return unsafe
+
+    def files(self, recipe: Recipe) -> Files:
+        """What the hashes in a recipe stand for."""
+        embeddings = sorted({item.sha256 for item in recipe.embeddings})
+        return Files(
+            self._ref(recipe.checkpoint),
+            self._ref(recipe.vae) if recipe.vae else None,
+            tuple(self._ref(use.sha256) for use in recipe.loras),
+            tuple(map(self._ref, embeddings)),
+        )
+
+    def _ref(self, sha256: str) -> ModelRef:
+        entry = self._models.get(sha256)
+        if entry is None:
+            raise RenderError(f"the catalogue has no file {sha256!r}", reason="unknown-model")
+        return ModelRef(sha256, entry.model, entry.base_model, entry.file_name)
+
+    def _write(self, recipe: Recipe, image: Image) -> None:
+        payloads = {
+            use.sha256: digest for use in recipe.loras if (digest := self._payload(use.sha256))
+        }
+        write_png(self._images / f"{recipe.digest}.png", image, recipe, self._names, payloads)
+
+    def _payload(self, sha256: str) -> str:
+        """AutoV3 of a LoRA that is here, by which a WebUI finds it; '' of one that is not."""
+        if sha256 not in self._payloads:
+            self._payloads[sha256] = ""
+            # A flawed file, or one that went: a server has drawn with its own.
+            with contextlib.suppress(RenderError, OSError):
+                path = self._store.local(sha256)
+                self._payloads[sha256] = payload_hash(path) if path else ""
+        return self._payloads[sha256]
 
 
-def prepare(
-    group: Group, models: Mapping[str, Entry], store: ModelStore, renderer: DiffusersRenderer
-) -> None:
-    """Fetch a group's files and put them to use.
-
-    Raises:
-        RenderError: a file cannot be had or used, and trying again would not help.
-        CivitaiError: the site may give it later.
-    """
-    try:
-        checkpoint = store.fetch(models[group.checkpoint])
-        loras = {sha256: store.fetch(models[sha256]) for sha256 in group.loras}
-        embeddings = {sha256: store.fetch(models[sha256]) for sha256 in group.embeddings}
-    except CivitaiError as error:
-        if error.retryable:
-            raise
-        raise RenderError(str(error), reason="download") from error
-    renderer.use(checkpoint, loras, embeddings)
-
-
-def finish(job: Job, failed: Mapping[str, str]) -> Job:
-    """The job with what became of its recipe."""
-    reason = failed.get(job.recipe.digest) if job.recipe else None
-    return replace(job, recipe=None, status="failed", reason=reason) if reason else job
+def finish(job: Job, failed: Mapping[str, str], nsfw: Mapping[str, float]) -> Job:
+    """The job with what became of its recipe, and what the safety check said of its picture."""
+    if job.recipe is None:
+        return job
+    done = replace(job, nsfw=nsfw.get(job.recipe.digest))
+    reason = failed.get(job.recipe.digest)
+    return replace(done, recipe=None, status="failed", reason=reason) if reason else done
 
 
 def check_failures(jobs: Iterable[Job], limit: float) -> None:
@@ -264,6 +317,7 @@ def to_table(jobs: Iterable[Job]) -> pa.Table:
             **{name: job.row[name] for name in ("prompt_id", "source", "candidate", "prompt")},
             "seed": job.seed,
             "recipe": job.recipe.digest if job.recipe else None,
+            "nsfw": job.nsfw,
             "status": job.status,
             "reason": job.reason,
         }

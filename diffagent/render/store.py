@@ -1,35 +1,35 @@
-"""Model files on disk, by content.
+"""The model store: gives the local file of a model, from a folder, the cache or the site.
 
-``DIR/ab/abcd....safetensors`` is a file whose SHA256 is its name: verified when it was fetched,
-put there at once by a rename, never changed. Several processes may share the directory. Only
-safetensors enter: pickles and archives can run code, and a header that lies about its tensors
-can make a reader see memory that is not the file's.
+A file is looked for in the folders that other programs keep (`diffagent.render.folders`), then in
+the cache (`diffagent.render.cache`), then downloaded into it through the Civitai client, verified
+by size and SHA256. Only safetensors enter (`diffagent.render.weights`). Names that a site gives
+never become paths.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
-import math
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from diffagent.errors import RenderError
+from diffagent.civitai.meter import meter
+from diffagent.errors import CivitaiError, DiffAgentError, Forbidden, NotFound
+from diffagent.render.cache import ModelCache
+from diffagent.render.folders import ModelFolders
+from diffagent.render.weights import check_weights
+
+if TYPE_CHECKING:
+    from schemas.config import RuntimeConfig
 
 log = logging.getLogger(__name__)
 
-#: The format's own limit, in bytes.
-MAX_HEADER = 100_000_000
-
-_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8,
-    "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
-    "U32": 32, "I32": 32, "F32": 32,
-    "U64": 64, "I64": 64, "F64": 64,
-}  # fmt: skip
+_POLL_SECONDS = 0.05
 
 
 class ModelFile(Protocol):
@@ -37,6 +37,8 @@ class ModelFile(Protocol):
 
     @property
     def model(self) -> str: ...
+    @property
+    def air(self) -> str: ...
     @property
     def download_path(self) -> str: ...
     @property
@@ -49,106 +51,181 @@ class Downloader(Protocol):
     """The part of the Civitai client that the store uses: it verifies size and SHA256."""
 
     def download(
-        self, url: str, path: Path, *, sha256: str | None = None, size_bytes: int | None = None
+        self,
+        url: str,
+        path: Path,
+        *,
+        sha256: str | None = None,
+        size_bytes: int | None = None,
+        on_bytes: Callable[[int], None] = ...,
     ) -> Any: ...
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """An entry of a safetensors header."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
 class ModelStore:
-    """The cache of model files below ``directory``, filled through ``client``."""
+    """Model files by their SHA256. Threads may share it, and processes its directory.
 
-    def __init__(self, directory: Path, client: Downloader) -> None:
-        self.directory = directory
+    Args:
+        directory: of the cache.
+        client: downloads what is not there.
+        folders: that other programs keep, read in place.
+        max_bytes: limit of the cache; None: no limit.
+        max_downloads: at once, by all processes that share the directory.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        client: Downloader,
+        *,
+        folders: Sequence[Path] = (),
+        max_bytes: int | None = None,
+        max_downloads: int = 2,
+    ) -> None:
+        self.cache = ModelCache(directory, max_bytes)
+        self.folders = ModelFolders(folders, directory / "folders.json")
         self.client = client
+        self._max_downloads = max_downloads
+        self._pool = ThreadPoolExecutor(max_downloads, "prefetch")
+        self._closed = threading.Event()
+
+    @classmethod
+    def of(cls, runtime: RuntimeConfig, client: Downloader) -> Self:
+        """The store that a run's settings describe."""
+        return cls(
+            runtime.models_directory,
+            client,
+            folders=[Path(folder) for folder in runtime.model_folders],
+            max_bytes=runtime.models_max_bytes,
+            max_downloads=runtime.max_downloads,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def path(self, sha256: str) -> Path:
-        """Where the file of this hash lies, or will."""
-        if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
-            raise RenderError(f"{sha256!r} is not a SHA256 in lower case", reason="no-hash")
-        return self.directory / sha256[:2] / f"{sha256}.safetensors"
+        """Where the cache has the file of this hash, lower case, or will have it."""
+        return self.cache.path(sha256)
 
     def fetch(self, file: ModelFile) -> Path:
         """The local file of a model, downloaded when it is not there.
 
+        It is not evicted until ``release``, once for each ``fetch``, or ``close``.
+
         Raises:
             RenderError: not a sound safetensors file ('bad-model-file'), or the catalogue has no
                 hash to verify it by ('no-hash').
-            CivitaiError: the site does not give it, or gives something else.
+            CivitaiError: the site does not give it, or gives something else. EarlyAccess and
+                DownloadsDisabled say why.
         """
-        target = self.path((file.sha256 or "").lower())
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):
+        sha256 = _hash(file)
+        target = self.path(sha256)
+        if not target.exists() and (local := self.folders.find(sha256, file.size_bytes)):
+            return local
+        self.cache.use(sha256, size=file.size_bytes or 0, model=file.model, air=file.air)
+        try:
             if not target.exists():
-                partial = target.with_suffix(".partial")
-                self.client.download(
-                    file.download_path, partial, sha256=file.sha256, size_bytes=file.size_bytes
-                )
-                try:
-                    read_header(partial)
-                except RenderError:
-                    partial.unlink()
-                    raise
-                partial.replace(target)
-                log.info("fetched %r: %d bytes", file.model, target.stat().st_size)
+                with self._first_of([self.cache.download_lock(sha256)]):
+                    if not target.exists():
+                        self._download(file, target)
+        except BaseException:
+            self.cache.release(sha256)
+            raise
         return target
 
+    def release(self, *files: ModelFile) -> None:
+        """Let files be evicted that were fetched and are not read any more."""
+        for file in files:
+            self.cache.release(_hash(file))
 
-def read_header(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, after a check that they tile its data exactly.
+    def prefetch(self, files: Iterable[ModelFile]) -> list[Future[None]]:
+        """Fetch files in the background, so that ``fetch`` finds them; returns at once.
 
-    Raises:
-        RenderError: not a safetensors file, or its header lies; reason 'bad-model-file'.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        start = stream.read(8)
-        length = int.from_bytes(start, "little")
-        if start[:2] == b"PK":
-            raise _bad(path, "a zip archive or a PyTorch pickle; only safetensors are read")
-        if start[:1] == b"\x80" and length > min(MAX_HEADER, size):
-            raise _bad(path, "a pickle; only safetensors are read")
-        if not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise _bad(path, f"a header of {length} bytes in a file of {size}")
-        raw = stream.read(length)
+        What goes wrong is logged, and told by ``fetch``. A file that was prefetched and not
+        fetched yet may be evicted, as the last of all.
+        """
+        return [self._pool.submit(self._prefetch, file) for file in files]
+
+    def local(self, sha256: str) -> Path | None:
+        """The file of this hash, lower case, where it needs no download."""
+        target = self.path(sha256)
+        return self.folders.find(sha256) or (target if target.exists() else None)
+
+    def close(self) -> None:
+        """Break off what is prefetched, and let everything be evicted.
+
+        A prefetch that waits for the site ends when its client is closed.
+        """
+        self._closed.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.cache.close()
+
+    def _prefetch(self, file: ModelFile) -> None:
+        try:
+            self.fetch(file)
+        except (DiffAgentError, OSError) as error:
+            log.info("prefetching %r: %s", file.model, error)
+        else:
+            self.release(file)
+
+    def _download(self, file: ModelFile, target: Path) -> None:
+        if not file.download_path:
+            raise NotFound(f"{file.model!r} is not in the model folders any more, nor on a site")
+        unchecked = target.with_suffix(".unchecked")
+        with self._turn(), meter(lambda *_: None, file.model, file.size_bytes, "B") as more:
+            self.cache.make_room(file.size_bytes or 0)
+
+            def on_bytes(number: int) -> None:
+                more(number)
+                if self._closed.is_set():
+                    raise CivitaiError(f"{file.model!r}: broken off, the store was closed")
+
+            try:
+                self.client.download(
+                    file.download_path,
+                    unchecked,
+                    sha256=file.sha256,
+                    size_bytes=file.size_bytes,
+                    on_bytes=on_bytes,
+                )
+            except (Forbidden, NotFound) as error:
+                raise type(error)(f"{file.model!r}: {error}") from error
+            try:
+                check_weights(unchecked)
+            except DiffAgentError:
+                unchecked.unlink()
+                raise
+            unchecked.replace(target)
+        log.info("fetched %r: %d bytes", file.model, target.stat().st_size)
+        self.cache.make_room()
+
+    def _turn(self) -> contextlib.AbstractContextManager[None]:
+        """One of the downloads that all processes together may run at once."""
+        folder = self.cache.directory / "downloads"
+        folder.mkdir(parents=True, exist_ok=True)
+        return self._first_of([FileLock(folder / f"{n}.lock") for n in range(self._max_downloads)])
+
+    @contextlib.contextmanager
+    def _first_of(self, locks: Sequence[FileLock]) -> Iterator[None]:
+        """Hold the first of some locks that is free."""
+        while not (held := next((lock for lock in locks if _try(lock)), None)):
+            if self._closed.wait(_POLL_SECONDS):
+                raise CivitaiError("the store was closed while a download waited for its turn")
+        try:
+            yield
+        finally:
+            held.release()
+
+
+def _try(lock: FileLock) -> bool:
     try:
-        header = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise _bad(path, f"the header is not JSON ({error})") from None
-    if not isinstance(header, dict):
-        raise _bad(path, "the header is not an object")
-    header.pop("__metadata__", None)
-    spans = [_tensor(path, name, entry) for name, entry in header.items()]
-    position = 0
-    for begin, end, name, _ in sorted(spans, key=lambda span: span[:2]):
-        if begin != position:
-            raise _bad(path, f"tensor {name!r} starts at {begin}, not at {position}")
-        position = end
-    if position != size - 8 - length:
-        raise _bad(path, f"tensors of {position} bytes in data of {size - 8 - length}")
-    return {name: tensor for _, _, name, tensor in spans}
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    return True
 
 
-def _tensor(path: Path, name: str, entry: Any) -> tuple[int, int, str, Tensor]:
-    match entry:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]}:
-            pass
-        case _:
-            raise _bad(path, f"tensor {name!r} has no dtype, shape and offsets")
-    if dtype not in _BITS or not all(type(n) is int and n >= 0 for n in shape):
-        raise _bad(path, f"tensor {name!r} is {dtype!r} of shape {shape!r}")
-    if begin < 0 or (end - begin) * 8 != math.prod(shape) * _BITS[dtype]:
-        raise _bad(path, f"tensor {name!r} of shape {shape!r} does not fill {begin} to {end}")
-    if "/" in name or "\\" in name:
-        raise _bad(path, f"tensor name {name!r} holds a path")
-    return begin, end, name, Tensor(dtype, tuple(shape))
-
-
-def _bad(path: Path, problem: str) -> RenderError:
-    return RenderError(f"{path.name!r} is refused: {problem}", reason="bad-model-file")
+def _hash(file: ModelFile) -> str:
+    return (file.sha256 or "").lower()

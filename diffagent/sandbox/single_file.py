@@ -1,8 +1,9 @@
-"""Writes diffusers modules in the single-file layout of Stable Diffusion 1.5 checkpoints.
+"""Writes diffusers modules in the single-file layout of Stable Diffusion checkpoints.
 
-The reverse of what `StableDiffusionPipeline.from_single_file` does on loading: the names are
-those of the original latent-diffusion code (`model.diffusion_model.input_blocks.1.0...`). Works
-for any number of blocks and layers.
+The reverse of what `from_single_file` of the pipelines of Stable Diffusion 1.x, 2.x and XL does on
+loading: the names are those of the original latent-diffusion code
+(`model.diffusion_model.input_blocks.1.0...`) and, of the text encoders of 2.x and XL, of open_clip.
+Works for any number of blocks and layers.
 """
 
 from __future__ import annotations
@@ -29,6 +30,17 @@ _UNET_ENDS = {
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+_OPEN_CLIP = {
+    "embeddings.token_embedding": "token_embedding",
+    "final_layer_norm": "ln_final",
+    "encoder.layers": "transformer.resblocks",
+    "layer_norm": "ln_",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
 }
 _VAE_ATTENTION = {
     "group_norm": "norm",
@@ -39,13 +51,16 @@ _VAE_ATTENTION = {
 }
 
 
-def single_file_tensors(unet: Any, vae: Any, text_encoder: Any) -> Tensors:
+def single_file_tensors(
+    unet: Any, vae: Any, text_encoder: Any, text_encoder_2: Any = None
+) -> Tensors:
     """All weights of a pipeline under their single-file names, in fp16.
 
     Args:
         unet: a UNet2DConditionModel.
         vae: an AutoencoderKL.
-        text_encoder: a CLIPTextModel.
+        text_encoder: a CLIPTextModel, OpenAI's (quick_gelu) or OpenCLIP's of Stable Diffusion 2.
+        text_encoder_2: the CLIPTextModelWithProjection of SDXL.
     """
     layers = unet.config.layers_per_block
     upsampler_slots = {
@@ -60,8 +75,17 @@ def single_file_tensors(unet: Any, vae: Any, text_encoder: Any) -> Tensors:
         new = vae_name(name, blocks)
         is_linear = ".attn_1." in new and new.endswith("weight") and value.ndim == 2
         tensors[f"first_stage_model.{new}"] = value[:, :, None, None] if is_linear else value
-    for name, value in text_tensors(text_encoder).items():
-        tensors[f"cond_stage_model.transformer.text_model.{name}"] = value
+    if text_encoder_2 is not None:
+        parts = {
+            "conditioner.embedders.0.transformer.text_model.": text_tensors(text_encoder),
+            "conditioner.embedders.1.model.": open_clip_tensors(text_encoder_2),
+        }
+    elif text_encoder.config.hidden_act == "gelu":
+        parts = {"cond_stage_model.model.": open_clip_tensors(text_encoder)}
+    else:
+        parts = {"cond_stage_model.transformer.text_model.": text_tensors(text_encoder)}
+    for prefix, part in parts.items():
+        tensors |= {prefix + name: value for name, value in part.items()}
     return {name: value.to(torch.float16).contiguous() for name, value in tensors.items()}
 
 
@@ -73,6 +97,28 @@ def text_tensors(text_encoder: Any) -> Tensors:
         for name, value in state.items()
         if not name.endswith("position_ids")
     }
+
+
+def open_clip_tensors(text_encoder: Any) -> Tensors:
+    """Weights of a CLIP text encoder under open_clip's names."""
+    tensors = text_tensors(text_encoder)
+    # Released files of Stable Diffusion 2 have a projection too, which nobody reads.
+    projection = tensors.pop("text_projection.weight", None)
+    width = text_encoder.config.hidden_size
+    made: Tensors = {
+        "positional_embedding": tensors.pop("embeddings.position_embedding.weight"),
+        "text_projection": torch.eye(width) if projection is None else projection.T,
+    }
+    for name in [name for name in tensors if "self_attn.q_proj" in name]:
+        parts = [tensors.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+        layer, leaf = name.split(".")[2], name.rpartition(".")[2]
+        made[f"transformer.resblocks.{layer}.attn.in_proj_{leaf}"] = torch.cat(parts)
+    for name, value in tensors.items():
+        new = name
+        for ours, theirs in _OPEN_CLIP.items():
+            new = new.replace(ours, theirs)
+        made[new] = value
+    return made
 
 
 def unet_name(name: str, layers: int, upsampler_slots: Mapping[int, int]) -> str:

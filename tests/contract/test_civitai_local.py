@@ -20,7 +20,7 @@ from diffagent.civitai.client import CivitaiClient
 from diffagent.civitai.crawl import crawl
 from diffagent.civitai.site import embedded_site
 from diffagent.civitai.sources import SYNTHETIC, open_source, synthetic_id
-from diffagent.civitai.sources.local import Hashes, hash_file, look
+from diffagent.civitai.sources.local import Hashes, hash_file, look, model_files
 from diffagent.cli import app
 from diffagent.dabench.filters import filter_records
 from diffagent.errors import ConfigError
@@ -210,6 +210,41 @@ def test_a_file_is_hashed_once_and_nothing_is_written_beside_it(
     assert Hashes(cache).of(path) == {"SHA256": "AA" * 32}
     cache.write_bytes(b"damaged")
     assert Hashes(cache).of(path) == {"SHA256": "AA" * 32}
+
+
+def test_what_two_processes_have_hashed_is_merged(tmp_path: Path) -> None:
+    cache, paths = (
+        tmp_path / "hashes.json",
+        [tmp_path / "a.safetensors", tmp_path / "b.safetensors"],
+    )
+    one, other = Hashes(cache), Hashes(cache)
+    for number, (hashes, path) in enumerate(zip((one, other), paths, strict=True)):
+        put(path, safetensors({"x": (4,)}, fill=number))
+        hashes.of(path)
+    one.flaw(paths[0])
+    one.save()
+    other.save()
+    assert all(Hashes(cache).know(path) for path in paths)
+    before = cache.stat().st_mtime_ns
+    Hashes(cache).save()
+    assert Hashes(cache).flaw(paths[0]) == "" and cache.stat().st_mtime_ns == before
+
+
+def test_a_whole_installation_is_its_model_folders(tmp_path: Path) -> None:
+    for name in ("launch.py", "models/Lora/a.safetensors", "embeddings/b.pt", "venv/c.safetensors"):
+        put(tmp_path / name, b"")
+    assert [path.name for path in model_files(tmp_path)] == ["b.pt", "a.safetensors"]
+    (tmp_path / "launch.py").unlink()
+    names = [path.name for path in model_files(tmp_path)]
+    assert names == ["b.pt", "a.safetensors", "c.safetensors"]
+
+
+def test_the_folder_tells_the_type_that_tensors_do_not(tmp_path: Path) -> None:
+    notes = {"ss_base_model_version": "sdxl_base_v1-0"}
+    path = tmp_path / "models" / "Lora" / "mine" / "a.safetensors"
+    put(path, safetensors({"x": (4,)}, notes))
+    found = look(path, Hashes(None)).architecture
+    assert (found.type, found.base_model) == ("LORA", "SDXL 1.0")
 
 
 def test_hashes_are_those_of_the_site(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from diffagent.civitai.sources.architecture import Architecture, describe
-from diffagent.render.store import Tensor
+from diffagent.render.weights import Tensor
 
 UNET = "model.diffusion_model."
 ATTENTION = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"

@@ -22,7 +22,7 @@ from diffagent.dabench.metadata.a1111 import read_fields, split_parameters
 from diffagent.dabench.metadata.generation import Reading
 from diffagent.dabench.metadata.keys import read_keys
 from diffagent.render.pnginfo import infotext
-from diffagent.render.recipe import LoRAUse, Recipe
+from diffagent.render.recipe import EmbeddingUse, LoRAUse, Recipe
 from diffagent.render.samplers import SAMPLERS
 
 TEXT = """a red square, <lora:flat_style:0.7>,
@@ -206,6 +206,7 @@ def generations(draw: st.DrawFn) -> Generation:
         height=None if width is None else draw(SIZES),
         checkpoints=(checkpoint,) if checkpoint else (),
         loras=tuple(loras),
+        vae=draw(st.builds(lambda *known: Reference(None, *known), HASHES, NAMES) | st.none()),
     )
 
 
@@ -222,47 +223,72 @@ def test_few_fields_are_not_taken_for_a_prompt(fields: dict[str, Any]) -> None:
     assert read_parameters(write_parameters(made)) == made
 
 
-@settings(deadline=None, max_examples=200)
-@given(
-    st.builds(
-        Recipe,
-        prompt=PROMPTS,
-        negative_prompt=PROMPTS,
-        checkpoint=st.text(alphabet="0123456789abcdef", min_size=64, max_size=64),
-        loras=st.lists(
-            st.builds(
-                LoRAUse,
-                sha256=st.text(alphabet="0123456789abcdef", min_size=64, max_size=64),
-                weight=st.integers(-40000, 40000).map(lambda weight: weight / 10000),
-            ),
-            max_size=3,
-            unique_by=lambda use: use.sha256[:10],
+SHA256 = st.text(alphabet="0123456789abcdef", min_size=64, max_size=64)
+WEIGHTS = st.integers(-40000, 40000).map(lambda weight: weight / 10000)
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    """Recipes with everything that a recipe can have."""
+    checkpoint, vae, *laid = draw(
+        st.lists(SHA256, min_size=2, max_size=6, unique_by=lambda sha256: sha256[:10])
+    )
+    split = draw(st.integers(0, len(laid)))
+    return Recipe(
+        prompt=draw(PROMPTS),
+        negative_prompt=draw(PROMPTS),
+        checkpoint=checkpoint,
+        vae=draw(st.sampled_from([vae, None])),
+        loras=tuple(LoRAUse(sha256=sha256, weight=draw(WEIGHTS)) for sha256 in laid[:split]),
+        embeddings=tuple(
+            EmbeddingUse(sha256=sha256, weight=draw(WEIGHTS), negative=draw(st.booleans()))
+            for sha256 in laid[split:]
         ),
-        sampler=st.sampled_from(sorted(SAMPLERS)),
-        steps=st.integers(1, 150),
-        cfg_scale=st.floats(0, 30),
-        width=SIZES,
-        height=SIZES,
-        clip_skip=st.integers(1, 12),
-        seed=st.integers(0, 2**64 - 1),
+        sampler=draw(st.sampled_from(sorted(SAMPLERS))),
+        steps=draw(st.integers(1, 150)),
+        cfg_scale=draw(st.floats(0, 30)),
+        width=draw(SIZES),
+        height=draw(SIZES),
+        clip_skip=draw(st.integers(1, 12)),
+        seed=draw(st.integers(0, 2**64 - 1)),
     )
-)
-def test_a_recipe_can_be_read_from_its_infotext(recipe: Recipe) -> None:
-    made = read_parameters(infotext(recipe, {}))
-    tags = "".join(f" <lora:{use.sha256[:10]}:" for use in recipe.loras)
-    assert made.negative_prompt_raw == (recipe.negative_prompt.replace("\0", "").strip() or None)
-    assert (made.prompt_raw or "").startswith(recipe.prompt.replace("\0", "").strip())
-    assert re.sub(r"[\d.-]+>", "", made.prompt_raw or "").endswith(
-        re.sub(r"[\d.-]+>", "", tags)[1:]
-    )
+
+
+@settings(deadline=None, max_examples=300)
+@given(recipes(), st.data())
+def test_a_recipe_can_be_read_from_its_infotext(recipe: Recipe, data: st.DataObject) -> None:
+    laid = [use.sha256 for use in (*recipe.loras, *recipe.embeddings)]
+    # No word of a prompt, or the WebUI would load it there as well.
+    names = {sha: f"zq{data.draw(st.text(max_size=9))}" for sha in data.draw(st.sets(some(laid)))}
+    payloads = {sha: sha[-12:] for sha in data.draw(st.sets(some(laid)))}
+    names[recipe.checkpoint] = data.draw(st.text(alphabet='a ,:"{}[]\\\n', max_size=9))
+    text = infotext(recipe, names, payloads)
+    made = read_parameters(text)
+    assert recipe.prompt.replace("\0", "").strip() in (made.prompt_raw or "")
+    assert recipe.negative_prompt.replace("\0", "").strip() in (made.negative_prompt_raw or "")
     assert (made.sampler, made.steps, made.seed) == (recipe.sampler, recipe.steps, recipe.seed)
     assert (made.cfg_scale, made.clip_skip) == (recipe.cfg_scale, recipe.clip_skip)
     assert (made.width, made.height) == (recipe.width, recipe.height)
     assert [ref.hash for ref in made.checkpoints] == [recipe.checkpoint[:10].upper()]
-    tagged = {use.name: use for use in made.loras}
-    for use in recipe.loras:
-        found = tagged[use.sha256[:10]]
-        assert (found.hash, found.weight) == (use.sha256[:10].upper(), use.weight)
+    assert (made.vae and made.vae.hash) == (recipe.vae and recipe.vae[:10].upper())
+    loras = {use.hash: use.weight for use in made.loras}
+    assert {use.sha256[:10].upper(): use.weight for use in recipe.loras}.items() <= loras.items()
+    for negative, found in ((False, made.embeddings), (True, made.negative_embeddings)):
+        assert {(use.hash, use.weight) for use in found if use.hash} == {
+            (use.sha256[:10].upper(), use.weight)
+            for use in recipe.embeddings
+            if use.negative == negative
+        }
+    # Civitai's parser ends "Hashes" at the first brace and makes an object of a quoted value.
+    found = re.search(r", Hashes:\s*({[^}]+})", text.rpartition("\n")[2])
+    assert found
+    assert json.loads(found[1])["model"] == recipe.checkpoint[:10]
+    assert re.search(r', Model: [^",:]+, ', text)
+
+
+def some(values: list[str]) -> st.SearchStrategy[str]:
+    """Any of the values; nothing when there is none."""
+    return st.sampled_from(values) if values else st.nothing()
 
 
 @settings(deadline=None, max_examples=300)

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL.Image import Image
 from safetensors.torch import load_file, save_file
 
 from diffagent.errors import RenderError
-from diffagent.render.pipelines import DiffusersRenderer, find_config
+from diffagent.render.base import Files, ModelRef
+from diffagent.render.pipelines import DiffusersRenderer
 from diffagent.render.recipe import EmbeddingUse, LoRAUse, Recipe
 from tests.unit import tiny_sd
 
@@ -43,8 +45,8 @@ class World:
             self.files[f"lora-{name}"] = folder / f"lora-{name}.safetensors"
             tiny_sd.save_kohya_lora(self.pipeline, self.files[f"lora-{name}"], seed)
 
-    def renderer(self) -> DiffusersRenderer:
-        return DiffusersRenderer(torch.device("cpu"), [self.config])
+    def renderer(self, **options: Any) -> DiffusersRenderer:
+        return DiffusersRenderer(torch.device("cpu"), [self.config], **options)
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +54,42 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(tmp_path_factory.mktemp("world"))
 
 
+def use(
+    renderer: DiffusersRenderer,
+    checkpoint: Path,
+    loras: dict[str, Path] | None = None,
+    embeddings: dict[str, Path] | None = None,
+    vae: Path | None = None,
+) -> None:
+    """Prepare files that are told apart by their paths."""
+
+    def ref(path: Path, sha256: str | None = None) -> ModelRef:
+        return ModelRef(sha256 or str(path), path.name, path=path)
+
+    renderer.prepare(
+        Files(
+            ref(checkpoint),
+            ref(vae) if vae else None,
+            tuple(ref(path, sha256) for sha256, path in (loras or {}).items()),
+            tuple(ref(path, sha256) for sha256, path in (embeddings or {}).items()),
+        )
+    )
+
+
+def outcome(renderer: DiffusersRenderer, **changes: Any) -> Image | RenderError:
+    (drawn,) = renderer.render([RECIPE.model_copy(update=changes)])
+    return drawn
+
+
 def pixels(renderer: DiffusersRenderer, **changes: Any) -> np.ndarray[Any, Any]:
-    return np.asarray(renderer.render(RECIPE.model_copy(update=changes)))
+    drawn = outcome(renderer, **changes)
+    assert not isinstance(drawn, RenderError), drawn
+    return np.asarray(drawn)
 
 
 def test_a_single_file_draws_what_its_pipeline_draws(world: World) -> None:
     renderer = world.renderer()
-    renderer.use(world.files["two"], {})
+    use(renderer, world.files["two"])
     from diffusers import DDIMScheduler
 
     pipeline = world.pipeline  # the one that "two" was saved from
@@ -77,17 +108,20 @@ def test_a_single_file_draws_what_its_pipeline_draws(world: World) -> None:
     ).images[0]
     drawn = pixels(renderer, sampler="DDIM")
     assert drawn.std() > 5
-    # The renderer's memory layout sums in another order: one grey level at most.
+    # Another memory layout and size of batch sum in another order: one grey level at most.
     assert np.abs(drawn - expected * 255).max() < 1
 
 
 def test_a_picture_depends_on_its_recipe_alone(world: World) -> None:
     renderer = world.renderer()
-    renderer.use(world.files["one"], {})
+    use(renderer, world.files["one"])
     first = pixels(renderer)
     for change in (
         {"seed": 2},
         {"prompt": "a blue square"},
+        {"prompt": "a (red:1.4) circle"},
+        {"prompt": "a red circle BREAK a blue square"},
+        {"prompt": "a red circle " * 40},
         {"negative_prompt": "blurred"},
         {"cfg_scale": 3.0},
         {"steps": 4},
@@ -96,125 +130,243 @@ def test_a_picture_depends_on_its_recipe_alone(world: World) -> None:
     ):
         assert (pixels(renderer, **change) != first).any(), change
     assert pixels(renderer, width=128).shape == (64, 128, 3)
-    renderer.use(world.files["two"], {})
+    use(renderer, world.files["two"])
     assert (pixels(renderer) != first).any()
-    renderer.use(world.files["one"], {})
+    use(renderer, world.files["one"])
     assert (pixels(renderer) == first).all()
-    assert renderer.loads == 3
+    assert renderer.loads == 2  # the first is still in memory
     again = world.renderer()
-    again.use(world.files["one"], {})
+    use(again, world.files["one"])
     assert (pixels(again) == first).all()
+
+
+def test_any_batch_in_any_order_gives_the_same_pictures_to_the_bit(world: World) -> None:
+    """Samplers, steps, guidance, prompts of all lengths and LoRA weights, shuffled and cut."""
+    generator = np.random.default_rng(0)
+    samplers = ["Euler a", "DDIM", "DPM++ SDE Karras", "Heun", "PLMS"]
+    recipes = [
+        RECIPE.model_copy(
+            update={
+                "seed": seed,
+                "prompt": generator.choice(["a red circle", "a (blue:1.3) box", "box, " * 60]),
+                "sampler": generator.choice(samplers),
+                "steps": int(generator.integers(2, 5)),
+                "cfg_scale": float(generator.choice([1.0, 4.0, 7.5])),
+                "loras": (LoRAUse(sha256=LORA.sha256, weight=float(generator.choice([0.5, 1]))),),
+            }
+        )
+        for seed in range(12)
+    ]  # fmt: skip
+    renderer = world.renderer()
+    use(renderer, world.files["one"], {LORA.sha256: world.files["lora-one"]})
+    alone = {recipe.digest: bytes_of(next(renderer.render([recipe]))) for recipe in recipes}
+    assert len(set(alone.values())) == 12
+    for _ in range(3):
+        shuffled = [recipes[number] for number in generator.permutation(12)]
+        cut = int(generator.integers(1, 11))
+        for part in (shuffled[:cut], shuffled[cut:]):
+            drawn = list(renderer.render(part))
+            assert [bytes_of(image) for image in drawn] == [alone[r.digest] for r in part]
+
+
+def bytes_of(drawn: Image | RenderError) -> bytes:
+    assert not isinstance(drawn, RenderError), drawn
+    return drawn.tobytes()
+
+
+def test_batches_of_two_sizes_differ_by_one_grey_level_at_most(world: World) -> None:
+    drawn = []
+    for rows in (2, 8):
+        renderer = world.renderer(rows=rows)
+        use(renderer, world.files["one"])
+        drawn.append(pixels(renderer).astype(int))
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1
+    assert world.renderer(rows=2).version != world.renderer(rows=8).version
+
+
+def test_out_of_memory_halves_the_batch(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    renderer = world.renderer()
+    use(renderer, world.files["one"])
+    whole = [bytes_of(drawn) for drawn in renderer.render([RECIPE])]
+    unet = renderer._loaded[str(world.files["one"])].pipeline.unet
+    forward, room, seen = unet.forward, 3, []
+
+    def small(sample: torch.Tensor, *args: Any, **options: Any) -> Any:
+        seen.append(len(sample))
+        if len(sample) > room:
+            raise torch.OutOfMemoryError("full")
+        return forward(sample, *args, **options)
+
+    monkeypatch.setattr(unet, "forward", small)
+    halved = list(renderer.render([RECIPE, RECIPE.model_copy(update={"seed": 2})]))
+    # The first step is tried with 8, 4 and 2 rows; two pictures of three steps need six passes.
+    assert seen == [8, 4, *[2] * 6]
+    difference = np.asarray(halved[0]).astype(int).ravel() - np.frombuffer(whole[0], np.uint8)
+    assert np.abs(difference).max() <= 1
+    seen.clear()
+    list(renderer.render([RECIPE]))
+    assert seen == [2] * 3  # remembered
+
+    room = 0
+    failed = outcome(renderer)
+    assert isinstance(failed, RenderError)
+    assert failed.reason == "out-of-memory"
+    monkeypatch.undo()
+    assert pixels(renderer).shape == (64, 64, 3)
 
 
 def test_a_lora_changes_the_picture_and_leaves_no_trace(world: World) -> None:
     renderer = world.renderer()
     lora = {LORA.sha256: world.files["lora-one"]}
-    renderer.use(world.files["one"], {})
+    use(renderer, world.files["one"])
     plain = pixels(renderer)
-    renderer.use(world.files["one"], lora)
+    use(renderer, world.files["one"], lora)
     full = pixels(renderer, loras=(LORA,))
     half = pixels(renderer, loras=(LoRAUse(sha256=LORA.sha256, weight=0.5),))
     assert len({picture.tobytes() for picture in (plain, full, half)}) == 3
     assert (pixels(renderer, loras=(LORA,)) == full).all()
     two = {**lora, "c" * 64: world.files["lora-two"]}
-    renderer.use(world.files["one"], two)
+    use(renderer, world.files["one"], two)
     uses = tuple(LoRAUse(sha256=sha, weight=1.0) for sha in two)
     assert (pixels(renderer, loras=uses) != full).any()
-    renderer.use(world.files["one"], {})
+    use(renderer, world.files["one"])
     assert (pixels(renderer) == plain).all()
     assert renderer.loads == 1
 
 
 def test_an_embedding_changes_the_picture_and_leaves_no_trace(world: World, tmp_path: Path) -> None:
     renderer = world.renderer()
-    renderer.use(world.files["one"], {})
+    use(renderer, world.files["one"])
     plain = pixels(renderer)
     files = {sha: tmp_path / f"{sha[0]}.safetensors" for sha in ("e" * 64, "f" * 64)}
     width = world.pipeline.text_encoder.config.hidden_size
     for number, path in enumerate(files.values(), 1):  # of one vector, and of two
         noise = torch.randn(number, width, generator=torch.Generator().manual_seed(number))
         save_file({"emb_params": noise}, path)
-    renderer.use(world.files["one"], {}, files)
+    use(renderer, world.files["one"], {}, files)
     assert (pixels(renderer) == plain).all()  # nothing in the prompt names it
     seen = {plain.tobytes()}
     for sha256 in files:
         for negative in (False, True):
-            use = (EmbeddingUse(sha256=sha256, weight=1, negative=negative),)
-            seen.add(pixels(renderer, embeddings=use).tobytes())
-    assert len(seen) == 5
-    with pytest.raises(RenderError) as refused:
-        pixels(renderer, embeddings=(EmbeddingUse(sha256="e" * 64, weight=1.2, negative=False),))
-    assert refused.value.reason == "embedding-weight"
+            for weight in (1, 1.3):
+                item = EmbeddingUse(sha256=sha256, weight=weight, negative=negative)
+                seen.add(pixels(renderer, embeddings=(item,)).tobytes())
+    assert len(seen) == 9
     save_file({"emb_params": torch.zeros(1, width + 1)}, tmp_path / "wide.safetensors")
     with pytest.raises(RenderError) as refused:
-        renderer.use(world.files["one"], {}, {"d" * 64: tmp_path / "wide.safetensors"})
+        use(renderer, world.files["one"], {}, {"d" * 64: tmp_path / "wide.safetensors"})
     assert refused.value.reason == "bad-embedding"
-    renderer.use(world.files["one"], {})
+    use(renderer, world.files["one"])
     assert (pixels(renderer) == plain).all()
     assert renderer.loads == 1
 
 
+def test_another_vae_decodes_and_leaves_no_trace(world: World, tmp_path: Path) -> None:
+    renderer = world.renderer()
+    use(renderer, world.files["one"])
+    plain = pixels(renderer)
+    prefix = "first_stage_model."
+    other = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in load_file(world.files["two"]).items()
+        if name.startswith(prefix)
+    }
+    save_file(other, tmp_path / "vae.safetensors")
+    use(renderer, world.files["one"], vae=tmp_path / "vae.safetensors")
+    assert (pixels(renderer) != plain).any()
+    with pytest.raises(RenderError) as refused:
+        use(renderer, world.files["one"], vae=world.files["lora-one"])
+    assert refused.value.reason == "bad-vae"
+    use(renderer, world.files["one"])
+    assert (pixels(renderer) == plain).all()
+
+
 def test_a_bad_lora_is_refused_and_leaves_no_trace(world: World, tmp_path: Path) -> None:
     renderer = world.renderer()
-    renderer.use(world.files["one"], {})
+    use(renderer, world.files["one"])
     plain = pixels(renderer)
     tensors = load_file(world.files["lora-one"])
+    stem = next(name for name in tensors if name.endswith(".alpha")).removesuffix(".alpha")
     wide = {name: value.repeat_interleave(2, -1) if value.ndim == 2 else value
             for name, value in tensors.items()}  # fmt: skip
-    save_file(wide, tmp_path / "wide.safetensors")
-    with pytest.raises(RenderError) as refused:
-        renderer.use(world.files["one"], {LORA.sha256: tmp_path / "wide.safetensors"})
-    assert refused.value.reason == "bad-lora"
-    save_file({"nothing": torch.zeros(2)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(RenderError) as refused:
-        renderer.use(world.files["one"], {LORA.sha256: tmp_path / "foreign.safetensors"})
-    assert refused.value.reason == "bad-lora"
-    renderer.use(world.files["one"], {})
+    for name, bad, told in (
+        ("wide", wide, "does not fit"),
+        ("foreign", {"nothing": torch.zeros(2)}, "nothing for this checkpoint"),
+        ("dora", {**tensors, f"{stem}.dora_scale": torch.ones(1, 32)}, "DoRA"),
+        ("loha", {f"{stem}.hada_w1_a": torch.ones(2, 2)}, "LoHa"),
+    ):
+        save_file(bad, tmp_path / f"{name}.safetensors")
+        with pytest.raises(RenderError, match=told) as refused:
+            use(renderer, world.files["one"], {LORA.sha256: tmp_path / f"{name}.safetensors"})
+        assert refused.value.reason == "bad-lora"
+    use(renderer, world.files["one"])
     assert (pixels(renderer) == plain).all()
 
 
 def test_failures_have_reasons(world: World, tmp_path: Path) -> None:
     renderer = world.renderer()
-    renderer.use(world.files["one"], {})
-    for reason, change in (
-        ("clip-skip", {"clip_skip": 3}),
-        ("unsupported-sampler", {"sampler": "DPM adaptive"}),
-        ("render-error", {"width": 68}),
-    ):
-        with pytest.raises(RenderError) as refused:
-            pixels(renderer, **change)
-        assert refused.value.reason == reason
+    use(renderer, world.files["one"])
+    failed = outcome(renderer, clip_skip=3)
+    assert isinstance(failed, RenderError)
+    assert failed.reason == "clip-skip"
+    good = RECIPE.model_copy(update={"seed": 3})
+    mixed = list(renderer.render([RECIPE.model_copy(update={"clip_skip": 3}), good]))
+    assert [isinstance(drawn, RenderError) for drawn in mixed] == [True, False]
 
     tensors = load_file(world.files["one"])
     decoder_end = "first_stage_model.decoder.conv_out.bias"
     for reason, value in (("nan", float("nan")), ("black", -1e6)):
         broken = tmp_path / f"{reason}.safetensors"
         save_file({**tensors, decoder_end: torch.full((3,), value)}, broken)
-        renderer.use(broken, {})
-        with pytest.raises(RenderError) as refused:
-            pixels(renderer)
-        assert refused.value.reason == reason
+        use(renderer, broken)
+        failed = outcome(renderer)
+        assert isinstance(failed, RenderError)
+        assert failed.reason == reason
 
     del tensors["model.diffusion_model.input_blocks.0.0.weight"]
     save_file(tensors, tmp_path / "headless.safetensors")
     with pytest.raises(RenderError) as refused:
-        renderer.use(tmp_path / "headless.safetensors", {})
+        use(renderer, tmp_path / "headless.safetensors")
     assert refused.value.reason == "bad-model-file"
 
 
-def test_prompts_beyond_77_tokens_are_counted(world: World) -> None:
+def test_what_cannot_be_drawn_is_told_before_anything_is_loaded(world: World) -> None:
     renderer = world.renderer()
-    renderer.use(world.files["one"], {})
-    pixels(renderer, prompt="red " * 100)
-    pixels(renderer, prompt="red " * 10)
-    assert renderer.truncated == 1
+    sd1, sdxl, flux = (ModelRef("a" * 64, b, b) for b in ("SD 1.5", "Illustrious", "Flux.1 D"))
+    unknown = ModelRef("c" * 64, "mine")
+    for reason, files, change in (
+        ("unsupported-sampler", Files(sd1), {"sampler": "DPM adaptive"}),
+        ("unsupported-size", Files(sd1), {"width": 68}),
+        ("unsupported-base-model", Files(flux), {}),
+        ("lora-base-mismatch", Files(sd1, loras=(sdxl,)), {}),
+        ("embedding-base-mismatch", Files(sd1, embeddings=(sdxl,)), {}),
+        ("vae-base-mismatch", Files(sdxl, vae=sd1), {}),
+    ):
+        with pytest.raises(RenderError) as refused:
+            renderer.check(RECIPE.model_copy(update=change), files)
+        assert refused.value.reason == reason
+    renderer.check(RECIPE, Files(unknown, vae=sd1, loras=(sdxl, unknown)))
+    assert renderer.loads == 0
 
 
-def test_the_configuration_is_found_by_shapes(world: World, tmp_path: Path) -> None:
-    checkpoint = world.files["one"]
-    assert find_config(checkpoint, [world.config]) == world.config
-    assert find_config(checkpoint, []) is None
-    tensors = load_file(checkpoint)
-    name = "model.diffusion_model.input_blocks.0.0.weight"
-    save_file({**tensors, name: torch.zeros(320, 4, 3, 3)}, tmp_path / "full.safetensors")
-    assert find_config(tmp_path / "full.safetensors", [world.config]) is None
+def test_memory_for_checkpoints_is_bounded(world: World) -> None:
+    renderer = world.renderer(cache_bytes=0)
+    one, two = (Files(ModelRef(n, n, path=world.files[n])) for n in ("one", "two"))
+    renderer.prepare(one)
+    first = pixels(renderer)
+    renderer.preload(two)  # no room: not read ahead
+    assert renderer.loads == 1
+    renderer.prepare(two)
+    renderer.prepare(one)
+    assert renderer.loads == 3
+    assert (pixels(renderer) == first).all()
+
+    roomy = world.renderer()
+    roomy.prepare(one)
+    roomy.preload(two)
+    roomy.prepare(two)
+    roomy.prepare(one)
+    assert roomy.loads == 2
+    assert (pixels(roomy) == first).all()
+    roomy.close()
+    assert not roomy._loaded

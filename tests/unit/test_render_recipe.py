@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import json
 import random
 import re
@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from diffagent.artifacts import canonical_json
 from diffagent.dabench.catalogue import Catalogue, Entry
 from diffagent.errors import RenderError
-from diffagent.render.planner import plan
 from diffagent.render.pnginfo import infotext, read_png, write_png
 from diffagent.render.recipe import LoRAUse, Recipe, resolve
 from schemas.api import T2IAPI, Embedding, LoRA, Params
@@ -140,8 +140,6 @@ def test_embeddings_are_part_of_the_recipe_and_of_the_infotext() -> None:
     assert recipe.digest != resolve(api(), "a cat", 1, CATALOGUE).digest
     lines = infotext(recipe, {"e" * 64: "fog"}).splitlines()
     assert lines[:2] == ["fog, a cat", "Negative prompt: (fog:1.2), blurry"]
-    (group,) = plan([recipe])
-    assert group.embeddings == ("e" * 64,)
     for name, reason in (("ink", "unknown-embedding"), ("nobody", "unknown-embedding")):
         wrong = (Embedding(model=name, version="8"),)
         with pytest.raises(RenderError) as refused:
@@ -149,31 +147,12 @@ def test_embeddings_are_part_of_the_recipe_and_of_the_infotext() -> None:
         assert refused.value.reason == reason
 
 
-def test_the_plan_takes_each_checkpoint_and_lora_set_once() -> None:
-    rng = random.Random(0)
-    base = resolve(api(), "a cat", 0, CATALOGUE)
-    recipes = [
-        base.model_copy(
-            update={
-                "checkpoint": rng.choice("abc") * 64,
-                "loras": tuple(LoRAUse(sha256=c * 64, weight=rng.random()) for c in loras),
-                "seed": seed,
-                "width": rng.choice([512, 768]),
-            }
-        )
-        for seed in range(60)
-        for loras in [rng.choice(["", "d", "de"])]
-    ]
-    groups = list(plan(recipes + recipes[:10]))
-    rng.shuffle(recipes)
-    assert groups == list(plan(recipes))
-    planned = [recipe for group in groups for recipe in group.recipes]
-    assert sorted(r.digest for r in planned) == sorted(r.digest for r in recipes)
-    sets = [(group.checkpoint, group.loras) for group in groups]
-    assert len(sets) == len(set(sets))
-    checkpoints = [group.checkpoint for group in groups]
-    switches = sum(a != b for a, b in itertools.pairwise(checkpoints))
-    assert switches == len(set(checkpoints)) - 1
+def test_a_vae_is_part_of_the_digest_and_its_absence_is_not() -> None:
+    recipe = resolve(api(), "a cat", 1, CATALOGUE)
+    assert "vae" in recipe.model_dump()
+    told = recipe.model_dump(mode="json", exclude={"vae"})
+    assert recipe.digest == hashlib.sha256(canonical_json(told)).hexdigest()
+    assert recipe.model_copy(update={"vae": "d" * 64}).digest != recipe.digest
 
 
 #: The key-value grammar of AUTOMATIC1111's parameters line: values in double quotes or braces
@@ -205,8 +184,9 @@ def test_pictures_carry_their_recipe(tmp_path: Path, prompt: str) -> None:
     assert (fields["Steps"], fields["CFG scale"], fields["Size"]) == ("20", "7", "512x768")
     assert (fields["Sampler"], fields["Seed"]) == ("Euler a", str(2**63))
     assert (fields["Model hash"], fields["Clip skip"]) == ("a" * 10, "2")
-    assert json.loads(fields["Model"]) == 'Dream, "the" Shaper'
+    assert (fields["Model"], fields["RNG"]) == ("Dream the Shaper", "CPU")
     assert json.loads(fields["Hashes"]) == {"model": "a" * 10, "lora:ink_v2": "f" * 10}
+    assert fields["Lora hashes"] == f'"ink_v2: {"f" * 10}"'
     with Image.open(path) as written:
         assert written.tobytes() == image.tobytes()
     write_png(tmp_path / "y.png", image, recipe, names)

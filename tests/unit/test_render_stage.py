@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from diffagent.artifacts import Artifact, sha256_file
 from diffagent.dabench.catalogue import Catalogue, Entry
 from diffagent.errors import Forbidden, RenderError, ServerError
 from diffagent.render import stage as render_stage
+from diffagent.render.base import Files
 from diffagent.render.pnginfo import read_png
 from diffagent.render.recipe import Recipe
 from diffagent.render.stage import REASONS, render
@@ -124,24 +126,34 @@ class World:
 class Painter:
     """A renderer that paints one colour a recipe; models that are called 'broken' fail."""
 
-    def __init__(self, device: Any, configs: Any = ()) -> None:
-        self.device = device
-        self.loads = self.truncated = 0
-        self.used: list[tuple[Path, tuple[Path, ...]]] = []
+    name, version, reads_files = "painter", "1", True
 
-    def use(self, checkpoint: Path, loras: dict[str, Path], embeddings: dict[str, Path]) -> None:
+    def __init__(self, *_: Any) -> None:
+        self.loads = 0
+
+    def check(self, recipe: Recipe, files: Files) -> None:
+        pass
+
+    def preload(self, files: Files) -> None:
+        pass
+
+    def prepare(self, files: Files) -> None:
         self.loads += 1
-        self.used.append((checkpoint, tuple(loras.values())))
 
-    def render(self, recipe: Recipe) -> Image.Image:
-        if recipe.prompt == "darkness":
-            raise RenderError("black", reason="black")
-        return Image.new("RGB", (8, 8), f"#{recipe.digest[:6]}")
+    def render(self, recipes: Sequence[Recipe]) -> Iterator[Image.Image | RenderError]:
+        for recipe in recipes:
+            if recipe.prompt == "darkness":
+                yield RenderError("black", reason="black")
+            else:
+                yield Image.new("RGB", (8, 8), f"#{recipe.digest[:6]}")
+
+    def close(self) -> None:
+        pass
 
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    monkeypatch.setattr(render_stage, "DiffusersRenderer", Painter)
+    monkeypatch.setattr(render_stage, "open_renderer", Painter)
     world = World(tmp_path)
     world.add_model("A")
     world.add_model("B")
@@ -264,7 +276,7 @@ def die_in_the_fourth_picture(path, data):
     if written == 4:
         os.kill(os.getpid(), signal.SIGKILL)
 
-stage.DiffusersRenderer = Painter
+stage.open_renderer = Painter
 pathlib.Path.write_bytes = die_in_the_fourth_picture
 dabench, candidates = (Artifact.model_validate_json(text) for text in sys.argv[1:3])
 stage.render.run(
@@ -288,18 +300,25 @@ def test_a_killed_run_goes_on_after_its_last_whole_picture(world: World) -> None
     )
     assert killed.returncode == -signal.SIGKILL
     (partial,) = (world.folder / "store" / "render").glob(".*.partial")
-    leftovers = sorted(partial.glob("images/*"))
-    assert len(leftovers) == 4
-    whole = next(path for path in leftovers if path.suffix == ".png")
-    whole.write_bytes(whole.read_bytes()[:-40])  # damaged: it is drawn again
+    assert len(list(partial.glob("images/*"))) == 2
+    first, second = (world.folder / "store" / "pictures").rglob("*.png")
+    first.write_bytes(first.read_bytes()[:-40])  # damaged: it is drawn again
     (partial / "images" / f"{'0' * 64}.png").write_bytes(b"of another run")
 
     artifact = world.render()
     undisturbed = world.render(store="other")
     assert artifact.content_digest == undisturbed.content_digest
     assert artifact.manifest.files == undisturbed.manifest.files
-    assert artifact.manifest.metrics["pictures_resumed"] == 2
-    assert artifact.manifest.metrics["pictures_drawn"] == 8
+    assert artifact.manifest.metrics["pictures_cached"] == 1
+    assert artifact.manifest.metrics["pictures_drawn"] == 9
+    assert read_png(first)[0] != read_png(second)[0]
+
+    world.answer("B", prompt_id=11, prompt="picture 1", source="dabench")
+    world.answer("B", prompt_id=11, prompt="another picture", source="dabench")
+    wider = world.render()  # another run that wants the same pictures and one more
+    assert wider.identity != artifact.identity
+    assert wider.manifest.metrics["pictures_cached"] == 10
+    assert wider.manifest.metrics["pictures_drawn"] == 1
 
 
 def test_real_pictures_load_each_checkpoint_once(tmp_path: Path) -> None:

@@ -1,32 +1,40 @@
-"""The model store: verified, atomic, shared; and the headers that it refuses."""
+"""The model store: verified, atomic, shared, ahead of its time; folders before downloads."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import threading
 import time
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from diffagent.errors import CivitaiError, RenderError
-from diffagent.render.store import ModelStore, Tensor, read_header
+from diffagent.errors import CivitaiError, EarlyAccess, NotFound, RenderError
+from diffagent.render.store import ModelStore
 
 CONTENT = save({"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros(0)})
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _weights(number: int, size: int = 1000) -> bytes:
+    return save({"w": np.full(size, number, dtype=np.float32)})
+
+
+def _file(content: bytes, **fields: Any) -> File:
+    return File(sha256=_sha256(content), size_bytes=len(content), **fields)
 
 
 @dataclass(frozen=True)
 class File:
     model: str = "Model"
+    air: str = "urn:air:sd1:checkpoint:civitai:1@1"
     download_path: str = "/api/download/models/1"
     sha256: str | None = hashlib.sha256(CONTENT).hexdigest()
     size_bytes: int | None = len(CONTENT)
@@ -35,15 +43,28 @@ class File:
 class Client:
     """Gives bytes, slowly; counts."""
 
-    def __init__(self, content: bytes = CONTENT) -> None:
-        self.content = content
+    def __init__(self, *contents: bytes) -> None:
+        self.contents = {_sha256(content): content for content in contents or (CONTENT,)}
         self.calls = 0
+        self.now = self.most = 0
+        self.lock = threading.Lock()
 
-    def download(self, url: str, path: Path, **expected: Any) -> None:
-        self.calls += 1
-        path.write_bytes(self.content[: len(self.content) // 2])
-        time.sleep(0.05)
-        path.write_bytes(self.content)
+    def download(
+        self, url: str, path: Path, *, sha256: str, on_bytes: Any, **expected: Any
+    ) -> None:
+        with self.lock:
+            self.calls += 1
+            self.now += 1
+            self.most = max(self.most, self.now)
+        content = self.contents[sha256.lower()]
+        try:
+            for half in (content[: len(content) // 2], content):
+                path.write_bytes(half)
+                time.sleep(0.05)
+                on_bytes(len(content) // 2)
+        finally:
+            with self.lock:
+                self.now -= 1
 
 
 def test_a_file_is_fetched_once_and_named_by_its_content(tmp_path: Path) -> None:
@@ -72,9 +93,16 @@ def test_concurrent_fetches_share_one_download(tmp_path: Path) -> None:
     assert len(paths) == 4
 
 
+def left(directory: Path) -> list[str]:
+    """Files of the store but its locks."""
+    found = (p for p in directory.rglob("*") if p.is_file() and p.suffix != ".lock")
+    return sorted(p.name for p in found if p.parent.name != "in-use")
+
+
 def test_what_the_client_refuses_leaves_nothing(tmp_path: Path) -> None:
     class Strict(Client):
         def download(self, url: str, path: Path, **expected: Any) -> None:
+            expected.pop("on_bytes")
             assert (url, expected) == (
                 "/api/download/models/1",
                 {"sha256": File.sha256, "size_bytes": len(CONTENT)},
@@ -83,7 +111,7 @@ def test_what_the_client_refuses_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(CivitaiError):
         ModelStore(tmp_path, Strict()).fetch(File())
-    assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".lock"]
+    assert left(tmp_path) == []
 
 
 def test_a_pickle_with_the_right_hash_is_refused(tmp_path: Path) -> None:
@@ -92,7 +120,7 @@ def test_a_pickle_with_the_right_hash_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RenderError, match="pickle") as refused:
         store.fetch(File(sha256=hashlib.sha256(pickle).hexdigest()))
     assert refused.value.reason == "bad-model-file"
-    assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".lock"]
+    assert left(tmp_path) == []
 
 
 @pytest.mark.parametrize("sha256", [None, "", "../" * 21 + "x", "g" * 64])
@@ -101,77 +129,134 @@ def test_only_hashes_become_paths(tmp_path: Path, sha256: str | None) -> None:
         ModelStore(tmp_path, Client()).fetch(File(sha256=sha256))
 
 
-def test_a_sound_header_is_read(tmp_path: Path) -> None:
-    path = tmp_path / "x"
-    path.write_bytes(CONTENT)
-    assert read_header(path) == {"a.weight": Tensor("F32", (2, 3)), "b": Tensor("F64", (0,))}
+def test_weights_with_nan_are_refused_and_not_kept(tmp_path: Path) -> None:
+    content = save({"w": np.array([1, np.nan], dtype=np.float32)})
+    with pytest.raises(RenderError, match="holds NaN"):
+        ModelStore(tmp_path, Client(content)).fetch(_file(content))
+    assert left(tmp_path) == []
 
 
-def _file(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
-    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return (len(raw) if length is None else length).to_bytes(8, "little") + raw + data
+def test_who_is_refused_is_named(tmp_path: Path) -> None:
+    class Early(Client):
+        def download(self, url: str, path: Path, **expected: Any) -> None:
+            raise EarlyAccess("/api/download/models/1: 403 'Early Access: 2030-01-01'")
+
+    with pytest.raises(EarlyAccess, match=r"'Ink': /api.*Early Access: 2030"):
+        ModelStore(tmp_path, Early()).fetch(File(model="Ink"))
 
 
-def _entry(begin: int, end: int, **other: Any) -> dict[str, Any]:
-    return {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end], **other}
+def test_downloads_at_once_are_bounded_over_all_stores_of_a_directory(tmp_path: Path) -> None:
+    contents = [_weights(number) for number in range(5)]
+    client = Client(*contents)
+    with (
+        ModelStore(tmp_path, client, max_downloads=2) as one,
+        ModelStore(tmp_path, client, max_downloads=2) as other,
+    ):
+        futures = one.prefetch(map(_file, contents)) + other.prefetch(
+            map(_file, reversed(contents))
+        )
+        for future in futures:
+            future.result(timeout=30)
+        assert client.calls == 5
+        assert client.most == 2
+        assert {one.fetch(_file(content)).read_bytes() for content in contents} == set(contents)
+        assert client.calls == 5
 
 
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        (b"", "header of 0 bytes"),
-        (b"<!DOCTYPE html><html>", "a header of"),
-        (_file({}, length=10**12), "a header of"),
-        (_file({"a": _entry(0, 4)}, b"1234", length=500), "a header of"),
-        (_file(b"{nonsense}"), "not JSON"),
-        (_file(b"[" * 100_000), "not JSON"),
-        (_file([1, 2]), "not an object"),
-        (_file({"a": 1}), "no dtype"),
-        (_file({"a": _entry(0, 4, dtype="OBJECT")}, b"1234"), "OBJECT"),
-        (_file({"a": _entry(0, 4, shape=[-4])}, b"1234"), "shape"),
-        (_file({"a": _entry(0, 4, shape=[True])}, b"1234"), "shape"),
-        (_file({"a": _entry(0, 4, shape=[2**40, 2**40])}, b"1234"), "does not fill"),
-        (_file({"a": _entry(-4, 0)}, b""), "does not fill"),
-        (_file({"a": _entry(0, 4), "b": _entry(2, 6)}, b"123456"), "starts at 2"),
-        (_file({"a": _entry(0, 4), "b": _entry(5, 6)}, b"123456"), "starts at 5"),
-        (_file({"a": _entry(0, 4)}, b"123456"), "tensors of 4 bytes in data of 6"),
-        (_file({"a": _entry(0, 8)}, b"1234"), "tensors of 8 bytes in data of 4"),
-        (_file({"../../etc/passwd": _entry(0, 4)}, b"1234"), "path"),
-    ],
-)
-def test_headers_that_lie_are_refused(tmp_path: Path, content: bytes, problem: str) -> None:
-    path = tmp_path / "x"
-    path.write_bytes(content)
-    with pytest.raises(RenderError, match=problem) as refused:
-        read_header(path)
-    assert refused.value.reason == "bad-model-file"
+def test_prefetching_returns_at_once_and_its_trouble_is_told_by_fetch(tmp_path: Path) -> None:
+    pickle = b"\x80\x02}q\x00." + b"x" * 100
+    client = Client(CONTENT, pickle)
+    with ModelStore(tmp_path, client) as store:
+        good, bad = store.prefetch([File(), _file(pickle)])
+        assert not good.done()
+        good.result(timeout=30), bad.result(timeout=30)
+        assert store.fetch(File()).read_bytes() == CONTENT
+        with pytest.raises(RenderError, match="pickle"):
+            store.fetch(_file(pickle))
+        assert client.calls == 3
 
 
-def test_a_zip_is_refused_by_name(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "x", "w") as archive:
-        archive.writestr("data.pkl", b"\x80\x02.")
-    with pytest.raises(RenderError, match="zip"):
-        read_header(tmp_path / "x")
+def test_closing_breaks_prefetching_off_and_what_came_stays(tmp_path: Path) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(Client):
+        def download(self, url: str, path: Path, *, on_bytes: Any, **_: Any) -> None:
+            path.with_name(f"{path.name}.part").write_bytes(b"some")
+            begun.set()
+            go_on.wait(30)
+            on_bytes(4)
+
+    store = ModelStore(tmp_path, Slow(), max_downloads=1)
+    first, second = store.prefetch([File(), _file(_weights(1))])
+    assert begun.wait(10)
+    store.close()  # does not wait
+    assert second.cancelled() and not first.done()
+    go_on.set()
+    first.result(timeout=30)
+    assert left(tmp_path) == [f"{File.sha256}.json", f"{File.sha256}.unchecked.part"]
 
 
-@given(st.binary(max_size=200))
-def test_arbitrary_bytes_are_refused_in_our_words(
-    tmp_path_factory: pytest.TempPathFactory, content: bytes
+def test_what_is_fetched_is_evicted_only_after_release(tmp_path: Path) -> None:
+    contents = [_weights(number) for number in range(3)]
+    first, second, third = map(_file, contents)
+    with ModelStore(tmp_path, Client(*contents), max_bytes=2 * len(contents[0])) as store:
+        paths = [store.fetch(file) for file in (first, second, third)]
+        assert all(path.exists() for path in paths), "more than the limit, but all in use"
+        store.release(second, second)
+        again = store.fetch(first)  # twice in use now
+        store.release(first)
+        assert [file.sha256 for file in store.cache.make_room()] == [second.sha256]
+        assert again.exists() and not paths[1].exists()
+        store.release(first)
+        assert store.fetch(second).exists()
+        assert not again.exists()
+
+
+def test_a_folder_is_read_in_place_and_only_files_of_the_size_are_hashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path_factory.getbasetemp() / "arbitrary"
-    path.write_bytes(content)
-    with pytest.raises(RenderError):
-        read_header(path)
+    from diffagent.civitai.sources import local
+
+    wanted, same_size, other = _weights(1), _weights(2), _weights(3, size=5000)
+    install = tmp_path / "ComfyUI"
+    for name, content in (
+        ("main.py", b""),
+        ("models/checkpoints/a.safetensors", same_size),
+        ("models/loras/deep/b.safetensors", wanted),
+        ("models/loras/c.safetensors", other),
+        ("output/d.safetensors", wanted),
+    ):
+        (install / name).parent.mkdir(parents=True, exist_ok=True)
+        (install / name).write_bytes(content)
+    hashed: list[str] = []
+    hash_file = local.hash_file
+    monkeypatch.setattr(
+        local, "hash_file", lambda path: hashed.append(path.name) or hash_file(path)
+    )
+    client = Client()
+    before = {path: path.stat().st_mtime_ns for path in install.rglob("*")}
+    for _ in range(2):
+        with ModelStore(tmp_path / "store", client, folders=[install]) as store:
+            path = store.fetch(_file(wanted))
+            assert path == install / "models/loras/deep/b.safetensors"
+            store.release(_file(wanted))
+    assert hashed == ["a.safetensors", "b.safetensors"], "once, although the store was opened twice"
+    assert client.calls == 0
+    assert {path: path.stat().st_mtime_ns for path in install.rglob("*")} == before
 
 
-@given(st.integers(0, len(CONTENT) - 1), st.integers(1, 255))
-def test_a_flipped_byte_never_escapes(
-    tmp_path_factory: pytest.TempPathFactory, at: int, flip: int
-) -> None:
-    path = tmp_path_factory.getbasetemp() / "flipped"
-    path.write_bytes(CONTENT[:at] + bytes([CONTENT[at] ^ flip]) + CONTENT[at + 1 :])
-    try:
-        tensors = read_header(path)
-    except RenderError:
-        return
-    assert sum(math.prod(tensor.shape) for tensor in tensors.values()) <= len(CONTENT)
+def test_a_folder_s_file_with_nan_is_refused_by_name(tmp_path: Path) -> None:
+    content = save({"w": np.array([np.inf], dtype=np.float16)})
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/broken.safetensors").write_bytes(content)
+    for _ in range(2):  # the second time from the index
+        store = ModelStore(tmp_path / "store", Client(), folders=[tmp_path / "models"])
+        with pytest.raises(RenderError, match=r"broken.safetensors.*holds NaN or infinity"):
+            store.fetch(_file(content))
+
+
+def test_a_folder_s_file_that_went_is_not_asked_of_a_site(tmp_path: Path) -> None:
+    client = Client()
+    with pytest.raises(NotFound, match="'Ink' is not in the model folders any more"):
+        ModelStore(tmp_path, client).fetch(File(model="Ink", download_path=""))
+    assert client.calls == 0 and left(tmp_path) == []

@@ -1,12 +1,16 @@
-"""A Stable Diffusion of 0.2 M random parameters, saved in the single-file layout of SD 1.5."""
+"""Stable Diffusions of 0.2 M random parameters and more, saved in their single-file layouts."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffagent import compat, sandbox
 from diffagent.sandbox.single_file import single_file_tensors
+
+if TYPE_CHECKING:
+    import torch
 
 TOKENIZER = Path(sandbox.__file__).parent / "config" / "sd15-tiny" / "tokenizer"
 
@@ -69,11 +73,76 @@ def build(folder: Path, seed: int = 0) -> Any:
     return pipeline
 
 
-def save_single_file(pipeline: Any, path: Path) -> None:
-    """Write the pipeline's weights in the layout of SD 1.5."""
+#: What makes the released architectures small; their blocks stay.
+_SMALL: dict[str, dict[str, Any]] = {
+    "unet": {"norm_num_groups": 8, "sample_size": 8},
+    "vae": {"block_out_channels": [8, 8, 16, 16], "norm_num_groups": 8},
+    "text_encoder": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+                     "num_attention_heads": 2, "projection_dim": 32},
+}  # fmt: skip
+# The loader tells SDXL's two encoders apart by their widths.
+_SMALL["text_encoder_2"] = {**_SMALL["text_encoder"], "hidden_size": 48, "projection_dim": 48}
+_SMALL_UNET: dict[str, dict[str, Any]] = {
+    "sd1": {"block_out_channels": [16, 32, 32, 32], "cross_attention_dim": 32},
+    "sd2": {"block_out_channels": [16, 32, 32, 32], "cross_attention_dim": 32,
+            "attention_head_dim": [1, 2, 4, 4]},
+    "sdxl": {"block_out_channels": [16, 32, 64], "cross_attention_dim": 80,
+             "attention_head_dim": [1, 2, 4], "transformer_layers_per_block": [1, 1, 2],
+             "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 96},
+}  # fmt: skip
+
+
+def build_like(released: Path, folder: Path, seed: int = 0) -> Any:
+    """A small random pipeline with the blocks of a released one; its configuration in ``folder``.
+
+    Args:
+        released: a configuration of the package: 'sd1', 'sd2' or 'sdxl'.
+        folder: gets the configuration, with CLIP's own vocabulary left out.
+        seed: of the weights.
+    """
+    compat.install()
+    import diffusers
+    import torch
+    import transformers
+
+    from diffagent.render.checkpoints import _tokenizers
+
+    torch.manual_seed(seed)
+    index = json.loads((released / "model_index.json").read_text())
+    parts: dict[str, Any] = _tokenizers(released)
+    for file in released.rglob("*.json"):
+        target = folder / file.relative_to(released)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        told = json.loads(file.read_text())
+        name = file.parent.name
+        told |= _SMALL.get(name, {}) | (_SMALL_UNET[released.name] if name == "unet" else {})
+        target.write_text(json.dumps(told))
+        if name in {"unet", "vae"}:
+            kind = getattr(diffusers, told["_class_name"])
+            parts[name] = kind.from_config(kind.load_config(target.parent))
+        elif name.startswith("text_encoder"):
+            kind = getattr(transformers, index[name][1])
+            parts[name] = kind(transformers.CLIPTextConfig.from_pretrained(target.parent))
+        elif name == "scheduler":
+            parts[name] = getattr(diffusers, told["_class_name"]).from_pretrained(target.parent)
+    if released.name != "sdxl":
+        parts |= {"safety_checker": None, "feature_extractor": None}
+        parts["requires_safety_checker"] = False
+    pipeline = getattr(diffusers, index["_class_name"])(**parts)
+    return pipeline.to(torch.float16).to(torch.float32)
+
+
+def save_single_file(pipeline: Any, path: Path, dtype: torch.dtype | None = None) -> None:
+    """Write the pipeline's weights in the layout of its family; fp16 unless told otherwise."""
     from safetensors.torch import save_file
 
-    save_file(single_file_tensors(pipeline.unet, pipeline.vae, pipeline.text_encoder), path)
+    tensors = single_file_tensors(
+        pipeline.unet,
+        pipeline.vae,
+        pipeline.text_encoder,
+        getattr(pipeline, "text_encoder_2", None),
+    )
+    save_file({name: tensor.to(dtype or tensor.dtype) for name, tensor in tensors.items()}, path)
 
 
 def save_kohya_lora(pipeline: Any, path: Path, seed: int = 0, rank: int = 2) -> None:

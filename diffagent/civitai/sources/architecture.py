@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from diffagent.render.store import Tensor
+from diffagent.render.weights import Tensor
 
 #: Width of the text encoder that the U-Net's cross-attention reads -> base model.
 _BY_CONTEXT = {768: "SD 1.5", 1024: "SD 2.1", 2048: "SDXL 1.0"}

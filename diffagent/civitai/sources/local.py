@@ -26,21 +26,23 @@ import hashlib
 import json
 import logging
 import os
+import threading
 import time
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import orjson
+from filelock import FileLock
 
 from diffagent.artifacts import atomic_file
 from diffagent.civitai.client import parse_json
 from diffagent.civitai.sources import Records, synthetic_id
 from diffagent.civitai.sources.architecture import UNKNOWN, Architecture, describe
 from diffagent.errors import CivitaiError, ConfigError, RenderError
-from diffagent.render.store import read_header
+from diffagent.render.weights import check_weights, read_header
 from schemas.civitai import (
     FILE_FIELDS,
     IMAGE_FIELDS,
@@ -69,6 +71,19 @@ _MAX_SIDECAR = 16 << 20
 _CHUNK = 1 << 20
 _SAVE_SECONDS = 30.0
 _SD_VERSIONS = {"SD1": "SD 1.5", "SD2": "SD 2.1", "SDXL": "SDXL 1.0"}
+#: A folder with ``models`` and one of these is an installation: A1111, Forge, SD.Next, ComfyUI.
+_PROGRAMS = ("webui.py", "launch.py", "main.py")
+#: What the folders of A1111 and ComfyUI hold, in lower case: for files whose tensors do not tell.
+_TYPES_BY_FOLDER = {
+    **dict.fromkeys(("stable-diffusion", "checkpoints", "diffusion_models", "unet"), "Checkpoint"),
+    **dict.fromkeys(("lora", "loras"), "LORA"),
+    "lycoris": "LoCon",
+    "vae": "VAE",
+    "embeddings": "TextualInversion",
+    **dict.fromkeys(("hypernetworks", "hypernetwork"), "Hypernetwork"),
+    "controlnet": "Controlnet",
+    **dict.fromkeys(("esrgan", "realesrgan", "upscale_models"), "Upscaler"),
+}
 _TENSORS_ONLY = "a checked safetensors file holds tensors alone"
 
 
@@ -102,7 +117,7 @@ def open_folder(directory: Path, cache: Path | None = None) -> Records:
     models: dict[int, Row] = {}
     images: dict[int, Row] = {}
     files: dict[str, LocalFile] = {}
-    for path in _model_files(directory):
+    for path in model_files(directory):
         try:
             file = look(path, hashes)
         except OSError as error:
@@ -126,9 +141,12 @@ def open_folder(directory: Path, cache: Path | None = None) -> Records:
     return Records(list(models.values()), list(images.values()), served)
 
 
-def _model_files(directory: Path) -> Iterator[Path]:
-    """Model files in a stable order."""
-    for folder, folders, names in os.walk(directory):
+def model_files(directory: Path) -> Iterator[Path]:
+    """Model files at any depth in a stable order; of an installation those of its model folders."""
+    tops = [directory]
+    if (directory / "models").is_dir() and any((directory / name).exists() for name in _PROGRAMS):
+        tops = [directory / "embeddings", directory / "models"]
+    for folder, folders, names in (step for top in tops for step in os.walk(top)):
         folders.sort()
         for name in sorted(names):
             path = Path(folder, name)
@@ -154,36 +172,75 @@ def _put(models: dict[int, Row], model: Row, version: Row) -> None:
 
 
 class Hashes:
-    """Hashes of files, each computed once as long as its size and time stay."""
+    """Hashes of files, each computed once as long as its size and time stay.
+
+    Threads may share it, and processes its file: what each has found out is merged.
+
+    Args:
+        cache: the file that keeps them; None: they are forgotten.
+    """
 
     def __init__(self, cache: Path | None) -> None:
-        self._cache, self._saved = cache, time.monotonic()
-        self._known: dict[str, list[Any]] = {}
-        if cache and cache.exists():
-            try:
-                self._known = dict(orjson.loads(cache.read_bytes()))
-            except (OSError, ValueError, TypeError) as error:
-                log.warning("%s cannot be read (%s): files are hashed again", cache, error)
+        self._cache, self._saved, self._changed = cache, time.monotonic(), False
+        self._lock = threading.RLock()
+        self._known = self._read()
 
     def of(self, path: Path) -> dict[str, str]:
         """Civitai's hashes of a file, in upper case."""
-        stat, key = path.stat(), os.fsencode(path.resolve()).hex()
-        known = self._known.get(key)
-        if known and known[:2] == [stat.st_size, stat.st_mtime_ns]:
-            return dict(known[2])
-        found = hash_file(path)
-        self._known[key] = [stat.st_size, stat.st_mtime_ns, found]
-        if time.monotonic() - self._saved > _SAVE_SECONDS:
-            self.save()
-        return found
+        return dict(self._entry(path)[2])
+
+    def know(self, path: Path) -> bool:
+        """Whether a file need not be read."""
+        stat, key = path.stat(), _key(path)
+        return self._known.get(key, [])[:2] == [stat.st_size, stat.st_mtime_ns]
+
+    def flaw(self, path: Path) -> str:
+        """Why a safetensors file must not be loaded, every weight looked at; '' when it may."""
+        with self._lock:
+            entry = self._entry(path)
+            if len(entry) < 4:
+                try:
+                    check_weights(path)
+                    entry.append("")
+                except RenderError as error:
+                    entry.append(str(error))
+                self._changed = True
+            return str(entry[3])
 
     def save(self) -> None:
-        """Keep them for the next time."""
-        self._saved = time.monotonic()
-        if self._cache:
+        """Keep what is new for the next time."""
+        with self._lock:
+            self._saved = time.monotonic()
+            if not self._cache or not self._changed:
+                return
             self._cache.parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(self._cache) as file:
+            with FileLock(f"{self._cache}.lock"), atomic_file(self._cache) as file:
+                self._known = {**self._read(), **self._known}
                 file.write_bytes(orjson.dumps(self._known))
+            self._changed = False
+
+    def _read(self) -> dict[str, list[Any]]:
+        if self._cache and self._cache.exists():
+            try:
+                return dict(orjson.loads(self._cache.read_bytes()))
+            except (OSError, ValueError, TypeError) as error:
+                log.warning("%s cannot be read (%s): files are hashed again", self._cache, error)
+        return {}
+
+    def _entry(self, path: Path) -> list[Any]:
+        """[size, time, hashes], and at the end the flaw once it was looked for."""
+        with self._lock:
+            if not self.know(path):
+                stat = path.stat()
+                self._known[_key(path)] = [stat.st_size, stat.st_mtime_ns, hash_file(path)]
+                self._changed = True
+                if time.monotonic() - self._saved > _SAVE_SECONDS:
+                    self.save()
+            return self._known[_key(path)]
+
+
+def _key(path: Path) -> str:
+    return os.fsencode(path.resolve()).hex()
 
 
 def hash_file(path: Path) -> dict[str, str]:
@@ -211,7 +268,7 @@ def hash_file(path: Path) -> dict[str, str]:
 
 def look(path: Path, hashes: Hashes) -> LocalFile:
     """What a file is; the header of a safetensors file is checked, nothing else is opened."""
-    file = LocalFile(path, hashes.of(path))
+    file = LocalFile(path, hashes.of(path), Architecture(_type_by_folder(path), None))
     if path.suffix.lower() != ".safetensors":
         file.refused = f"{_WEIGHTS[path.suffix.lower()]}: only safetensors are used"
         return file
@@ -225,8 +282,18 @@ def look(path: Path, hashes: Hashes) -> LocalFile:
     notes = header.get("__metadata__")
     if isinstance(notes, dict):
         file.notes = {k: v for k, v in notes.items() if isinstance(v, str)}
-    file.architecture = describe(tensors, file.notes)
+    found = describe(tensors, file.notes)
+    told = file.architecture.type if found.type == UNKNOWN.type else found.type
+    file.architecture = replace(found, type=told)
     return file
+
+
+def _type_by_folder(path: Path) -> str:
+    """The type of what the nearest known folder holds, in Civitai's words."""
+    for name in reversed(path.parent.parts):
+        if known := _TYPES_BY_FOLDER.get(name.lower()):
+            return known
+    return UNKNOWN.type
 
 
 # --- sidecars -------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
+from types import MappingProxyType
 
 from diffagent.dabench.metadata.generation import Generation, Reading, Reference
 from diffagent.dabench.metadata.keys import read_keys
@@ -236,7 +237,12 @@ _LINES = re.compile(
 )
 
 
-def write_parameters(generation: Generation, program: str = "diffagent") -> str:
+def write_parameters(
+    generation: Generation,
+    program: str = "diffagent",
+    *,
+    extra: Mapping[str, object] = MappingProxyType({}),
+) -> str:
     """The text that AUTOMATIC1111 would write, and the site reads.
 
     Args:
@@ -244,6 +250,7 @@ def write_parameters(generation: Generation, program: str = "diffagent") -> str:
             ``<lora:NAME:WEIGHT>``; models known by the site's version id are written as "Civitai
             resources".
         program: for the field "Version".
+        extra: fields that a generation has no place for.
 
     Returns:
         Prompt, negative prompt and settings. Where a prompt would not survive the reading (it has
@@ -263,7 +270,7 @@ def write_parameters(generation: Generation, program: str = "diffagent") -> str:
         if use.name not in tagged
     ]
     prompt = " ".join([*([prompt] if prompt else []), *tags])
-    fields = _fields(generation, loras, program)
+    fields = {**_fields(generation, loras, program), **extra}
     lines = [prompt, *([f"{NEGATIVE} {negative}"] if negative else [])]
     if split_parameters("\n".join([*lines, _line(fields)])) != (prompt, negative, _line(fields)):
         fields |= {"Prompt": prompt, "Negative prompt": negative}
@@ -277,9 +284,10 @@ def _fields(generation: Generation, loras: list[Reference], program: str) -> dic
     cfg_scale, clip_skip = generation.cfg_scale, generation.clip_skip
     hashes = {"model": checkpoint.hash.lower()} if checkpoint.hash else {}
     hashes |= {f"lora:{use.name}": use.hash.lower() for use in loras if use.hash}
-    for use in (*generation.embeddings, *generation.negative_embeddings):
-        if use.hash and use.name:
-            hashes[f"embed:{use.name}"] = use.hash.lower()
+    embeddings = (*generation.embeddings, *generation.negative_embeddings)
+    hashes |= {f"embed:{use.name}": use.hash.lower() for use in embeddings if use.hash and use.name}
+    vae = generation.vae or Reference()
+    hashes |= {"vae": vae.hash.lower()} if vae.hash else {}
     fields: dict[str, object | None] = {
         "Steps": generation.steps,
         "Sampler": generation.sampler_name,
@@ -289,15 +297,29 @@ def _fields(generation: Generation, loras: list[Reference], program: str) -> dic
         "Size": size,
         "Model hash": checkpoint.hash.lower() if checkpoint.hash else None,
         "Model": checkpoint.name,
+        "VAE hash": vae.hash.lower() if vae.hash else None,
+        "VAE": vae.name,
         "Clip skip": clip_skip if clip_skip > 1 else None,
         "Civitai resources": _resources(generation) or None,
         "Hashes": hashes or None,
+        "Lora hashes": _pairs(loras),
+        "TI hashes": _pairs(embeddings),
         "Version": program,
     }
     made = {name: value for name, value in fields.items() if value is not None}
     if len(made) < _MIN_FIELDS or not _knows(made):  # else it would be read as a prompt
         made = {"Clip skip": clip_skip, "Hashes": hashes, **made}
     return made
+
+
+def _pairs(uses: Iterable[Reference]) -> str | None:
+    """``NAME: HASH, ...`` of those whose names can stand in it; the WebUI has no others."""
+    pairs = {
+        use.name: use.hash.lower()
+        for use in uses
+        if use.name and use.hash and tag_name(use.name) == use.name
+    }
+    return ", ".join(f"{name}: {digest}" for name, digest in pairs.items()) or None
 
 
 def _line(fields: Bag) -> str:
@@ -328,8 +350,11 @@ def _resources(generation: Generation) -> list[dict[str, object]]:
 
 
 def tag_name(name: str) -> str:
-    """A name that can stand between the colons of ``<lora:NAME:WEIGHT>``."""
-    return re.sub(r"[<>:\s]+", "_", name)
+    """A name that can stand between the colons of ``<lora:NAME:WEIGHT>`` and in lists of hashes.
+
+    The site's parser ends a list at any brace and loses the whole text at a quotation mark.
+    """
+    return re.sub(r'[<>:,"{}\\\s]+', "_", name)
 
 
 def shortest(value: float) -> str:

@@ -56,6 +56,7 @@ class Generation(NamedTuple):
     hypernetworks: tuple[Reference, ...] = ()
     embeddings: tuple[Reference, ...] = ()  # of the prompt
     negative_embeddings: tuple[Reference, ...] = ()
+    vae: Reference | None = None  # laid over the checkpoint's own
 
     @property
     def sampler_raw(self) -> str | None:

@@ -135,6 +135,7 @@ def read_keys(
         hypernetworks=_hypernetworks(bag, named.prompt.hypernetworks),
         embeddings=named.prompt.embeddings,
         negative_embeddings=negative.embeddings,
+        vae=_vae(bag),
     )
 
 
@@ -366,6 +367,16 @@ def _known_embeddings(bag: Bag) -> tuple[tuple[str, str | None], ...]:
         known[name] = known.get(name) or file_hash(value)
     known.pop("", None)
     return tuple(known.items())
+
+
+def _vae(bag: Bag) -> Reference | None:
+    """The WebUI's ``VAE`` and ``VAE hash``, which the site moves among the hashes."""
+    hashes = bag.get("hashes")
+    moved = hashes.get("vae") if isinstance(hashes, dict) else None
+    if moved is None and "VAE" not in bag and "VAE hash" not in bag:
+        return None
+    digest, name = file_hash(bag.get("VAE hash", moved)), _name(bag.get("VAE"))
+    return Reference(hash=digest, name=name) if digest or name else None
 
 
 def _hypernetworks(bag: Bag, tagged: tuple[Reference, ...]) -> tuple[Reference, ...]:

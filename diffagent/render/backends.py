@@ -1,0 +1,51 @@
+"""The renderer that a run's settings name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffagent.errors import ConfigError
+
+if TYPE_CHECKING:
+    from diffagent.render.base import Renderer
+    from schemas.config import RenderConfig, RuntimeConfig
+
+
+def open_renderer(
+    config: RenderConfig, runtime: RuntimeConfig, local: Callable[[str], Path | None]
+) -> Renderer:
+    """The backend of ``render.backend``; the caller closes it.
+
+    Args:
+        config: names it.
+        runtime: where it draws: a device here, or a server.
+        local: the local file of a SHA256, where there is one, to prove a server's with.
+
+    Raises:
+        ConfigError: a server is needed and none is given, or its address is none.
+    """
+    if config.backend == "diffusers":
+        from diffagent.device import resolve_device
+        from diffagent.render.checkpoints import local_configs
+        from diffagent.render.pipelines import DiffusersRenderer
+
+        return DiffusersRenderer(
+            resolve_device(runtime.device), local_configs(runtime.models_directory / "configs")
+        )
+    from diffagent.render.remote import Remote
+
+    if not runtime.render_url:
+        raise ConfigError(
+            f"render.backend: {config.backend} needs the server's address: runtime.render_url, or "
+            "--url"
+        )
+    server = Remote(runtime.render_url, seconds_per_picture=runtime.render_timeout_seconds)
+    if config.backend == "a1111":
+        from diffagent.render.a1111 import A1111Renderer
+
+        return A1111Renderer(server, runtime.server_models, local)
+    from diffagent.render.comfyui import ComfyUIRenderer
+
+    return ComfyUIRenderer(server, runtime.server_models, local)

@@ -1,0 +1,394 @@
+"""``diffagent render`` and ``diffagent score``: a file of prompts, or of pictures, in one command.
+
+Both run the stages of the same names on artefacts made from what the command line says, so that
+what was drawn or scored once is not again; without a file they are the stages of a run.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from diffagent.options import Overrides, Reconcile, Refresh, Verbose, parse_overrides
+
+if TYPE_CHECKING:
+    from diffagent.agent.candidates import Row
+    from diffagent.artifacts import Artifact
+    from diffagent.dabench.catalogue import Entry
+    from diffagent.render.prompts_file import Parameters
+    from schemas.config import PipelineConfig
+
+#: Runs the stage of a run: (config, settings, stage, refresh, reconcile).
+RunStage = Callable[[Path, list[str] | None, str, bool, bool], Any]
+
+#: The released reward models, as in configs/paper.yaml.
+_REWARDS = {
+    "scorers": [
+        {"name": "clip", "model": "ViT-L-14-quickgelu", "weights": "openai"},
+        {"name": "image_reward", "model": "v1.0", "weights": "THUDM/ImageReward"},
+        {"name": "hps_v2", "model": "v2", "weights": "xswu/HPSv2"},
+    ],
+    "unify": "chatgen",
+}
+_MAX_PIXELS = 2048 * 2048
+
+
+class Backend(StrEnum):
+    """What draws."""
+
+    diffusers = "diffusers"
+    a1111 = "a1111"
+    comfyui = "comfyui"
+
+
+OptionalConfig = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", metavar="FILE", help="YAML file of a run, for its settings."),
+]
+Out = Annotated[Path, typer.Option(metavar="DIR", help="Gets index.html and the pictures.")]
+Store = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Keeps what was drawn and scored; default runtime.store."),
+]
+Device = Annotated[str | None, typer.Option(help="'auto', 'cpu', 'cuda', 'mps'")]
+
+
+def add_commands(app: typer.Typer, run_stage: RunStage) -> None:
+    """Add ``render`` and ``score`` to the command line.
+
+    Args:
+        app: gets them.
+        run_stage: runs the stage of a run when there is no file.
+    """
+
+    @app.command()
+    def render(
+        prompts: Annotated[
+            Path | None,
+            typer.Argument(
+                metavar="[PROMPTS]",
+                help="Prompts, one a line, or API calls as JSON lines; '-': stdin. Without it: "
+                "the stage 'render' of the run that -c describes.",
+            ),
+        ] = None,
+        *,
+        models: Annotated[
+            list[Path] | None,
+            typer.Option(
+                "--models",
+                "--folder",
+                metavar="DIR",
+                help="Folder of checkpoints and LoRAs, or an installation (repeatable).",
+            ),
+        ] = None,
+        model: Annotated[
+            list[str] | None,
+            typer.Option("--model", "-m", metavar="NAME", help="Checkpoint (repeatable)."),
+        ] = None,
+        lora: Annotated[
+            list[str] | None,
+            typer.Option("--lora", metavar="NAME:WEIGHT", help="For all prompts (repeatable)."),
+        ] = None,
+        negative_prompt: Annotated[str, typer.Option(help="For all prompts.")] = "",
+        sampler: Annotated[str, typer.Option(help="As the WebUI calls it.")] = "DPM++ 2M Karras",
+        steps: Annotated[int, typer.Option()] = 25,
+        cfg_scale: Annotated[float, typer.Option()] = 7.0,
+        width: Annotated[int | None, typer.Option(help="Default: the base model's.")] = None,
+        height: Annotated[int | None, typer.Option(help="Default: the base model's.")] = None,
+        clip_skip: Annotated[int, typer.Option()] = 1,
+        seed: Annotated[
+            list[int] | None, typer.Option(help="A picture for each (repeatable); default 0.")
+        ] = None,
+        calls: Annotated[
+            Path | None,
+            typer.Option(metavar="FILE", help="API calls for PROMPTS, line by line; '-': stdin."),
+        ] = None,
+        agent: Annotated[
+            Path | None, typer.Option(metavar="DIR", help="An agent chooses for each prompt.")
+        ] = None,
+        dabench: Annotated[
+            Path | None,
+            typer.Option(
+                metavar="DIR", help="A DABench: what calls name, or what is learned from."
+            ),
+        ] = None,
+        selector: Annotated[str, typer.Option(help="With --dabench, as in select.")] = "combined",
+        encoder: Annotated[str, typer.Option(help="With --dabench, as in select.")] = "",
+        n: Annotated[
+            int, typer.Option("-n", "--n", min=1, max=32, help="With --agent or --dabench: calls.")
+        ] = 1,
+        base_model: Annotated[
+            str | None,
+            typer.Option(help="Of files that do not tell, e.g. 'SD 1.5'."),
+        ] = None,
+        out: Out = Path("pictures"),
+        store: Store = None,
+        score: Annotated[bool, typer.Option(help="Score the pictures.")] = True,
+        safety: Annotated[
+            bool, typer.Option("--safety", help="Check the pictures (extra 'safety').")
+        ] = False,
+        backend: Annotated[Backend | None, typer.Option(help="What draws.")] = None,
+        url: Annotated[str | None, typer.Option(help="Of the A1111 or ComfyUI server.")] = None,
+        device: Device = None,
+        config: OptionalConfig = None,
+        settings: Overrides = None,
+        refresh: Refresh = False,
+        reconcile: Reconcile = False,
+        verbose: Verbose = 0,
+    ) -> None:
+        """Render a file of prompts, score the pictures, and write a contact sheet.
+
+        diffagent render prompts.txt --models ~/models --model dreamshaper
+        """
+        from diffagent.errors import ConfigError
+        from diffagent.render.prompts_file import Parameters
+
+        if prompts is None:
+            if config is None:
+                raise ConfigError(
+                    "render needs a file of prompts, or -c FILE for the stage of a run; see --help"
+                )
+            run_stage(config, settings, "render", refresh, reconcile)
+            return
+        changes: dict[str, Any] = {
+            "render.seeds": seed,
+            "render.safety": "flag" if safety else None,
+            "render.backend": backend and backend.value,
+            "runtime.render_url": url,
+            "runtime.device": device,
+            "runtime.store": store and str(store),
+            "runtime.model_folders": [str(folder) for folder in models] if models else None,
+        }
+        run = _config(config, settings, changes)
+        entries = _entries(agent or dabench, run, base_model)
+        parameters = Parameters(
+            sampler=sampler,
+            steps=steps,
+            cfg_scale=cfg_scale,
+            width=width,
+            height=height,
+            clip_skip=clip_skip,
+            negative_prompt=negative_prompt,
+            loras=tuple(lora or ()),
+        )
+        lines, called = _read(prompts), _read(calls) if calls else None
+        if called is not None or lines[0].startswith("{"):
+            rows = _called(prompts, lines, calls, called, entries)
+        elif agent or (dabench and not model):
+            rows = _selected(
+                lines, run, n, agent=agent, dabench=dabench, name=selector, encoder=encoder
+            )
+        else:
+            rows = _named(lines, model, parameters, entries)
+        _make(rows, entries, run, out, prompts.name, score=score)
+
+    @app.command()
+    def score(
+        pictures: Annotated[
+            list[Path] | None,
+            typer.Argument(
+                metavar="[PICTURE...]",
+                help="Pictures that tell their prompts, or folders of them. Without them: the "
+                "stage 'score' of the run that -c describes.",
+            ),
+        ] = None,
+        *,
+        prompt: Annotated[
+            str | None, typer.Option(help="Of pictures that do not tell theirs.")
+        ] = None,
+        out: Out = Path("scores"),
+        store: Store = None,
+        device: Device = None,
+        config: OptionalConfig = None,
+        settings: Overrides = None,
+        refresh: Refresh = False,
+        reconcile: Reconcile = False,
+        verbose: Verbose = 0,
+    ) -> None:
+        """Score pictures against their prompts, and write a contact sheet."""
+        from diffagent.errors import ConfigError
+
+        if not pictures:
+            if config is None:
+                raise ConfigError(
+                    "score needs pictures, or -c FILE for the stage of a run; see --help"
+                )
+            run_stage(config, settings, "score", refresh, reconcile)
+            return
+        changes = {"runtime.device": device, "runtime.store": store and str(store)}
+        _score_files(pictures, prompt, _config(config, settings, changes), out)
+
+
+def _config(
+    file: Path | None, settings: list[str] | None, changes: dict[str, Any]
+) -> PipelineConfig:
+    """The settings of a run's file or the released scorers, and what the command line says."""
+    from schemas.config import configure, load_config
+
+    overrides = {key: value for key, value in changes.items() if value is not None}
+    overrides |= parse_overrides(settings)
+    overrides.setdefault("render.max_failed_fraction", 1.0)  # a sheet of the others is worth it
+    if file:
+        return load_config(file, overrides)
+    data = {"rewards": deepcopy(_REWARDS), "render": {"max_pixels": _MAX_PIXELS}}
+    return configure(data, overrides, "the command line")
+
+
+def _read(path: Path) -> list[str]:
+    from diffagent.errors import ConfigError
+    from diffagent.render.prompts_file import read_lines
+
+    if str(path) == "-":
+        return read_lines(sys.stdin.read(), "standard input")
+    try:
+        return read_lines(path.read_text(encoding="utf-8-sig"), repr(str(path)))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {str(path)!r}: {error}") from None
+
+
+def _entries(named: Path | None, run: PipelineConfig, base_model: str | None) -> list[Entry]:
+    """What names may mean: a catalogue's entries, then the folders' files that it has not."""
+    from diffagent.dabench.catalogue import Catalogue
+    from diffagent.errors import ConfigError
+    from diffagent.render.prompts_file import folder_entries
+
+    known = list(Catalogue.load(named).entries) if named else []
+    folders = [Path(folder) for folder in run.runtime.model_folders]
+    if not known and not folders:
+        raise ConfigError("render needs --models DIR, or --agent DIR or --dabench DIR")
+    if folders:
+        hashes = {entry.sha256 for entry in known}
+        index = run.runtime.models_directory / "folders.json"
+        known += [
+            entry
+            for entry in folder_entries(folders, index, base_model)
+            if entry.sha256 not in hashes
+        ]
+    return known
+
+
+def _called(
+    prompts: Path,
+    lines: list[str],
+    calls: Path | None,
+    called: list[str] | None,
+    entries: list[Entry],
+) -> list[Row]:
+    from diffagent.render.prompts_file import call_rows
+
+    if called is None:
+        return call_rows(lines, str(prompts), None, entries)
+    return call_rows(called, str(calls), lines, entries)
+
+
+def _selected(
+    lines: list[str],
+    run: PipelineConfig,
+    n: int,
+    *,
+    agent: Path | None,
+    dabench: Path | None,
+    name: str,
+    encoder: str,
+) -> list[Row]:
+    from diffagent.agent.opening import open_selector
+    from diffagent.render.prompts_file import selected_rows
+
+    found = open_selector(
+        agent,
+        dabench,
+        name,
+        encoder=encoder,
+        store=Path(run.runtime.store),
+        device=run.runtime.device,
+    )
+    return selected_rows(lines, found, "agent" if agent else name, n)
+
+
+def _named(
+    lines: list[str], model: list[str] | None, parameters: Parameters, entries: list[Entry]
+) -> list[Row]:
+    from diffagent.errors import ConfigError
+    from diffagent.render.prompts_file import prompt_rows
+
+    names = [entry.model for entry in entries if entry.is_checkpoint]
+    if not model and len(names) != 1:
+        told = ", ".join(map(repr, sorted(names)[:10]))
+        raise ConfigError(f"there are {len(names)} checkpoints; choose with --model: {told}")
+    return prompt_rows(lines, model or names, parameters, entries)
+
+
+def _make(
+    rows: list[Row],
+    entries: list[Entry],
+    run: PipelineConfig,
+    out: Path,
+    title: str,
+    *,
+    score: bool,
+) -> None:
+    """Draw the rows, write the sheet, score, and write it again; exit code 1 if one failed."""
+    from diffagent.pipeline import open_site
+    from diffagent.render import prompts_file
+    from diffagent.render import stage as render_stage
+    from diffagent.rewards import stage as score_stage
+
+    source = prompts_file.prompts.run(prompts_file.prompts_config(rows, entries), {}, run.runtime)
+    with open_site(run) as site_url:
+        renders = render_stage.render.run(
+            run.render,
+            {"candidates": [source], "dabench": [source]},
+            run.runtime,
+            site_url=site_url,
+        )
+    apis = {
+        (row["prompt_id"], row["source"], row["candidate"]): row["api"]
+        for row in rows
+        if row["api"]
+    }
+    failed = _sheet(out, title, renders, apis)
+    if score:
+        scores = score_stage.score.run(run.rewards, {"renders": [renders]}, run.runtime)
+        failed = _sheet(out, title, renders, apis, scores)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _sheet(
+    out: Path,
+    title: str,
+    renders: Artifact,
+    apis: dict[tuple[int, str, int], str],
+    scores: Artifact | None = None,
+) -> int:
+    """Write OUT; returns how many rows have no picture."""
+    from diffagent.render.contact_sheet import write_contact_sheet, write_results
+    from diffagent.render.sheet_rows import copy_pictures, sheet_cards, sheet_facts
+
+    cards = sheet_cards(renders, apis, scores)
+    out.mkdir(parents=True, exist_ok=True)
+    copy_pictures(cards, out)
+    write_contact_sheet(out / "index.html", title, cards, sheet_facts(renders, scores))
+    write_results(out / "results.jsonl", cards)
+    failed = sum(card.picture is None for card in cards)
+    told = "scored" if scores else "drawn"
+    typer.echo(f"{len(cards) - failed} of {len(cards)} pictures {told}: {out / 'index.html'}")
+    return failed
+
+
+def _score_files(pictures: list[Path], prompt: str | None, run: PipelineConfig, out: Path) -> None:
+    from diffagent.render import sheet_rows
+    from diffagent.render.prompts_file import pictures_in
+    from diffagent.rewards import stage as score_stage
+
+    config, apis = sheet_rows.pictures_config(list(pictures_in(pictures)), prompt)
+    renders = sheet_rows.pictures.run(config, {}, run.runtime)
+    scores = score_stage.score.run(run.rewards, {"renders": [renders]}, run.runtime)
+    if _sheet(out, "Scores", renders, apis, scores):
+        raise typer.Exit(1)

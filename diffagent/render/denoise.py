@@ -1,0 +1,233 @@
+"""From noise to latents: many pictures at once, each as if it were alone.
+
+A picture under way has its own scheduler, its own generator and its own place in its own steps;
+only the U-Net is shared. Each of its passes takes rows (a latent at a timestep under a context; two
+for a picture with guidance) of whatever pictures are under way, so pictures with different
+samplers, steps and guidance share a batch, and one that is finished makes room for the next.
+
+A pass always has the same number of rows; missing ones are filled up. With that, and only with
+that, a row's result does not depend on the others or on its place (measured bit by bit on the CPU,
+see docs/rendering.md): in batches of another size the same row differs by some 1e-6.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from diffagent.errors import RenderError
+from diffagent.render.prompts import Conditioning
+from diffagent.render.recipe import Recipe
+from diffagent.render.samplers import SAMPLERS
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+_ZERO_SNR = "rescale_betas_zero_snr"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the U-Net is asked: latents (1, C, H, W), the timestep, and what is to be seen."""
+
+    latents: torch.Tensor
+    timestep: float
+    said: Conditioning
+
+
+class Sampling:
+    """One picture between noise and latents.
+
+    ``latents``: (1, C, H, W), float32. ``error`` says why they will never be those of the picture.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        scheduler_config: Mapping[str, Any],
+        said: tuple[Conditioning, Conditioning],
+        latent_shape: Sequence[int],
+        device: torch.device,
+    ) -> None:
+        """Draw the noise; ``said`` is the positive and the negative conditioning.
+
+        The noise comes from a generator on the CPU, so it is the same on every device.
+
+        Raises:
+            RenderError: reason 'unsupported-sampler'.
+        """
+        import torch
+
+        self.recipe = recipe
+        spec = SAMPLERS[recipe.sampler]
+        if spec.scheduler is None:
+            raise RenderError(f"no scheduler for {recipe.sampler!r}", reason="unsupported-sampler")
+        import diffusers
+
+        scheduler = getattr(diffusers, spec.scheduler)
+        known = inspect.signature(scheduler.__init__).parameters
+        if scheduler_config.get(_ZERO_SNR) and _ZERO_SNR not in known:
+            raise RenderError(
+                f"{spec.scheduler} cannot begin with pure noise, as this checkpoint must; take "
+                "'Euler', 'Euler a', 'DPM++ 2M' or 'DDIM'",
+                reason="unsupported-sampler",
+            )
+        self._scheduler = scheduler.from_config(scheduler_config, **spec.options)
+        self._scheduler.set_timesteps(recipe.steps * spec.steps_multiplier)  # on the CPU: no waits
+        self._generator = torch.Generator("cpu").manual_seed(recipe.seed)
+        takes = inspect.signature(self._scheduler.step).parameters
+        self._options = {"generator": self._generator} if "generator" in takes else {}
+        self._step = 0
+        self.error: RenderError | None = None
+        # As the WebUI and diffusers: at a scale of 1 the negative prompt has no say.
+        self._said = said if recipe.cfg_scale > 1 else said[:1]
+        noise = torch.randn(tuple(latent_shape), generator=self._generator)
+        self.latents = noise.to(device) * float(self._scheduler.init_noise_sigma)
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing left to do: the latents are the picture's, or it failed."""
+        return self.error is not None or self._step == len(self._scheduler.timesteps)
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of the conditionings: rows of one pass share it."""
+        return self._said[0].context.shape[1]
+
+    @property
+    def width(self) -> int:
+        """Rows that each step asks for."""
+        return len(self._said)
+
+    def rows(self) -> list[Row]:
+        """What the next step asks the U-Net: the positive first."""
+        timestep = self._scheduler.timesteps[self._step]
+        latents = self._scheduler.scale_model_input(self.latents, timestep)
+        return [Row(latents, float(timestep), said) for said in self._said]
+
+    def advance(self, predictions: Sequence[torch.Tensor]) -> None:
+        """Take the step with the U-Net's answers to `rows`, each (1, C, H, W)."""
+        positive = predictions[0].float()
+        guided = positive
+        if len(predictions) == 2:
+            negative = predictions[1].float()
+            guided = negative + self.recipe.cfg_scale * (positive - negative)
+        self.latents = self._scheduler.step(
+            guided, self._scheduler.timesteps[self._step], self.latents, **self._options
+        ).prev_sample
+        self._step += 1
+
+
+class Denoiser:
+    """A U-Net that answers ``rows`` rows a pass, halved whenever the memory is too small."""
+
+    def __init__(self, unet: Any, rows: int) -> None:
+        self.rows = rows
+        self._unet = unet
+
+    def run(self, samplings: Iterable[Sampling]) -> Iterator[Sampling]:
+        """Finish all, in the order in which they get ready; see their ``error``.
+
+        Args:
+            samplings: of one size and one length of context; taken as there is room.
+        """
+        waiting = iter(samplings)
+        following = next(waiting, None)
+        active: list[Sampling] = []
+        while active or following:
+            while following and (
+                not active or sum(s.width for s in active) + following.width <= self.rows
+            ):
+                active.append(following)
+                following = next(waiting, None)
+            try:
+                self._step(active)
+            except (RuntimeError, MemoryError) as error:
+                if is_out_of_memory(error) and self.rows > 1:
+                    self.rows //= 2  # what is under way goes on in turns
+                    free_memory()
+                    log.warning("out of memory: now %d rows a pass", self.rows)
+                    continue
+                for sampling in active:
+                    sampling.error = failure(sampling.recipe, error)
+            yield from (sampling for sampling in active if sampling.done)
+            active = [sampling for sampling in active if not sampling.done]
+
+    def _step(self, active: Sequence[Sampling]) -> None:
+        """One step of every picture under way; nothing has changed when the U-Net fails."""
+        asked = [sampling.rows() for sampling in active]
+        flat = [row for rows in asked for row in rows]
+        answers: list[torch.Tensor] = []
+        for start in range(0, len(flat), self.rows):
+            part = flat[start : start + self.rows]
+            filled = part + part[-1:] * (self.rows - len(part))
+            answers.extend(self._pass(filled)[: len(part)])
+        for sampling, rows in zip(active, asked, strict=True):
+            own, answers = answers[: len(rows)], answers[len(rows) :]
+            try:
+                sampling.advance(own)
+            except (RuntimeError, ValueError, IndexError) as error:  # a scheduler's own
+                sampling.error = failure(sampling.recipe, error)
+
+    def _pass(self, rows: Sequence[Row]) -> Sequence[torch.Tensor]:
+        """The U-Net's predictions, (1, C, H, W) each."""
+        import torch
+
+        unet = self._unet
+        latents = torch.cat([row.latents for row in rows]).to(unet.dtype)
+        added = None
+        if rows[0].said.pooled is not None:
+            height, width = (8 * size for size in latents.shape[-2:])  # SDXL's VAE: 8 pixels
+            size = torch.tensor([[height, width, 0, 0, height, width]], dtype=unet.dtype)
+            added = {
+                "text_embeds": torch.cat([row.said.pooled for row in rows]),  # type: ignore[misc]
+                "time_ids": size.repeat(len(rows), 1).to(latents.device),
+            }
+        prediction = unet(
+            latents,
+            torch.tensor([row.timestep for row in rows], device=latents.device),
+            encoder_hidden_states=torch.cat([row.said.context for row in rows]),
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        return list(torch.split(prediction, 1))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device, or the CPU's allocator, had no room."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def free_memory() -> None:
+    """Give back what no tensor uses."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def failure(recipe: Recipe, error: Exception) -> RenderError:
+    """Why a picture was not made, by the exception that stopped it."""
+    if is_out_of_memory(error):
+        return RenderError(
+            f"{recipe.width}x{recipe.height} does not fit into the device's memory; draw smaller "
+            "(render.max_pixels) or on another device",
+            reason="out-of-memory",
+        )
+    return RenderError(
+        f"diffusers could not render {recipe.digest[:12]} ({recipe.sampler}, {recipe.steps} "
+        f"steps): {type(error).__name__}: {error}",
+        reason="render-error",
+    )

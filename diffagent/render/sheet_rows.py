@@ -1,0 +1,170 @@
+"""From the artefacts of ``render`` and ``score`` to a contact sheet, and from pictures to one."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from diffagent.artifacts import Artifact, StageContext, StageResult, sha256_file, stage
+from diffagent.dabench.metadata import Generation, read_image_metadata
+from diffagent.errors import ConfigError
+from diffagent.render.contact_sheet import SCORES, Card
+from diffagent.render.stage import REASONS
+from schemas.api import T2IAPI, LoRA, Params, parse_api
+from schemas.dabench import RENDERS
+
+Key = tuple[int, str, int]
+
+
+class PicturesConfig(BaseModel):
+    """What the stage ``pictures`` takes: (file, prompt) of each picture."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pictures: tuple[tuple[str, str], ...]
+
+
+@stage(
+    "pictures",
+    version=1,
+    config=PicturesConfig,
+    files=lambda config: [Path(path) for path, _ in config.pictures],
+)
+def pictures(config: PicturesConfig, context: StageContext) -> StageResult:
+    """Pictures from elsewhere as the stage ``score`` wants them: as if they were rendered here."""
+    from PIL import Image
+
+    images = context.out / "images"
+    images.mkdir(exist_ok=True)
+    rows = []
+    for number, (name, prompt) in enumerate(config.pictures, 1):
+        digest = sha256_file(Path(name))
+        row = {"prompt_id": number, "source": "pictures", "candidate": 0, "seed": 0}
+        row |= {"prompt": prompt, "recipe": digest, "status": "ok", "reason": None}
+        try:
+            with Image.open(name) as image:
+                image.convert("RGB").save(images / f"{digest}.png")
+        except (OSError, SyntaxError, ValueError):
+            row |= {"recipe": None, "status": "failed", "reason": "bad-picture"}
+        rows.append(row)
+    pq.write_table(pa.Table.from_pylist(rows, schema=RENDERS), context.out / "renders.parquet")
+    return StageResult(rows={"renders.parquet": len(rows)})
+
+
+def pictures_config(
+    paths: Sequence[Path], prompt: str | None
+) -> tuple[PicturesConfig, dict[Key, str]]:
+    """The stage's configuration, and what the pictures say of how they were made.
+
+    Args:
+        paths: of pictures.
+        prompt: of those that do not tell theirs.
+
+    Raises:
+        ConfigError: there are none, or one does not tell its prompt.
+    """
+    if not paths:
+        raise ConfigError("there is no picture (.png, .jpg, .jpeg, .webp) in these folders")
+    found, apis = [], {}
+    for number, path in enumerate(paths, 1):
+        made = read_image_metadata(path)
+        told = made.prompt or prompt
+        if not told:
+            raise ConfigError(f"{str(path)!r} does not tell its prompt; give one with --prompt")
+        found.append((str(path.resolve()), told))
+        api = _api(made)
+        if api:
+            apis[number, "pictures", 0] = api.to_json()
+    return PicturesConfig(pictures=tuple(found)), apis
+
+
+def _api(made: Generation) -> T2IAPI | None:
+    """What a picture says as an API call; None when it does not say enough."""
+    checkpoint = made.checkpoints[0] if made.checkpoints else None
+    try:
+        return T2IAPI(
+            model=(checkpoint and checkpoint.name) or "",
+            version=(checkpoint and checkpoint.hash) or "?",
+            base_model="?",
+            loras=tuple(
+                LoRA(model=use.name or use.hash or "", version=use.hash or "?", weight=use.weight)
+                for use in made.loras
+            ),
+            params=Params.model_validate(
+                {
+                    "sampler": made.sampler,
+                    "steps": made.steps,
+                    "cfg_scale": made.cfg_scale,
+                    "width": made.width,
+                    "height": made.height,
+                    "clip_skip": made.clip_skip,
+                }
+            ),
+            negative_prompt=made.negative_prompt,
+        )
+    except ValidationError:
+        return None
+
+
+def sheet_cards(
+    renders: Artifact, apis: Mapping[Key, str], scores: Artifact | None = None
+) -> list[Card]:
+    """A card for each row of renders.parquet, in its order.
+
+    Args:
+        renders: the artefact with the pictures.
+        apis: the call of (prompt, source, candidate), as JSON.
+        scores: the artefact of their scores, when there is one.
+    """
+    rows = pq.read_table(renders.file("renders.parquet")).to_pylist()
+    scored = (
+        pq.read_table(scores.file("scores.parquet")).to_pylist() if scores else [{} for _ in rows]
+    )
+    return [_card(row, more, renders, apis) for row, more in zip(rows, scored, strict=True)]
+
+
+def _card(
+    row: Mapping[str, Any], scored: Mapping[str, Any], renders: Artifact, apis: Mapping[Key, str]
+) -> Card:
+    number = f"{row['prompt_id']:04d}-{row['candidate']}-{row['seed']}"
+    api = apis.get((row["prompt_id"], row["source"], row["candidate"]))
+    drawn = row["status"] == "ok"
+    told = {**row, **{k: v for k, v in scored.items() if k in SCORES}}
+    reason = row["reason"] or scored.get("reason") or ""
+    return Card(
+        number=number,
+        prompt=row["prompt"],
+        source=row["source"],
+        seed=row["seed"],
+        api=parse_api(api) if api else None,
+        picture=renders.file(f"images/{row['recipe']}.png") if drawn else None,
+        href=f"{number}.png" if drawn else "",
+        problem=REASONS.get(reason, reason),
+        scores={n: told[n] for n in SCORES if told.get(n) is not None} if drawn else {},
+    )
+
+
+def copy_pictures(cards: Sequence[Card], out: Path) -> None:
+    """Put the pictures of cards beside their sheet."""
+    for card in cards:
+        if card.picture:
+            shutil.copyfile(card.picture, out / card.href)
+
+
+def sheet_facts(renders: Artifact, scores: Artifact | None) -> dict[str, str]:
+    """What the head of a sheet tells."""
+    metrics = renders.manifest.metrics
+    facts = {"Made": f"{renders.manifest.created_at:%Y-%m-%d %H:%M} UTC"}
+    if "device" in metrics:
+        facts["Drawn with"] = str(metrics["device"])
+    if scores:
+        found = scores.manifest.metrics
+        facts |= {name: str(told["version"]) for name, told in found["scorers"].items()}
+        facts["Unified score"] = str(found["unified"]["method"])
+    return facts
