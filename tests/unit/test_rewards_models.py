@@ -318,9 +318,7 @@ def test_image_reward_is_the_packages_own_score(image_reward_directory, images):
     scorer = ImageRewardScorer.load(str(image_reward_directory))
     official = official_image_reward(scorer)
     ours = scorer.score(PROMPTS, images).scores
-    theirs = [
-        official.score(prompt, image) for prompt, image in zip(PROMPTS, images, strict=True)
-    ]
+    theirs = [official.score(prompt, image) for prompt, image in zip(PROMPTS, images, strict=True)]
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
     ranks, rewards = official.inference_rank("a red circle", images)
     ours = scorer.score(["a red circle"] * len(images), images).scores
