@@ -268,7 +268,7 @@ _SHA256 = Field(
     default=None, pattern="^[0-9a-fA-F]{64}$", description="of the weights' file; checked if given"
 )
 ScorerDtype = Literal["float32", "bfloat16", "float16"]
-_DTYPE = Field(
+_DTYPE: Any = Field(
     default="float32",
     description="of matrix products (autocast); scores differ in the third or fourth digit",
 )

@@ -231,7 +231,8 @@ def read_state(file: Path, sha256: str | None = None) -> Mapping[str, torch.Tens
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        return load_file(file)
+        tensors: Mapping[str, torch.Tensor] = load_file(file)
+        return tensors
     import pickle  # noqa: TID251  only for the class of torch.load's refusal
 
     import torch
@@ -245,7 +246,7 @@ def read_state(file: Path, sha256: str | None = None) -> Mapping[str, torch.Tens
     state = state.get("state_dict", state) if isinstance(state, dict) else None
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ScoreError(f"{str(file)!r} holds other things than tensors by name")
-    return state
+    return dict(state)
 
 
 def torch_dtype(name: str) -> torch.dtype:

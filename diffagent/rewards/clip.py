@@ -161,7 +161,8 @@ def encode_text(network: Any, ids: torch.Tensor, device: str) -> torch.Tensor:
     projection = network.text_projection
     if projection is None:
         return last
-    return projection(last) if callable(projection) else last @ projection
+    projected: torch.Tensor = projection(last) if callable(projection) else last @ projection
+    return projected
 
 
 def load_open_clip(

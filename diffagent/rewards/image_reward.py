@@ -234,10 +234,10 @@ def read_config(directory: Path) -> ImageRewardConfig:
 def _model_class() -> type[Any]:
     """A class of the package's parts; made on first use because torch is imported then."""
     compat.install()
+    import torch
     from ImageReward.ImageReward import MLP
     from ImageReward.models.BLIP.med import BertConfig, BertModel
     from ImageReward.models.BLIP.vit import VisionTransformer
-    import torch
     from torch import nn
 
     class Blip(nn.Module):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Pixels = npt.NDArray[Any]
+Mode = Literal["shortest", "longest", "squash", "hps"]
 
 AHEAD = 2
 """Batches that are decoded while another one is scored."""
@@ -45,12 +46,12 @@ class Preparation:
     """
 
     size: tuple[int, int]
-    mode: Literal["shortest", "longest", "squash", "hps"]
+    mode: Mode
     interpolation: str = "bicubic"
     fill: int = 0
 
     @classmethod
-    def from_open_clip(cls, config: Mapping[str, Any], mode: str | None = None) -> Self:
+    def from_open_clip(cls, config: Mapping[str, Any], mode: Mode | None = None) -> Self:
         """What the ``preprocess_cfg`` of an open_clip network asks for, or another mode of it."""
         size = config["size"]
         height, width = (size, size) if isinstance(size, int) else size

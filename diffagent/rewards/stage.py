@@ -199,8 +199,8 @@ def score_pictures(
         log.warning("picture %s cannot be read: %s", pictures[number], reason)
     for name, values in metrics.items():
         values[list(failures)] = np.nan
-        for number in np.flatnonzero(~np.isfinite(values)):
-            failures.setdefault(int(number), f"score-not-finite: {name}")
+        for number in np.flatnonzero(~np.isfinite(values)).tolist():
+            failures.setdefault(number, f"score-not-finite: {name}")
     truncated_prompts = {name: len(texts) for name, texts in cut.items()}
     return Judged(metrics, failures, truncated_prompts, time.monotonic() - started)
 

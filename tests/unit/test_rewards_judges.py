@@ -103,7 +103,7 @@ def test_pick_score_is_read_from_safetensors_that_fit(pick_score, tmp_path):
     state = load_file(tmp_path / "model.safetensors")
     del state["visual_projection.weight"]
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ScoreError, match="visual_projection.weight"):
+    with pytest.raises(ScoreError, match=r"visual_projection\.weight"):
         PickScoreScorer.load(str(tmp_path))
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(ConfigError, match="safetensors only"):

@@ -47,7 +47,7 @@ def make_renders(store: Path, seed: int = 0):
             if recipe and number < 4:
                 file = context.out / "images" / f"{recipe}.png"
                 file.parent.mkdir(exist_ok=True)
-                image, caption, _ = world.drawing(world.EVALUATION_SEEDS[10 * seed + number])
+                image, _, _ = world.drawing(world.EVALUATION_SEEDS[10 * seed + number])
                 image.save(file)
                 if number == 2:
                     file.write_bytes(b"no picture")
