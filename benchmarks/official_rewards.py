@@ -29,11 +29,9 @@ FILES = {
     "image_reward": "ImageReward.pt",
     "hps_v2": "HPS_v2.1_compressed.pt",
 }
-WORDS = (
-    "a portrait of the old red lighthouse knight robot fox city forest castle woman man in at with "
-    "and on stormy golden misty neon ancient sea night rain light shadow glass fog snow highly "
-    "detailed sharp focus soft cinematic oil painting photograph concept art best quality"
-).split()  # noqa: SIM905
+WORDS = """a portrait of the old red lighthouse knight robot fox city forest castle woman man in at
+    with and on stormy golden misty neon ancient sea night rain light shadow glass fog snow highly
+    detailed sharp focus soft cinematic oil painting photograph concept art best quality"""
 
 #: (prompts, files of pictures) -> a score each.
 Loop = Callable[[Sequence[str], Sequence[Path]], list[float]]
@@ -44,10 +42,9 @@ Loop = Callable[[Sequence[str], Sequence[Path]], list[float]]
 
 def write_prompts(count: int, candidates: int, seed: int = 0) -> list[str]:
     """A prompt a picture, of 8 to 30 words; ``candidates`` pictures in a row share one."""
-    rng = np.random.default_rng(seed)
-    texts = [
-        " ".join(rng.choice(WORDS, rng.integers(8, 31))) for _ in range(-(-count // candidates))
-    ]
+    rng, words = np.random.default_rng(seed), WORDS.split()
+    distinct = -(-count // candidates)
+    texts = [" ".join(rng.choice(words, rng.integers(8, 31))) for _ in range(distinct)]
     return [texts[i // candidates] for i in range(count)]
 
 
@@ -151,7 +148,7 @@ def _write_image_reward_files(directory: Path) -> None:
     config = {**ImageRewardConfig().text, "add_cross_attention": True, "encoder_width": 768}
     (directory / "med_config.json").write_text(json.dumps(config))
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    words = [*special, *dict.fromkeys(WORDS)]
+    words = [*special, *dict.fromkeys(WORDS.split())]
     words += [f"filler{number}" for number in range(30522 - len(words))]
     (directory / "vocab.txt").write_text("\n".join(words) + "\n")
 
