@@ -195,11 +195,13 @@ def ceiling(scorers: list[Any], given: argparse.Namespace) -> dict[str, float]:
     from torch.utils.flop_counter import FlopCounterMode
 
     torch.backends.mha.set_fastpath_enabled(False)  # which the counter does not know
-    with FlopCounterMode(display=False) as counter:
+    count = given.batch_size if given.compile else 2  # a compiled batch is always full
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, FlopCounterMode(display=False) as counter:
         for scorer in scorers:
-            shape = (2, 3, *scorer.preparation.size)
-            scorer.score_pixels(["a picture to count with"] * 2, torch.zeros(shape))
-    flops = counter.get_total_flops() / 2
+            shape = (count, 3, *scorer.preparation.size)
+            scorer.score_pixels(["a picture to count with"] * count, torch.zeros(shape))
+    flops = counter.get_total_flops() / count
     a = torch.randn(4096, 1280, device=given.device, dtype=getattr(torch, given.dtype))
     b = torch.randn(1280, 5120, device=given.device, dtype=a.dtype)
     speeds = []
