@@ -25,7 +25,7 @@ from diffagent.rewards import image_reward as ir  # noqa: E402
 from diffagent.rewards.clip import ClipScorer, encode_text  # noqa: E402
 from diffagent.rewards.hps import HPSScorer  # noqa: E402
 from diffagent.rewards.image_reward import ImageRewardConfig, ImageRewardScorer  # noqa: E402
-from diffagent.rewards.stage import score  # noqa: E402
+from diffagent.rewards.stage import score, score_pictures  # noqa: E402
 from schemas.config import RewardsConfig, ScorerConfig  # noqa: E402
 
 PROMPTS = ["a red circle", "blue", "a red circle", "one two three four five", "green star"]
@@ -182,6 +182,17 @@ def test_bfloat16_is_close_and_unknown_dtypes_are_refused(load, images):
     assert not np.array_equal(exact, rough)
     with pytest.raises(ConfigError, match="float8"):
         load(dtype="float8")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("float16", 2e-2)])
+def test_a_gpu_gives_the_scores_of_the_cpu(load, images, dtype, tolerance):
+    """Batches from page-locked memory, more of them than are prefetched."""
+    exact = load().score(PROMPTS, images).scores
+    scorer = load(device="cuda", dtype=dtype)
+    got = score_pictures([scorer], PROMPTS, images, batch_size=1, threads=2)
+    scale = max(1.0, float(np.abs(exact).max()))
+    np.testing.assert_allclose(got.metrics[scorer.name], exact, atol=tolerance * scale)
 
 
 def test_a_prompt_is_encoded_once():
