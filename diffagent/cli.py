@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from diffagent.dabench.cli import app as dabench_app
+from diffagent.dabench.cli import artifact_path
 
 if TYPE_CHECKING:
     from diffagent.agent.selector import Selector
@@ -77,7 +78,9 @@ Reconcile = Annotated[
         help="Refresh by walking whole listings again, and say what was missed before (recall).",
     ),
 ]
-ArtifactDir = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of an artefact.")]
+ArtifactDir = Annotated[
+    str, typer.Argument(metavar="DIR", help="Directory of an artefact, or its URI in a store.")
+]
 
 app = typer.Typer(
     name="diffagent",
@@ -145,7 +148,7 @@ def _run(
         state = "built"
         if unchanged:
             state = "nothing new" if refresh and node.key == "crawl" else "cached"
-        typer.echo(f"{node.key:<16} {state:<12} {artifact.path}")
+        typer.echo(f"{node.key:<16} {state:<12} {artifact.location}")
 
     overrides = parse_overrides(settings)
     if reconcile:
@@ -182,7 +185,7 @@ def run(
 ) -> None:
     """Run everything from the crawl to the report."""
     done = _run(config, settings, None, refresh, reconcile)
-    typer.echo(f"\ndata set: {done['shard'].path}\nagent:    {done['rrhf'].path}")
+    typer.echo(f"\ndata set: {done['shard'].location}\nagent:    {done['rrhf'].location}")
     _show_report(done)
 
 
@@ -200,10 +203,20 @@ def select(
     ],
     *,
     agent: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="An agent, as sft or rrhf makes it.")
+        Path | None,
+        typer.Option(
+            parser=artifact_path,
+            metavar="DIR",
+            help="An agent, as sft or rrhf makes it, or its URI.",
+        ),
     ] = None,
     dabench: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Without an agent: a DABench to learn from.")
+        Path | None,
+        typer.Option(
+            parser=artifact_path,
+            metavar="DIR",
+            help="Without an agent: a DABench to learn from, or its URI.",
+        ),
     ] = None,
     selector: Annotated[
         str, typer.Option(help="With --dabench: what is fitted on it, once.")
@@ -212,8 +225,8 @@ def select(
         str, typer.Option(help="With --dabench: sentence encoder, e.g. 'minilm'; '' for none.")
     ] = "",
     store: Annotated[
-        Path, typer.Option(metavar="DIR", help="With --dabench: where what was fitted is kept.")
-    ] = Path("store"),
+        str, typer.Option(metavar="DIR", help="With --dabench: where what was fitted is kept.")
+    ] = "store",
     n: Annotated[
         int, typer.Option("-n", "--n", min=1, max=32, help="Different APIs, likeliest first.")
     ] = 1,
@@ -265,7 +278,7 @@ def select(
             typer.echo(json.dumps({"error": str(error)}, ensure_ascii=False))
 
 
-def _fitted(name: str, dabench: Path | None, encoder: str, *, store: Path, device: str) -> Selector:
+def _fitted(name: str, dabench: Path | None, encoder: str, *, store: str, device: str) -> Selector:
     from diffagent.agent.fitting import FITTED
     from diffagent.agent.selectors import fitted_selector
     from diffagent.artifacts import open_artifact
@@ -276,7 +289,7 @@ def _fitted(name: str, dabench: Path | None, encoder: str, *, store: Path, devic
         raise ConfigError("select needs --agent DIR, or --dabench DIR to learn from")
     for known in FITTED:
         if known == name:
-            runtime = RuntimeConfig(store=str(store), device=device)
+            runtime = RuntimeConfig(store=store, device=device)
             return fitted_selector(known, open_artifact(dabench), runtime, encoder)
     raise ConfigError(f"--selector: {name!r} is none of {', '.join(FITTED)}")
 
@@ -330,7 +343,9 @@ def verify_artifact(directory: ArtifactDir, verbose: Verbose = 0) -> None:
 
     artifact = artifacts.open_artifact(directory)
     artifacts.verify_artifact(artifact)
-    typer.echo(f"{artifact.path}: all {len(artifact.manifest.files)} files are as they were made")
+    typer.echo(
+        f"{artifact.location}: all {len(artifact.manifest.files)} files are as they were made"
+    )
 
 
 def main() -> None:

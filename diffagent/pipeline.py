@@ -17,7 +17,6 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -308,6 +307,6 @@ def open_site(config: PipelineConfig) -> contextlib.AbstractContextManager[str]:
     site: contextlib.AbstractContextManager[str] = embedded_site(
         config.crawl.site,
         config.runtime.faults,
-        Path(config.runtime.store, "local-files.json"),
+        config.runtime.local_store / "local-files.json",
     )
     return site

@@ -1,6 +1,6 @@
 """``python -m diffagent.run_stage RUN.json``: one stage in a process of its own.
 
-RUN.json is what ``diffagent.artifacts.run_in_child`` writes: entry, config, inputs (paths),
+RUN.json is what ``diffagent.artifacts.run_in_child`` writes: entry, config, inputs (handles),
 runtime, site_url, the file that gets the handle of the finished artefact, and the process to
 end with (absent by hand).
 """
@@ -16,8 +16,9 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
-from diffagent.artifacts import EXPECTED_FAILURE, Stage, open_artifact
+from diffagent.artifacts import EXPECTED_FAILURE, Artifact, Stage, open_artifact
 from diffagent.errors import DiffAgentError
 from schemas.config import RuntimeConfig
 
@@ -33,7 +34,10 @@ def main(request: str) -> int:
     try:
         artifact = stage.run(
             stage.config_type.model_validate(run["config"]),
-            {name: [open_artifact(p) for p in paths] for name, paths in run["inputs"].items()},
+            {
+                name: [_open(handle) for handle in handles]
+                for name, handles in run["inputs"].items()
+            },
             RuntimeConfig.model_validate(run["runtime"]),
             site_url=run["site_url"],
         )
@@ -43,6 +47,12 @@ def main(request: str) -> int:
         return EXPECTED_FAILURE
     answer.write_text(artifact.model_dump_json(), encoding="utf-8")
     return 0
+
+
+def _open(handle: dict[str, Any]) -> Artifact:
+    """The input that a handle stands for; what is on this disk is checked by size."""
+    artifact = Artifact.model_validate(handle)
+    return artifact if artifact.remote else open_artifact(artifact.path)
 
 
 def _end_with(parent: int) -> None:

@@ -6,12 +6,22 @@ A section is the configuration of one stage and part of that stage's identity.
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 
 class _Section(BaseModel):
@@ -385,13 +395,39 @@ class EvaluationConfig(_Section):
 class RuntimeConfig(_Section):
     """How stages run on this machine; never part of an identity."""
 
-    store: str = Field(default="store", description="directory of artefacts")
-    mirror: str | None = Field(
-        default=None, description="fsspec URI that finished artefacts are shared through"
+    store: str = Field(
+        default="store",
+        description="directory of artefacts, or an fsspec URI (s3://BUCKET/PREFIX); credentials "
+        "and the endpoint are the environment's (AWS_*)",
     )
-    models: str | None = Field(default=None, description="cache of model files; STORE/models")
+    cache: str | None = Field(
+        default=None,
+        description="of a store that is a URI: directory where its artefacts are built and read; "
+        "$DIFFAGENT_CACHE or ~/.cache/diffagent",
+    )
+    cache_gb: float = Field(
+        default=100,
+        gt=0,
+        description="GB of finished artefacts kept there; what was not used for longest goes first",
+    )
+    models: str | None = Field(
+        default=None, description="cache of model files; 'models' in the store or in its cache"
+    )
     device: str = Field(default="auto", description="'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     workers: int = Field(default=2, ge=1, description="concurrent tasks of a flow")
+    runner: Literal["threads", "ray", "workers"] = Field(
+        default="threads",
+        description="where a flow's samples, answers, renders and scores are made: in its own "
+        "process, on Ray (extra ray; RAY_ADDRESS), or by Prefect workers (deployment run-stage)",
+    )
+    ray_gpus: float = Field(
+        default=0, ge=0, description="GPUs that Ray reserves for a task that loads a network"
+    )
+    lost_after_seconds: float = Field(
+        default=60,
+        gt=0,
+        description="a Prefect worker that was not heard of for so long has lost its stage",
+    )
     requests_per_second: float | None = Field(
         default=None, gt=0, description="to the site; default 1, unlimited to a loopback address"
     )
@@ -417,6 +453,27 @@ class RuntimeConfig(_Section):
     )
     stage_timeout_seconds: float = Field(default=6 * 3600, gt=0)
 
+    @field_validator("store")
+    @classmethod
+    def _check_store(cls, store: str) -> str:
+        if "://" in store and ("@" in store or "?" in store):
+            raise ValueError("credentials and options of a store come from the environment alone")
+        return store
+
+    @property
+    def remote(self) -> str | None:
+        """The store's URI; None when it is a directory."""
+        return self.store.rstrip("/") if "://" in self.store else None
+
+    @property
+    def local_store(self) -> Path:
+        """Where artefacts are built and read: the store itself, or the cache of a remote one."""
+        if self.remote is None:
+            return Path(self.store)
+        cache = self.cache or os.environ.get("DIFFAGENT_CACHE") or "~/.cache/diffagent"
+        name = hashlib.sha256(self.remote.encode()).hexdigest()[:16]
+        return Path(cache).expanduser() / name
+
 
 class PipelineConfig(_Section):
     """The whole run."""
@@ -439,6 +496,11 @@ class PipelineConfig(_Section):
         if self.rewards.unify == "zscore" and not self.rewards.reference:
             raise ValueError("rewards.reference is needed for unify: zscore")
         return self
+
+
+def _told(value: Any) -> str:
+    """A value for a message: the start of it, without what a URI has of credentials."""
+    return f"{re.sub('//[^/]*@', '//***@', repr(value)):.60}"
 
 
 class ConfigFileError(ValueError):
@@ -471,7 +533,7 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Pi
         return PipelineConfig.model_validate(data)
     except ValidationError as error:
         problems = [
-            f"  {'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']} (got {e['input']!r:.60})"
+            f"  {'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']} (got {_told(e['input'])})"
             for e in error.errors()
         ]
         raise ConfigFileError(

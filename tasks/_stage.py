@@ -49,7 +49,8 @@ class ArtifactPolicy(CachePolicy):
         config: PipelineConfig = inputs["config"]
         node = pipeline.plan(config)[inputs["key"]]
         stage = load_stage(node)
-        store = hashlib.sha256(str(Path(config.runtime.store).resolve()).encode()).hexdigest()[:8]
+        place = config.runtime.remote or str(Path(config.runtime.store).resolve())
+        store = hashlib.sha256(place.encode()).hexdigest()[:8]
         identity = stage.identity(node.config, inputs["inputs"])
         key = f"{task_ctx.task.name}-{store}-{identity}"
         artifact = stage.cached(node.config, inputs["inputs"], config.runtime)

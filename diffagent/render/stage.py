@@ -89,7 +89,7 @@ def render(config: RenderConfig, context: StageContext) -> StageResult:
     wanted = {job.recipe.digest: job.recipe for job in jobs if job.recipe}
     done = usable_pictures(images, wanted)
     missing = [recipe for digest, recipe in wanted.items() if digest not in done]
-    models = Path(context.runtime.models or Path(context.runtime.store, "models"))
+    models = Path(context.runtime.models or context.runtime.local_store / "models")
     renderer = DiffusersRenderer(
         resolve_device(context.runtime.device), local_configs(models / "configs")
     )
