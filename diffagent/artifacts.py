@@ -619,7 +619,8 @@ def _here(artifact: Artifact, runtime: RuntimeConfig) -> Artifact:
     """The handle as this machine has it: another one may keep its cache elsewhere."""
     if not artifact.remote:
         return artifact
-    path = runtime.local_store / artifact.stage / artifact.path.name
+    own = runtime.model_copy(update={"store": artifact.remote.rsplit("/", 2)[0]})
+    path = own.local_store / artifact.stage / artifact.path.name
     return artifact.model_copy(update={"path": path})
 
 
