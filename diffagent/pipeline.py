@@ -46,6 +46,7 @@ class Node:
     heavy: bool = False  # runs in a process of its own, which gives its memory back
     queue: Literal["cpu", "gpu"] = "cpu"
     site: bool = False  # talks to the Civitai API
+    spread: bool = False  # one of many alike, which any machine with the store can make
 
     @property
     def parents(self) -> tuple[str, ...]:
@@ -105,6 +106,7 @@ def _training_nodes(config: PipelineConfig) -> Iterator[Node]:
             "train-rrhf",
             heavy=True,
             queue="gpu",
+            spread=True,
         )
         yield from _judge(config, f"sample-{i}", str(i), "train-rrhf")
     yield Node(
@@ -139,6 +141,7 @@ def _evaluation_nodes(config: PipelineConfig) -> Iterator[Node]:
             group,
             heavy=True,
             queue="gpu" if agent else "cpu",
+            spread=True,
         )
         yield from _judge(config, f"select-{name}", name, group)
     yield Node(
@@ -167,6 +170,7 @@ def _judge(config: PipelineConfig, candidates: str, name: str, group: Group) -> 
         heavy=True,
         queue="gpu",
         site=True,
+        spread=True,
     )
     yield Node(
         f"score-{name}",
@@ -176,6 +180,7 @@ def _judge(config: PipelineConfig, candidates: str, name: str, group: Group) -> 
         group,
         heavy=True,
         queue="gpu",
+        spread=True,
     )
 
 

@@ -24,6 +24,7 @@ def test_every_flow_has_a_deployment() -> None:
         "train-sft",
         "train-rrhf",
         "evaluate-agent",
+        "run-stage",
         "run-pipeline",
     }
     assert {d["work_pool"]["work_queue_name"] for d in DEPLOYMENTS.values()} == {"cpu", "gpu"}
