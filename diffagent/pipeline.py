@@ -23,7 +23,15 @@ from pydantic import BaseModel
 
 from diffagent.artifacts import Artifact, Inputs, Progress, Stage, run_in_child
 from diffagent.errors import ConfigError
-from schemas.config import PipelineConfig, RuntimeConfig, SampleShard, SelectConfig, Selector
+from schemas.config import (
+    EvaluationConfig,
+    PartConfig,
+    PipelineConfig,
+    RuntimeConfig,
+    SampleShard,
+    SelectConfig,
+    Selector,
+)
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +67,8 @@ def plan(config: PipelineConfig) -> dict[str, Node]:
 
     Keys: ``crawl``, ``filter``, ``shard``, ``sft``, ``sample-0`` ... , ``render-0`` ... ,
     ``score-0`` ... , ``rrhf``, then ``select-NAME``, ``render-NAME``, ``score-NAME`` for each
-    selector of ``config.evaluation``, and ``evaluate``.
+    selector of ``config.evaluation``, and ``evaluate``. With shards of the evaluation they are
+    ``part-NAME-0``, ``render-NAME-0``, ``score-NAME-0`` ... .
     """
     nodes = [*_dataset_nodes(config), *_training_nodes(config), *_evaluation_nodes(config)]
     return {node.key: node for node in nodes}
@@ -143,7 +152,19 @@ def _evaluation_nodes(config: PipelineConfig) -> Iterator[Node]:
             queue="gpu" if agent else "cpu",
             spread=True,
         )
-        yield from _judge(config, f"select-{name}", name, group)
+        for shard, part in enumerate(_parts(evaluation, name)):
+            candidates = f"select-{name}"
+            if part != name:
+                candidates = f"part-{part}"
+                yield Node(
+                    candidates,
+                    "diffagent.render.part:part",
+                    PartConfig(num_parts=evaluation.num_shards, part=shard),
+                    {"candidates": (f"select-{name}",)},
+                    group,
+                )
+            yield from _judge(config, candidates, part, group)
+    parts = [part for name in evaluation.selectors for part in _parts(evaluation, name)]
     yield Node(
         "evaluate",
         "diffagent.evaluation.report:evaluate",
@@ -151,12 +172,19 @@ def _evaluation_nodes(config: PipelineConfig) -> Iterator[Node]:
         {
             "dabench": ("shard",),
             "candidates": tuple(f"select-{name}" for name in evaluation.selectors),
-            "renders": tuple(f"render-{name}" for name in evaluation.selectors),
-            "scores": tuple(f"score-{name}" for name in evaluation.selectors),
+            "renders": tuple(f"render-{part}" for part in parts),
+            "scores": tuple(f"score-{part}" for part in parts),
         },
         group,
         heavy=True,
     )
+
+
+def _parts(evaluation: EvaluationConfig, selector: str) -> list[str]:
+    """Names of the parts of a selector's answers; there is one unless it is sharded."""
+    if evaluation.num_shards == 1:
+        return [selector]
+    return [f"{selector}-{shard}" for shard in range(evaluation.num_shards)]
 
 
 def _judge(config: PipelineConfig, candidates: str, name: str, group: Group) -> Iterator[Node]:

@@ -218,7 +218,12 @@ class SamplingConfig(_Section):
     """Candidates for RRHF."""
 
     num_prompts: int = Field(default=1000, ge=1, description="prompts of the train split")
-    num_shards: int = Field(default=8, ge=1)
+    num_shards: int = Field(
+        default=8,
+        ge=1,
+        description="parts of the prompts; each is sampled, rendered and scored by itself, best 30 "
+        "s of work or more",
+    )
     num_candidates: int = Field(default=4, ge=2, le=32, description="k, besides the DABench API")
     temperature: float = Field(default=0.8, gt=0)
     top_p: float = Field(default=0.95, gt=0, le=1)
@@ -272,6 +277,13 @@ class RenderConfig(_Section):
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1, description="pictures per call")
     max_pixels: int = Field(default=1024 * 1024, ge=64 * 64, description="larger sizes are refused")
     max_failed_fraction: float = Field(default=0.1, ge=0, le=1)
+
+
+class PartConfig(_Section):
+    """One part of a table of candidates: what the stage ``part`` takes."""
+
+    num_parts: int = Field(ge=1)
+    part: int = Field(ge=0, description="0 .. num_parts - 1")
 
 
 class ScorerConfig(_Section):
@@ -386,10 +398,22 @@ class EvaluationConfig(_Section):
     max_new_tokens: int = Field(default=256, ge=8)
     decoding: Decoding = Field(default="unconstrained", description="as in SelectConfig")
     encoder: str = Field(default="", description="as in SelectConfig")
+    num_shards: int = Field(
+        default=1,
+        ge=1,
+        description="parts that each selector's answers are rendered and scored in; best 30 s of "
+        "work or more each",
+    )
     bootstrap_samples: int = Field(default=2000, ge=100)
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     report_prompts: int = Field(default=12, ge=0, description="prompts shown with pictures")
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _check_shards(self) -> Self:
+        if self.num_shards > self.num_prompts:
+            raise ValueError(f"{self.num_shards} num_shards are more than num_prompts")
+        return self
 
 
 class RuntimeConfig(_Section):

@@ -22,8 +22,8 @@ class Number(BaseModel):
 
 
 def slow_plan(config: PipelineConfig) -> dict[str, Node]:
-    """crawl -> {render-0 .. render-3} -> shard; the renders run anywhere, two at a time."""
-    group, toys, shards = "build-dabench", "tests.flows.toy_stages", range(4)
+    """crawl -> {render-0 .. render-2} -> shard; the renders run anywhere, two at a time."""
+    group, toys, shards = "build-dabench", "tests.flows.toy_stages", range(3)
     renders = [
         Node(
             f"render-{i}",

@@ -12,7 +12,13 @@ import pytest
 from diffagent import pipeline
 from diffagent.artifacts import StageContext, StageResult, stage
 from diffagent.errors import ConfigError
-from schemas.config import CrawlConfig, DABenchConfig, FilterConfig, PipelineConfig
+from schemas.config import (
+    CrawlConfig,
+    DABenchConfig,
+    EvaluationConfig,
+    FilterConfig,
+    PipelineConfig,
+)
 
 REWARDS = {"scorers": [{"name": "clip", "model": "tiny"}], "unify": "chatgen"}
 
@@ -34,9 +40,21 @@ def test_parents_come_before_children_and_exist() -> None:
 def test_rrhf_reads_the_shards_in_order_and_evaluate_the_selectors() -> None:
     nodes = pipeline.plan(make_config(sampling={"num_shards": 11}))
     assert nodes["rrhf"].inputs["scores"] == tuple(f"score-{i}" for i in range(11))
-    order = ("popular", "random", "nearest", "sft", "rrhf")
+    order = EvaluationConfig().selectors
     for name, prefix in (("candidates", "select"), ("renders", "render"), ("scores", "score")):
         assert nodes["evaluate"].inputs[name] == tuple(f"{prefix}-{s}" for s in order)
+
+
+def test_an_evaluation_in_shards() -> None:
+    evaluation = {"selectors": ["random", "rrhf"], "num_shards": 2}
+    nodes = pipeline.plan(make_config(evaluation=evaluation))
+    names = ("random-0", "random-1", "rrhf-0", "rrhf-1")
+    assert nodes["evaluate"].inputs["candidates"] == ("select-random", "select-rrhf")
+    for name, prefix in (("renders", "render"), ("scores", "score")):
+        assert nodes["evaluate"].inputs[name] == tuple(f"{prefix}-{n}" for n in names)
+    assert nodes["part-rrhf-1"].inputs["candidates"] == ("select-rrhf",)
+    assert nodes["render-rrhf-1"].inputs["candidates"] == ("part-rrhf-1",)
+    assert pipeline.targets(nodes, "render-rrhf") == ("render-rrhf-0", "render-rrhf-1")
 
 
 def test_every_selector_answers_the_same_prompts_with_its_own_agent() -> None:
