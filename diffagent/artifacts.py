@@ -83,11 +83,7 @@ class Artifact(BaseModel):
         """The manifest, read from disk, or from the store when the files are not here."""
         if not self.remote:
             return read_manifest(self.path)
-        if (self.path / MANIFEST).exists():
-            here = read_manifest(self.path)
-            if here.content_digest == self.content_digest:
-                return here
-        return _told_by_store(self)
+        return read_manifest(self.path) if _is_here(self) else _told_by_store(self)
 
     @property
     def location(self) -> str:
@@ -100,7 +96,7 @@ class Artifact(BaseModel):
         Raises:
             ArtifactError: the store cannot be read, or has another or a damaged one by now.
         """
-        if self.remote:
+        if self.remote and not _is_here(self):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{self.path}.lock"):
                 _bring(self)
@@ -299,6 +295,23 @@ def _told_by_store(artifact: Artifact) -> Manifest:
 def _folder(manifest: Manifest) -> str:
     """Where in a remote store the files of an artefact lie."""
     return files_digest(manifest.files)[:16]
+
+
+def _is_here(artifact: Artifact) -> bool:
+    try:
+        stat = (artifact.path / MANIFEST).stat()
+    except OSError:
+        return False
+    return _known_whole(artifact.path, stat.st_ino, stat.st_mtime_ns) == artifact.content_digest
+
+
+@functools.lru_cache(maxsize=1024)
+def _known_whole(directory: Path, inode: int, mtime_ns: int) -> str:
+    """Content digest of a whole artefact, looked at once by a process while it stays; else ''."""
+    try:
+        return open_artifact(directory).content_digest
+    except ArtifactError:
+        return ""
 
 
 def _bring(artifact: Artifact) -> None:

@@ -36,9 +36,9 @@ def run_pipeline(
     return Completed(message="Every stage is done.")
 
 
-def main(config: str, store: str = "store") -> None:
-    """Run the whole pipeline and say where its results are."""
-    overrides = {"runtime.store": store}
+def main(config: str, store: str | None = None) -> None:
+    """Run the whole pipeline and say where its results are; ``store`` is the config's unless given."""
+    overrides = {"runtime.store": store} if store else {}
     run_pipeline(config, overrides)
     settings = configure(config, overrides)
     found = locate(settings, ("shard", "rrhf", "evaluate"))

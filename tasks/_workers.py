@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 from uuid import UUID
 
+import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.deployments import run_deployment
@@ -108,7 +109,11 @@ def _watch(client: SyncPrefectClient, run: FlowRun, lost_after_seconds: float) -
     """Wait for the end of a flow run, or for silence of the process that runs it."""
     seen, since, told = None, time.monotonic(), False
     while True:
-        run = client.read_flow_run(run.id)
+        try:
+            run = client.read_flow_run(run.id)
+        except httpx.HTTPError as error:  # a server that is away for a moment loses no stage
+            log.warning("cannot ask what became of %s: %s", run.name, error)
+            since = time.monotonic()
         state = run.state
         if state is None or state.is_final():
             return state or Crashed(message=f"the run {run.name!r} has no state")
