@@ -37,7 +37,7 @@ def run_pipeline(
 
 
 def main(config: str, store: str | None = None) -> None:
-    """Run the whole pipeline and say where its results are; ``store`` is the config's unless given."""
+    """Run the whole pipeline (``store``: instead of the config's) and say where its results are."""
     overrides = {"runtime.store": store} if store else {}
     run_pipeline(config, overrides)
     settings = configure(config, overrides)
