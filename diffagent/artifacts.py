@@ -339,14 +339,18 @@ def _set_aside(artifact: Artifact) -> None:
     artifact.path.rename(old)
 
 
-def verify_artifact(artifact: Artifact) -> None:
-    """Read every byte, of a remote artefact in its store, and compare it with the manifest.
+def verify_artifact(artifact: Artifact, *, stored: bool = False) -> None:
+    """Read every byte and compare it with the manifest.
+
+    Args:
+        artifact: what is read on this disk when it is there.
+        stored: read what its remote store has all the same.
 
     Raises:
         ArtifactError: a file's SHA256 is not the manifest's.
     """
-    if artifact.remote and not artifact.path.exists():
-        manifest = artifact.manifest
+    if artifact.remote and (stored or not artifact.path.exists()):
+        manifest = _told_by_store(artifact)
         verify_remote(artifact.remote, _folder(manifest), manifest)
         return
     for entry in artifact.manifest.files:

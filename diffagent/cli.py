@@ -342,7 +342,7 @@ def verify_artifact(directory: ArtifactDir, verbose: Verbose = 0) -> None:
     from diffagent import artifacts
 
     artifact = artifacts.open_artifact(directory)
-    artifacts.verify_artifact(artifact)
+    artifacts.verify_artifact(artifact, stored="://" in directory)
     typer.echo(
         f"{artifact.location}: all {len(artifact.manifest.files)} files are as they were made"
     )
