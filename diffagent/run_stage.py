@@ -64,4 +64,5 @@ def _end_with(parent: int) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where it found what
     sys.exit(main(sys.argv[1]))

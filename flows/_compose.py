@@ -48,9 +48,7 @@ def run_group(
     talks = any(node.site and (refresh or key not in found) for key, node in mine.items())
     with (
         open_site(config) if talks and not spread else contextlib.nullcontext("") as site_url,
-        _runner(config.runtime, len(mine))
-        if spread
-        else _threads(config.runtime.workers) as runner,
+        _runner(config.runtime, len(mine), spread=spread) as runner,
     ):
         futures: dict[str, PrefectFuture[Artifact]] = {}
         for key in sorted(mine, key=lambda k: _depth(mine, k)):
@@ -68,7 +66,7 @@ def run_group(
             step = _task(key).with_options(
                 tags=[node.queue], refresh_cache=refresh and key == "crawl"
             )
-            with _resources(node, config.runtime) if spread else contextlib.nullcontext():
+            with _resources(node, config.runtime):
                 futures[key] = runner.submit(step, parameters=parameters)
         _wait(group, futures)
     return done | {key: future.result() for key, future in futures.items()}
@@ -89,14 +87,10 @@ def run_one(config: PipelineConfig, key: str) -> Artifact:
     return artifact
 
 
-def _threads(workers: int) -> TaskRunner[Any]:
-    return ThreadPoolTaskRunner[Artifact](max_workers=workers)
-
-
-def _runner(runtime: RuntimeConfig, nodes: int) -> TaskRunner[Any]:
-    """What runs a group whose nodes are spread: Ray, or threads that wait for Prefect workers."""
-    if runtime.runner == "workers":
-        return _threads(nodes)
+def _runner(runtime: RuntimeConfig, nodes: int, *, spread: bool) -> TaskRunner[Any]:
+    """What runs the tasks of a group: threads, which may wait for Prefect workers, or Ray."""
+    if not spread or runtime.runner == "workers":
+        return ThreadPoolTaskRunner[Artifact](max_workers=nodes if spread else runtime.workers)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         from prefect_ray import RayTaskRunner
