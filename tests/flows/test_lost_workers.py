@@ -202,3 +202,12 @@ def test_no_deployment_is_told(config_file: Path, meeting: Path) -> None:
     state = build_dabench(str(config_file), {"runtime.runner": "workers"}, return_state=True)
     assert state.is_failed() and "prefect deploy --all" in state.message
     assert not shards(meeting, "started")
+
+
+def test_a_missing_extra_is_told(
+    config_file: Path, meeting: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "prefect_ray", None)
+    state = build_dabench(str(config_file), {"runtime.runner": "ray"}, return_state=True)
+    assert state.is_failed() and "diffagent[ray]" in state.message
+    assert not shards(meeting, "started")
