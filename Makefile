@@ -11,6 +11,7 @@ export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS ?= 180
 export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
 export PREFECT_LOGGING_EXTRA_LOGGERS ?= diffagent
 export DO_NOT_TRACK ?= 1
+export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_DISABLE_TELEMETRY ?= 1
 # Tiny models on busy cores: a second OpenMP thread costs more than it brings.
 export OMP_NUM_THREADS ?= 1
@@ -22,7 +23,7 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt requirements-rewards.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ray,s3]'
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-rewards.txt
 	touch $@
 

@@ -92,7 +92,9 @@ def sandbox_jobs(
                 prompt=meta["prompt"],
                 negative_prompt=meta.get("negativePrompt") or "",
                 checkpoint=rng.choice(checkpoints),
-                loras=(LoRAUse(sha256=lora, weight=rng.choice([0.6, 0.8, 0.8, 1.0])),) if lora else (),
+                loras=(LoRAUse(sha256=lora, weight=rng.choice([0.6, 0.8, 0.8, 1.0])),)
+                if lora
+                else (),
                 sampler=sampler,
                 steps=meta["steps"],
                 cfg_scale=meta["cfgScale"],

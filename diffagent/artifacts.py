@@ -6,6 +6,10 @@ artefact lies in
 ``STORE/STAGE/IDENTITY[:16]``. Work happens in a hidden partial directory beside it, which stays
 when the process dies so that the stage can resume; ``manifest.json`` is written last and the
 directory is renamed into place. No manifest: it never happened.
+
+A store that is a URI has the artefacts that count; they are built and read in a local directory
+(``diffagent.cache``), sent when they are whole, and brought when a stage reads them
+(``diffagent.remote``).
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import errno
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import logging
 import os
@@ -35,9 +40,16 @@ from typing import Any, Generic, TypeVar
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from diffagent import errors
+from diffagent import cache, errors
 from diffagent.errors import ArtifactError, DiffAgentError
-from diffagent.mirror import pull, push
+from diffagent.remote import (
+    check_writable,
+    missing_files,
+    pull,
+    push,
+    read_remote,
+    verify_remote,
+)
 from schemas.config import RuntimeConfig
 from schemas.manifest import SCHEMA_VERSION, FileEntry, Funnel, InputRef, Manifest
 
@@ -52,7 +64,11 @@ C = TypeVar("C", bound=BaseModel)
 
 
 class Artifact(BaseModel):
-    """A handle on a committed artefact: small, and safe to pass between processes."""
+    """A handle on a committed artefact: small, and safe to pass between processes.
+
+    With ``remote``, its URI, ``path`` may have nothing yet: ``local`` brings the files, and so
+    does whatever reads one.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -60,11 +76,31 @@ class Artifact(BaseModel):
     identity: str
     content_digest: str
     path: Path
+    remote: str | None = None
 
     @property
     def manifest(self) -> Manifest:
-        """The manifest, read from disk."""
-        return read_manifest(self.path)
+        """The manifest, read from disk, or from the store when the files are not here."""
+        if not self.remote:
+            return read_manifest(self.path)
+        return read_manifest(self.path) if _is_here(self) else _told_by_store(self)
+
+    @property
+    def location(self) -> str:
+        """Where it is, for people and for the command line."""
+        return self.remote or str(self.path)
+
+    def local(self) -> Path:
+        """Its directory on this machine, brought from the store when it is not there.
+
+        Raises:
+            ArtifactError: the store cannot be read, or has another or a damaged one by now.
+        """
+        if self.remote and not _is_here(self):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{self.path}.lock"):
+                _bring(self)
+        return self.path
 
     def file(self, name: str) -> Path:
         """Path of a file of this artefact.
@@ -72,7 +108,7 @@ class Artifact(BaseModel):
         Raises:
             ArtifactError: the artefact has no such file.
         """
-        path = self.path / name
+        path = self.local() / name
         if not path.exists():
             raise ArtifactError(
                 f"{self.stage} artefact {str(self.path)!r} has no file {name!r}; "
@@ -82,7 +118,7 @@ class Artifact(BaseModel):
 
     def glob(self, pattern: str) -> list[Path]:
         """Files matching ``pattern``, sorted by path."""
-        return sorted(self.path.glob(pattern))
+        return sorted(self.local().glob(pattern))
 
 
 #: How a stage tells how far it is: the fraction done (None: unknown), and a text.
@@ -187,11 +223,13 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def open_artifact(directory: str | Path) -> Artifact:
-    """A handle on the artefact in ``directory``, its files checked by size.
+    """A handle on the artefact in ``directory`` or at a URI, its files checked by size.
 
     Raises:
         ArtifactError: no manifest, or a file is missing or of another size.
     """
+    if "://" in str(directory):
+        return _open_remote(str(directory))
     path = Path(directory)
     manifest = read_manifest(path)
     for entry in manifest.files:
@@ -201,20 +239,120 @@ def open_artifact(directory: str | Path) -> Artifact:
                 f"{str(file)!r} is missing or not {entry.size} bytes long as its manifest says; "
                 f"delete {str(path)!r} and run the stage {manifest.stage!r} again"
             )
+    return _handle(manifest, path, cache.remote_of(path))
+
+
+def artifact_directory(text: str) -> Path:
+    """The directory that a person names: by a path, or by the URI of an artefact, brought here.
+
+    Raises:
+        ArtifactError: there is no artefact at the URI, or it cannot be had.
+    """
+    return open_artifact(text).local() if "://" in text else Path(text)
+
+
+def _open_remote(uri: str) -> Artifact:
+    *store, stage, name = uri.rstrip("/").split("/")
+    runtime = RuntimeConfig(store="/".join(store))
+    found = find_in_store(runtime.local_store / stage / name, f"{runtime.remote}/{stage}/{name}")
+    if found is None:
+        raise ArtifactError(f"no artefact at {uri!r}; give STORE/STAGE/NAME, as the runs print it")
+    cache.mark(runtime.local_store, str(runtime.remote))
+    return found
+
+
+def find_in_store(directory: Path, uri: str) -> Artifact | None:
+    """A handle on the artefact at ``uri``, whose local side is ``directory``; None: none there.
+
+    Raises:
+        ArtifactError: the store cannot be read.
+    """
+    manifest = read_remote(uri)
+    return _handle(manifest, directory, uri) if manifest else None
+
+
+def _handle(manifest: Manifest, directory: Path, uri: str | None) -> Artifact:
     return Artifact(
         stage=manifest.stage,
         identity=manifest.identity,
         content_digest=manifest.content_digest,
-        path=path,
+        path=directory,
+        remote=uri,
     )
 
 
-def verify_artifact(artifact: Artifact) -> None:
+def _told_by_store(artifact: Artifact) -> Manifest:
+    """The manifest of this very artefact in its remote store."""
+    manifest = read_remote(artifact.remote or "")
+    if manifest is None or manifest.content_digest != artifact.content_digest:
+        raise ArtifactError(
+            f"{artifact.remote!r} is there no more, or was replaced by one of other content, since "
+            "this run began; run the same command again"
+        )
+    return manifest
+
+
+def _folder(manifest: Manifest) -> str:
+    """Where in a remote store the files of an artefact lie."""
+    return files_digest(manifest.files)[:16]
+
+
+def _is_here(artifact: Artifact) -> bool:
+    try:
+        stat = (artifact.path / MANIFEST).stat()
+    except OSError:
+        return False
+    return _known_whole(artifact.path, stat.st_ino, stat.st_mtime_ns) == artifact.content_digest
+
+
+@functools.lru_cache(maxsize=1024)
+def _known_whole(directory: Path, inode: int, mtime_ns: int) -> str:
+    """Content digest of a whole artefact, looked at once by a process while it stays; else ''."""
+    try:
+        return open_artifact(directory).content_digest
+    except ArtifactError:
+        return ""
+
+
+def _bring(artifact: Artifact) -> None:
+    """Make ``artifact.path`` hold this very artefact; the caller has its lock."""
+    directory = artifact.path
+    if directory.exists():
+        try:
+            here = open_artifact(directory)
+        except ArtifactError as error:
+            log.warning("%s; it is copied from the store again", error)
+            shutil.rmtree(directory)
+        else:
+            if here.content_digest == artifact.content_digest:
+                return
+            _set_aside(here)
+    manifest = _told_by_store(artifact)
+    with _full_disk_explained(directory):
+        pull(artifact.remote or "", _folder(manifest), manifest, directory)
+
+
+def _set_aside(artifact: Artifact) -> None:
+    """Make room for newer content of the same request."""
+    old = artifact.path.with_name(f"{artifact.path.name}.{artifact.content_digest[:8]}")
+    shutil.rmtree(old, ignore_errors=True)
+    artifact.path.rename(old)
+
+
+def verify_artifact(artifact: Artifact, *, stored: bool = False) -> None:
     """Read every byte and compare it with the manifest.
+
+    Args:
+        artifact: what is read on this disk when it is there.
+        stored: read what its remote store has all the same.
 
     Raises:
         ArtifactError: a file's SHA256 is not the manifest's.
     """
+    if artifact.remote and (stored or not artifact.path.exists()):
+        manifest = _told_by_store(artifact)
+        verify_remote(artifact.remote, _folder(manifest), manifest)
+        return
     for entry in artifact.manifest.files:
         if sha256_file(artifact.path / entry.path) != entry.sha256:
             raise ArtifactError(
@@ -277,21 +415,34 @@ class Stage(Generic[C]):
         ).hexdigest()
 
     def directory(self, config: C, inputs: Inputs, runtime: RuntimeConfig) -> Path:
-        """Where the artefact of this request lies, or will."""
-        return Path(runtime.store) / self.name / self.identity(config, inputs)[:16]
+        """Where the artefact of this request is built and read on this machine."""
+        return runtime.local_store / self.name / self.identity(config, inputs)[:16]
 
     def cached(self, config: C, inputs: Inputs, runtime: RuntimeConfig) -> Artifact | None:
-        """The artefact of this request when it exists whole; a damaged one is removed, or set
-        aside as ``NAME.damaged-N`` when its contents could not be made again.
+        """The artefact of this request when the store has it whole.
 
-        With ``runtime.mirror`` one that is missing here is copied from there.
+        In a local store a damaged one is removed, or set aside as ``NAME.damaged-N`` when its
+        contents could not be made again. Of a remote store the manifest and the sizes of the
+        files are asked for; none is copied.
         """
         directory = self.directory(config, inputs, runtime)
-        if directory.exists() and (artifact := self._open(directory)):
-            return artifact
-        if runtime.mirror and pull(directory, runtime.mirror):
-            return self._open(directory)
-        return None
+        if not runtime.remote:
+            return self._open(directory) if directory.exists() else None
+        uri = self._uri(directory, runtime)
+        manifest = read_remote(uri)
+        if manifest is None:
+            return None
+        if lost := missing_files(uri, _folder(manifest), manifest):
+            log.warning(
+                "%d files of %s, such as %r, are missing or not as long as its manifest says; it "
+                "is built again",
+                *(len(lost), uri, lost[0].path),
+            )
+            return None
+        return _handle(manifest, directory, uri)
+
+    def _uri(self, directory: Path, runtime: RuntimeConfig) -> str:
+        return f"{runtime.remote}/{self.name}/{directory.name}"
 
     def _open(self, directory: Path) -> Artifact | None:
         try:
@@ -336,48 +487,93 @@ class Stage(Generic[C]):
         else it is kept as ``IDENTITY.CONTENT`` and the new one takes its place.
 
         Raises:
-            ArtifactError: an input is damaged, the disk is full, or the funnel does not add up.
+            ArtifactError: an input is damaged, the disk is full, the store cannot be reached, or
+                the funnel does not add up.
         """
         directory = self.directory(config, inputs, runtime)
         directory.parent.mkdir(parents=True, exist_ok=True)
+        if runtime.remote:
+            cache.mark(runtime.local_store, runtime.remote)
         with FileLock(f"{directory}.lock"):
-            known = self.cached(config, inputs, runtime)
+            known = self.cached(config, inputs, runtime) or self._unsent(directory, runtime)
             if known and not refresh:
-                log.info("%s: cached in %s", self.name, directory)
-                self._share(directory, runtime)
+                log.info("%s: cached in %s", self.name, known.location)
                 return known
-            if known and self.salvages:
-                known = self._verified(known) or self.cached(config, inputs, runtime)
-            partial = directory.with_name(f".{directory.name}.partial")
-            partial.mkdir(exist_ok=True)
-            (partial / MANIFEST).unlink(missing_ok=True)  # of a run killed just before the rename
-            started = time.monotonic()
-            memory = directory.with_name(f"{directory.name}.memory.json")
-            damaged = None if known else max(_damaged(directory), key=_damage_number, default=None)
-            context = StageContext(
-                inputs, partial, runtime, site_url, known, damaged, memory, progress
-            )
-            with _full_disk_explained(directory):
-                result = self.body(config, context)
-            manifest = self._manifest(config, inputs, partial, result, started)
-            if known and known.content_digest == manifest.content_digest:
-                log.info("%s: nothing new; %s stays", self.name, directory)
-                shutil.rmtree(partial)
-                return known
-            with _full_disk_explained(directory):
-                _write_durably(partial / MANIFEST, manifest.model_dump_json(indent=1).encode())
-            if known:
-                directory.rename(
-                    directory.with_name(f"{directory.name}.{known.content_digest[:8]}")
+            if runtime.remote:
+                check_writable(runtime.remote)
+            known = self._previous(known, config, inputs, runtime)
+            here = {
+                name: [_here(artifact, runtime) for artifact in artifacts]
+                for name, artifacts in inputs.items()
+            }
+            with cache.in_use(a.path for a in _all(here) if a.remote):
+                for artifact in _all(here):
+                    artifact.local()
+                memory = directory.with_name(f"{directory.name}.memory.json")
+                damaged = (
+                    None if known else max(_damaged(directory), key=_damage_number, default=None)
                 )
-            partial.rename(directory)
-            self._share(directory, runtime)
-            log.info("%s: built %s in %.1f s", self.name, directory, manifest.wall_seconds)
-        return open_artifact(directory)
+                made = self._build(
+                    config,
+                    StageContext(
+                        here,
+                        directory.with_name(f".{directory.name}.partial"),
+                        runtime,
+                        site_url,
+                        known,
+                        damaged,
+                        memory,
+                        progress,
+                    ),
+                    directory,
+                )
+        if runtime.remote:
+            _trim(runtime)
+        return made
 
-    def _share(self, directory: Path, runtime: RuntimeConfig) -> None:
-        if runtime.mirror:
-            push(directory, runtime.mirror)
+    def _previous(
+        self, known: Artifact | None, config: C, inputs: Inputs, runtime: RuntimeConfig
+    ) -> Artifact | None:
+        """What is refreshed, on this disk; where its contents are salvaged, every byte read."""
+        if known and known.remote:
+            _bring(known)
+        if known and self.salvages and not self._verified(known):
+            return self._previous(self.cached(config, inputs, runtime), config, inputs, runtime)
+        return known
+
+    def _build(self, config: C, context: StageContext, directory: Path) -> Artifact:
+        """Let the body fill the partial directory, and rename it into place."""
+        known, partial, runtime = context.previous, context.out, context.runtime
+        partial.mkdir(exist_ok=True)
+        (partial / MANIFEST).unlink(missing_ok=True)  # of a run killed just before the rename
+        started = time.monotonic()
+        with _full_disk_explained(directory):
+            result = self.body(config, context)
+        manifest = self._manifest(config, context.inputs, partial, result, started)
+        if known and known.content_digest == manifest.content_digest:
+            log.info("%s: nothing new; %s stays", self.name, known.location)
+            shutil.rmtree(partial)
+            return known
+        with _full_disk_explained(directory):
+            _write_durably(partial / MANIFEST, manifest.model_dump_json(indent=1).encode())
+        if known:
+            _set_aside(known)
+        partial.rename(directory)
+        log.info("%s: built %s in %.1f s", self.name, directory, manifest.wall_seconds)
+        return self._send(open_artifact(directory), runtime)
+
+    def _unsent(self, directory: Path, runtime: RuntimeConfig) -> Artifact | None:
+        """What was built here whole and never reached the remote store is sent there now."""
+        if runtime.remote and directory.exists() and (built := self._open(directory)):
+            return self._send(built, runtime)
+        return None
+
+    def _send(self, built: Artifact, runtime: RuntimeConfig) -> Artifact:
+        if not runtime.remote:
+            return built
+        uri, manifest = self._uri(built.path, runtime), built.manifest
+        push(built.path, manifest, uri, _folder(manifest))
+        return built.model_copy(update={"remote": uri})
 
     def _manifest(
         self, config: C, inputs: Inputs, out: Path, result: StageResult, started: float
@@ -416,6 +612,33 @@ class Stage(Generic[C]):
             peak_memory_bytes=peak_memory_bytes(),
             versions=_library_versions(),
         )
+
+
+def _trim(runtime: RuntimeConfig) -> None:
+    """Keep the local side of a remote store within its bound."""
+
+    def in_store(directory: Path) -> bool:
+        here = read_manifest(directory)
+        told = read_remote(f"{runtime.remote}/{directory.parent.name}/{directory.name}")
+        return told is not None and told.content_digest == here.content_digest
+
+    try:
+        cache.trim(runtime.local_store, int(runtime.cache_gb * 1e9), in_store)
+    except ArtifactError as error:  # what was made is made
+        log.warning("the cache %s is not trimmed: %s", runtime.local_store, error)
+
+
+def _all(inputs: Inputs) -> Iterator[Artifact]:
+    return itertools.chain.from_iterable(inputs.values())
+
+
+def _here(artifact: Artifact, runtime: RuntimeConfig) -> Artifact:
+    """The handle as this machine has it: another one may keep its cache elsewhere."""
+    if not artifact.remote:
+        return artifact
+    own = runtime.model_copy(update={"store": artifact.remote.rsplit("/", 2)[0]})
+    path = own.local_store / artifact.stage / artifact.path.name
+    return artifact.model_copy(update={"path": path})
 
 
 def _damaged(directory: Path) -> list[Path]:
@@ -472,7 +695,10 @@ def run_in_child(
                 {
                     "entry": entry,
                     "config": config.model_dump(mode="json"),
-                    "inputs": {n: [str(a.path) for a in arts] for n, arts in inputs.items()},
+                    "inputs": {
+                        name: [artifact.model_dump(mode="json") for artifact in artifacts]
+                        for name, artifacts in inputs.items()
+                    },
                     "runtime": runtime.model_dump(mode="json"),
                     "site_url": site_url,
                     "answer": str(answer),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from diffagent.dabench.cli import app as dabench_app
+from diffagent.dabench.cli import artifact_path
 from diffagent.options import ConfigFile, Overrides, Reconcile, Refresh, Verbose, parse_overrides
 from diffagent.render.cli import add_commands
 from diffagent.render.models_cli import app as models_app
@@ -41,7 +42,9 @@ STAGES = {
 }
 
 
-ArtifactDir = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of an artefact.")]
+ArtifactDir = Annotated[
+    str, typer.Argument(metavar="DIR", help="Directory of an artefact, or its URI in a store.")
+]
 
 app = typer.Typer(
     name="diffagent",
@@ -88,7 +91,7 @@ def _run(
         state = "built"
         if unchanged:
             state = "nothing new" if refresh and node.key == "crawl" else "cached"
-        typer.echo(f"{node.key:<16} {state:<12} {artifact.path}")
+        typer.echo(f"{node.key:<16} {state:<12} {artifact.location}")
 
     overrides = parse_overrides(settings)
     if reconcile:
@@ -127,7 +130,7 @@ def run(
 ) -> None:
     """Run everything from the crawl to the report."""
     done = _run(config, settings, None, refresh, reconcile)
-    typer.echo(f"\ndata set: {done['shard'].path}\nagent:    {done['rrhf'].path}")
+    typer.echo(f"\ndata set: {done['shard'].location}\nagent:    {done['rrhf'].location}")
     _show_report(done)
 
 
@@ -145,10 +148,20 @@ def select(
     ],
     *,
     agent: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="An agent, as sft or rrhf makes it.")
+        Path | None,
+        typer.Option(
+            parser=artifact_path,
+            metavar="DIR",
+            help="An agent, as sft or rrhf makes it, or its URI.",
+        ),
     ] = None,
     dabench: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Without an agent: a DABench to learn from.")
+        Path | None,
+        typer.Option(
+            parser=artifact_path,
+            metavar="DIR",
+            help="Without an agent: a DABench to learn from, or its URI.",
+        ),
     ] = None,
     selector: Annotated[
         str, typer.Option(help="With --dabench: what is fitted on it, once.")
@@ -157,8 +170,8 @@ def select(
         str, typer.Option(help="With --dabench: sentence encoder, e.g. 'minilm'; '' for none.")
     ] = "",
     store: Annotated[
-        Path, typer.Option(metavar="DIR", help="With --dabench: where what was fitted is kept.")
-    ] = Path("store"),
+        str, typer.Option(metavar="DIR", help="With --dabench: where what was fitted is kept.")
+    ] = "store",
     n: Annotated[
         int, typer.Option("-n", "--n", min=1, max=32, help="Different APIs, likeliest first.")
     ] = 1,
@@ -258,8 +271,10 @@ def verify_artifact(directory: ArtifactDir, verbose: Verbose = 0) -> None:
     from diffagent import artifacts
 
     artifact = artifacts.open_artifact(directory)
-    artifacts.verify_artifact(artifact)
-    typer.echo(f"{artifact.path}: all {len(artifact.manifest.files)} files are as they were made")
+    artifacts.verify_artifact(artifact, stored="://" in directory)
+    typer.echo(
+        f"{artifact.location}: all {len(artifact.manifest.files)} files are as they were made"
+    )
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from diffagent.artifacts import Artifact, open_artifact
+from diffagent.artifacts import Artifact, find_in_store, open_artifact
 from diffagent.errors import ArtifactError
 from schemas.manifest import InputRef
 
@@ -17,6 +17,11 @@ def find_parent(artifact: Artifact, parent: InputRef) -> Artifact | None:
     # A refresh that finds news sets the old artefact aside as IDENTITY.CONTENT.
     for directory in (stage / name, stage / f"{name}.{parent.content_digest[:8]}"):
         found = _open(directory)
+        if found and found.content_digest == parent.content_digest:
+            return found
+    if artifact.remote:
+        uri = f"{artifact.remote.rsplit('/', 2)[0]}/{parent.stage}/{name}"
+        found = find_in_store(stage / name, uri)
         if found and found.content_digest == parent.content_digest:
             return found
     return None

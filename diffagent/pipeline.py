@@ -17,14 +17,21 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel
 
 from diffagent.artifacts import Artifact, Inputs, Progress, Stage, run_in_child
 from diffagent.errors import ConfigError
-from schemas.config import PipelineConfig, RuntimeConfig, SampleShard, SelectConfig, Selector
+from schemas.config import (
+    EvaluationConfig,
+    PartConfig,
+    PipelineConfig,
+    RuntimeConfig,
+    SampleShard,
+    SelectConfig,
+    Selector,
+)
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +54,7 @@ class Node:
     heavy: bool = False  # runs in a process of its own, which gives its memory back
     queue: Literal["cpu", "gpu"] = "cpu"
     site: bool = False  # talks to the Civitai API
+    spread: bool = False  # one of many alike, which any machine with the store can make
 
     @property
     def parents(self) -> tuple[str, ...]:
@@ -60,6 +68,7 @@ def plan(config: PipelineConfig) -> dict[str, Node]:
     Keys: ``crawl``, ``filter``, ``shard``, ``sft``, ``sample-0`` ... , ``render-0`` ... ,
     ``score-0`` ... , ``rrhf``, then ``select-NAME``, ``render-NAME``, ``score-NAME`` and, with
     held-out judges, ``judge-NAME`` for each selector of ``config.evaluation``, and ``evaluate``.
+    With shards of the evaluation they are ``part-NAME-0``, ``render-NAME-0``, ``score-NAME-0`` ... .
     """
     nodes = [*_dataset_nodes(config), *_training_nodes(config), *_evaluation_nodes(config)]
     return {node.key: node for node in nodes}
@@ -106,6 +115,7 @@ def _training_nodes(config: PipelineConfig) -> Iterator[Node]:
             "train-rrhf",
             heavy=True,
             queue="gpu",
+            spread=True,
         )
         yield from _judge(config, f"sample-{i}", str(i), "train-rrhf")
     yield Node(
@@ -140,11 +150,24 @@ def _evaluation_nodes(config: PipelineConfig) -> Iterator[Node]:
             group,
             heavy=True,
             queue="gpu" if agent else "cpu",
+            spread=True,
         )
-        yield from _judge(config, f"select-{name}", name, group)
-        if config.judges.judges:
-            yield _held_out(config, name, group)
-    judged = {"judgements": tuple(f"judge-{name}" for name in evaluation.selectors)}
+        for shard, part in enumerate(_parts(evaluation, name)):
+            candidates = f"select-{name}"
+            if part != name:
+                candidates = f"part-{part}"
+                yield Node(
+                    candidates,
+                    "diffagent.render.part:part",
+                    PartConfig(num_parts=evaluation.num_shards, part=shard),
+                    {"candidates": (f"select-{name}",)},
+                    group,
+                )
+            yield from _judge(config, candidates, part, group)
+            if config.judges.judges:
+                yield _held_out(config, part, group)
+    parts = [part for name in evaluation.selectors for part in _parts(evaluation, name)]
+    judged = {"judgements": tuple(f"judge-{part}" for part in parts)}
     yield Node(
         "evaluate",
         "diffagent.evaluation.report:evaluate",
@@ -152,13 +175,20 @@ def _evaluation_nodes(config: PipelineConfig) -> Iterator[Node]:
         {
             "dabench": ("shard",),
             "candidates": tuple(f"select-{name}" for name in evaluation.selectors),
-            "renders": tuple(f"render-{name}" for name in evaluation.selectors),
-            "scores": tuple(f"score-{name}" for name in evaluation.selectors),
+            "renders": tuple(f"render-{part}" for part in parts),
+            "scores": tuple(f"score-{part}" for part in parts),
             **(judged if config.judges.judges else {}),
         },
         group,
         heavy=True,
     )
+
+
+def _parts(evaluation: EvaluationConfig, selector: str) -> list[str]:
+    """Names of the parts of a selector's answers; there is one unless it is sharded."""
+    if evaluation.num_shards == 1:
+        return [selector]
+    return [f"{selector}-{shard}" for shard in range(evaluation.num_shards)]
 
 
 def _judge(config: PipelineConfig, candidates: str, name: str, group: Group) -> Iterator[Node]:
@@ -172,6 +202,7 @@ def _judge(config: PipelineConfig, candidates: str, name: str, group: Group) -> 
         heavy=True,
         queue="gpu",
         site=True,
+        spread=True,
     )
     yield Node(
         f"score-{name}",
@@ -181,6 +212,7 @@ def _judge(config: PipelineConfig, candidates: str, name: str, group: Group) -> 
         group,
         heavy=True,
         queue="gpu",
+        spread=True,
     )
 
 
@@ -325,6 +357,6 @@ def open_site(config: PipelineConfig) -> contextlib.AbstractContextManager[str]:
     site: contextlib.AbstractContextManager[str] = embedded_site(
         config.crawl.site,
         config.runtime.faults,
-        Path(config.runtime.store, "local-files.json"),
+        config.runtime.local_store / "local-files.json",
     )
     return site

@@ -1,6 +1,6 @@
 """``python -m diffagent.run_stage RUN.json``: one stage in a process of its own.
 
-RUN.json is what ``diffagent.artifacts.run_in_child`` writes: entry, config, inputs (paths),
+RUN.json is what ``diffagent.artifacts.run_in_child`` writes: entry, config, inputs (handles),
 runtime, site_url, the file that gets the handle of the finished artefact, and the process to
 end with (absent by hand).
 """
@@ -16,8 +16,9 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
-from diffagent.artifacts import EXPECTED_FAILURE, Stage, open_artifact
+from diffagent.artifacts import EXPECTED_FAILURE, Artifact, Stage, open_artifact
 from diffagent.errors import DiffAgentError
 from schemas.config import RuntimeConfig
 
@@ -33,7 +34,10 @@ def main(request: str) -> int:
     try:
         artifact = stage.run(
             stage.config_type.model_validate(run["config"]),
-            {name: [open_artifact(p) for p in paths] for name, paths in run["inputs"].items()},
+            {
+                name: [_open(handle) for handle in handles]
+                for name, handles in run["inputs"].items()
+            },
             RuntimeConfig.model_validate(run["runtime"]),
             site_url=run["site_url"],
         )
@@ -45,6 +49,12 @@ def main(request: str) -> int:
     return 0
 
 
+def _open(handle: dict[str, Any]) -> Artifact:
+    """The input that a handle stands for; what is on this disk is checked by size."""
+    artifact = Artifact.model_validate(handle)
+    return artifact if artifact.remote else open_artifact(artifact.path)
+
+
 def _end_with(parent: int) -> None:
     """End this process when the one that wants its answer is gone (killed, cancelled)."""
     while os.getppid() == parent:
@@ -54,4 +64,5 @@ def _end_with(parent: int) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where it found what
     sys.exit(main(sys.argv[1]))

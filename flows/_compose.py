@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
 
 from prefect import get_run_logger
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.futures import PrefectFuture, as_completed
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from diffagent import pipeline
 from diffagent.artifacts import Artifact
-from diffagent.errors import ArtifactError
+from diffagent.errors import ArtifactError, ConfigError
 from diffagent.pipeline import Group, Node, find_cached, open_site
-from schemas.config import PipelineConfig, load_config
+from schemas.config import PipelineConfig, RuntimeConfig, load_config
 
 
 def configure(config: str, overrides: Mapping[str, Any] | None) -> PipelineConfig:
-    """The run's configuration from the flow's parameters."""
-    return load_config(config, dict(overrides or {}))
+    """The run's configuration from the flow's parameters; other processes find its store."""
+    settings = load_config(config, dict(overrides or {}))
+    runtime = settings.runtime
+    if runtime.runner == "threads" or runtime.remote:
+        return settings
+    absolute = runtime.model_copy(update={"store": str(Path(runtime.store).resolve())})
+    return settings.model_copy(update={"runtime": absolute})
 
 
 def run_group(
@@ -37,10 +44,11 @@ def run_group(
     mine = {key: node for key, node in nodes.items() if node.group == group}
     found = find_cached(nodes, config)
     done = {key: found[key] for key in _needed(nodes, mine, found)}
+    spread = config.runtime.runner != "threads" and any(node.spread for node in mine.values())
     talks = any(node.site and (refresh or key not in found) for key, node in mine.items())
     with (
-        open_site(config) if talks else contextlib.nullcontext("") as site_url,
-        ThreadPoolTaskRunner[Artifact](max_workers=config.runtime.workers) as runner,
+        open_site(config) if talks and not spread else contextlib.nullcontext("") as site_url,
+        _runner(config.runtime, len(mine), spread=spread) as runner,
     ):
         futures: dict[str, PrefectFuture[Artifact]] = {}
         for key in sorted(mine, key=lambda k: _depth(mine, k)):
@@ -58,9 +66,50 @@ def run_group(
             step = _task(key).with_options(
                 tags=[node.queue], refresh_cache=refresh and key == "crawl"
             )
-            futures[key] = runner.submit(step, parameters=parameters)
+            with _resources(node, config.runtime):
+                futures[key] = runner.submit(step, parameters=parameters)
         _wait(group, futures)
     return done | {key: future.result() for key, future in futures.items()}
+
+
+def run_one(config: PipelineConfig, key: str) -> Artifact:
+    """Run the node ``key`` as a task of the current flow; what it reads must be in the store.
+
+    Raises:
+        ArtifactError: something that it reads is not in the store.
+    """
+    nodes = pipeline.plan(config)
+    found = find_cached(pipeline.upstream(nodes, nodes[key].parents), config)
+    _needed(nodes, {key: nodes[key]}, found)
+    artifact: Artifact = _task(key)(
+        key=key, config=config, inputs=pipeline.node_inputs(nodes[key], found)
+    )
+    return artifact
+
+
+def _runner(runtime: RuntimeConfig, nodes: int, *, spread: bool) -> TaskRunner[Any]:
+    """What runs the tasks of a group: threads, which may wait for Prefect workers, or Ray."""
+    if not spread or runtime.runner == "workers":
+        return ThreadPoolTaskRunner[Artifact](max_workers=nodes if spread else runtime.workers)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        from prefect_ray import RayTaskRunner
+    except ImportError:
+        raise ConfigError(
+            "runtime.runner: ray needs the extra: pip install 'diffagent[ray]'"
+        ) from None
+    runner: TaskRunner[Any] = RayTaskRunner()
+    return runner
+
+
+def _resources(node: Node, runtime: RuntimeConfig) -> contextlib.AbstractContextManager[Any]:
+    """What Ray reserves for a node."""
+    if runtime.runner != "ray" or node.queue != "gpu" or not runtime.ray_gpus:
+        return contextlib.nullcontext()
+    from prefect_ray.context import remote_options
+
+    options: contextlib.AbstractContextManager[Any] = remote_options(num_gpus=runtime.ray_gpus)
+    return options
 
 
 def _needed(

@@ -28,5 +28,5 @@ def build_dabench(
     known = locate(settings, ["shard"]).get("shard")
     dabench = run_group(settings, "build-dabench", refresh=refresh)["shard"]
     if known and known.content_digest == dabench.content_digest:
-        return Completed(message=f"Nothing new: {dabench.path} stays.")
-    return Completed(message=f"DABench is in {dabench.path}.")
+        return Completed(message=f"Nothing new: {dabench.location} stays.")
+    return Completed(message=f"DABench is in {dabench.location}.")

@@ -36,18 +36,18 @@ def run_pipeline(
     return Completed(message="Every stage is done.")
 
 
-def main(config: str, store: str = "store") -> None:
-    """Run the whole pipeline and say where its results are."""
-    overrides = {"runtime.store": store}
+def main(config: str, store: str | None = None) -> None:
+    """Run the whole pipeline (``store``: instead of the config's) and say where its results are."""
+    overrides = {"runtime.store": store} if store else {}
     run_pipeline(config, overrides)
     settings = configure(config, overrides)
     found = locate(settings, ("shard", "rrhf", "evaluate"))
     typer.echo(
-        f"\nDataset  {found['shard'].path}\n"
-        f"Agent    {found['rrhf'].path}\n"
+        f"\nDataset  {found['shard'].location}\n"
+        f"Agent    {found['rrhf'].location}\n"
         f"Report   {found['evaluate'].file('report.html')}\n"
         "\nThe runs, stage by stage: make serve-dashboard, then http://127.0.0.1:4200\n"
-        f'Ask the agent: diffagent select "a red star" --agent {found["rrhf"].path}'
+        f'Ask the agent: diffagent select "a red star" --agent {found["rrhf"].location}'
     )
 
 

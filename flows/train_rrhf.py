@@ -23,4 +23,4 @@ def train_rrhf(
     """
     settings = configure(config, overrides)
     agent = run_group(settings, "train-rrhf")["rrhf"]
-    return Completed(message=f"The agent is in {agent.path}.")
+    return Completed(message=f"The agent is in {agent.location}.")

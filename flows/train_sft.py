@@ -23,4 +23,4 @@ def train_sft(
     """
     settings = configure(config, overrides)
     agent = run_group(settings, "train-sft")["sft"]
-    return Completed(message=f"The agent is in {agent.path}.")
+    return Completed(message=f"The agent is in {agent.location}.")

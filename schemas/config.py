@@ -6,12 +6,22 @@ A section is the configuration of one stage and part of that stage's identity.
 
 from __future__ import annotations
 
+import hashlib
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 
 class _Section(BaseModel):
@@ -209,7 +219,12 @@ class SamplingConfig(_Section):
     """Candidates for RRHF."""
 
     num_prompts: int = Field(default=1000, ge=1, description="prompts of the train split")
-    num_shards: int = Field(default=8, ge=1)
+    num_shards: int = Field(
+        default=8,
+        ge=1,
+        description="parts of the prompts; each is sampled, rendered and scored by itself, best 30 "
+        "s of work or more",
+    )
     num_candidates: int = Field(default=4, ge=2, le=32, description="k, besides the DABench API")
     temperature: float = Field(default=0.8, gt=0)
     top_p: float = Field(default=0.95, gt=0, le=1)
@@ -284,6 +299,13 @@ _DTYPE: Any = Field(
     default="float32",
     description="of matrix products (autocast); scores differ in the third or fourth digit",
 )
+
+
+class PartConfig(_Section):
+    """One part of a table of candidates: what the stage ``part`` takes."""
+
+    num_parts: int = Field(ge=1)
+    part: int = Field(ge=0, description="0 .. num_parts - 1")
 
 
 class ScorerConfig(_Section):
@@ -430,20 +452,45 @@ class EvaluationConfig(_Section):
     max_new_tokens: int = Field(default=256, ge=8)
     decoding: Decoding = Field(default="unconstrained", description="as in SelectConfig")
     encoder: str = Field(default="", description="as in SelectConfig")
+    num_shards: int = Field(
+        default=1,
+        ge=1,
+        description="parts that each selector's answers are rendered and scored in; best 30 s of "
+        "work or more each",
+    )
     bootstrap_samples: int = Field(default=2000, ge=100)
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     report_prompts: int = Field(default=12, ge=0, description="prompts shown with pictures")
     seed: int = Field(default=0, ge=0)
 
+    @model_validator(mode="after")
+    def _check_shards(self) -> Self:
+        if self.num_shards > self.num_prompts:
+            raise ValueError(f"{self.num_shards} num_shards are more than num_prompts")
+        return self
+
 
 class RuntimeConfig(_Section):
     """How stages run on this machine; never part of an identity."""
 
-    store: str = Field(default="store", description="directory of artefacts")
-    mirror: str | None = Field(
-        default=None, description="fsspec URI that finished artefacts are shared through"
+    store: str = Field(
+        default="store",
+        description="directory of artefacts, or an fsspec URI (s3://BUCKET/PREFIX); credentials "
+        "and the endpoint are the environment's (AWS_*)",
     )
-    models: str | None = Field(default=None, description="cache of model files; STORE/models")
+    cache: str | None = Field(
+        default=None,
+        description="of a store that is a URI: directory where its artefacts are built and read; "
+        "$DIFFAGENT_CACHE or ~/.cache/diffagent",
+    )
+    cache_gb: float = Field(
+        default=100,
+        gt=0,
+        description="GB of finished artefacts kept there; what was not used for longest goes first",
+    )
+    models: str | None = Field(
+        default=None, description="cache of model files; 'models' in the store or in its cache"
+    )
     models_max_gb: float | None = Field(
         default=None,
         gt=0,
@@ -460,6 +507,19 @@ class RuntimeConfig(_Section):
     )
     device: str = Field(default="auto", description="'auto', 'cpu', 'cuda', 'cuda:1', 'mps'")
     workers: int = Field(default=2, ge=1, description="concurrent tasks of a flow")
+    runner: Literal["threads", "ray", "workers"] = Field(
+        default="threads",
+        description="where a flow's samples, answers, renders and scores are made: in its own "
+        "process, on Ray (extra ray; RAY_ADDRESS), or by Prefect workers (deployment run-stage)",
+    )
+    ray_gpus: float = Field(
+        default=0, ge=0, description="GPUs that Ray reserves for a task that loads a network"
+    )
+    lost_after_seconds: float = Field(
+        default=60,
+        gt=0,
+        description="a Prefect worker that was not heard of for so long has lost its stage",
+    )
     requests_per_second: float | None = Field(
         default=None, gt=0, description="to the site; default 1, unlimited to a loopback address"
     )
@@ -504,12 +564,33 @@ class RuntimeConfig(_Section):
     @property
     def models_directory(self) -> Path:
         """Where the cache of model files is."""
-        return Path(self.models) if self.models else Path(self.store, "models")
+        return Path(self.models) if self.models else self.local_store / "models"
 
     @property
     def models_max_bytes(self) -> int | None:
         """The limit of that cache."""
         return None if self.models_max_gb is None else round(self.models_max_gb * 1e9)
+
+    @field_validator("store")
+    @classmethod
+    def _check_store(cls, store: str) -> str:
+        if "://" in store and ("@" in store or "?" in store):
+            raise ValueError("credentials and options of a store come from the environment alone")
+        return store
+
+    @property
+    def remote(self) -> str | None:
+        """The store's URI; None when it is a directory."""
+        return self.store.rstrip("/") if "://" in self.store else None
+
+    @property
+    def local_store(self) -> Path:
+        """Where artefacts are built and read: the store itself, or the cache of a remote one."""
+        if self.remote is None:
+            return Path(self.store)
+        cache = self.cache or os.environ.get("DIFFAGENT_CACHE") or "~/.cache/diffagent"
+        name = hashlib.sha256(self.remote.encode()).hexdigest()[:16]
+        return Path(cache).expanduser() / name
 
 
 class PipelineConfig(_Section):
@@ -534,6 +615,11 @@ class PipelineConfig(_Section):
         if self.rewards.unify == "zscore" and not self.rewards.reference:
             raise ValueError("rewards.reference is needed for unify: zscore")
         return self
+
+
+def _told(value: Any) -> str:
+    """A value for a message: the start of it, without what a URI has of credentials."""
+    return f"{re.sub('//[^/]*@', '//***@', repr(value)):.60}"
 
 
 class ConfigFileError(ValueError):
@@ -577,7 +663,7 @@ def configure(
         return PipelineConfig.model_validate(data)
     except ValidationError as error:
         problems = [
-            f"  {'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']} (got {e['input']!r:.60})"
+            f"  {'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']} (got {_told(e['input'])})"
             for e in error.errors()
         ]
         raise ConfigFileError(

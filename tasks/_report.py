@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from prefect.artifacts import (
@@ -23,7 +22,9 @@ STORE_URL = os.environ.get("DIFFAGENT_STORE_URL", "http://127.0.0.1:4201")
 def report_artifact(key: str, artifact: Artifact) -> None:
     """Show what a task made: a summary, and a table for each drop funnel."""
     manifest = artifact.manifest
-    create_markdown_artifact(summary_markdown(key, artifact.path, manifest), key=f"{key}-summary")
+    create_markdown_artifact(
+        summary_markdown(key, artifact.location, manifest), key=f"{key}-summary"
+    )
     for funnel in manifest.funnels:
         create_table_artifact(
             funnel_rows(funnel),
@@ -32,11 +33,11 @@ def report_artifact(key: str, artifact: Artifact) -> None:
         )
 
 
-def summary_markdown(key: str, path: Path, manifest: Manifest) -> str:
+def summary_markdown(key: str, location: str, manifest: Manifest) -> str:
     """One artefact on one screen: what it is, how big, how long it took."""
     size = sum(entry.size for entry in manifest.files)
     rows = [
-        ("artefact", f"`{path}`"),
+        ("artefact", f"`{location}`"),
         ("identity", f"`{manifest.identity[:16]}`"),
         ("content", f"`{manifest.content_digest[:16]}`"),
         ("files", f"{len(manifest.files)} ({size / 1e6:,.1f} MB)"),

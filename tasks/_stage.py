@@ -7,9 +7,9 @@ artefact on disk decides, and a record whose artefact is gone or changed is drop
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,10 +24,11 @@ from prefect.filesystems import LocalFileSystem
 from prefect.tasks import exponential_backoff
 
 from diffagent import pipeline
-from diffagent.artifacts import Artifact
-from diffagent.pipeline import Node, load_stage, run_node
+from diffagent.artifacts import Artifact, Inputs
+from diffagent.pipeline import Node, load_stage, open_site, run_node
 from schemas.config import PipelineConfig
 from tasks._report import report_artifact
+from tasks._workers import run_on_worker
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ class ArtifactPolicy(CachePolicy):
         config: PipelineConfig = inputs["config"]
         node = pipeline.plan(config)[inputs["key"]]
         stage = load_stage(node)
-        store = hashlib.sha256(str(Path(config.runtime.store).resolve()).encode()).hexdigest()[:8]
+        place = config.runtime.remote or str(Path(config.runtime.store).resolve())
+        store = hashlib.sha256(place.encode()).hexdigest()[:8]
         identity = stage.identity(node.config, inputs["inputs"])
         key = f"{task_ctx.task.name}-{store}-{identity}"
         artifact = stage.cached(node.config, inputs["inputs"], config.runtime)
@@ -119,20 +121,36 @@ def stage_task(name: str) -> Task[..., Artifact]:
     def run(
         key: str,
         config: PipelineConfig,
-        inputs: Mapping[str, Sequence[Artifact]],
+        inputs: Inputs,
         site_url: str = "",
         refresh: bool = False,
     ) -> Artifact:
         node: Node = pipeline.plan(config)[key]
-        artifact = run_node(
-            node,
-            inputs,
-            config.runtime,
-            site_url=site_url,
-            refresh=refresh,
-            progress=DashboardProgress(key),
-        )
+        if node.spread and config.runtime.runner == "workers":
+            return run_on_worker(node, config, inputs)
+        with site_of(node, config, inputs, site_url) as url:
+            artifact = run_node(
+                node,
+                inputs,
+                config.runtime,
+                site_url=url,
+                refresh=refresh,
+                progress=DashboardProgress(key),
+            )
         report_artifact(key, artifact)
         return artifact
 
     return run
+
+
+def site_of(
+    node: Node, config: PipelineConfig, inputs: Inputs, site_url: str
+) -> contextlib.AbstractContextManager[str]:
+    """The address of the site for a node; where the flow has opened none for it, one is opened.
+
+    A task on another machine cannot reach the server that a flow embeds.
+    """
+    open_already = site_url or not node.site
+    if open_already or load_stage(node).cached(node.config, inputs, config.runtime):
+        return contextlib.nullcontext(site_url)
+    return open_site(config)

@@ -15,7 +15,7 @@ def open_selector(
     name: str,
     *,
     encoder: str,
-    store: Path,
+    store: str,
     device: str,
     int8: bool = False,
     **options: Any,
@@ -27,7 +27,7 @@ def open_selector(
         dabench: directory of a DABench to fit ``name`` on, once: what was fitted is kept.
         name: of a fitted selector.
         encoder: sentence encoder of a fitted selector, '' for none.
-        store: where what was fitted is kept.
+        store: where what was fitted is kept, a directory or a URI.
         device: 'auto', 'cpu', 'cuda', 'mps'.
         int8: an agent's weights in 8 bits.
         options: of ``diffagent.agent.llm_selector.LLM``.
@@ -49,6 +49,6 @@ def open_selector(
         raise ConfigError("select needs --agent DIR, or --dabench DIR to learn from")
     for known in FITTED:
         if known == name:
-            runtime = RuntimeConfig(store=str(store), device=device)
+            runtime = RuntimeConfig(store=store, device=device)
             return fitted_selector(known, open_artifact(dabench), runtime, encoder)
     raise ConfigError(f"--selector: {name!r} is none of {', '.join(FITTED)}")

@@ -95,7 +95,7 @@ def fitted_selector(
     """A fitted selector of a DABench, from the store when it was fitted before."""
     fit_config = FitConfig(selector=name, encoder=resolve_encoder(encoder, name), seed=seed)
     artifact = fit_selector.run(fit_config, {"dabench": [dabench]}, runtime)
-    return load_selector(artifact.path, runtime.device)
+    return load_selector(artifact.local(), runtime.device)
 
 
 def latency(selector: Selector, prompts: Sequence[str]) -> dict[str, float]:

@@ -13,7 +13,16 @@ app = typer.Typer(
 )
 
 _HELP = "Directory of a 'shard' artefact, or of an export."
-Directory = Annotated[Path, typer.Argument(metavar="DIR", help=_HELP)]
+
+
+def artifact_path(text: str | Path) -> Path:
+    """Parses DIR: a directory, or the URI of an artefact in a store, which is brought here."""
+    from diffagent.artifacts import artifact_directory
+
+    return artifact_directory(str(text))
+
+
+Directory = Annotated[Path, typer.Argument(parser=artifact_path, metavar="DIR", help=_HELP)]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -41,8 +50,12 @@ def inspect(
 
 @app.command()
 def diff(
-    a: Annotated[Path, typer.Argument(metavar="A", help=f"The older one. {_HELP}")],
-    b: Annotated[Path, typer.Argument(metavar="B", help=f"The newer one. {_HELP}")],
+    a: Annotated[
+        Path, typer.Argument(parser=artifact_path, metavar="A", help=f"The older one. {_HELP}")
+    ],
+    b: Annotated[
+        Path, typer.Argument(parser=artifact_path, metavar="B", help=f"The newer one. {_HELP}")
+    ],
     examples: Annotated[int, typer.Option(min=0, help="How many of a kind to name.")] = 5,
     as_json: AsJSON = False,
 ) -> None:

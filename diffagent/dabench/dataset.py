@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffagent.artifacts import MANIFEST, Artifact, read_manifest
+from diffagent.cache import remote_of
 from diffagent.dabench.pairs import from_pair, read_pairs
 from diffagent.dabench.splits import SPLITS, Split
 from diffagent.dabench.tables import read_batches
@@ -93,6 +94,7 @@ class Dataset:
             identity=self.manifest.identity,
             content_digest=self.manifest.content_digest,
             path=self.path,
+            remote=remote_of(self.path),
         )
 
     @cached_property

@@ -62,10 +62,10 @@ _SHOWN_PIXELS = 384
 def evaluate(config: EvaluationConfig, context: StageContext) -> StageResult:
     """Compare selectors on the same held-out prompts.
 
-    Inputs are ``dabench`` and, one a selector in the order of ``config.selectors``,
-    ``candidates``, ``renders``, ``scores`` and, where held-out judges were asked, ``judgements``.
-    Writes metrics.json (every number with its n and
-    interval), table.parquet (EVALUATION) and report.html. Latencies are in the manifest's
+    Inputs are ``dabench``, ``candidates``, one a selector in the order of ``config.selectors``,
+    and of their parts the ``renders``, ``scores`` and, where held-out judges were asked,
+    ``judgements``. Writes metrics.json (every number with its n and interval), table.parquet
+    (EVALUATION) and report.html. Latencies are in the manifest's
     metrics and in the report only: the content digest is that of the other two files, so the
     same answers give the same artefact however long they took.
 
@@ -245,7 +245,8 @@ def _shown_prompts(
     """Prompts drawn at random (so not chosen for their looks), each with every answer."""
     ids = sorted(set(read.candidates["prompt_id"]))
     chosen = sorted(random.Random(config.seed).sample(ids, min(config.report_prompts, len(ids))))
-    folders = dict(zip(config.selectors, context.many("renders"), strict=True))
+    renders, each = context.many("renders"), config.num_shards
+    folders = {n: renders[i * each : (i + 1) * each] for i, n in enumerate(config.selectors)}
     answers = _by_key(read.candidates, chosen)
     first = read.renders.sort("seed").unique(["source", "prompt_id"], keep="first")
     pictures = _by_key(first, chosen)
@@ -281,7 +282,7 @@ def _answer(
     candidate: Mapping[str, Any],
     render: Mapping[str, Any],
     unified: float | None,
-    folder: Artifact,
+    folders: Sequence[Artifact],
 ) -> Answer:
     if candidate["status"] != "valid":
         return Answer(
@@ -293,7 +294,9 @@ def _answer(
         )
     picture = problem = ""
     if render["status"] == "ok":
-        picture = picture_uri(folder.file(f"images/{render['recipe']}.png"))
+        name = f"images/{render['recipe']}.png"
+        folder = next((a for a in folders if (a.path / name).exists()), folders[0])
+        picture = picture_uri(folder.file(name))
     else:
         problem = f"render {render['status']}: {render['reason'] or 'unknown'}"
     return _describe_api(

@@ -53,7 +53,7 @@ OptionalConfig = Annotated[
 ]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="Gets index.html and the pictures.")]
 Store = Annotated[
-    Path | None,
+    str | None,
     typer.Option(metavar="DIR", help="Keeps what was drawn and scored; default runtime.store."),
 ]
 Device = Annotated[str | None, typer.Option(help="'auto', 'cpu', 'cuda', 'mps'")]
@@ -162,7 +162,7 @@ def add_commands(app: typer.Typer, run_stage: RunStage) -> None:
             "render.backend": backend and backend.value,
             "runtime.render_url": url,
             "runtime.device": device,
-            "runtime.store": store and str(store),
+            "runtime.store": store,
             "runtime.model_folders": [str(folder) for folder in models] if models else None,
         }
         run = _config(config, settings, changes)
@@ -221,7 +221,7 @@ def add_commands(app: typer.Typer, run_stage: RunStage) -> None:
                 )
             run_stage(config, settings, "score", refresh, reconcile)
             return
-        changes = {"runtime.device": device, "runtime.store": store and str(store)}
+        changes = {"runtime.device": device, "runtime.store": store}
         _score_files(pictures, prompt, _config(config, settings, changes), out)
 
 
@@ -305,7 +305,7 @@ def _selected(
         dabench,
         name,
         encoder=encoder,
-        store=Path(run.runtime.store),
+        store=run.runtime.store,
         device=run.runtime.device,
     )
     return selected_rows(lines, found, "agent" if agent else name, n)

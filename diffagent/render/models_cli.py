@@ -243,7 +243,7 @@ def _open_store(
     runtime = _runtime(config, models, folders, limit_gb)
     site = site or (load_config(config).crawl if config else CrawlConfig()).site
     with (
-        embedded_site(site, cache=Path(runtime.store, "local-files.json")) as url,
+        embedded_site(site, cache=runtime.local_store / "local-files.json") as url,
         client_for(url, runtime.requests_per_second) as client,
         ModelStore.of(runtime, client) as store,
     ):

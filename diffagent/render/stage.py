@@ -112,7 +112,7 @@ def render(config: RenderConfig, context: StageContext) -> StageResult:
         ModelStore.of(context.runtime, client) as store,
         contextlib.closing(open_renderer(config, context.runtime, store.local)) as renderer,
     ):
-        cache = PictureCache(Path(context.runtime.store, "pictures"), renderer)
+        cache = PictureCache(context.runtime.local_store / "pictures", renderer)
         album = Album(by_hash(catalogue), store, cache, context.out / "images")
         failed = album.fill(wanted.values(), renderer)
         backend = f"{renderer.name} {renderer.version}"

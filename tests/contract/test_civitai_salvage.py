@@ -137,10 +137,11 @@ def test_damage_is_set_aside_again_and_again(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("crawl/*.damaged-*"))) == 3
 
 
-def test_a_mirror_is_asked_first(tmp_path: Path) -> None:
-    world, mirror = World(models=20, images=20), (tmp_path / "mirror").as_uri()
-    first = run(world, tmp_path / "store", mirror=mirror)
+def test_a_remote_store_is_asked_first(tmp_path: Path) -> None:
+    world, store = World(models=20, images=20), (tmp_path / "store").as_uri()
+    first = run(world, store, cache=str(tmp_path / "cache"))
     flip(IMAGES)(first.path)
-    assert run(world, tmp_path / "store", mirror=mirror) == first, "nothing new, nothing lost"
+    again = run(world, store, cache=str(tmp_path / "cache"))
+    assert again == first, "nothing new, nothing lost"
     assert first.path.with_name(f"{first.path.name}.damaged-1").is_dir()
     verify_artifact(first)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
+from diffagent import cache
 from diffagent.artifacts import (
     Artifact,
     StageContext,
@@ -28,7 +31,8 @@ from diffagent.artifacts import (
     verify_artifact,
 )
 from diffagent.errors import ArtifactError, ServerError, TrainingError
-from schemas.config import RuntimeConfig
+from diffagent.lineage import lineage_lines
+from schemas.config import ConfigFileError, RuntimeConfig, load_config
 from schemas.manifest import Funnel, FunnelStep
 from tests.conftest import file_size_limit
 
@@ -153,7 +157,7 @@ def test_kill_9_then_the_same_command(tmp_path: Path, kill_after: int) -> None:
     script = textwrap.dedent(
         """
         import sys
-        from schemas.config import RuntimeConfig
+        from schemas.config import ConfigFileError, RuntimeConfig, load_config
         from tests.unit.test_artifacts import Words, write_words
         print(write_words.run(Words(), {}, RuntimeConfig(store=sys.argv[1])).model_dump_json())
         """
@@ -229,24 +233,87 @@ def test_child_timeout(runtime: RuntimeConfig, caplog: pytest.LogCaptureFixture)
     assert "write_words | still here" in caplog.text
 
 
-def test_mirror(tmp_path: Path) -> None:
-    mirror = (tmp_path / "mirror").as_uri()
-    here = RuntimeConfig(store=str(tmp_path / "here"), mirror=mirror)
-    there = RuntimeConfig(store=str(tmp_path / "there"), mirror=mirror)
+def two_machines(tmp_path: Path) -> tuple[RuntimeConfig, RuntimeConfig]:
+    """Two machines that share a remote store, each with a cache of its own."""
+    store = (tmp_path / "store").as_uri()
+    here, there = (RuntimeConfig(store=store, cache=str(tmp_path / n)) for n in ("here", "there"))
+    return here, there
+
+
+def test_a_remote_store_is_shared(tmp_path: Path) -> None:
+    here, there = two_machines(tmp_path)
     made = write_words.run(Words(), {}, here)
+    assert made.location == f"{here.store}/toy-words/{made.path.name}"
     assert write_words.cached(Words(words=("z",)), {}, there) is None
-    copied = write_words.cached(Words(), {}, there)
-    assert copied and copied.content_digest == made.content_digest
-    assert copied.path.is_relative_to(tmp_path / "there")
-    verify_artifact(copied)
+    found = write_words.run(Words(), {}, there)
+    assert found.content_digest == made.content_digest
+    assert found.path.is_relative_to(tmp_path / "there") and not found.path.exists(), "not copied"
+    assert found.manifest == made.manifest
+    assert found.file("1.txt").read_text() == "b" and found.path.exists()
+    verify_artifact(found)
+    # A handle of another machine is brought to where this one keeps its copies.
+    follower = write_words.run(Words(words=("next",)), {"words": [made]}, there)
+    assert follower.manifest.inputs["words"][0].content_digest == made.content_digest
 
-    # A mirror is not trusted with paths.
-    manifest = tmp_path / "mirror" / "toy-words" / made.path.name / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"0.txt"', '"../../0.txt"'))
-    elsewhere = RuntimeConfig(store=str(tmp_path / "elsewhere"), mirror=mirror)
+
+def test_lineage_of_a_remote_store(tmp_path: Path) -> None:
+    here, there = two_machines(tmp_path)
+    parent = write_words.run(Words(), {}, here)
+    write_words.run(Words(words=("child",)), {"words": [parent]}, here)
+    child = write_words.run(Words(words=("child",)), {"words": [parent]}, there)
+    lines = lineage_lines(child)
+    assert len(lines) == 2 and parent.identity[:16] in lines[1] and "not in" not in lines[1]
+    assert lineage_lines(open_artifact(child.local())) == lines, "by its directory as well"
+    assert not parent.path.is_relative_to(tmp_path / "there")
+
+
+def test_a_remote_store_is_not_trusted_with_paths(tmp_path: Path) -> None:
+    here, there = two_machines(tmp_path)
+    made = write_words.run(Words(), {}, here)
+    manifest = tmp_path / "store" / "toy-words" / made.path.name / "manifest.json"
+    (folder,) = (p for p in manifest.parent.iterdir() if p.is_dir())
+    moved = manifest.parent / "0.txt"
+    moved.write_text("a")
+    told = manifest.read_text().replace('"0.txt"', '"../0.txt"')
+    manifest.write_text(told)
+    renamed = hashlib.sha256(
+        canonical_json(sorted([e["path"], e["sha256"]] for e in json.loads(told)["files"]))
+    ).hexdigest()
+    folder.rename(folder.with_name(renamed[:16]))
+    stolen = open_artifact(f"{here.store}/toy-words/{made.path.name}")
     with pytest.raises(ArtifactError, match="leaves the artefact"):
-        write_words.cached(Words(), {}, elsewhere)
+        stolen.model_copy(update={"path": there.local_store / "toy-words" / "x"}).local()
 
-    unwritable = RuntimeConfig(store=str(tmp_path / "new"), mirror="nonsense://x")
-    with pytest.raises(ArtifactError, match=r"runtime\.mirror"):
+
+def test_a_store_that_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None:
+    unwritable = RuntimeConfig(store="nonsense://x/y", cache=str(tmp_path))
+    with pytest.raises(ArtifactError, match=r"runtime\.store") as caught:
         write_words.run(Words(), {}, unwritable)
+    assert not caught.value.retryable
+    assert not list(tmp_path.rglob("0.txt"))
+
+
+def test_the_cache_of_a_remote_store_has_a_bound(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    here, _ = two_machines(tmp_path)
+    here = here.model_copy(update={"cache_gb": 2500 / 1e9})
+    configs = [Words(words=(letter * 1000,)) for letter in "abcd"]
+    made = [write_words.run(config, {}, here) for config in configs[:3]]
+    assert [a.path.exists() for a in made] == [False, True, True], "the first made goes first"
+    with cache.in_use([made[1].path]):
+        last = write_words.run(configs[3], {}, here)
+        assert [a.path.exists() for a in made] == [False, True, False], "what is in use stays"
+    assert made[0].file("0.txt").read_text() == "a" * 1000, "and comes back when it is read"
+    # What the store does not have is never removed.
+    shutil.rmtree(tmp_path / "store")
+    write_words.run(configs[0].model_copy(update={"words": ("e" * 1000,)}), {}, here)
+    assert last.path.exists() and "store does not have it" in caplog.text
+
+
+def test_credentials_in_the_address_of_a_store_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("rewards: {scorers: [], unify: chatgen}\nruntime: {store: 's3://id:key@b/c'}")
+    with pytest.raises(ConfigFileError, match="environment alone") as caught:
+        load_config(path)
+    assert "key" not in str(caught.value)

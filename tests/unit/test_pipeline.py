@@ -13,7 +13,12 @@ from pydantic import ValidationError
 from diffagent import pipeline
 from diffagent.artifacts import StageContext, StageResult, stage
 from diffagent.errors import ConfigError
-from schemas.config import CrawlConfig, DABenchConfig, FilterConfig, PipelineConfig
+from schemas.config import (
+    CrawlConfig,
+    DABenchConfig,
+    FilterConfig,
+    PipelineConfig,
+)
 
 REWARDS = {"scorers": [{"name": "clip", "model": "tiny"}], "unify": "chatgen"}
 
@@ -60,6 +65,18 @@ def test_a_judge_cannot_be_a_reward_and_a_reward_no_judge(name: str) -> None:
         make_config(rewards={"scorers": [{"name": name, "model": "m"}], "unify": "chatgen"})
     with pytest.raises(ValidationError, match="judges"):
         make_config(judges={"judges": [{"name": "clip", "model": "m"}]})
+
+
+def test_an_evaluation_in_shards() -> None:
+    evaluation = {"selectors": ["random", "rrhf"], "num_shards": 2}
+    nodes = pipeline.plan(make_config(evaluation=evaluation))
+    names = ("random-0", "random-1", "rrhf-0", "rrhf-1")
+    assert nodes["evaluate"].inputs["candidates"] == ("select-random", "select-rrhf")
+    for name, prefix in (("renders", "render"), ("scores", "score")):
+        assert nodes["evaluate"].inputs[name] == tuple(f"{prefix}-{n}" for n in names)
+    assert nodes["part-rrhf-1"].inputs["candidates"] == ("select-rrhf",)
+    assert nodes["render-rrhf-1"].inputs["candidates"] == ("part-rrhf-1",)
+    assert pipeline.targets(nodes, "render-rrhf") == ("render-rrhf-0", "render-rrhf-1")
 
 
 def test_every_selector_answers_the_same_prompts_with_its_own_agent() -> None:

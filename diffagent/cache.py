@@ -1,0 +1,112 @@
+"""The local side of a remote store: artefacts are built and read in a directory with a bound.
+
+Its root holds ``store-uri``, the address of the store. Whoever reads an artefact holds
+``NAME.use`` (shared lock), whose time is that of the last use; what was not used for longest is
+removed first, and only when the store has it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+log = logging.getLogger(__name__)
+
+_ADDRESS = "store-uri"
+
+
+def mark(root: Path, store: str) -> None:
+    """Say that ``root`` is the local side of ``store``."""
+    address = root / _ADDRESS
+    if not address.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        address.write_text(store, encoding="utf-8")
+
+
+def remote_of(directory: Path) -> str | None:
+    """The URI of the artefact whose local copy ``directory`` is; None: of no remote store."""
+    try:
+        store = (directory.resolve().parents[1] / _ADDRESS).read_text(encoding="utf-8")
+    except (OSError, IndexError):
+        return None
+    return f"{store}/{directory.resolve().parent.name}/{directory.name}"
+
+
+@contextlib.contextmanager
+def in_use(directories: Iterable[Path]) -> Iterator[None]:
+    """Keep ``directories`` from being removed by ``trim`` as long as the block runs."""
+    with contextlib.ExitStack() as stack:
+        for directory in directories:
+            directory.parent.mkdir(parents=True, exist_ok=True)
+            stream = stack.enter_context(_use_of(directory).open("a"))
+            fcntl.flock(stream, fcntl.LOCK_SH)
+            _use_of(directory).touch()
+        yield
+
+
+def trim(root: Path, limit: int, in_store: Callable[[Path], bool]) -> None:
+    """Remove what was not used for longest until whole artefacts take at most ``limit`` bytes.
+
+    Args:
+        root: the local side of a store.
+        limit: bytes.
+        in_store: whether the store has this very artefact; nothing else is removed.
+    """
+    with contextlib.suppress(Timeout), FileLock(root / ".trim.lock", timeout=0):
+        manifests = [p for p in root.glob("*/*/manifest.json") if p.parent.name[0] != "."]
+        sizes = {p.parent: size for p in manifests if (size := _size(p))}
+        total = sum(sizes.values())
+        for directory in sorted(sizes, key=_last_use):
+            if total <= limit:
+                return
+            if _remove(directory, in_store):
+                total -= sizes[directory]
+        if total > limit:
+            log.warning(
+                "%s holds %.1f GB, more than runtime.cache_gb (%.1f): the rest is in use, or the "
+                "store does not have it yet",
+                *(root, total / 1e9, limit / 1e9),
+            )
+
+
+def _remove(directory: Path, in_store: Callable[[Path], bool]) -> bool:
+    """Remove a directory that nobody reads or writes and that the store has."""
+    try:
+        with (
+            FileLock(f"{directory}.lock", timeout=0),
+            _use_of(directory).open("a") as stream,
+        ):
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not in_store(directory):
+                return False
+            gone = directory.with_name(f".{directory.name}.removed")
+            directory.rename(gone)
+            shutil.rmtree(gone)
+    except (Timeout, BlockingIOError):
+        return False
+    log.info("%s: removed from the cache", directory)
+    return True
+
+
+def _use_of(directory: Path) -> Path:
+    return directory.with_name(f"{directory.name}.use")
+
+
+def _last_use(directory: Path) -> float:
+    use = _use_of(directory)
+    return (use if use.exists() else directory).stat().st_mtime
+
+
+def _size(manifest: Path) -> int:
+    """Bytes of an artefact's files; 0 when it is just being replaced."""
+    try:
+        return sum(entry["size"] for entry in json.loads(manifest.read_bytes())["files"])
+    except FileNotFoundError:
+        return 0

@@ -1,0 +1,28 @@
+"""One stage, or one shard of it: what a flow with ``runtime.runner: workers`` asks of a worker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run
+from prefect.states import Completed
+
+from flows._compose import run_one
+from schemas.config import PipelineConfig
+from tasks._workers import heartbeat
+
+
+@flow(name="run-stage", persist_result=False)
+def run_stage(key: str, config: dict[str, Any]) -> State[None]:
+    """Run one node of the plan; what it reads must be in the store.
+
+    Args:
+        key: as in ``diffagent.pipeline.plan``, such as 'render-3'.
+        config: the whole ``schemas.config.PipelineConfig``.
+    """
+    settings = PipelineConfig.model_validate(config)
+    with heartbeat(flow_run.id, settings.runtime.lost_after_seconds):
+        artifact = run_one(settings, key)
+    return Completed(message=f"{key} is in {artifact.location}.")
