@@ -68,7 +68,7 @@ def plan(config: PipelineConfig) -> dict[str, Node]:
     Keys: ``crawl``, ``filter``, ``shard``, ``sft``, ``sample-0`` ... , ``render-0`` ... ,
     ``score-0`` ... , ``rrhf``, then ``select-NAME``, ``render-NAME``, ``score-NAME`` and, with
     held-out judges, ``judge-NAME`` for each selector of ``config.evaluation``, and ``evaluate``.
-    With shards of the evaluation they are ``part-NAME-0``, ``render-NAME-0``, ``score-NAME-0`` ... .
+    With shards of the evaluation they are ``part-NAME-0``, ``render-NAME-0``, ``score-NAME-0`` ...
     """
     nodes = [*_dataset_nodes(config), *_training_nodes(config), *_evaluation_nodes(config)]
     return {node.key: node for node in nodes}
