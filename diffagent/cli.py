@@ -12,7 +12,7 @@ import typer
 from diffagent.dabench.cli import app as dabench_app
 from diffagent.dabench.cli import artifact_path
 from diffagent.options import ConfigFile, Overrides, Reconcile, Refresh, Verbose, parse_overrides
-from diffagent.render.cli import add_commands
+from diffagent.render import cli as render_cli
 from diffagent.render.models_cli import app as models_app
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _root(
     pass
 
 
-def _run(
+def run_stage(
     config: Path,
     settings: list[str] | None,
     upto: str | None,
@@ -109,7 +109,7 @@ def _add_stage_command(stage: str, text: str) -> None:
         reconcile: Reconcile = False,
         verbose: Verbose = 0,
     ) -> None:
-        done = _run(config, settings, stage, refresh, reconcile)
+        done = run_stage(config, settings, stage, refresh, reconcile)
         if stage == "evaluate":
             _show_report(done)
 
@@ -117,7 +117,8 @@ def _add_stage_command(stage: str, text: str) -> None:
 for _stage, _text in STAGES.items():
     if _stage not in ("render", "score"):  # these do more
         _add_stage_command(_stage, _text)
-add_commands(app, _run)
+app.command("render")(render_cli.render)
+app.command("score")(render_cli.score)
 
 
 @app.command()
@@ -129,7 +130,7 @@ def run(
     verbose: Verbose = 0,
 ) -> None:
     """Run everything from the crawl to the report."""
-    done = _run(config, settings, None, refresh, reconcile)
+    done = run_stage(config, settings, None, refresh, reconcile)
     typer.echo(f"\ndata set: {done['shard'].location}\nagent:    {done['rrhf'].location}")
     _show_report(done)
 

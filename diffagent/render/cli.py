@@ -7,7 +7,6 @@ what was drawn or scored once is not again; without a file they are the stages o
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from copy import deepcopy
 from enum import StrEnum
 from pathlib import Path
@@ -21,11 +20,7 @@ if TYPE_CHECKING:
     from diffagent.agent.candidates import Row
     from diffagent.artifacts import Artifact
     from diffagent.dabench.catalogue import Entry
-    from diffagent.render.prompts_file import Parameters
     from schemas.config import PipelineConfig
-
-#: Runs the stage of a run: (config, settings, stage, refresh, reconcile).
-RunStage = Callable[[Path, list[str] | None, str, bool, bool], Any]
 
 #: The released reward models, as in configs/paper.yaml.
 _REWARDS = {
@@ -47,6 +42,62 @@ class Backend(StrEnum):
     comfyui = "comfyui"
 
 
+Prompts = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[PROMPTS]",
+        help="Prompts, one a line, or API calls as JSON lines; '-': stdin. Without it: the stage "
+        "'render' of the run that -c describes.",
+    ),
+]
+Folders = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--models",
+        "--folder",
+        metavar="DIR",
+        help="Folder of checkpoints and LoRAs, or an installation (repeatable).",
+    ),
+]
+Models = Annotated[
+    list[str] | None,
+    typer.Option("--model", "-m", metavar="NAME", help="Checkpoint (repeatable)."),
+]
+LoRAs = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="NAME:WEIGHT", help="For all prompts (repeatable)."),
+]
+Side = Annotated[int | None, typer.Option(help="Pixels; default: the base model's.")]
+Seeds = Annotated[
+    list[int] | None, typer.Option(help="A picture for each (repeatable); default 0.")
+]
+Calls = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="API calls for PROMPTS, line by line; '-': stdin."),
+]
+Agent = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="An agent chooses for each prompt.")
+]
+DABench = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="A DABench: what calls name, or what is learned from."),
+]
+AsInSelect = Annotated[str, typer.Option(help="With --dabench, as in select.")]
+Choices = Annotated[
+    int, typer.Option("-n", "--n", min=1, max=32, help="With --agent or --dabench: calls.")
+]
+BaseModel = Annotated[str | None, typer.Option(help="Of files that do not tell, e.g. 'SD 1.5'.")]
+Pictures = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="[PICTURE...]",
+        help="Pictures that tell their prompts, or folders of them. Without them: the stage "
+        "'score' of the run that -c describes.",
+    ),
+]
+Prompt = Annotated[str | None, typer.Option(help="Of pictures that do not tell theirs.")]
+Safety = Annotated[bool, typer.Option("--safety", help="Check the pictures (extra 'safety').")]
+URL = Annotated[str | None, typer.Option(help="Of the A1111 or ComfyUI server.")]
 OptionalConfig = Annotated[
     Path | None,
     typer.Option("--config", "-c", metavar="FILE", help="YAML file of a run, for its settings."),
@@ -58,171 +109,130 @@ Store = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="'auto', 'cpu', 'cuda', 'mps'")]
 
+_SHARED = frozenset({"prompts", "pictures", "config", "settings", "verbose"})
+_OF_STAGES = frozenset({"refresh", "reconcile"})
 
-def add_commands(app: typer.Typer, run_stage: RunStage) -> None:
-    """Add ``render`` and ``score`` to the command line.
 
-    Args:
-        app: gets them.
-        run_stage: runs the stage of a run when there is no file.
+def render(
+    context: typer.Context,
+    prompts: Prompts = None,
+    *,
+    models: Folders = None,
+    model: Models = None,
+    lora: LoRAs = None,
+    negative_prompt: Annotated[str, typer.Option(help="For all prompts.")] = "",
+    sampler: Annotated[str, typer.Option(help="As the WebUI calls it.")] = "DPM++ 2M Karras",
+    steps: int = 25,
+    cfg_scale: float = 7.0,
+    width: Side = None,
+    height: Side = None,
+    clip_skip: int = 1,
+    seed: Seeds = None,
+    calls: Calls = None,
+    agent: Agent = None,
+    dabench: DABench = None,
+    selector: AsInSelect = "combined",
+    encoder: AsInSelect = "",
+    n: Choices = 1,
+    base_model: BaseModel = None,
+    out: Out = Path("pictures"),
+    store: Store = None,
+    score: Annotated[bool, typer.Option(help="Score the pictures.")] = True,
+    safety: Safety = False,
+    backend: Annotated[Backend | None, typer.Option(help="What draws.")] = None,
+    url: URL = None,
+    device: Device = None,
+    config: OptionalConfig = None,
+    settings: Overrides = None,
+    refresh: Refresh = False,
+    reconcile: Reconcile = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Render a file of prompts, score the pictures, and write a contact sheet.
+
+    diffagent render prompts.txt --models ~/models --model dreamshaper
     """
-
-    @app.command()
-    def render(
-        prompts: Annotated[
-            Path | None,
-            typer.Argument(
-                metavar="[PROMPTS]",
-                help="Prompts, one a line, or API calls as JSON lines; '-': stdin. Without it: "
-                "the stage 'render' of the run that -c describes.",
-            ),
-        ] = None,
-        *,
-        models: Annotated[
-            list[Path] | None,
-            typer.Option(
-                "--models",
-                "--folder",
-                metavar="DIR",
-                help="Folder of checkpoints and LoRAs, or an installation (repeatable).",
-            ),
-        ] = None,
-        model: Annotated[
-            list[str] | None,
-            typer.Option("--model", "-m", metavar="NAME", help="Checkpoint (repeatable)."),
-        ] = None,
-        lora: Annotated[
-            list[str] | None,
-            typer.Option("--lora", metavar="NAME:WEIGHT", help="For all prompts (repeatable)."),
-        ] = None,
-        negative_prompt: Annotated[str, typer.Option(help="For all prompts.")] = "",
-        sampler: Annotated[str, typer.Option(help="As the WebUI calls it.")] = "DPM++ 2M Karras",
-        steps: Annotated[int, typer.Option()] = 25,
-        cfg_scale: Annotated[float, typer.Option()] = 7.0,
-        width: Annotated[int | None, typer.Option(help="Default: the base model's.")] = None,
-        height: Annotated[int | None, typer.Option(help="Default: the base model's.")] = None,
-        clip_skip: Annotated[int, typer.Option()] = 1,
-        seed: Annotated[
-            list[int] | None, typer.Option(help="A picture for each (repeatable); default 0.")
-        ] = None,
-        calls: Annotated[
-            Path | None,
-            typer.Option(metavar="FILE", help="API calls for PROMPTS, line by line; '-': stdin."),
-        ] = None,
-        agent: Annotated[
-            Path | None, typer.Option(metavar="DIR", help="An agent chooses for each prompt.")
-        ] = None,
-        dabench: Annotated[
-            Path | None,
-            typer.Option(
-                metavar="DIR", help="A DABench: what calls name, or what is learned from."
-            ),
-        ] = None,
-        selector: Annotated[str, typer.Option(help="With --dabench, as in select.")] = "combined",
-        encoder: Annotated[str, typer.Option(help="With --dabench, as in select.")] = "",
-        n: Annotated[
-            int, typer.Option("-n", "--n", min=1, max=32, help="With --agent or --dabench: calls.")
-        ] = 1,
-        base_model: Annotated[
-            str | None,
-            typer.Option(help="Of files that do not tell, e.g. 'SD 1.5'."),
-        ] = None,
-        out: Out = Path("pictures"),
-        store: Store = None,
-        score: Annotated[bool, typer.Option(help="Score the pictures.")] = True,
-        safety: Annotated[
-            bool, typer.Option("--safety", help="Check the pictures (extra 'safety').")
-        ] = False,
-        backend: Annotated[Backend | None, typer.Option(help="What draws.")] = None,
-        url: Annotated[str | None, typer.Option(help="Of the A1111 or ComfyUI server.")] = None,
-        device: Device = None,
-        config: OptionalConfig = None,
-        settings: Overrides = None,
-        refresh: Refresh = False,
-        reconcile: Reconcile = False,
-        verbose: Verbose = 0,
-    ) -> None:
-        """Render a file of prompts, score the pictures, and write a contact sheet.
-
-        diffagent render prompts.txt --models ~/models --model dreamshaper
-        """
-        from diffagent.errors import ConfigError
-        from diffagent.render.prompts_file import Parameters
-
-        if prompts is None:
-            if config is None:
-                raise ConfigError(
-                    "render needs a file of prompts, or -c FILE for the stage of a run; see --help"
-                )
-            run_stage(config, settings, "render", refresh, reconcile)
-            return
-        changes: dict[str, Any] = {
-            "render.seeds": seed,
-            "render.safety": "flag" if safety else None,
-            "render.backend": backend and backend.value,
-            "runtime.render_url": url,
-            "runtime.device": device,
-            "runtime.store": store,
-            "runtime.model_folders": [str(folder) for folder in models] if models else None,
-        }
-        run = _config(config, settings, changes)
-        entries = _entries(agent or dabench, run, base_model)
-        parameters = Parameters(
-            sampler=sampler,
-            steps=steps,
-            cfg_scale=cfg_scale,
-            width=width,
-            height=height,
-            clip_skip=clip_skip,
-            negative_prompt=negative_prompt,
-            loras=tuple(lora or ()),
+    if _is_stage(context, prompts):
+        return
+    changes: dict[str, Any] = {
+        "render.seeds": seed,
+        "render.safety": "flag" if safety else None,
+        "render.backend": backend and backend.value,
+        "runtime.render_url": url,
+        "runtime.device": device,
+        "runtime.store": store,
+        "runtime.model_folders": [str(folder) for folder in models] if models else None,
+    }
+    run = _config(config, settings, changes)
+    entries = _entries(agent or dabench, run, base_model)
+    assert prompts is not None
+    lines, called = _read(prompts), _read(calls) if calls else None
+    if called is not None or lines[0].startswith("{"):
+        rows = _called(prompts, lines, calls, called, entries)
+    elif agent or (dabench and not model):
+        rows = _selected(
+            lines, run, n, agent=agent, dabench=dabench, name=selector, encoder=encoder
         )
-        lines, called = _read(prompts), _read(calls) if calls else None
-        if called is not None or lines[0].startswith("{"):
-            rows = _called(prompts, lines, calls, called, entries)
-        elif agent or (dabench and not model):
-            rows = _selected(
-                lines, run, n, agent=agent, dabench=dabench, name=selector, encoder=encoder
-            )
-        else:
-            rows = _named(lines, model, parameters, entries)
-        _make(rows, entries, run, out, prompts.name, score=score)
+    else:
+        given = {name: context.params[name] for name in _PARAMETERS}
+        rows = _named(lines, model, {**given, "loras": tuple(lora or ())}, entries)
+    _make(rows, entries, run, out, prompts.name, score=score)
 
-    @app.command()
-    def score(
-        pictures: Annotated[
-            list[Path] | None,
-            typer.Argument(
-                metavar="[PICTURE...]",
-                help="Pictures that tell their prompts, or folders of them. Without them: the "
-                "stage 'score' of the run that -c describes.",
-            ),
-        ] = None,
-        *,
-        prompt: Annotated[
-            str | None, typer.Option(help="Of pictures that do not tell theirs.")
-        ] = None,
-        out: Out = Path("scores"),
-        store: Store = None,
-        device: Device = None,
-        config: OptionalConfig = None,
-        settings: Overrides = None,
-        refresh: Refresh = False,
-        reconcile: Reconcile = False,
-        verbose: Verbose = 0,
-    ) -> None:
-        """Score pictures against their prompts, and write a contact sheet."""
-        from diffagent.errors import ConfigError
 
-        if not pictures:
-            if config is None:
-                raise ConfigError(
-                    "score needs pictures, or -c FILE for the stage of a run; see --help"
-                )
-            run_stage(config, settings, "score", refresh, reconcile)
-            return
-        changes = {"runtime.device": device, "runtime.store": store}
-        _score_files(pictures, prompt, _config(config, settings, changes), out)
+_PARAMETERS = (
+    *("sampler", "steps", "cfg_scale", "width", "height", "clip_skip", "negative_prompt"),
+)
+
+
+def score(
+    context: typer.Context,
+    pictures: Pictures = None,
+    *,
+    prompt: Prompt = None,
+    out: Out = Path("scores"),
+    store: Store = None,
+    device: Device = None,
+    config: OptionalConfig = None,
+    settings: Overrides = None,
+    refresh: Refresh = False,
+    reconcile: Reconcile = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Score pictures against their prompts, and write a contact sheet."""
+    if _is_stage(context, pictures):
+        return
+    changes = {"runtime.device": device, "runtime.store": store}
+    _score_files(pictures or [], prompt, _config(config, settings, changes), out)
+
+
+def _is_stage(context: typer.Context, files: object) -> bool:
+    """Run the stage of a run when there is no file; returns whether it was one.
+
+    Raises:
+        ConfigError: neither a file nor a run, or options of the one with the other.
+    """
+    from diffagent.errors import ConfigError
+
+    name = str(context.info_name)
+    given = {
+        option
+        for option in context.params
+        if getattr(context.get_parameter_source(option), "name", "") == "COMMANDLINE"
+    }
+    if not files and "config" not in given:
+        raise ConfigError(f"{name} needs a file, or -c FILE for the stage of a run; see --help")
+    wrong = given & _OF_STAGES if files else given - _SHARED - _OF_STAGES
+    if wrong:
+        told = ", ".join(f"--{option.replace('_', '-')}" for option in sorted(wrong))
+        what = "the stage of a run, without a file" if files else "a file, which is not given"
+        raise ConfigError(f"{told}: only for {what}")
+    if files:
+        return False
+    from diffagent.cli import run_stage
+
+    values = context.params
+    run_stage(values["config"], values["settings"], name, values["refresh"], values["reconcile"])
+    return True
 
 
 def _config(
@@ -312,16 +322,16 @@ def _selected(
 
 
 def _named(
-    lines: list[str], model: list[str] | None, parameters: Parameters, entries: list[Entry]
+    lines: list[str], model: list[str] | None, parameters: dict[str, Any], entries: list[Entry]
 ) -> list[Row]:
     from diffagent.errors import ConfigError
-    from diffagent.render.prompts_file import prompt_rows
+    from diffagent.render.prompts_file import Parameters, prompt_rows
 
     names = [entry.model for entry in entries if entry.is_checkpoint]
     if not model and len(names) != 1:
         told = ", ".join(map(repr, sorted(names)[:10]))
         raise ConfigError(f"there are {len(names)} checkpoints; choose with --model: {told}")
-    return prompt_rows(lines, model or names, parameters, entries)
+    return prompt_rows(lines, model or names, Parameters(**parameters), entries)
 
 
 def _make(

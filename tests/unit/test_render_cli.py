@@ -302,14 +302,19 @@ def test_what_is_wrong_is_said(  # noqa: PLR0917
 
 
 def test_without_a_file_they_are_the_stages(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="render needs a file of prompts"):
+    with pytest.raises(ConfigError, match="render needs a file"):
         invoke("render")
-    with pytest.raises(ConfigError, match="score needs pictures"):
+    with pytest.raises(ConfigError, match="score needs a file"):
         invoke("score")
     asked: list[Any] = []
     monkeypatch.setattr("diffagent.pipeline.run", lambda *a, **k: asked.append(a[1]) or {})
     invoke("render", "-c", run)
     invoke("score", "-c", run, "--set", "render.seeds=[1]")
+    assert asked == ["render", "score"]
+    with pytest.raises(ConfigError, match="--negative-prompt, --steps: only for a file"):
+        invoke("render", "-c", run, "--steps", 30, "--negative-prompt", "x")
+    with pytest.raises(ConfigError, match="--refresh: only for the stage"):
+        invoke("score", run, "-c", run, "--refresh")
     assert asked == ["render", "score"]
 
 
