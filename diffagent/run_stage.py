@@ -64,5 +64,6 @@ def _end_with(parent: int) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("botocore").setLevel(logging.WARNING)  # it tells where it found what
+    for name in ("botocore", "aiobotocore"):  # they tell where they found what
+        logging.getLogger(name).setLevel(logging.WARNING)
     sys.exit(main(sys.argv[1]))
