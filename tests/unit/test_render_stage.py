@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from diffagent.artifacts import Artifact, sha256_file
@@ -28,7 +29,7 @@ from diffagent.render.pnginfo import read_png
 from diffagent.render.recipe import Recipe
 from diffagent.render.stage import REASONS, render
 from diffagent.rewards import stage as score_stage
-from diffagent.rewards.base import ScoreBatch
+from diffagent.rewards.pictures import Preparation
 from diffagent.rewards.stage import score
 from diffagent.rewards.unified import MetricReference
 from schemas.api import T2IAPI, LoRA, Params
@@ -355,25 +356,26 @@ def test_real_pictures_load_each_checkpoint_once(tmp_path: Path) -> None:
 class Brightness:
     """A scorer: mean of a picture and length of its prompt; 'a red circle' breaks ``clip``."""
 
-    version, digest = "test-1", "0" * 64
+    version, digest, device = "test-1", "0" * 64, "cpu"
+    preparation = Preparation((64, 64), "squash")
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.seen: Counter[tuple[str, bytes]] = Counter()
 
-    def score(self, prompts: Any, images: Any) -> ScoreBatch:
-        self.seen.update((p, i.tobytes()) for p, i in zip(prompts, images, strict=True))
+    def score_pixels(self, prompts: Any, pixels: Any) -> Any:
+        self.seen.update((p, i.numpy().tobytes()) for p, i in zip(prompts, pixels, strict=True))
         values = [
-            np.nan if self.name == "clip" and p == "broken" else np.asarray(i).mean() + len(p)
-            for p, i in zip(prompts, images, strict=True)
+            np.nan if self.name == "clip" and p == "broken" else float(i.float().mean()) + len(p)
+            for p, i in zip(prompts, pixels, strict=True)
         ]
-        return ScoreBatch(np.array(values, np.float32), np.array([len(p) > 12 for p in prompts]))
+        return torch.tensor(values), np.array([len(p) > 12 for p in prompts])
 
 
 @pytest.fixture
 def scorers(monkeypatch: pytest.MonkeyPatch) -> list[Brightness]:
     scorers = [Brightness(name) for name in ("clip", "image_reward", "hps_v2")]
-    monkeypatch.setattr(score_stage, "load_scorers", lambda config, device: scorers)
+    monkeypatch.setattr(score_stage, "load_scorers", lambda config, **runtime: scorers)
     return scorers
 
 
