@@ -32,17 +32,12 @@ class ScoreBatch:
 
     Attributes:
         scores: (B,) float32 on the scorer's own scale. Not a number where the model's output
-            was not; see `failures`.
+            was not.
         truncated: (B,) bool, whether the scorer has read only the beginning of the prompt.
     """
 
     scores: npt.NDArray[np.float32]
     truncated: npt.NDArray[np.bool_]
-
-    def failures(self) -> dict[int, str]:
-        """Positions without a usable score, with the reason."""
-        bad = np.flatnonzero(~np.isfinite(self.scores))
-        return {int(i): f"score is {self.scores[i]}" for i in bad}
 
 
 class Scorer(Protocol):
