@@ -219,11 +219,11 @@ PROMPT = "a photograph of an astronaut riding a horse, detailed, sharp focus"
 
 def random_pipeline(family: str, device: torch.device) -> Any:
     """The full-size architecture with random weights, in float32 on the device."""
+    diffusers = quiet_diffusers()
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     from diffagent.render.checkpoints import _tokenizers
 
-    diffusers = quiet_diffusers()
     config = next(path for path in shipped_configs() if path.name == family)
     torch.manual_seed(0)
     parts: dict[str, Any] = _tokenizers(config)
