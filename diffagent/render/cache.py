@@ -191,8 +191,10 @@ class ModelCache:
         with self._locked():
             found = next((file for file in self._files() if file.sha256 == sha256), None)
             if found is None or found.pinned or found.in_use:
-                why = "not there" if found is None else "pinned" if found.pinned else "in use"
-                raise ConfigError(f"{sha256} is {why}: not evicted")
+                why = "in use by a process" if found else "not there"
+                if found and found.pinned:
+                    why = "pinned; see `diffagent models unpin`"
+                raise ConfigError(f"{sha256} is not evicted: {why}")
             self._unlink(sha256)
 
     def add(self, source: Path) -> tuple[str, Path]:
