@@ -6,7 +6,7 @@ a node is run, so a plan costs nothing.
 
     crawl -> filter -> shard -> sft -> (sample -> render -> score) per shard -> rrhf
                           └──────┴────────────────────────────────────────────────┴─┐
-                             (select -> render -> score) per selector -> evaluate <─┘
+                   (select -> render -> score, judge) per selector -> evaluate <─┘
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def plan(config: PipelineConfig) -> dict[str, Node]:
     """All nodes of a run by key, parents before children.
 
     Keys: ``crawl``, ``filter``, ``shard``, ``sft``, ``sample-0`` ... , ``render-0`` ... ,
-    ``score-0`` ... , ``rrhf``, then ``select-NAME``, ``render-NAME``, ``score-NAME`` for each
-    selector of ``config.evaluation``, and ``evaluate``.
+    ``score-0`` ... , ``rrhf``, then ``select-NAME``, ``render-NAME``, ``score-NAME`` and, with
+    held-out judges, ``judge-NAME`` for each selector of ``config.evaluation``, and ``evaluate``.
     """
     nodes = [*_dataset_nodes(config), *_training_nodes(config), *_evaluation_nodes(config)]
     return {node.key: node for node in nodes}
@@ -142,6 +142,9 @@ def _evaluation_nodes(config: PipelineConfig) -> Iterator[Node]:
             queue="gpu" if agent else "cpu",
         )
         yield from _judge(config, f"select-{name}", name, group)
+        if config.judges.judges:
+            yield _held_out(config, name, group)
+    judged = {"judgements": tuple(f"judge-{name}" for name in evaluation.selectors)}
     yield Node(
         "evaluate",
         "diffagent.evaluation.report:evaluate",
@@ -151,6 +154,7 @@ def _evaluation_nodes(config: PipelineConfig) -> Iterator[Node]:
             "candidates": tuple(f"select-{name}" for name in evaluation.selectors),
             "renders": tuple(f"render-{name}" for name in evaluation.selectors),
             "scores": tuple(f"score-{name}" for name in evaluation.selectors),
+            **(judged if config.judges.judges else {}),
         },
         group,
         heavy=True,
@@ -173,6 +177,19 @@ def _judge(config: PipelineConfig, candidates: str, name: str, group: Group) -> 
         f"score-{name}",
         "diffagent.rewards.stage:score",
         config.rewards,
+        {"renders": (f"render-{name}",)},
+        group,
+        heavy=True,
+        queue="gpu",
+    )
+
+
+def _held_out(config: PipelineConfig, name: str, group: Group) -> Node:
+    """Held-out judges look at the pictures of one selector; at no picture to train on."""
+    return Node(
+        f"judge-{name}",
+        "diffagent.rewards.stage:judge",
+        config.judges,
         {"renders": (f"render-{name}",)},
         group,
         heavy=True,

@@ -276,12 +276,25 @@ class RenderConfig(_Section):
     )
 
 
+_SHA256 = Field(
+    default=None, pattern="^[0-9a-fA-F]{64}$", description="of the weights' file; checked if given"
+)
+ScorerDtype = Literal["float32", "bfloat16", "float16"]
+_DTYPE: Any = Field(
+    default="float32",
+    description="of matrix products (autocast); scores differ in the third or fourth digit",
+)
+
+
 class ScorerConfig(_Section):
     """One reward model."""
 
     name: Literal["clip", "image_reward", "hps_v2"]
-    model: str = Field(description="architecture: open_clip name, 'v1.0', 'v2', or a local config")
+    model: str = Field(
+        description="open_clip name, 'v1.0' (ImageReward), 'v2' or 'v2.1' (HPS), or a directory"
+    )
     weights: str | None = Field(default=None, description="local file, or hub id of the release")
+    sha256: str | None = _SHA256
     weight: float = Field(default=1.0, ge=0, description="weight in the unified score")
 
 
@@ -294,6 +307,34 @@ class RewardsConfig(_Section):
         default=None, description="'zscore': JSON file with mean and std of each metric"
     )
     invalid_floor: float = Field(default=-10.0, description="unified score of an invalid call")
+    dtype: ScorerDtype = _DTYPE
+    batch_size: int = Field(default=32, ge=1)
+
+
+class JudgeConfig(_Section):
+    """One held-out judge. Its names are none of `ScorerConfig`'s: it cannot become a reward."""
+
+    name: Literal["pick_score", "aesthetic"]
+    model: str = Field(
+        description="'pick_score': directory or hub id of a CLIP in transformers' layout; "
+        "'aesthetic': open_clip name or directory of the CLIP under the head"
+    )
+    weights: str | None = Field(default=None, description="'aesthetic': of a CLIP given by name")
+    head: str | None = Field(default=None, description="'aesthetic': file of the head")
+    sha256: str | None = _SHA256
+
+    @model_validator(mode="after")
+    def _check(self) -> JudgeConfig:
+        if (self.name == "aesthetic") != (self.head is not None):
+            raise ValueError("head: the file that 'aesthetic' needs, and no other judge has")
+        return self
+
+
+class JudgesConfig(_Section):
+    """Who judges the pictures of an evaluation, beside the rewards that agents are trained on."""
+
+    judges: tuple[JudgeConfig, ...] = ()
+    dtype: ScorerDtype = _DTYPE
     batch_size: int = Field(default=32, ge=1)
 
 
@@ -453,6 +494,9 @@ class RuntimeConfig(_Section):
     server_models: dict[str, str] = Field(
         default={},
         description="SHA256 -> file name on that server, of models that it has under other names",
+    decode_threads: int = Field(default=4, ge=1, le=64, description="that read pictures to score")
+    compile_scorers: bool = Field(
+        default=False, description="torch.compile: a minute at the start, faster batches after it"
     )
     stage_timeout_seconds: float = Field(default=6 * 3600, gt=0)
 
@@ -478,6 +522,7 @@ class PipelineConfig(_Section):
     render: RenderConfig = RenderConfig()
     rewards: RewardsConfig
     rrhf: RRHFConfig = RRHFConfig()
+    judges: JudgesConfig = JudgesConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     runtime: RuntimeConfig = RuntimeConfig()
 

@@ -162,6 +162,20 @@ SCORES = _schema(
     ("reason", _text, True),
 )
 
+#: One row a RENDERS row, in the same order: what held-out judges say, null where there is no
+#: picture or no such judge. Not what an agent is trained on.
+JUDGEMENTS = _schema(
+    ("prompt_id", _int, False),
+    ("source", _text, False),
+    ("candidate", pa.int32(), False),
+    ("seed", _int, False),
+    ("recipe", _text, True),
+    ("pick_score", _float, True),
+    ("aesthetic", _float, True),
+    ("status", _text, False),
+    ("reason", _text, True),
+)
+
 #: One row a (selector, held-out prompt). Agreement with DABench is 1 or 0, and 0 for an invalid
 #: answer; rewards are means over the seeds and null where there is no picture.
 EVALUATION = _schema(
@@ -173,6 +187,8 @@ EVALUATION = _schema(
     ("clip", _float, True),
     ("image_reward", _float, True),
     ("hps_v2", _float, True),
+    ("pick_score", _float, True),  # held-out judges: null where they were not asked
+    ("aesthetic", _float, True),
     ("hallucinated", _float, False),
     ("render_failed", _float, True),
     ("model", _float, False),

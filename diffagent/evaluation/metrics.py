@@ -6,7 +6,7 @@ and paired in the same way (``diffagent.evaluation.bootstrap``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +24,7 @@ class Metric:
     key: str
     label: str
     kind: Literal["score", "rate"]
-    group: Literal["reward", "validity", "selection", "parameter"]
+    group: Literal["reward", "judge", "validity", "selection", "parameter"]
     meaning: str
     better: Literal["higher", "lower"] = "higher"
 
@@ -41,6 +41,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("clip", "CLIP score", "score", "reward", "prompts with a picture only"),
     Metric("image_reward", "ImageReward", "score", "reward", "prompts with a picture only"),
     Metric("hps_v2", "HPS v2", "score", "reward", "prompts with a picture only"),
+    Metric("pick_score", "PickScore", "score", "judge", "held out: no agent was trained on it"),
+    Metric("aesthetic", "aesthetic", "score", "judge", "held out: no agent was trained on it"),
     Metric(
         "hallucinated",
         "hallucinated",
@@ -76,6 +78,7 @@ METRICS: tuple[Metric, ...] = (
 )
 BY_KEY = {metric.key: metric for metric in METRICS}
 _REWARDS = ("unified", "clip", "image_reward", "hps_v2")
+_JUDGES = tuple(m.key for m in METRICS if m.group == "judge")
 _AGREEMENT = tuple(m.key for m in METRICS if m.group in ("selection", "parameter"))
 
 
@@ -122,7 +125,11 @@ def _parts(api: T2IAPI) -> set[str]:
 
 
 def evaluation_table(
-    candidates: pl.DataFrame, renders: pl.DataFrame, scores: pl.DataFrame, dabench: pl.DataFrame
+    candidates: pl.DataFrame,
+    renders: pl.DataFrame,
+    scores: pl.DataFrame,
+    dabench: pl.DataFrame,
+    judgements: pl.DataFrame | None = None,
 ) -> pl.DataFrame:
     """Judge every answer.
 
@@ -131,6 +138,7 @@ def evaluation_table(
         renders: rows of RENDERS for them, one a seed.
         scores: rows of SCORES for them, one a seed.
         dabench: rows of DABENCH that hold the prompts.
+        judgements: rows of JUDGEMENTS for them, one a seed; None: no judge was asked.
 
     Returns:
         EVALUATION, sorted by selector and prompt.
@@ -151,16 +159,16 @@ def evaluation_table(
         pl.concat(
             [answers.select(*key, "reason", "status"), _agreements(answers)], how="horizontal"
         )
-        .join(_rewards(scores), on=key, how="left", validate="1:1")
+        .join(_means(scores, _REWARDS, "scored"), on=key, how="left", validate="1:1")
+        .join(_judged(judgements, scores), on=key, how="left", validate="1:1")
         .join(_failures(renders), on=key, how="left", validate="1:1")
     )
-    for column in ("scored", "failed"):
+    for column, done in (("scored", "scored"), ("judged", "judged"), ("failed", "rendered")):
         if table[column].null_count():
             row = table.filter(pl.col(column).is_null()).row(0, named=True)
             raise SchemaError(
                 f"the answer of {row['source']!r} to prompt {row['prompt_id']} was never "
-                f"{'scored' if column == 'scored' else 'rendered'}; the inputs belong to "
-                "different runs",
+                f"{done}; the inputs belong to different runs",
                 field="prompt_id",
             )
     invalid = pl.col("status") != "valid"
@@ -202,10 +210,18 @@ def _agreements(answers: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame(list(rows()), schema=dict.fromkeys(_AGREEMENT, pl.Float64))
 
 
-def _rewards(scores: pl.DataFrame) -> pl.DataFrame:
-    """Means over the seeds of each answer; null where no seed gave a picture."""
-    means = [pl.col(name).mean() for name in _REWARDS]
-    return scores.group_by("source", "prompt_id").agg(*means, scored=pl.len())
+def _means(scores: pl.DataFrame, columns: Sequence[str], count: str) -> pl.DataFrame:
+    """Means over the seeds of each answer, null where no seed gave a picture; and their number."""
+    means = [pl.col(name).mean() for name in columns]
+    return scores.group_by("source", "prompt_id").agg(*means, pl.len().alias(count))
+
+
+def _judged(judgements: pl.DataFrame | None, scores: pl.DataFrame) -> pl.DataFrame:
+    """What the judges say of each answer: nothing of any when none was asked."""
+    if judgements is None:
+        unasked = [pl.lit(None, pl.Float64).alias(name) for name in _JUDGES]
+        judgements = scores.select("source", "prompt_id", *unasked)
+    return _means(judgements, _JUDGES, "judged")
 
 
 def _failures(renders: pl.DataFrame) -> pl.DataFrame:

@@ -26,21 +26,24 @@ from diffagent.artifacts import (
     stage,
 )
 from diffagent.errors import ArtifactError
-from diffagent.evaluation.metrics import METRICS, evaluation_table
+from diffagent.evaluation.metrics import evaluation_table
 from diffagent.evaluation.summary import (
     SELECTORS,
     Metrics,
     format_limits,
     format_number,
     read_metrics,
+    reported,
     summarise,
     summary_markdown,
     tables,
 )
 from diffagent.lineage import ancestors
+from diffagent.rewards.scores import read_scores
 from schemas.api import T2IAPI, parse_api
 from schemas.config import EvaluationConfig
 from schemas.dabench import EVALUATION
+from schemas.manifest import Manifest
 
 __all__ = ["evaluate", "read_metrics", "render_report", "summary_markdown", "tables"]
 
@@ -55,12 +58,13 @@ SANDBOX_AGENT_NOTE = (
 _SHOWN_PIXELS = 384
 
 
-@stage("evaluate", version=1, config=EvaluationConfig)
+@stage("evaluate", version=2, config=EvaluationConfig)
 def evaluate(config: EvaluationConfig, context: StageContext) -> StageResult:
     """Compare selectors on the same held-out prompts.
 
     Inputs are ``dabench`` and, one a selector in the order of ``config.selectors``,
-    ``candidates``, ``renders`` and ``scores``. Writes metrics.json (every number with its n and
+    ``candidates``, ``renders``, ``scores`` and, where held-out judges were asked, ``judgements``.
+    Writes metrics.json (every number with its n and
     interval), table.parquet (EVALUATION) and report.html. Latencies are in the manifest's
     metrics and in the report only: the content digest is that of the other two files, so the
     same answers give the same artefact however long they took.
@@ -68,15 +72,21 @@ def evaluate(config: EvaluationConfig, context: StageContext) -> StageResult:
     Raises:
         ArtifactError: the inputs are not those of the selectors.
         SchemaError: the inputs do not belong together.
+        ScoreError: the selectors were scored by different scorers.
     """
     read = _Tables(
         candidates=_read(context.many("candidates"), "candidates.parquet"),
         renders=_read(context.many("renders"), "renders.parquet"),
-        scores=_read(context.many("scores"), "scores.parquet"),
+        scores=read_scores(context.many("scores")),
         dabench=_read_split(context.one("dabench"), config.split),
+        judgements=read_scores(context.many("judgements"), "judgements.parquet")
+        if context.inputs.get("judgements")
+        else None,
     )
     _check_selectors(config, read.candidates)
-    table = evaluation_table(read.candidates, read.renders, read.scores, read.dabench)
+    table = evaluation_table(
+        read.candidates, read.renders, read.scores, read.dabench, read.judgements
+    )
     metrics = {"run": _describe_run(config, context, read), **summarise(table, config)}
     latency: dict[str, dict[str, float]] = {
         name: _latency(artifact)
@@ -110,6 +120,7 @@ class _Tables:
     renders: pl.DataFrame
     scores: pl.DataFrame
     dabench: pl.DataFrame
+    judgements: pl.DataFrame | None
 
 
 def _read(artifacts: Sequence[Artifact], name: str) -> pl.DataFrame:
@@ -148,15 +159,18 @@ def _describe_run(config: EvaluationConfig, context: StageContext, read: _Tables
         "agents": agents,
         "picture_seeds": context.many("renders")[0].manifest.config.get("seeds", []),
         "scorers": judged.config.get("scorers", []),
-        "scorer_versions": {
-            name: f"{scorer['version']}, digest {scorer['digest'][:16]}"
-            for name, scorer in judged.metrics.get("scorers", {}).items()
+        "scorer_versions": _versions(judged),
+        "judges": {
+            name: version
+            for artifact in context.inputs.get("judgements", ())[:1]
+            for name, version in _versions(artifact.manifest).items()
         },
         "unify": judged.config.get("unify"),
         "invalid_floor": judged.config.get("invalid_floor"),
         "inputs": {
             name: [artifact.content_digest for artifact in context.many(name)]
-            for name in ("candidates", "renders", "scores")
+            for name in ("candidates", "renders", "scores", "judgements")
+            if context.inputs.get(name)
         },
         "bootstrap": {
             "samples": config.bootstrap_samples,
@@ -164,6 +178,14 @@ def _describe_run(config: EvaluationConfig, context: StageContext, read: _Tables
             "seed": config.seed,
         },
         "sandbox_note": _sandbox_note(context),
+    }
+
+
+def _versions(scored: Manifest) -> dict[str, str]:
+    """Scorer -> version and digest, of an artefact of ``score`` or ``judge``."""
+    return {
+        name: f"{scorer['version']}, digest {scorer['digest'][:16]}"
+        for name, scorer in scored.metrics.get("scorers", {}).items()
     }
 
 
@@ -341,7 +363,7 @@ def render_report(
         metrics=metrics,
         latency=latency,
         shown=shown,
-        columns=METRICS,
+        columns=reported(metrics),
         selectors=SELECTORS,
         kinds=KINDS,
         best=_best(metrics),
@@ -354,7 +376,7 @@ def render_report(
 def _best(metrics: Metrics) -> dict[str, float | None]:
     """Best mean of each metric over the selectors."""
     result: dict[str, float | None] = {}
-    for metric in METRICS:
+    for metric in reported(metrics):
         means = [numbers[metric.key]["mean"] for numbers in metrics["selectors"].values()]
         found = [mean for mean in means if mean is not None]
         pick = max if metric.better == "higher" else min

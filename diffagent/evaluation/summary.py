@@ -11,11 +11,8 @@ import polars as pl
 
 from diffagent.artifacts import Artifact
 from diffagent.evaluation.bootstrap import Array, Interval, bootstrap_intervals, wins
-from diffagent.evaluation.metrics import METRICS
+from diffagent.evaluation.metrics import METRICS, Metric
 from schemas.config import EvaluationConfig
-
-#: Selectors that nothing was trained for. The best of them is what an agent has to beat.
-BASELINES = ("popular", "random", "nearest")
 
 #: What each selector does, for people.
 SELECTORS = {
@@ -32,6 +29,9 @@ SELECTORS = {
     "sft": "DiffAgent, SFT",
     "rrhf": "DiffAgent, SFT + RRHF",
 }
+
+#: Selectors without a language model. The best of them is what an agent has to beat.
+BASELINES = tuple(name for name in SELECTORS if name not in ("sft", "rrhf"))
 
 #: Name of a column -> its values by prompt, and whether it is a rate.
 _Columns = dict[tuple[str, ...], tuple[Array, bool]]
@@ -57,10 +57,11 @@ def summarise(table: pl.DataFrame, config: EvaluationConfig) -> Metrics:
         for name in config.selectors
     }
     kinds = sorted(table["reason"].drop_nulls().unique())
+    asked = [m for m in METRICS if m.group != "judge" or table[m.key].drop_nulls().len()]
     reference = best_baseline(rows)
     columns: _Columns = {}
     for name, frame in rows.items():
-        for metric in METRICS:
+        for metric in asked:
             columns["metric", name, metric.key] = _floats(frame[metric.key]), metric.kind == "rate"
         for kind in kinds:
             hits = frame.select((pl.col("reason") == kind).fill_null(False)).to_series()
@@ -73,7 +74,7 @@ def summarise(table: pl.DataFrame, config: EvaluationConfig) -> Metrics:
     intervals = _intervals(columns, config)
     return {
         "selectors": {
-            name: {m.key: _numbers(intervals["metric", name, m.key]) for m in METRICS}
+            name: {m.key: _numbers(intervals["metric", name, m.key]) for m in asked}
             for name in rows
         },
         "hallucinations": {
@@ -143,6 +144,12 @@ def _numbers(interval: Interval) -> dict[str, float | int | None]:
     }
 
 
+def reported(metrics: Metrics) -> list[Metric]:
+    """The metrics of an evaluation: those of held-out judges only where they were asked."""
+    numbers = next(iter(metrics["selectors"].values()))
+    return [metric for metric in METRICS if metric.key in numbers]
+
+
 def read_metrics(evaluation: Artifact) -> Metrics:
     """The numbers of an ``evaluate`` artefact."""
     metrics: Metrics = json.loads(evaluation.file("metrics.json").read_text(encoding="utf-8"))
@@ -170,11 +177,15 @@ def tables(metrics: Metrics) -> dict[str, list[dict[str, Any]]]:
     """The report's tables as rows of text: ``selectors``, ``comparisons``, ``agreement``,
     ``hallucinations``.
     """
-    groups = {"selectors": ("reward", "validity", "selection"), "agreement": ("parameter",)}
+    found = reported(metrics)
+    groups = {
+        "selectors": ("reward", "judge", "validity", "selection"),
+        "agreement": ("parameter",),
+    }
     result: dict[str, list[dict[str, Any]]] = {
         title: [
             {"selector": name}
-            | {m.label: format_number(numbers[m.key], m.kind) for m in METRICS if m.group in wanted}
+            | {m.label: format_number(numbers[m.key], m.kind) for m in found if m.group in wanted}
             for name, numbers in metrics["selectors"].items()
         ]
         for title, wanted in groups.items()
@@ -190,11 +201,11 @@ def tables(metrics: Metrics) -> dict[str, list[dict[str, Any]]]:
         for pair in metrics["comparisons"]
     ]
     result["hallucinations"] = [
-        {"selector": name, "kind": kind, "answers": found["count"]}
-        | {"rate": format_number(found, "rate")}
+        {"selector": name, "kind": kind, "answers": numbers["count"]}
+        | {"rate": format_number(numbers, "rate")}
         for name, kinds in metrics["hallucinations"].items()
-        for kind, found in kinds.items()
-        if found["count"]
+        for kind, numbers in kinds.items()
+        if numbers["count"]
     ] or [{"selector": "all", "kind": "none", "answers": 0, "rate": "–"}]
     return result
 

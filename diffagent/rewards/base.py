@@ -1,11 +1,12 @@
-"""The `Scorer` protocol, and what all scorers share: digests, batches, text caches."""
+"""The `Scorer` protocol, and what all scorers share: digests, weights, text caches."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
@@ -13,11 +14,14 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from diffagent.artifacts import sha256_file
 from diffagent.errors import ConfigError, ScoreError
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+
+    from diffagent.rewards.pictures import Preparation
 
 T = TypeVar("T")
 
@@ -28,28 +32,41 @@ class ScoreBatch:
 
     Attributes:
         scores: (B,) float32 on the scorer's own scale. Not a number where the model's output
-            was not; see `failures`.
+            was not.
         truncated: (B,) bool, whether the scorer has read only the beginning of the prompt.
     """
 
     scores: npt.NDArray[np.float32]
     truncated: npt.NDArray[np.bool_]
 
-    def failures(self) -> dict[int, str]:
-        """Positions without a usable score, with the reason."""
-        bad = np.flatnonzero(~np.isfinite(self.scores))
-        return {int(i): f"score is {self.scores[i]}" for i in bad}
-
 
 class Scorer(Protocol):
     """A reward model, loaded once."""
 
     name: str
-    """Name of the metric: ``clip``, ``image_reward`` or ``hps_v2``."""
+    """Name of the metric: ``clip``, ``image_reward``, ``hps_v2``, or that of a judge."""
     version: str
     """Which weights, for people. Scores of different versions are not comparable."""
     digest: str
     """sha256 of the weights and the preprocessing. Only scores of one digest may be mixed."""
+    device: str
+    """Where it computes."""
+    preparation: Preparation
+    """What it wants to be made of a picture; scorers that want the same share it."""
+
+    def score_pixels(
+        self, prompts: Sequence[str], pixels: torch.Tensor
+    ) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
+        """Scores pictures that `preparation` has made, without waiting for the device.
+
+        Args:
+            prompts: one for each picture.
+            pixels: (B, 3, H, W), uint8 or float32, on any device.
+
+        Returns:
+            Scores (B,) float32 on the scorer's device, and as in `ScoreBatch.truncated`.
+        """
+        ...
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> ScoreBatch:
         """Scores picture i against prompt i.
@@ -58,6 +75,111 @@ class Scorer(Protocol):
             ScoreError: there are not as many prompts as pictures.
         """
         ...
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how a scorer computes; nothing here changes which scorer it is.
+
+    Attributes:
+        device: any torch device.
+        dtype: of the matrix products (autocast); weights stay float32.
+        batch_size: pictures, or prompts, a forward pass.
+        compiled: the image encoder goes through torch.compile, at the price of a slow first batch.
+    """
+
+    device: str = "cpu"
+    dtype: str = "float32"
+    batch_size: int = 32
+    compiled: bool = False
+
+
+class PixelScorer(ABC):
+    """What all scorers have in common; a `Scorer` when ``name`` and `_rewards` are given."""
+
+    name: str
+
+    def __init__(
+        self,
+        model: Any,
+        preparation: Preparation,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        version: str,
+        digest: str,
+        runtime: Runtime,
+    ) -> None:
+        """Takes a loaded network; each scorer's ``load`` is the usual way.
+
+        Args:
+            model: a float32 module, which is moved to the device.
+            preparation: what the network wants of a picture.
+            mean: of each colour, which is subtracted from pixels in 0 to 1.
+            std: of each colour.
+            version: which weights, for people.
+            digest: sha256 of weights and preprocessing.
+            runtime: where and how to compute.
+        """
+        import torch
+
+        self.version = version
+        self.digest = digest
+        self.preparation = preparation
+        self.device = runtime.device
+        self.dtype = torch_dtype(runtime.dtype)
+        self.batch_size = runtime.batch_size
+        self.compiled = runtime.compiled
+        self.model = model.to(self.device).eval().requires_grad_(False)
+        self._mean = torch.tensor(mean, device=self.device).view(3, 1, 1)
+        self._std = torch.tensor(std, device=self.device).view(3, 1, 1)
+
+    @abstractmethod
+    def _rewards(
+        self, prompts: Sequence[str], pixels: torch.Tensor
+    ) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
+        """As `score_pixels`, of normalised pixels on the device."""
+
+    def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> ScoreBatch:
+        """Scores picture i against prompt i; see `Scorer`."""
+        import torch
+
+        check_lengths(self.name, prompts, images)
+        scores, truncated = [torch.zeros(0)], [np.zeros(0, np.bool_)]
+        for part in batches(range(len(prompts)), self.batch_size):
+            pixels = torch.from_numpy(np.stack([self.preparation(images[i]) for i in part]))
+            rewards, cut = self.score_pixels([prompts[i] for i in part], pixels)
+            scores.append(rewards.cpu())
+            truncated.append(cut)
+        return ScoreBatch(torch.cat(scores).numpy(), np.concatenate(truncated))
+
+    def score_pixels(
+        self, prompts: Sequence[str], pixels: torch.Tensor
+    ) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
+        """Scores pictures that `preparation` has made; see `Scorer`."""
+        import torch
+
+        check_lengths(self.name, prompts, pixels)
+        count, missing = len(prompts), self.batch_size - len(prompts)
+        if self.compiled and missing > 0:  # one shape is compiled: the last picture fills it up
+            prompts = [*prompts, *[prompts[-1]] * missing]
+            pixels = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)])
+        with (
+            torch.inference_mode(),
+            torch.autocast(
+                torch.device(self.device).type, self.dtype, enabled=self.dtype != torch.float32
+            ),
+        ):
+            rewards, truncated = self._rewards(prompts, self.normalise(pixels))
+        return rewards[:count].float(), truncated[:count]
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The network's input, (B, 3, H, W) float32, of prepared pixels."""
+        import torch
+
+        pixels = pixels.to(self.device, non_blocking=True)
+        values = pixels if pixels.dtype is torch.float32 else pixels.float() / 255
+        return (values - self._mean) / self._std
 
 
 def content_digest(module: torch.nn.Module, settings: Mapping[str, Any]) -> str:
@@ -76,6 +198,52 @@ def content_digest(module: torch.nn.Module, settings: Mapping[str, Any]) -> str:
     return sha.hexdigest()
 
 
+def check_sha256(file: Path, expected: str | None) -> None:
+    """Refuses a file of weights that is not the one that was meant.
+
+    Raises:
+        ConfigError: its SHA256 is another.
+    """
+    if expected and (found := sha256_file(file)) != expected.lower():
+        raise ConfigError(
+            f"scorer weights {str(file)!r} have SHA256 {found}, expected is {expected}; "
+            "download the file anew, or correct sha256 in the configuration"
+        )
+
+
+def read_state(file: Path, sha256: str | None = None) -> Mapping[str, torch.Tensor]:
+    """The tensors of a safetensors file or of a ``.pt`` checkpoint, by name.
+
+    A ``.pt`` is read with ``weights_only=True``: one that wants to run code is refused.
+
+    Raises:
+        ConfigError: there is no such file, or it has another hash than ``sha256``.
+        ScoreError: it is not a file of tensors.
+    """
+    if not file.is_file():
+        raise ConfigError(f"scorer weights {str(file)!r} do not exist; give another path")
+    check_sha256(file, sha256)
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        tensors: Mapping[str, torch.Tensor] = load_file(file)
+        return tensors
+    import pickle  # noqa: TID251  only for the class of torch.load's refusal
+
+    import torch
+
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ScoreError(
+            f"{str(file)!r} is no checkpoint that weights_only=True reads: {error}"
+        ) from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else None
+    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ScoreError(f"{str(file)!r} holds other things than tensors by name")
+    return dict(state)
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """The torch dtype of a name.
 
@@ -90,7 +258,7 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtypes[name]
 
 
-def check_lengths(name: str, prompts: Sequence[str], images: Sequence[Image.Image]) -> None:
+def check_lengths(name: str, prompts: Sequence[str], images: Sized) -> None:
     """Refuses a batch in which prompts and pictures do not pair up.
 
     Raises:

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from diffagent import compat
 from diffagent.errors import ConfigError, ScoreError
 from diffagent.rewards.base import (
+    PixelScorer,
     PromptCache,
-    ScoreBatch,
+    Runtime,
     batches,
-    check_lengths,
+    check_sha256,
     content_digest,
-    torch_dtype,
 )
+from diffagent.rewards.pictures import Preparation
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
 log = logging.getLogger(__name__)
 
@@ -32,44 +33,28 @@ WEIGHTS = "open_clip_model.safetensors"
 VOCABULARY = "bpe_vocabulary.txt.gz"
 
 
-class ClipScorer:
+class ClipScorer(PixelScorer):
     """Cosine of text and image features, in -1 to 1 (about 0.15 to 0.35 with real models)."""
 
     name = "clip"
+    scale = 1.0
+    """What the cosine is multiplied with."""
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        preprocess: Callable[[Image.Image], torch.Tensor],
-        *,
-        version: str,
-        digest: str,
-        device: str = "cpu",
-        dtype: str = "float32",
-        batch_size: int = 32,
-    ) -> None:
-        """Takes a loaded open_clip model; `load` is the usual way.
+    def __init__(self, model: Any, tokenizer: Any, preparation: Preparation, **options: Any):
+        """Takes a loaded network; `load` is the usual way.
 
         Args:
-            model: an open_clip model.
+            model: has ``encode_image`` and ``encode_text``, as an open_clip model.
             tokenizer: texts to (B, L) int64, with ``encode`` or a wrapped ``tokenizer``.
-            preprocess: picture to (3, H, W) float.
-            version: which weights, for people.
-            digest: sha256 of weights and preprocessing.
-            device: any torch device.
-            dtype: of weights and activations.
-            batch_size: pictures, or prompts, a forward pass.
+            preparation: what the network wants of a picture.
+            options: see `diffagent.rewards.base.PixelScorer`.
         """
-        self.version = version
-        self.digest = digest
-        self.device = device
-        self.dtype = torch_dtype(dtype)
-        self.batch_size = batch_size
-        self.model = model.to(device, self.dtype).eval().requires_grad_(False)
+        super().__init__(model, preparation, **options)
+        import torch
+
         self.tokenizer = tokenizer
-        self.preprocess = preprocess
         self._text = PromptCache(self._encode_texts)
+        self._encode_image = torch.compile(model.encode_image) if self.compiled else None
 
     @classmethod
     def load(
@@ -77,9 +62,8 @@ class ClipScorer:
         model: str,
         weights: str | Path | None = None,
         *,
-        device: str = "cpu",
-        dtype: str = "float32",
-        batch_size: int = 32,
+        sha256: str | None = None,
+        runtime: Runtime | None = None,
     ) -> Self:
         """Loads a model of open_clip.
 
@@ -90,63 +74,49 @@ class ClipScorer:
             weights: for a name: an open_clip tag such as ``openai``, or a file. OpenAI's
                 weights were trained with QuickGELU: their tag sets it, for their file name
                 the ``-quickgelu`` architecture.
-            device: any torch device.
-            dtype: ``float32``, ``bfloat16`` or ``float16``.
-            batch_size: pictures, or prompts, a forward pass.
+            sha256: of the file of weights, which is checked.
+            runtime: where and how to compute; float32 on the CPU when not given.
 
         Raises:
-            ConfigError: no such model, tag or file.
+            ConfigError: no such model, tag or file, or a file of another hash.
             ScoreError: the weights do not fit the architecture.
         """
-        network, tokenizer, version = cls._network(model, weights)
-        preprocess, settings = cls._preprocessing(network)
+        network, tokenizer, version = cls._network(model, weights, sha256)
+        config = dict(network.visual.preprocess_cfg)
+        preparation, settings = cls._preparation(config)
         return cls(
             network,
             tokenizer,
-            preprocess,
+            preparation,
+            mean=config["mean"],
+            std=config["std"],
             version=version,
             digest=content_digest(network, {"scorer": cls.name, **settings}),
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
+            runtime=runtime or Runtime(),
         )
 
     @staticmethod
-    def _network(model: str, weights: str | Path | None) -> tuple[Any, Any, str]:
-        return load_open_clip(model, weights)
+    def _network(
+        model: str, weights: str | Path | None, sha256: str | None
+    ) -> tuple[Any, Any, str]:
+        return load_open_clip(model, weights, sha256)
 
     @staticmethod
-    def _preprocessing(
-        network: Any,
-    ) -> tuple[Callable[[Image.Image], torch.Tensor], dict[str, Any]]:
-        from open_clip.transform import PreprocessCfg, image_transform_v2
+    def _preparation(config: dict[str, Any]) -> tuple[Preparation, dict[str, Any]]:
+        """What a ``preprocess_cfg`` asks for, and what of it belongs to the digest."""
+        return Preparation.from_open_clip(config), config
 
-        config = network.visual.preprocess_cfg
-        return image_transform_v2(PreprocessCfg(**config), is_train=False), dict(config)
-
-    def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> ScoreBatch:
-        """Scores picture i against prompt i; see `diffagent.rewards.base.Scorer`."""
+    def _rewards(
+        self, prompts: Sequence[str], pixels: torch.Tensor
+    ) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
         import torch
 
-        check_lengths(self.name, prompts, images)
-        if not prompts:
-            return ScoreBatch(np.zeros(0, np.float32), np.zeros(0, np.bool_))
         texts = self._text.get(prompts)
         text_features = torch.stack([features for features, _ in texts])
-        image_features = torch.cat(
-            [self._encode_images(part) for part in batches(images, self.batch_size)]
-        )
-        cosines = (text_features * image_features).sum(-1).cpu().numpy()
-        return ScoreBatch(cosines, np.array([truncated for _, truncated in texts]))
-
-    def _encode_images(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Unit-length features, (B, D) float32."""
-        import torch
-
-        pixels = torch.stack([self.preprocess(image) for image in images])
-        with torch.inference_mode():
-            features = self.model.encode_image(pixels.to(self.device, self.dtype))
-        return torch.nn.functional.normalize(features.float(), dim=-1)
+        encode = self._encode_image or self.model.encode_image
+        image_features = torch.nn.functional.normalize(encode(pixels).float(), dim=-1)
+        cosines = (text_features * image_features).sum(-1)
+        return self.scale * cosines, np.array([truncated for _, truncated in texts])
 
     def _encode_texts(self, prompts: Sequence[str]) -> list[tuple[torch.Tensor, bool]]:
         """Unit-length features (D,) float32 of each prompt, and whether it was cut."""
@@ -154,9 +124,7 @@ class ClipScorer:
 
         encoded: list[tuple[torch.Tensor, bool]] = []
         for part in batches(prompts, self.batch_size):
-            ids = self.tokenizer(list(part)).to(self.device)
-            with torch.inference_mode():
-                features = self.model.encode_text(ids)
+            features = encode_text(self.model, self.tokenizer(list(part)), self.device)
             unit = torch.nn.functional.normalize(features.float(), dim=-1)
             cut = [self._is_truncated(prompt) for prompt in part]
             encoded.extend(zip(unit, cut, strict=True))
@@ -169,11 +137,41 @@ class ClipScorer:
         return bool(len(self.tokenizer.tokenizer(prompt).input_ids) > limit)
 
 
-def load_open_clip(model: str, weights: str | Path | None) -> tuple[Any, Any, str]:
+def encode_text(network: Any, ids: torch.Tensor, device: str) -> torch.Tensor:
+    """Text features (B, D) of token ids (B, L); nothing is computed for what follows a prompt.
+
+    In CLIP's own text tower a token sees only those before it, and the features are those of the
+    end token, which has the highest id: the zeros after it change nothing, and are cut off.
+    Other towers get all of them.
+    """
+    import torch
+    from open_clip.model import CLIP
+
+    causal = isinstance(network, CLIP) and network.attn_mask is not None
+    if not (causal and network.text_pool_type == "argmax"):
+        return network.encode_text(ids.to(device))  # type: ignore[no-any-return]
+    ends = ids.argmax(-1)
+    length = int(ends.max()) + 1
+    states = network.token_embedding(ids[:, :length].to(device))
+    states = network.transformer(
+        states + network.positional_embedding[:length],
+        attn_mask=network.attn_mask[:length, :length],
+    )
+    last: torch.Tensor = network.ln_final(states[torch.arange(len(ids)), ends])
+    projection = network.text_projection
+    if projection is None:
+        return last
+    projected: torch.Tensor = projection(last) if callable(projection) else last @ projection
+    return projected
+
+
+def load_open_clip(
+    model: str, weights: str | Path | None, sha256: str | None = None
+) -> tuple[Any, Any, str]:
     """An open_clip network in float32 on the CPU, its tokenizer, and the version's name.
 
     Raises:
-        ConfigError: no such model, tag or file.
+        ConfigError: no such model, tag or file, or a file of another hash.
         ScoreError: the weights do not fit the architecture.
     """
     compat.install()
@@ -181,7 +179,7 @@ def load_open_clip(model: str, weights: str | Path | None) -> tuple[Any, Any, st
 
     directory = Path(model)
     if directory.is_dir():
-        return _load_directory(directory, weights)
+        return _load_directory(directory, weights, sha256)
     if weights is None or open_clip.get_model_config(model) is None:
         raise ConfigError(
             f"scorer model {model!r} with weights {weights!r} cannot be loaded: give a directory "
@@ -194,6 +192,8 @@ def load_open_clip(model: str, weights: str | Path | None) -> tuple[Any, Any, st
             f"weights {str(weights)!r} of {model!r} are neither a file nor one of the tags "
             f"{open_clip.list_pretrained_tags_by_model(model)}"
         )
+    if sha256:
+        check_sha256(Path(open_clip.download_pretrained(tag) if tag else weights), sha256)
     try:
         network = open_clip.create_model(
             model,
@@ -206,7 +206,9 @@ def load_open_clip(model: str, weights: str | Path | None) -> tuple[Any, Any, st
     return network, open_clip.get_tokenizer(model), f"{model}/{Path(weights).stem}"
 
 
-def _load_directory(directory: Path, weights: str | Path | None) -> tuple[Any, Any, str]:
+def _load_directory(
+    directory: Path, weights: str | Path | None, sha256: str | None
+) -> tuple[Any, Any, str]:
     import open_clip
 
     for name in (CONFIG, WEIGHTS):
@@ -216,6 +218,7 @@ def _load_directory(directory: Path, weights: str | Path | None) -> tuple[Any, A
         raise ConfigError(
             f"scorer directory {str(directory)!r} holds its own weights; remove weights={weights!r}"
         )
+    check_sha256(directory / WEIGHTS, sha256)
     try:
         network = open_clip.create_model(f"local-dir:{directory}")
     except RuntimeError as error:

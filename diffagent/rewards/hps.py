@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from diffagent import compat
 from diffagent.errors import ConfigError
-from diffagent.rewards.base import hub_or_local
+from diffagent.rewards.base import check_sha256, hub_or_local
 from diffagent.rewards.clip import ClipScorer, load_open_clip
-
-if TYPE_CHECKING:
-    import torch
-    from PIL import Image
+from diffagent.rewards.pictures import Preparation
 
 RELEASES = {"v2": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 REPOSITORY = "xswu/HPSv2"
@@ -23,8 +18,8 @@ ARCHITECTURE = "ViT-H-14"
 class HPSScorer(ClipScorer):
     """Cosine of the fine-tuned features; papers print it times 100.
 
-    The pictures are prepared by the package's own code: the longest side is resized and the
-    rest padded, where CLIP would crop. Scores of v2 and v2.1 are not comparable, and scores
+    The pictures are prepared as by the package: the longest side is resized and the rest
+    padded, where CLIP would crop. Scores of v2 and v2.1 are not comparable, and scores
     mean something only among pictures of one prompt.
 
     `load` takes a release (``v2``, ``v2.1``) as its model, with the release's file or the hub
@@ -35,36 +30,26 @@ class HPSScorer(ClipScorer):
     name = "hps_v2"
 
     @staticmethod
-    def _network(model: str, weights: str | Path | None) -> tuple[Any, Any, str]:
+    def _network(
+        model: str, weights: str | Path | None, sha256: str | None
+    ) -> tuple[Any, Any, str]:
         if model in RELEASES:
             file = hub_or_local(weights or REPOSITORY, RELEASES[model])
+            if file.name in RELEASES.values() and file.name != RELEASES[model]:
+                raise ConfigError(
+                    f"{str(file)!r} is not HPS {model} but another release, whose scores must not "
+                    f"be taken for its; give {RELEASES[model]!r}, or the model that belongs to it"
+                )
+            check_sha256(file, sha256)
             network, tokenizer, _ = load_open_clip(ARCHITECTURE, file)
             return network, tokenizer, model
         if not Path(model).is_dir():
             raise ConfigError(
                 f"HPS model {model!r} is neither one of {sorted(RELEASES)} nor a directory"
             )
-        return load_open_clip(model, weights)
+        return load_open_clip(model, weights, sha256)
 
     @staticmethod
-    def _preprocessing(
-        network: Any,
-    ) -> tuple[Callable[[Image.Image], torch.Tensor], dict[str, Any]]:
-        compat.install()
-        from hpsv2.src.open_clip.transform import image_transform
-
-        config = network.visual.preprocess_cfg
-        transform = image_transform(
-            config["size"],
-            is_train=False,
-            mean=tuple(config["mean"]),
-            std=tuple(config["std"]),
-            resize_longest_max=True,
-        )
-
-        def preprocess(image: Image.Image) -> torch.Tensor:
-            # The package lets an alpha channel through, which its own model then rejects.
-            pixels: torch.Tensor = transform(image.convert("RGB"))
-            return pixels
-
-        return preprocess, {**config, "resize_mode": "hpsv2 1.2.0: longest side, padded"}
+    def _preparation(config: dict[str, Any]) -> tuple[Preparation, dict[str, Any]]:
+        settings = {**config, "resize_mode": "hpsv2 1.2.0: longest side, padded"}
+        return Preparation.from_open_clip(config, "hps"), settings

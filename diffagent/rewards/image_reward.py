@@ -1,8 +1,12 @@
 """ImageReward v1.0 (arXiv 2304.05977): BLIP and an MLP, from the ``ImageReward`` package.
 
 The package builds one size only and downloads its parts. Here its own modules are put together
-from a description, so that the released weights and tiny instances run through the same code,
-and the package's ``score_gard`` computes the reward of a whole batch.
+from a description, so that the released weights and tiny instances run through the same code.
+
+Only tokens are shared by the candidates of a prompt: every layer of the text encoder looks at
+the picture, the first one after its self-attention, which is a thousandth of the work. So the
+work is saved elsewhere: the text encoder reads as many tokens as the longest prompt of a batch
+has, where the package always reads 35, and the image encoder's attention is torch's fused one.
 """
 
 from __future__ import annotations
@@ -13,25 +17,26 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MethodType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+import numpy.typing as npt
 
 from diffagent import compat
 from diffagent.errors import ConfigError, ScoreError
 from diffagent.rewards.base import (
+    PixelScorer,
     PromptCache,
-    ScoreBatch,
-    batches,
-    check_lengths,
+    Runtime,
     content_digest,
     hub_or_local,
-    torch_dtype,
+    read_state,
 )
+from diffagent.rewards.pictures import Preparation
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +46,8 @@ RELEASED_FILE = "ImageReward.pt"
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 
+_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the package's preprocessing, CLIP's
+_STD = (0.26862954, 0.26130258, 0.27577711)
 _MED_CONFIG = {
     "attention_probs_dropout_prob": 0.1,
     "hidden_act": "gelu",
@@ -89,7 +96,7 @@ class ImageRewardConfig:
     std: float = 1.0333394966054072
 
 
-class ImageRewardScorer:
+class ImageRewardScorer(PixelScorer):
     """Standardised reward, about N(0, 1) on the authors' pictures."""
 
     name = "image_reward"
@@ -101,9 +108,7 @@ class ImageRewardScorer:
         config: ImageRewardConfig,
         *,
         digest: str,
-        device: str = "cpu",
-        dtype: str = "float32",
-        batch_size: int = 32,
+        runtime: Runtime,
     ) -> None:
         """Takes a built model; `load` is the usual way.
 
@@ -112,20 +117,24 @@ class ImageRewardScorer:
             tokenizer: BERT's, of the vocabulary that the model was trained with.
             config: what the model was built from.
             digest: sha256 of weights and preprocessing.
-            device: any torch device.
-            dtype: of weights and activations.
-            batch_size: pictures a forward pass.
+            runtime: where and how to compute.
         """
-        self.version = config.version
-        self.digest = digest
-        self.device = device
-        self.dtype = torch_dtype(dtype)
-        self.batch_size = batch_size
+        super().__init__(
+            model,
+            Preparation((config.image_size, config.image_size), "shortest"),
+            mean=_MEAN,
+            std=_STD,
+            version=config.version,
+            digest=digest,
+            runtime=runtime,
+        )
+        import torch
+
         self.config = config
-        self.model = model.to(device, self.dtype).eval().requires_grad_(False)
-        self.model.device = device  # the package's code puts its masks there
         self.tokenizer = tokenizer
         self._tokens = PromptCache(self._tokenize)
+        encoder = self.model.blip.visual_encoder
+        self._encode_image = torch.compile(encoder) if self.compiled else encoder
 
     @classmethod
     def load(
@@ -134,9 +143,8 @@ class ImageRewardScorer:
         weights: str | Path | None = None,
         *,
         vocabulary: str | Path | None = None,
-        device: str = "cpu",
-        dtype: str = "float32",
-        batch_size: int = 32,
+        sha256: str | None = None,
+        runtime: Runtime | None = None,
     ) -> Self:
         """Loads the release, or a directory with a tiny instance.
 
@@ -148,12 +156,11 @@ class ImageRewardScorer:
                 it (``THUDM/ImageReward`` when not given).
             vocabulary: directory of BERT's tokenizer; for the release ``bert-base-uncased``
                 of the hub when not given.
-            device: any torch device.
-            dtype: ``float32``, ``bfloat16`` or ``float16``.
-            batch_size: pictures a forward pass.
+            sha256: of the file of weights, which is checked.
+            runtime: where and how to compute; float32 on the CPU when not given.
 
         Raises:
-            ConfigError: no such model or file.
+            ConfigError: no such model or file, or a file of another hash.
             ScoreError: the weights do not fit the architecture.
         """
         directory = Path(model)
@@ -170,39 +177,31 @@ class ImageRewardScorer:
                 f"ImageReward model {model!r} is neither {RELEASE!r} nor a directory with {CONFIG}"
             )
         network = build_model(config)
-        load_weights(network, file)
-        settings = {"scorer": cls.name, **asdict(config)}
+        load_weights(network, file, sha256)
         return cls(
             network,
             load_tokenizer(vocabulary),
             config,
-            digest=content_digest(network, settings),
-            device=device,
-            dtype=dtype,
-            batch_size=batch_size,
+            digest=content_digest(network, {"scorer": cls.name, **asdict(config)}),
+            runtime=runtime or Runtime(),
         )
 
-    def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> ScoreBatch:
-        """Scores picture i against prompt i; see `diffagent.rewards.base.Scorer`."""
+    def _rewards(
+        self, prompts: Sequence[str], pixels: torch.Tensor
+    ) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
         import torch
 
-        check_lengths(self.name, prompts, images)
         tokens = self._tokens.get(prompts)
-        scores: list[torch.Tensor] = [torch.zeros(0)]
-        for positions in batches(range(len(prompts)), self.batch_size):
-            ids = torch.stack([tokens[i][0] for i in positions]).to(self.device)
-            pixels = torch.stack([self.model.preprocess(images[i]) for i in positions])
-            # BERT masks what is padded, so the 35 tokens can be cut to the longest prompt's.
-            ids = ids[:, : int((ids != self.tokenizer.pad_token_id).sum(1).max())]
-            with torch.inference_mode():
-                rewards = self.model.score_gard(
-                    ids,
-                    (ids != self.tokenizer.pad_token_id).long(),
-                    pixels.to(self.device, self.dtype),
-                )
-            scores.append(rewards[:, 0].float().cpu())
-        truncated = np.array([cut for _, cut in tokens], dtype=np.bool_)
-        return ScoreBatch(torch.cat(scores).numpy(), truncated)
+        ids = torch.stack([ids for ids, _ in tokens])
+        # BERT masks what is padded, so the 35 tokens can be cut to the longest prompt's.
+        mask = ids != self.tokenizer.pad_token_id
+        length = int(mask.sum(1).max())
+        rewards = self.model.rewards(
+            ids[:, :length].to(self.device, non_blocking=True),
+            mask[:, :length].long().to(self.device, non_blocking=True),
+            self._encode_image(pixels),
+        )
+        return rewards, np.array([cut for _, cut in tokens])
 
     def _tokenize(self, prompts: Sequence[str]) -> list[tuple[torch.Tensor, bool]]:
         """Token ids (max_length,) of each prompt, and whether it was cut."""
@@ -235,7 +234,8 @@ def read_config(directory: Path) -> ImageRewardConfig:
 def _model_class() -> type[Any]:
     """A class of the package's parts; made on first use because torch is imported then."""
     compat.install()
-    from ImageReward.ImageReward import MLP, ImageReward, _transform
+    import torch
+    from ImageReward.ImageReward import MLP
     from ImageReward.models.BLIP.med import BertConfig, BertModel
     from ImageReward.models.BLIP.vit import VisionTransformer
     from torch import nn
@@ -255,23 +255,52 @@ def _model_class() -> type[Any]:
             bert = BertConfig(
                 **config.text, encoder_width=config.vision_width, add_cross_attention=True
             )
+            for block in self.visual_encoder.blocks:
+                block.attn.forward = MethodType(_attend, block.attn)
             self.text_encoder = BertModel(config=bert, add_pooling_layer=False)
             self.vision_proj = nn.Linear(config.vision_width, config.embed_dim)
             self.text_proj = nn.Linear(bert.hidden_size, config.embed_dim)
 
-    class Model(ImageReward):  # type: ignore[misc]
-        """The package's model at any size; ``score_gard`` is inherited."""
+    class Model(nn.Module):
+        """The package's ``ImageReward`` at any size, with the same names of parameters."""
 
         def __init__(self, config: ImageRewardConfig) -> None:
-            nn.Module.__init__(self)
-            self.device = "cpu"
+            super().__init__()
             self.blip = Blip(config)
-            self.preprocess = _transform(config.image_size)
             self.mlp = MLP(config.text["hidden_size"])
             self.mean = config.mean
             self.std = config.std
 
+        def rewards(
+            self, ids: torch.Tensor, mask: torch.Tensor, seen: torch.Tensor
+        ) -> torch.Tensor:
+            """The package's ``score_gard`` of image features (B, N, D): rewards (B,) float32."""
+            states = self.blip.text_encoder(
+                ids,
+                attention_mask=mask,
+                encoder_hidden_states=seen,
+                encoder_attention_mask=torch.ones(
+                    seen.shape[:-1], dtype=torch.long, device=seen.device
+                ),
+                return_dict=True,
+            ).last_hidden_state
+            with torch.autocast(seen.device.type, enabled=False):
+                raw: torch.Tensor = self.mlp(states[:, 0].float())[:, 0]
+            return (raw - self.mean) / self.std
+
     return Model
+
+
+def _attend(attention: Any, x: torch.Tensor, register_hook: bool = False) -> torch.Tensor:
+    """The package's ``vit.Attention.forward`` without its hooks, fused."""
+    from torch.nn.functional import scaled_dot_product_attention
+
+    count, tokens, width = x.shape
+    heads = attention.qkv(x).reshape(count, tokens, 3, attention.num_heads, -1)
+    query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
+    mixed = scaled_dot_product_attention(query, key, value, scale=attention.scale)
+    projected: torch.Tensor = attention.proj(mixed.transpose(1, 2).reshape(count, tokens, width))
+    return projected
 
 
 def build_model(config: ImageRewardConfig) -> Any:
@@ -279,24 +308,14 @@ def build_model(config: ImageRewardConfig) -> Any:
     return _model_class()(config)
 
 
-def load_weights(network: Any, file: Path) -> None:
+def load_weights(network: Any, file: Path, sha256: str | None = None) -> None:
     """Loads a released checkpoint or a safetensors file into a built network.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: there is no such file, or it has another hash than ``sha256``.
         ScoreError: parameters are missing or of another shape.
     """
-    if not file.is_file():
-        raise ConfigError(f"ImageReward weights {str(file)!r} do not exist; give another path")
-    state: Mapping[str, torch.Tensor]
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state = load_file(file)
-    else:
-        import torch
-
-        state = torch.load(file, map_location="cpu", weights_only=True)
+    state = read_state(file, sha256)
     try:
         result = network.load_state_dict(state, strict=False)
     except RuntimeError as error:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffagent.artifacts import named_files
 from diffagent.errors import ConfigError
+from diffagent.rewards.base import Runtime
 
 if TYPE_CHECKING:
     from diffagent.rewards.base import Scorer
-    from schemas.config import RewardsConfig, ScorerConfig
+    from schemas.config import JudgesConfig, RewardsConfig, ScorerConfig
 
 SANDBOX = "sandbox"
 """Name of the committed tiny scorers and of their reference; they know the toy world only."""
@@ -20,32 +21,64 @@ REFERENCE_FILE = "reference.json"
 
 
 def load_scorers(
-    config: RewardsConfig, *, device: str = "cpu", dtype: str = "float32"
+    config: RewardsConfig, *, device: str = "cpu", compiled: bool = False
 ) -> list[Scorer]:
     """Loads the scorers of a configuration, in its order.
 
     Args:
         config: which scorers; a model named ``sandbox`` is the committed tiny one.
         device: any torch device.
-        dtype: ``float32``, ``bfloat16`` or ``float16``.
+        compiled: see `diffagent.rewards.base.Runtime`.
 
     Raises:
-        ConfigError: a model is not known, a file is missing, or a metric is named twice.
+        ConfigError: a model is not known, a file is missing or has another hash, or a metric is
+            named twice.
         ScoreError: weights do not fit their architecture.
     """
-    names = [spec.name for spec in config.scorers]
+    _check_names("rewards.scorers", [spec.name for spec in config.scorers])
+    runtime = Runtime(device, config.dtype, config.batch_size, compiled)
+    return [_load_scorer(spec, runtime) for spec in config.scorers]
+
+
+def load_judges(
+    config: JudgesConfig, *, device: str = "cpu", compiled: bool = False
+) -> list[Scorer]:
+    """Loads the held-out judges of a configuration, in its order; see `load_scorers`."""
+    from diffagent.rewards.judges import AestheticScorer, PickScoreScorer
+
+    _check_names("judges.judges", [spec.name for spec in config.judges])
+    runtime = Runtime(device, config.dtype, config.batch_size, compiled)
+    judges: list[Scorer] = []
+    for spec in config.judges:
+        if spec.head:
+            judges.append(
+                AestheticScorer.load(
+                    spec.model, spec.weights, head=spec.head, sha256=spec.sha256, runtime=runtime
+                )
+            )
+        else:
+            judges.append(
+                PickScoreScorer.load(spec.model, spec.weights, sha256=spec.sha256, runtime=runtime)
+            )
+    return judges
+
+
+def _check_names(setting: str, names: list[str]) -> None:
     if len(set(names)) != len(names):
-        raise ConfigError(f"rewards.scorers names a metric twice: {names}; keep one of each")
-    return [
-        _load_scorer(spec, device=device, dtype=dtype, batch_size=config.batch_size)
-        for spec in config.scorers
-    ]
+        raise ConfigError(f"{setting} names a metric twice: {names}; keep one of each")
 
 
 def reward_files(config: RewardsConfig) -> list[Path]:
     """The local files behind a configuration's scorers and their reference."""
     scorers = [name for spec in config.scorers for name in (_model(spec), spec.weights)]
     return named_files(*scorers, config.reference and reference_file(config.reference))
+
+
+def judge_files(config: JudgesConfig) -> list[Path]:
+    """The local files behind a configuration's judges."""
+    return named_files(
+        *(n for spec in config.judges for n in (spec.model, spec.weights, spec.head))
+    )
 
 
 def reference_file(name: str | Path) -> Path:
@@ -57,19 +90,19 @@ def _model(spec: ScorerConfig) -> str:
     return str(sandbox_directory() / spec.name) if spec.model == SANDBOX else spec.model
 
 
-def _load_scorer(spec: ScorerConfig, **runtime: Any) -> Scorer:
+def _load_scorer(spec: ScorerConfig, runtime: Runtime) -> Scorer:
     model = _model(spec)
     if spec.name == "clip":
         from diffagent.rewards.clip import ClipScorer
 
-        return ClipScorer.load(model, spec.weights, **runtime)
+        return ClipScorer.load(model, spec.weights, sha256=spec.sha256, runtime=runtime)
     if spec.name == "hps_v2":
         from diffagent.rewards.hps import HPSScorer
 
-        return HPSScorer.load(model, spec.weights, **runtime)
+        return HPSScorer.load(model, spec.weights, sha256=spec.sha256, runtime=runtime)
     from diffagent.rewards.image_reward import ImageRewardScorer
 
-    return ImageRewardScorer.load(model, spec.weights, **runtime)
+    return ImageRewardScorer.load(model, spec.weights, sha256=spec.sha256, runtime=runtime)
 
 
 def sandbox_directory() -> Path:

@@ -5,9 +5,11 @@ table 4, of which it reproduces all ten rows; per picture, that is without FID,
 
     U = (CLIP + 10 (HPS - 15) + IR) / 3
 
-with CLIP = 100 * 2.5 * cosine, HPS = 100 * cosine and IR = 100 * reward. The other form is
+with CLIP = 100 * 2.5 * cosine, HPS = 100 * cosine and IR = 100 * reward. The other form is the
+mean of the standardised metrics, (x_m - mean_m) / std_m. Both are means with weights, which are
+equal in the published formula and configurable here:
 
-    U = sum_m w_m (x_m - mean_m) / std_m  /  sum_m w_m
+    U = sum_m w_m u_m / sum_m w_m,    u = CLIP, 10 (HPS - 15), IR    or    u_m = z-score of m
 
 with mean and deviation taken once from a fixed reference set, so that a score means the same in
 every run. RRHF uses only the order of the scores within a prompt.
@@ -57,15 +59,17 @@ class Unifier:
 
     Attributes:
         method: ``chatgen`` or ``zscore``.
-        weights: of each metric; ``chatgen`` takes its three metrics and no weights.
+        weights: of each metric; the published ``chatgen`` has its three metrics and equal ones.
         invalid_floor: score of an invalid call.
         reference: of each metric; ``zscore`` only.
+        reference_set: what the reference was measured on, for people; ``zscore`` only.
     """
 
     method: Literal["zscore", "chatgen"]
     weights: Mapping[str, float]
     invalid_floor: float
     reference: Mapping[str, MetricReference] = field(default_factory=dict)
+    reference_set: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.method == "chatgen" and set(self.weights) != set(CHATGEN_METRICS):
@@ -73,14 +77,12 @@ class Unifier:
                 f"rewards.unify 'chatgen' needs the scorers {CHATGEN_METRICS}, "
                 f"not {tuple(self.weights)}; add them or use 'zscore'"
             )
+        if not sum(self.weights.values()) > 0:
+            raise ConfigError("the weights of all scorers are 0; give at least one of them some")
         if self.method == "zscore":
             missing = sorted(set(self.weights) - set(self.reference))
             if missing:
                 raise ConfigError(f"rewards.reference says nothing of the metrics {missing}")
-            if not sum(self.weights.values()) > 0:
-                raise ConfigError(
-                    "the weights of all scorers are 0; give at least one of them some"
-                )
             flat = [name for name in self.weights if not self.reference[name].std > 0]
             if flat:
                 raise ConfigError(f"rewards.reference has no positive std for {flat}")
@@ -95,11 +97,12 @@ class Unifier:
         """
         weights: dict[str, float] = {spec.name: spec.weight for spec in config.scorers}
         reference: Mapping[str, MetricReference] = {}
+        about: Mapping[str, Any] = {}
         if config.unify == "zscore":
             if config.reference is None:
                 raise ConfigError("rewards.reference is needed for unify: zscore")
-            reference = read_reference(config.reference)
-        unifier = cls(config.unify, weights, config.invalid_floor, reference)
+            reference, about = read_reference(config.reference)
+        unifier = cls(config.unify, weights, config.invalid_floor, reference, about)
         for scorer in scorers if reference else ():
             expected = reference[scorer.name].digest
             if expected != scorer.digest:
@@ -133,7 +136,9 @@ class Unifier:
         mask = np.ones(size, np.bool_) if valid is None else np.asarray(valid, np.bool_)
         self._check(columns, mask, size)
         with np.errstate(invalid="ignore"):
-            combined = chatgen_score(**columns) if self.method == "chatgen" else self._z(columns)
+            terms = chatgen_terms(**columns) if self.method == "chatgen" else self._z(columns)
+            weighted = [self.weights[name] * values for name, values in terms.items()]
+            combined = np.sum(weighted, axis=0) / sum(self.weights.values())
         lowest = self.invalid_floor + FLOOR_GAP
         below = int(np.count_nonzero(mask & (combined < lowest)))
         if below:
@@ -144,9 +149,10 @@ class Unifier:
         """What is recorded beside every score."""
         return {
             "method": self.method,
-            "weights": dict(self.weights) if self.method == "zscore" else {},
+            "weights": dict(self.weights),
             "invalid_floor": self.invalid_floor,
             "reference": {name: vars(self.reference[name]) for name in sorted(self.reference)},
+            "reference_set": dict(self.reference_set),
         }
 
     @property
@@ -175,35 +181,40 @@ class Unifier:
                     "leave out rows that could not be scored, or mark them invalid"
                 )
 
-    def _z(self, columns: Mapping[str, Scores]) -> Scores:
-        total: Scores = sum(
-            (
-                self.weights[name] * (values - self.reference[name].mean) / self.reference[name].std
-                for name, values in columns.items()
-            ),
-            start=np.zeros(1),
-        )
-        return total / sum(self.weights.values())
+    def _z(self, columns: Mapping[str, Scores]) -> dict[str, Scores]:
+        return {
+            name: (values - self.reference[name].mean) / self.reference[name].std
+            for name, values in columns.items()
+        }
 
 
-def chatgen_score(clip: Scores, hps_v2: Scores, image_reward: Scores) -> Scores:
-    """ChatGen's unified score without FID, of raw cosines and rewards; (B,) each."""
-    unified: Scores = (250 * clip + 10 * (100 * hps_v2 - 15) + 100 * image_reward) / 3
-    return unified
+def chatgen_terms(clip: Scores, hps_v2: Scores, image_reward: Scores) -> dict[str, Scores]:
+    """What ChatGen's unified score without FID is the mean of; of raw cosines and rewards (B,)."""
+    return {
+        "clip": 250 * clip,
+        "hps_v2": 10 * (100 * hps_v2 - 15),
+        "image_reward": 100 * image_reward,
+    }
 
 
-def read_reference(path: str | Path) -> dict[str, MetricReference]:
-    """Mean and deviation of each metric; ``sandbox`` is the committed file.
+def read_reference(
+    path: str | Path,
+) -> tuple[dict[str, MetricReference], dict[str, Any]]:
+    """Mean and deviation of each metric, and on what they were measured.
+
+    Args:
+        path: what `diffagent.rewards.reference` has written; ``sandbox`` is the committed file.
 
     Raises:
         ConfigError: the file is missing or has another form.
     """
     try:
         data = json.loads(reference_file(path).read_text(encoding="utf-8"))
-        return {
+        metrics = {
             name: MetricReference(float(m["mean"]), float(m["std"]), str(m["digest"]))
             for name, m in data["metrics"].items()
         }
+        return metrics, {key: value for key, value in data.items() if key != "metrics"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"rewards.reference {str(path)!r} is not usable ({type(error).__name__}: {error}); it "

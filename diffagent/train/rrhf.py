@@ -22,6 +22,7 @@ from diffagent.agent.llm import AgentInfo, align_special_tokens, read_info, save
 from diffagent.artifacts import Artifact, StageContext, StageResult, stage
 from diffagent.device import resolve_device
 from diffagent.errors import ArtifactError, TrainingError
+from diffagent.rewards.scores import read_scores
 from diffagent.train import fit
 from diffagent.train.collate import RankedPrompt, RRHFCollator
 from diffagent.train.losses import INVALID_REWARD, RankingLoss, ranking_loss
@@ -202,9 +203,10 @@ def rank(candidates: Sequence[Artifact], scores: Sequence[Artifact]) -> pl.DataF
 
     Raises:
         ArtifactError: a candidate has no score, so the shards do not belong together.
+        ScoreError: the scores are of different scorers, or unified in different ways.
     """
     answers = pl.concat([pl.read_parquet(a.file("candidates.parquet")) for a in candidates])
-    judged = pl.concat([pl.read_parquet(a.file("scores.parquet")) for a in scores])
+    judged = read_scores(scores)
     rewards = judged.group_by(_KEY).agg(
         pl.col("unified").filter(pl.col("status") == "ok").mean().alias("mean"),
         pl.len().alias("seeds"),

@@ -147,10 +147,25 @@ def summary(**changes: Any) -> dict[str, Any]:
     return summarise(evaluation_table(**rows()), config)
 
 
+def test_held_out_judges_are_reported_where_they_were_asked() -> None:
+    scores = rows()["scores"]
+    picks = scores.select("source", "prompt_id", pick_score="clip", aesthetic=pl.lit(None))
+    table = evaluation_table(**rows(), judgements=picks.cast({"aesthetic": pl.Float64}))
+    values = {(r["selector"], r["prompt_id"]): r["pick_score"] for r in table.to_dicts()}
+    assert values["popular", 1] == 2.0 and values["sft", 2] is None
+    assert table["aesthetic"].null_count() == 4
+    config = EvaluationConfig(selectors=("popular", "sft"), num_prompts=2)
+    numbers = summarise(table, config)["selectors"]["popular"]
+    assert numbers["pick_score"] == {"mean": 2.0, "low": None, "high": None, "n": 1}
+    assert "aesthetic" not in numbers
+    with pytest.raises(SchemaError, match="'sft' to prompt 1 was never judged"):
+        evaluation_table(**rows(), judgements=picks.filter(source="popular"))
+
+
 def test_the_summary_counts_what_it_averages() -> None:
     found = summary()
     popular, sft = found["selectors"]["popular"], found["selectors"]["sft"]
-    assert list(popular) == [metric.key for metric in METRICS]
+    assert list(popular) == [metric.key for metric in METRICS if metric.group != "judge"]
     assert popular["unified"] == {"mean": 2.0, "low": None, "high": None, "n": 1}
     assert (sft["unified"]["mean"], sft["unified"]["n"]) == (-4.75, 2)
     assert (sft["clip"]["mean"], sft["clip"]["n"]) == (0.5, 1)

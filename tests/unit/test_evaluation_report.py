@@ -25,9 +25,9 @@ from diffagent.evaluation.report import (
     summary_markdown,
 )
 from diffagent.lineage import ancestors, lineage_lines
-from schemas.config import EvaluationConfig
-from schemas.dabench import EVALUATION
-from tests.unit.evaluation_run import Run
+from schemas.config import EvaluationConfig, JudgesConfig
+from schemas.dabench import EVALUATION, JUDGEMENTS
+from tests.unit.evaluation_run import Run, write_rows
 
 CONFIG = EvaluationConfig(num_prompts=30, report_prompts=30, bootstrap_samples=200)
 
@@ -66,7 +66,7 @@ def page(report: Artifact) -> Page:
 def test_the_table_follows_its_schema(report: Artifact) -> None:
     table = pq.read_table(report.file("table.parquet"))
     assert table.schema.equals(EVALUATION)
-    assert table.num_rows == 5 * 30 == report.manifest.rows["table"]
+    assert table.num_rows == 6 * 30 == report.manifest.rows["table"]
 
 
 def test_metrics_describe_the_run(run: Run, report: Artifact) -> None:
@@ -179,9 +179,36 @@ def test_large_pictures_are_made_small(tmp_path: Path, size: int, kind: str, sho
         assert image.size == (shown, shown // 2)
 
 
+def test_held_out_judges_stand_in_the_report(run: Run, report: Artifact) -> None:
+    judges = JudgesConfig.model_validate({"judges": [{"name": "pick_score", "model": "somewhere"}]})
+    told = {"pick_score": {"version": "PickScore_v1", "digest": "a" * 64}}
+
+    def write(out: Path, renders: Artifact) -> None:
+        rows = pq.read_table(renders.file("renders.parquet")).to_pylist()
+        kept = [{n: row.get(n) for n in JUDGEMENTS.names} | {"pick_score": 21.5} for row in rows]
+        write_rows(out / "judgements.parquet", kept, JUDGEMENTS)
+
+    judged = [
+        run._stage(
+            "judge",
+            judges,
+            {"renders": [renders]},
+            lambda out, renders=renders: write(out, renders),
+            metrics={"scorers": told},
+        )
+        for renders in run.inputs["renders"]
+    ]
+    made = evaluate.run(CONFIG, {**run.inputs, "judgements": judged}, run.runtime)
+    page = made.file("report.html").read_text()
+    assert "PickScore_v1, digest aaaaaaaaaaaaaaaa" in page and "held-out judges" in page
+    assert read_metrics(made)["selectors"]["sft"]["pick_score"]["mean"] == 21.5
+    assert "aesthetic" not in read_metrics(made)["selectors"]["sft"]
+    assert "held-out judges" not in report.file("report.html").read_text()
+
+
 def test_lineage_is_readable_from_the_store(run: Run, report: Artifact) -> None:
     stages = [artifact.stage for artifact in ancestors(report)]
-    assert stages.count("select") == 5 and stages.count("crawl") == 1
+    assert stages.count("select") == 6 and stages.count("crawl") == 1
     lines = lineage_lines(report)
     assert lines[0].startswith(f"evaluate {report.identity[:16]}")
     assert any(line.strip().startswith("filtered: crawl") for line in lines)

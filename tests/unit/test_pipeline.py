@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from diffagent import pipeline
 from diffagent.artifacts import StageContext, StageResult, stage
@@ -34,9 +35,31 @@ def test_parents_come_before_children_and_exist() -> None:
 def test_rrhf_reads_the_shards_in_order_and_evaluate_the_selectors() -> None:
     nodes = pipeline.plan(make_config(sampling={"num_shards": 11}))
     assert nodes["rrhf"].inputs["scores"] == tuple(f"score-{i}" for i in range(11))
-    order = ("popular", "random", "nearest", "sft", "rrhf")
+    order = make_config().evaluation.selectors
     for name, prefix in (("candidates", "select"), ("renders", "render"), ("scores", "score")):
         assert nodes["evaluate"].inputs[name] == tuple(f"{prefix}-{s}" for s in order)
+
+
+def test_held_out_judges_see_evaluated_selectors_alone_and_no_training_reads_them() -> None:
+    judges = {"judges": [{"name": "pick_score", "model": "somewhere"}]}
+    nodes = pipeline.plan(make_config(judges=judges))
+    asked = [key for key in nodes if key.startswith("judge-")]
+    assert asked == [f"judge-{name}" for name in make_config().evaluation.selectors]
+    assert nodes["evaluate"].inputs["judgements"] == tuple(asked)
+    readers = {key for key, node in nodes.items() if {*asked} & {*node.parents}}
+    assert readers == {"evaluate"}
+    assert not {*asked} & {*pipeline.upstream(nodes, ["rrhf"])}
+    plain = pipeline.plan(make_config())
+    assert not any(key.startswith("judge-") for key in plain)
+    assert "judgements" not in plain["evaluate"].inputs
+
+
+@pytest.mark.parametrize("name", ["pick_score", "aesthetic"])
+def test_a_judge_cannot_be_a_reward_and_a_reward_no_judge(name: str) -> None:
+    with pytest.raises(ValidationError, match="scorers"):
+        make_config(rewards={"scorers": [{"name": name, "model": "m"}], "unify": "chatgen"})
+    with pytest.raises(ValidationError, match="judges"):
+        make_config(judges={"judges": [{"name": "clip", "model": "m"}]})
 
 
 def test_every_selector_answers_the_same_prompts_with_its_own_agent() -> None:

@@ -1,5 +1,6 @@
 """The scorers' code on tiny random networks, against the official packages."""
 
+import copy
 import json
 import random
 import shutil
@@ -10,8 +11,9 @@ import pytest
 from PIL import Image
 
 from diffagent import compat
+from diffagent.artifacts import sha256_file
 from diffagent.errors import ConfigError, ScoreError
-from diffagent.rewards.base import PromptCache
+from diffagent.rewards.base import PromptCache, Runtime
 from diffagent.rewards.load import reward_files, sandbox_directory
 
 compat.install()
@@ -20,10 +22,10 @@ import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from diffagent.rewards import image_reward as ir  # noqa: E402
-from diffagent.rewards.clip import ClipScorer  # noqa: E402
+from diffagent.rewards.clip import ClipScorer, encode_text  # noqa: E402
 from diffagent.rewards.hps import HPSScorer  # noqa: E402
 from diffagent.rewards.image_reward import ImageRewardConfig, ImageRewardScorer  # noqa: E402
-from diffagent.rewards.stage import score  # noqa: E402
+from diffagent.rewards.stage import score, score_pictures  # noqa: E402
 from schemas.config import RewardsConfig, ScorerConfig  # noqa: E402
 
 PROMPTS = ["a red circle", "blue", "a red circle", "one two three four five", "green star"]
@@ -126,7 +128,11 @@ def load(request, clip_directory, image_reward_directory):
         "hps_v2": (HPSScorer, clip_directory),
         "image_reward": (ImageRewardScorer, image_reward_directory),
     }[request.param]
-    return lambda **options: scorer.load(str(directory), **options)
+
+    def load(*, sha256=None, **runtime):
+        return scorer.load(str(directory), sha256=sha256, runtime=Runtime(**runtime))
+
+    return load
 
 
 def test_a_batch_scores_as_its_pictures_one_by_one(load, images):
@@ -178,6 +184,17 @@ def test_bfloat16_is_close_and_unknown_dtypes_are_refused(load, images):
         load(dtype="float8")
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-3), ("float16", 2e-2)])
+def test_a_gpu_gives_the_scores_of_the_cpu(load, images, dtype, tolerance):
+    """Batches from page-locked memory, more of them than are prefetched."""
+    exact = load().score(PROMPTS, images).scores
+    scorer = load(device="cuda", dtype=dtype)
+    got = score_pictures([scorer], PROMPTS, images, batch_size=1, threads=2)
+    scale = max(1.0, float(np.abs(exact).max()))
+    np.testing.assert_allclose(got.metrics[scorer.name], exact, atol=tolerance * scale)
+
+
 def test_a_prompt_is_encoded_once():
     seen: list[str] = []
 
@@ -226,6 +243,41 @@ def test_openai_weights_get_quick_gelu(monkeypatch):
         assert asked["weights_only"] is True
 
 
+def test_weights_with_another_hash_are_refused(load):
+    with pytest.raises(ConfigError, match="SHA256"):
+        load(sha256="0" * 64)
+    file = sandbox_directory() / "clip" / "open_clip_model.safetensors"
+    assert ClipScorer.load(str(file.parent), sha256=sha256_file(file).upper()).digest
+
+
+def test_one_release_of_hps_is_not_taken_for_another(tmp_path):
+    (tmp_path / "HPS_v2.1_compressed.pt").touch()
+    with pytest.raises(ConfigError, match="another release"):
+        HPSScorer.load("v2", tmp_path / "HPS_v2.1_compressed.pt")
+
+
+def test_a_prompt_is_read_up_to_its_end_token_with_the_same_features(clip_directory):
+    scorer = ClipScorer.load(str(clip_directory))
+    ids = scorer.tokenizer(PROMPTS)
+    seen = []
+    scorer.model.transformer.register_forward_hook(lambda m, a, o: seen.append(o.shape[1]))
+    with torch.inference_mode():
+        short = encode_text(scorer.model, ids, "cpu")
+        whole = scorer.model.encode_text(ids)
+    torch.testing.assert_close(short, whole)
+    assert seen == [7, 16]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+@pytest.mark.parametrize("load", ["clip", "image_reward"], indirect=True)
+def test_compiled_scores_are_the_same_and_a_short_batch_is_filled_up(load, images):
+    plain, compiled = load(), load(compiled=True, batch_size=3)
+    np.testing.assert_allclose(
+        compiled.score(PROMPTS, images).scores, plain.score(PROMPTS, images).scores, atol=1e-4
+    )
+
+
 def test_hps_is_the_packages_score_with_the_packages_preprocessing(
     clip_directory, images, monkeypatch, tmp_path
 ):
@@ -256,18 +308,28 @@ def test_hps_is_the_packages_score_with_the_packages_preprocessing(
     assert np.abs(got - cropped).max() > 1e-3  # the wide picture is what tells them apart
 
 
+def official_image_reward(scorer: ImageRewardScorer):
+    """The package's class around the same parts, with its own attention."""
+    from ImageReward.ImageReward import ImageReward, _transform
+
+    official = ImageReward.__new__(ImageReward)
+    torch.nn.Module.__init__(official)
+    network = copy.deepcopy(scorer.model)
+    for block in network.blip.visual_encoder.blocks:
+        del block.attn.forward
+    official.device, official.preprocess = "cpu", _transform(scorer.config.image_size)
+    official.blip, official.mlp = network.blip, network.mlp
+    official.mean, official.std = network.mean, network.std
+    official.blip.tokenizer = scorer.tokenizer
+    return official.eval()
+
+
 def test_image_reward_is_the_packages_own_score(image_reward_directory, images):
     """The package's `score` and `inference_rank` on the same weights, one picture at a time."""
-    import ImageReward
-
     scorer = ImageRewardScorer.load(str(image_reward_directory))
-    official = scorer.model
-    official.blip.tokenizer = scorer.tokenizer
+    official = official_image_reward(scorer)
     ours = scorer.score(PROMPTS, images).scores
-    theirs = [
-        ImageReward.ImageReward.score(official, prompt, image)
-        for prompt, image in zip(PROMPTS, images, strict=True)
-    ]
+    theirs = [official.score(prompt, image) for prompt, image in zip(PROMPTS, images, strict=True)]
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
     ranks, rewards = official.inference_rank("a red circle", images)
     ours = scorer.score(["a red circle"] * len(images), images).scores
@@ -307,7 +369,10 @@ def test_a_released_checkpoint_is_read_without_pickled_code(tmp_path, image_rewa
     ir.load_weights(network, good)
     assert torch.equal(network.mlp.layers[0].weight, state["mlp.layers.0.weight"])
     torch.save({"mlp.layers.0.weight": random.Random(0)}, evil)
-    with pytest.raises(Exception, match="weights_only"):
+    with pytest.raises(ScoreError, match=r"evil\.pt.*weights_only"):
+        ir.load_weights(network, evil)
+    torch.save({"mlp.layers.0.weight": "text"}, evil)
+    with pytest.raises(ScoreError, match="other things than tensors"):
         ir.load_weights(network, evil)
 
 

@@ -80,7 +80,8 @@ def test_degradations_keep_the_size_and_grow_with_strength(kind):
 def test_pixels_are_what_the_scorers_preprocessing_makes():
     scorer = ClipScorer.load(str(training.sandbox_directory() / "clip"))
     image, _, _ = world.drawing(world.EVALUATION_SEEDS.start)
-    torch.testing.assert_close(training.as_pixels([image])[0], scorer.preprocess(image))
+    prepared = torch.tensor(scorer.preparation(image))[None]
+    torch.testing.assert_close(training.as_pixels([image]), scorer.normalise(prepared))
 
 
 def test_blips_encoder_started_from_clip_gives_nearly_the_same_features():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffagent.errors import ConfigError, ScoreError
-from diffagent.rewards.unified import MetricReference, Unifier, chatgen_score, read_reference
+from diffagent.rewards.unified import MetricReference, Unifier, chatgen_terms, read_reference
 
 REFERENCE = {
     "clip": MetricReference(0.25, 0.05, "c"),
@@ -31,14 +31,21 @@ def test_chatgen_score_with_fid_added_reproduces_the_published_rows(
     fid, clip, hps, image_reward, unified
 ):
     raw = [np.array([x]) for x in (clip / 250, hps / 100, image_reward / 100)]
-    without_fid = chatgen_score(*raw)[0]
-    assert (100 - fid + 3 * without_fid) / 4 == pytest.approx(unified, abs=0.06)
+    without_fid = sum(term[0] for term in chatgen_terms(*raw).values())
+    assert (100 - fid + without_fid) / 4 == pytest.approx(unified, abs=0.06)
 
 
 def test_zscore_is_the_weighted_mean_of_standardised_metrics():
     unifier = Unifier("zscore", {"clip": 1, "hps_v2": 2, "image_reward": 1}, -10, REFERENCE)
     got = unifier.unify({"clip": [0.30, 0.25], "hps_v2": [0.26, 0.27], "image_reward": [2, 0]})
     np.testing.assert_allclose(got, [(1 * 1 + 2 * -1 + 1 * 2) / 4, 0.0], atol=1e-12)
+
+
+def test_chatgens_weights_are_equal_as_published_unless_others_are_given():
+    metrics = {"clip": [0.3], "hps_v2": [0.27], "image_reward": [0.5]}
+    assert Unifier("chatgen", EQUAL, -10).unify(metrics) == pytest.approx([(75 + 120 + 50) / 3])
+    weights = {"clip": 1, "hps_v2": 0, "image_reward": 3}
+    assert Unifier("chatgen", weights, -10).unify(metrics) == pytest.approx([(75 + 150) / 4])
 
 
 @pytest.mark.parametrize("method", ["zscore", "chatgen"])
@@ -85,15 +92,21 @@ def test_digest_follows_what_changes_the_score():
         Unifier("zscore", {**EQUAL, "clip": 2.0}, -10, REFERENCE),
         Unifier("zscore", EQUAL, -20, REFERENCE),
         Unifier("chatgen", EQUAL, -10),
+        Unifier("chatgen", {**EQUAL, "clip": 2.0}, -10),
+        Unifier("zscore", EQUAL, -10, REFERENCE, {"note": "other pictures"}),
     ]
-    assert len({u.digest for u in [base, *others]}) == 5
+    assert len({u.digest for u in [base, *others]}) == 7
     assert base.digest == Unifier("zscore", dict(EQUAL), -10, dict(REFERENCE)).digest
 
 
 def test_reference_files_are_read_or_refused_by_name(tmp_path):
     file = tmp_path / "reference.json"
-    file.write_text(json.dumps({"metrics": {"clip": {"mean": 1, "std": 2, "digest": "d"}}}))
-    assert read_reference(file) == {"clip": MetricReference(1.0, 2.0, "d")}
+    metrics = {"clip": {"mean": 1, "std": 2, "digest": "d"}}
+    file.write_text(json.dumps({"note": "drawings", "pictures": 9, "metrics": metrics}))
+    assert read_reference(file) == (
+        {"clip": MetricReference(1.0, 2.0, "d")},
+        {"note": "drawings", "pictures": 9},
+    )
     for text in ("[]", "{", '{"metrics": {"clip": {"mean": 1}}}'):
         file.write_text(text)
         with pytest.raises(ConfigError, match=r"reference\.json"):
