@@ -494,6 +494,7 @@ class RuntimeConfig(_Section):
     server_models: dict[str, str] = Field(
         default={},
         description="SHA256 -> file name on that server, of models that it has under other names",
+    )
     decode_threads: int = Field(default=4, ge=1, le=64, description="that read pictures to score")
     compile_scorers: bool = Field(
         default=False, description="torch.compile: a minute at the start, faster batches after it"
