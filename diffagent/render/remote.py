@@ -104,6 +104,7 @@ class Remote:
         self._rng = random.Random(0)
         self._stopped = threading.Event()
         self._session = requests.Session()
+        self._session.trust_env = not is_loopback(url)  # else a proxy may get the credentials
         self._session.auth = _Credentials(
             os.environ.get(AUTH_VARIABLE, "") if secret is None else secret
         )
