@@ -112,6 +112,8 @@ class Bench:
         groups = self.test["group"].to_numpy()
         for stratum, (low, high) in STRATA.items():
             asked = (self.cosine >= low) & (self.cosine < high)
+            if not asked.any():
+                continue
             columns = [mean[key][asked] for key in keys]
             columns.append((mean["model@1"] - self.reference)[asked])
             intervals = clustered_intervals(np.stack(columns, axis=1), groups[asked])

@@ -33,7 +33,7 @@ STAGES = {
     "select-popular": "Answer held-out prompts: the most popular model.",
     "select-random": "Answer held-out prompts: random valid APIs.",
     "select-nearest": "Answer held-out prompts: nearest training prompt.",
-    "select-combined": "Answer held-out prompts: the fitted mixture of selectors.",
+    "select-combined": "Answer held-out prompts: votes, statistics and cards, weighed.",
     "select-sft": "Answer held-out prompts: the fine-tuned agent.",
     "select-rrhf": "Answer held-out prompts: the aligned agent.",
     "evaluate": "Compare the selectors and write the report.",

@@ -14,9 +14,6 @@ from diffagent.evaluation.bootstrap import Array, Interval, bootstrap_intervals,
 from diffagent.evaluation.metrics import METRICS
 from schemas.config import EvaluationConfig
 
-#: Selectors that nothing was trained for. The best of them is what an agent has to beat.
-BASELINES = ("popular", "random", "nearest")
-
 #: What each selector does, for people.
 SELECTORS = {
     "popular": "most popular model",
@@ -32,6 +29,9 @@ SELECTORS = {
     "sft": "DiffAgent, SFT",
     "rrhf": "DiffAgent, SFT + RRHF",
 }
+
+#: Selectors without a language model. The best of them is what an agent has to beat.
+BASELINES = tuple(name for name in SELECTORS if name not in ("sft", "rrhf"))
 
 #: Name of a column -> its values by prompt, and whether it is a rate.
 _Columns = dict[tuple[str, ...], tuple[Array, bool]]

@@ -7,10 +7,12 @@ import logging
 import math
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from diffagent.agent.llm import hide_progress_bars
@@ -21,6 +23,7 @@ log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 LOGGING_STEPS = 20
+_PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"})
 
 
 def training_arguments(
@@ -34,8 +37,6 @@ def training_arguments(
         "max_steps": config.max_steps,
         "per_device_train_batch_size": config.per_device_train_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "activation_checkpointing": bool(config.gradient_checkpointing),  # its name since 5.23
-        "activation_checkpointing_kwargs": checkpointing(config),
         "learning_rate": config.learning_rate,
         "warmup_steps": config.warmup_ratio,  # below 1 it is a fraction of all steps
         "lr_scheduler_type": "linear",
@@ -54,9 +55,23 @@ def training_arguments(
     }
 
 
-def checkpointing(config: SFTConfig | RRHFConfig) -> dict[str, Any]:
-    """Keyword arguments of ``model.activation_checkpointing_enable``, as Trainer takes them."""
-    return {"every_n_layers": 2 if config.gradient_checkpointing == "half" else 1}
+def enable_checkpointing(model: Any, config: SFTConfig | RRHFConfig) -> None:
+    """Make activations again in the backward pass, as ``config.gradient_checkpointing`` says.
+
+    'selective' keeps what products of matrices and attention gave, half of all that a layer
+    keeps otherwise, and makes the cheap rest again.
+    """
+    if config.gradient_checkpointing:
+        options: dict[str, Any] = {"use_reentrant": False}
+        if config.gradient_checkpointing == "selective":
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, _kept)
+        model.activation_checkpointing_enable(options)
+
+
+def _kept(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = op.name()
+    costly = name in _PRODUCTS or name.startswith("aten::_scaled_dot_product_")
+    return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def weights_dtype(lora_rank: int, device: torch.device) -> torch.dtype:
@@ -64,9 +79,10 @@ def weights_dtype(lora_rank: int, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if lora_rank and device.type == "cuda" else torch.float32
 
 
-def add_lora(model: Any, config: SFTConfig | RRHFConfig) -> Any:
-    """``model`` with adapters on all linear layers when ``config.lora_rank`` asks for them."""
+def prepare(model: Any, config: SFTConfig | RRHFConfig) -> Any:
+    """``model`` with adapters on all linear layers and checkpointing, where asked for."""
     if not config.lora_rank:
+        enable_checkpointing(model, config)
         return model
     from peft import LoraConfig, get_peft_model
 
@@ -79,8 +95,7 @@ def add_lora(model: Any, config: SFTConfig | RRHFConfig) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = get_peft_model(model, lora)
-    if config.gradient_checkpointing:
-        model.enable_input_require_grads()
+    enable_checkpointing(model, config)
     return model
 
 

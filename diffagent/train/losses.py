@@ -26,6 +26,8 @@ from torch.nn import functional as F
 INVALID_REWARD = float("-inf")
 #: Logits that exist at once in ``token_logps``: 32 MB in float32.
 LOGITS_AT_ONCE = 2**23
+#: Probabilities that wait for the backward pass instead of being made again: 256 MB in float32.
+PROBABILITIES_KEPT = 2**26
 
 Loss = Literal["rrhf", "dpo", "simpo", "gspo"]
 
@@ -61,8 +63,9 @@ def sequence_logps(
 def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
     """Log-probabilities of tokens from the states that predict them, without an (M, V) table.
 
-    Logits are made for a few rows at a time and forgotten; a backward pass makes them again
-    where ``weight`` is trained. Under autocast the products are in its type, sums in float32.
+    Logits are made for a few rows at a time. Where ``weight`` is trained, the backward pass needs
+    them as probabilities: beyond `PROBABILITIES_KEPT` it makes them again. Under autocast the
+    products are in its type, sums in float32.
 
     Args:
         hidden: (M, H) float, last hidden states.
@@ -91,13 +94,18 @@ class _TokenLogps(torch.autograd.Function):
         total = torch.promote_types(hidden.dtype, torch.float32)
         logps = hidden.new_empty(len(hidden), dtype=total)
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        trained = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        keep = trained and len(hidden) * len(weight) <= PROBABILITIES_KEPT
+        ctx.kept = []
         for rows in _chunks(len(hidden), len(weight)):
             logits = F.linear(hidden[rows], weight, bias).to(total)
             norm = logits.logsumexp(1, keepdim=True)
             logps[rows] = (logits.gather(1, targets[rows, None]) - norm).squeeze(1)
+            probs = logits.sub_(norm).exp_() if slope is not None or keep else logits
             if slope is not None:
-                probs = logits.sub_(norm).exp_().to(hidden.dtype)
-                slope[rows] = weight[targets[rows]] - probs @ weight
+                slope[rows] = weight[targets[rows]] - probs.to(hidden.dtype) @ weight
+            if keep:
+                ctx.kept.append(probs)
         ctx.save_for_backward(hidden, weight, bias, targets, slope)
         return logps
 
@@ -110,17 +118,21 @@ class _TokenLogps(torch.autograd.Function):
             return for_hidden, None, None, None
         for_weight = torch.zeros_like(weight, dtype=grad.dtype)
         for_bias = None if bias is None else torch.zeros_like(bias, dtype=grad.dtype)
+        ctx.kept.reverse()  # each is let go once it is used; a second backward makes them again
         for rows in _chunks(len(hidden), len(weight)):
-            logits = F.linear(hidden[rows], weight, bias).to(grad.dtype)
-            logits.sub_(logits.logsumexp(1, keepdim=True)).exp_().neg_()
-            logits[torch.arange(len(logits)), targets[rows]] += 1
-            logits.mul_(grad[rows, None])
-            if weight.dtype == grad.dtype:
-                for_weight.addmm_(logits.t(), hidden[rows])
+            if ctx.kept:
+                slopes = ctx.kept.pop()
             else:
-                for_weight += logits.to(hidden.dtype).t() @ hidden[rows]
+                logits = F.linear(hidden[rows], weight, bias).to(grad.dtype)
+                slopes = logits.sub_(logits.logsumexp(1, keepdim=True)).exp_()
+            slopes.mul_(-grad[rows, None])
+            slopes[torch.arange(len(slopes)), targets[rows]] += grad[rows]
+            if weight.dtype == grad.dtype:
+                for_weight.addmm_(slopes.t(), hidden[rows])
+            else:
+                for_weight += slopes.to(hidden.dtype).t() @ hidden[rows]
             if for_bias is not None:
-                for_bias += logits.sum(0)
+                for_bias += slopes.sum(0)
         for_bias = for_bias if for_bias is None else for_bias.to(bias.dtype)
         return for_hidden, for_weight.to(weight.dtype), for_bias, None
 

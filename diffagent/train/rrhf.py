@@ -171,7 +171,7 @@ def train_rrhf(config: RRHFConfig, context: StageContext) -> StageResult:
     ranked = rank(context.many("candidates"), context.many("scores"))
     prompts, counts = encode_ranked(tokenizer, ranked, config.max_length, info.prompt_template)
     trainer = RRHFTrainer(
-        model=fit.add_lora(model, config),
+        model=fit.prepare(model, config),
         args=TrainingArguments(**fit.training_arguments(config, context.out, device)),
         rrhf=config,
         train_dataset=RankedPrompts(prompts),

@@ -115,7 +115,7 @@ def build_trainer(
     if batching == "packed":
         rows = pack_dataset(rows, config.max_length, "bfd")
     return ResponseTrainer(
-        model=fit.add_lora(model, config),
+        model=fit.prepare(model, config),
         args=TRLConfig(
             **fit.training_arguments(config, out, device),
             dataset_kwargs={"skip_prepare_dataset": True},

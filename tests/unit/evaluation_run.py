@@ -27,7 +27,9 @@ from tests.unit.agent_world import blank
 COLOURS = ("firebrick", "seagreen", "steelblue", "goldenrod", "orchid", "slategray")
 SHAPES = ("ellipse", "rectangle")
 SAMPLERS = ("Euler a", "DPM++ 2M Karras", "DDIM")
-SKILL = {"popular": 0.2, "random": 0.0, "nearest": 0.6, "combined": 0.65, "sft": 0.7, "rrhf": 0.9}
+SKILL = {
+    "popular": 0.2, "random": 0.0, "nearest": 0.6, "combined": 0.65, "sft": 0.7, "rrhf": 0.9
+}  # fmt: skip
 
 
 def make_api(rng: random.Random, model: int | None = None) -> T2IAPI:

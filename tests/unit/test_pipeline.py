@@ -15,7 +15,6 @@ from diffagent.errors import ConfigError
 from schemas.config import (
     CrawlConfig,
     DABenchConfig,
-    EvaluationConfig,
     FilterConfig,
     PipelineConfig,
 )
@@ -40,7 +39,7 @@ def test_parents_come_before_children_and_exist() -> None:
 def test_rrhf_reads_the_shards_in_order_and_evaluate_the_selectors() -> None:
     nodes = pipeline.plan(make_config(sampling={"num_shards": 11}))
     assert nodes["rrhf"].inputs["scores"] == tuple(f"score-{i}" for i in range(11))
-    order = EvaluationConfig().selectors
+    order = make_config().evaluation.selectors
     for name, prefix in (("candidates", "select"), ("renders", "render"), ("scores", "score")):
         assert nodes["evaluate"].inputs[name] == tuple(f"{prefix}-{s}" for s in order)
 

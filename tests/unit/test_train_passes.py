@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -27,6 +27,7 @@ from trl import DPOConfig, DPOTrainer
 from diffagent.agent.format import IGNORED, Example
 from diffagent.train import losses
 from diffagent.train.collate import RankedPrompt, RRHFCollator, block_mask
+from diffagent.train.fit import enable_checkpointing
 from diffagent.train.losses import INVALID_REWARD, token_logps
 from diffagent.train.passes import packs, response_logps
 from diffagent.train.rrhf import batch_loss, with_reference
@@ -144,7 +145,10 @@ def test_the_gradient_in_float64_is_that_of_the_naive_loop() -> None:
         assert torch.allclose(gradients[name], parameter.grad, rtol=1e-7, atol=1e-12), name
 
 
-def test_adapters_and_checkpointed_layers_change_no_gradient() -> None:
+@pytest.mark.parametrize("checkpointing", [True, "selective"])
+def test_adapters_and_checkpointed_layers_change_no_gradient(
+    checkpointing: bool | Literal["selective"],
+) -> None:
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(llama(), LoraConfig(r=2, target_modules="all-linear"))
@@ -154,8 +158,7 @@ def test_adapters_and_checkpointed_layers_change_no_gradient() -> None:
     prompts = ranked_prompts()
     _, padded = loss_and_gradients(model, prompts, False, RRHFConfig())
     model.train()
-    model.activation_checkpointing_enable(every_n_layers=2)
-    model.enable_input_require_grads()
+    enable_checkpointing(model, RRHFConfig(gradient_checkpointing=checkpointing))
     _, packed = loss_and_gradients(model, prompts, True, RRHFConfig())
     assert packed.keys() == padded.keys()
     assert all("lora" in name for name in packed)
@@ -164,9 +167,11 @@ def test_adapters_and_checkpointed_layers_change_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("kept", [0, 7 * 11])
 def test_the_gradient_of_chunked_log_probabilities(
-    with_bias: bool, monkeypatch: pytest.MonkeyPatch
+    with_bias: bool, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(losses, "PROBABILITIES_KEPT", kept)
     monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 2 * 11)
     generator = torch.Generator().manual_seed(0)
     kind: Any = {"generator": generator, "dtype": torch.float64, "requires_grad": True}
