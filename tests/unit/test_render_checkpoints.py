@@ -100,7 +100,7 @@ def test_full_size_architectures_are_those_that_were_released(family: str, tmp_p
     assert find_config(path.name, read_header(path), shipped_configs()) == config_of(family)
 
 
-@pytest.mark.slow
+@pytest.mark.full_size
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_size_files_load(family: str, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"

@@ -14,7 +14,7 @@ from diffagent.rewards.stage import score_pictures
 PICTURES = 3
 
 
-@pytest.mark.slow
+@pytest.mark.full_size
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("metric", official.METRICS)
 def test_full_size_scores_are_the_packages_own(metric, tmp_path):
