@@ -226,6 +226,7 @@ def _held_out(config: PipelineConfig, name: str, group: Group) -> Node:
         group,
         heavy=True,
         queue="gpu",
+        spread=True,
     )
 
 
