@@ -3,6 +3,7 @@
     python benchmarks/bench_selectors.py DIR [--encoder minilm] [--vectors FILE] [--seeds 3]
     python benchmarks/bench_selectors.py DIR --selectors agent --agent AGENT --splits leak-free
     python benchmarks/bench_selectors.py --catalogue 75000
+    python benchmarks/bench_selectors.py DIR --hostile 10000
 
 One JSON line a selector and stratum (all test prompts; those whose nearest train prompt is under
 0.6, or 0.3, in cosine of TF-IDF, as bench_splits.py has it; those at 0.6 and above), on the
@@ -10,7 +11,8 @@ leak-free split and on the random one. Intervals are of 95 %, by a bootstrap ove
 ``over_nearest`` is the paired difference in accuracy to bench_splits.py's nearest neighbour. Fitted
 selectors see train and validation alone; those that draw at random are fitted once a seed, and
 their values are means over seeds. Encoding all prompts takes minutes: FILE keeps the vectors for
-the next time. ``--catalogue`` measures the latency of retrieval over a synthetic catalogue.
+the next time. ``--catalogue`` measures the latency of retrieval over a synthetic catalogue;
+``--hostile`` counts what `combined` answers to hostile prompts.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import json
 import random
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,6 +32,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 from bench_splits import nearest
+from hostile import hostile_prompts
 from safetensors.numpy import load_file, save_file
 
 from diffagent.agent.baselines import Nearest, Popular, Random, Usage
@@ -176,6 +180,14 @@ def load_llm(directory: Path) -> LLM:
     return LLM(load_agent(directory))
 
 
+def hostile(rows: pl.DataFrame, catalogue: Catalogue, count: int) -> None:
+    train, validation = (rows.filter(split=split) for split in ("train", "validation"))
+    fitted = fit(FitConfig(selector="combined"), train, validation, catalogue)
+    choices = itertools.chain.from_iterable(fitted.choices(hostile_prompts(count), 2))
+    counts = Counter(choice.verdict.status for choice in choices)
+    print(json.dumps({"benchmark": "selectors", "hostile": count, "answers": counts}))
+
+
 def _size(fitted: Any, config: FitConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
@@ -274,12 +286,16 @@ def main() -> None:
     parser.add_argument("--selectors", nargs="*", default=[*BASELINES, *RECIPES])
     parser.add_argument("--splits", nargs="*", default=["leak-free", "random"])
     parser.add_argument("--catalogue", type=int, help="models of a synthetic catalogue")
+    parser.add_argument("--hostile", type=int, help="prompts that attack, in place of the rest")
     args = parser.parse_args()
     if args.catalogue:
         synthetic(args.catalogue)
     if args.directory is None:
         return
     rows, catalogue = read_rows(args.directory), Catalogue.load(args.directory)
+    if args.hostile:
+        hostile(rows, catalogue, args.hostile)
+        return
     encoder = TransformerEncoder(args.encoder) if args.encoder else None
     known = all_vectors(encoder, rows, catalogue, args.vectors) if encoder else {}
     for kind in args.splits:
