@@ -25,7 +25,7 @@ SELECTORS = {
     "cards": "model cards",
     "card-embeddings": "model cards, embedded",
     "model-token": "a token a model",
-    "combined": "all of these combined",
+    "combined": "votes, statistics and cards",
     "sft": "DiffAgent, SFT",
     "rrhf": "DiffAgent, SFT + RRHF",
 }
