@@ -261,18 +261,7 @@ def _entry(number: int, text: Any) -> Entry:
         version_id=number,
         air=f"urn:air:sd1:checkpoint:civitai:{number}@{number}",
         file_name="synthetic.safetensors",
-        file_id=None,
-        size_bytes=None,
-        sha256=None,
-        download_path="",
         description=text(8),
-        tags=(),
-        trained_words=(),
-        downloads=0,
-        creator=None,
-        allow_commercial_use=None,
-        allow_derivatives=None,
-        allow_no_credit=None,
     )
 
 

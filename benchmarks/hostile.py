@@ -79,14 +79,6 @@ def entry(number: int, model: str, version: str, kind: str, base_model: str) -> 
         size_bytes=1000,
         sha256=f"{number:064x}",
         download_path=f"/api/download/models/{number}",
-        description="",
-        tags=(),
-        trained_words=(),
-        downloads=0,
-        creator=None,
-        allow_commercial_use=None,
-        allow_derivatives=None,
-        allow_no_credit=None,
     )
 
 

@@ -56,18 +56,18 @@ class Entry:
     version_id: int
     air: str
     file_name: str
-    file_id: int | None
-    size_bytes: int | None
-    sha256: str | None
-    download_path: str
-    description: str
-    tags: tuple[str, ...]
-    trained_words: tuple[str, ...]
-    downloads: int
-    creator: str | None
-    allow_commercial_use: tuple[str, ...] | None
-    allow_derivatives: bool | None
-    allow_no_credit: bool | None
+    file_id: int | None = None
+    size_bytes: int | None = None
+    sha256: str | None = None
+    download_path: str = ""
+    description: str = ""
+    tags: tuple[str, ...] = ()
+    trained_words: tuple[str, ...] = ()
+    downloads: int = 0
+    creator: str | None = None
+    allow_commercial_use: tuple[str, ...] | None = None
+    allow_derivatives: bool | None = None
+    allow_no_credit: bool | None = None
     base_model_licence: str | None = None
     commercial_use: CommercialUse = "unknown"
     commercial_use_source: str | None = None

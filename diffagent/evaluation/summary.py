@@ -99,7 +99,7 @@ def summarise(table: pl.DataFrame, config: EvaluationConfig) -> Metrics:
 
 
 def best_baseline(rows: dict[str, pl.DataFrame]) -> str:
-    """The untrained selector with the highest mean unified score; the first one of all if none."""
+    """The baseline with the highest mean unified score; the first one of all if none."""
     names = [name for name in rows if name in BASELINES] or list(rows)[:1]
     means = {name: rows[name]["unified"].mean() for name in names}
     scored = {name: mean for name, mean in means.items() if isinstance(mean, float)}

@@ -149,14 +149,6 @@ def _local_entry(path: Path, sha256: str, kind: str, base_model: str) -> Entry:
         size_bytes=path.stat().st_size,
         sha256=sha256,
         download_path="",
-        description="",
-        tags=(),
-        trained_words=(),
-        downloads=0,
-        creator=None,
-        allow_commercial_use=None,
-        allow_derivatives=None,
-        allow_no_credit=None,
     )
 
 

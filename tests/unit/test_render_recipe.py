@@ -33,14 +33,6 @@ ENTRY = Entry(
     size_bytes=None,
     sha256="a" * 64,
     download_path="/api/download/models/1",
-    description="",
-    tags=(),
-    trained_words=(),
-    downloads=0,
-    creator=None,
-    allow_commercial_use=None,
-    allow_derivatives=None,
-    allow_no_credit=None,
 )
 CATALOGUE = Catalogue(
     [
