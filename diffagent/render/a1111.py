@@ -17,16 +17,15 @@ import hashlib
 import json
 import logging
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from diffagent.artifacts import canonical_json
 from diffagent.dabench.metadata import Generation, read_parameters
 from diffagent.dabench.metadata.a1111 import read_fields, shortest, split_parameters
-from diffagent.errors import ConfigError, RenderError, RenderServerError
+from diffagent.errors import ConfigError, RenderError
 from diffagent.render.base import Files, ModelRef
 from diffagent.render.pnginfo import payload_hash
 from diffagent.render.recipe import Recipe
@@ -35,11 +34,11 @@ from diffagent.render.remote import (
     decode_picture,
     metadata_of,
     parse,
-    refuse_foreign,
     stem,
     stems,
 )
 from diffagent.render.samplers import SAMPLERS, normalise
+from diffagent.render.server import ServerRenderer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -49,7 +48,6 @@ log = logging.getLogger(__name__)
 _Fields = Mapping[str, object]
 
 _API = "/sdapi/v1"
-_NO_NAMES: Mapping[str, str] = MappingProxyType({})
 _REQUIRED = ("options", "sd-models", "samplers")
 _REFRESH = {
     "sd-models": "refresh-checkpoints",
@@ -98,32 +96,16 @@ class _Prepared:
     vae: Mapping[str, Any]
 
 
-class A1111Renderer:
-    """A `diffagent.render.base.Renderer` that asks a WebUI or Forge with ``--api``.
-
-    Args:
-        server: where it is.
-        names: SHA256 -> the file's name on the server, for models that it lists under other names.
-        local: the local file of a SHA256, where there is one: then LoRAs are proven by content.
-    """
+class A1111Renderer(ServerRenderer[_Prepared]):
+    """A `diffagent.render.base.Renderer` that asks a WebUI or Forge with ``--api``."""
 
     name = "a1111"
-    reads_files = False
 
-    def __init__(
-        self,
-        server: Remote,
-        names: Mapping[str, str] = _NO_NAMES,
-        local: Callable[[str], Path | None] = lambda sha256: None,
-    ) -> None:
-        self.server = server
-        self.loads = 0
-        self._names = names
-        self._local = local
+    def __init__(self, server: Remote, **options: Any) -> None:
+        """As `ServerRenderer`: ``names``, ``local``."""
+        super().__init__(server, **options)
         self._lists: dict[str, Any] = {}
-        self._refreshed: set[str] = set()
         self._payloads: dict[str, frozenset[str]] = {}
-        self._prepared: _Prepared | None = None
 
     @property
     def version(self) -> str:
@@ -135,42 +117,9 @@ class A1111Renderer:
         told = {"url": self.server.url, "options": options}
         return f"sdapi-{hashlib.sha256(canonical_json(told)).hexdigest()[:16]}"
 
-    def check(self, recipe: Recipe, files: Files) -> None:
-        """Refuse what the server lacks: models, the sampler, the schedule."""
-        for text in (recipe.prompt, recipe.negative_prompt):
-            refuse_foreign(text)
-        self._sampler(recipe)
-        self._find(files)
-
-    def preload(self, files: Files) -> None:
-        """Nothing: the server loads when it draws."""
-
-    def prepare(self, files: Files) -> None:
-        """Look the files up on the server."""
-        before = self._prepared
-        self._prepared = self._find(files)
-        self.loads += before is None or before.checkpoint != self._prepared.checkpoint
-
-    def render(self, recipes: Sequence[Recipe]) -> Iterator[Image | RenderError]:
-        """Draw recipes one by one; see the protocol."""
-        for recipe in recipes:
-            try:
-                yield self._draw(recipe)
-            except RenderServerError:
-                raise
-            except RenderError as error:
-                yield error
-
-    def close(self) -> None:
-        """Close the connection."""
-        self.server.close()
-
     # One picture
 
-    def _draw(self, recipe: Recipe) -> Image:
-        prepared = self._prepared
-        if prepared is None:
-            raise RenderError("render was called before prepare", reason="render-error")
+    def _draw(self, recipe: Recipe, prepared: _Prepared) -> Image:
         task = f"task(diffagent-{uuid.uuid4().hex[:12]})"
         body = {**self._body(recipe, prepared), "force_task_id": task}
 

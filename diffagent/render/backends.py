@@ -45,7 +45,7 @@ def open_renderer(
     if config.backend == "a1111":
         from diffagent.render.a1111 import A1111Renderer
 
-        return A1111Renderer(server, runtime.server_models, local)
+        return A1111Renderer(server, names=runtime.server_models, local=local)
     from diffagent.render.comfyui import ComfyUIRenderer
 
-    return ComfyUIRenderer(server, runtime.server_models, local)
+    return ComfyUIRenderer(server, names=runtime.server_models, local=local)

@@ -14,9 +14,8 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +31,11 @@ from diffagent.render.remote import (
     failure,
     metadata_of,
     parse,
-    refuse_foreign,
     stem,
     stems,
 )
 from diffagent.render.samplers import SAMPLERS, normalise
+from diffagent.render.server import ServerRenderer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,7 +44,6 @@ log = logging.getLogger(__name__)
 
 Graph = dict[str, dict[str, Any]]
 
-_NO_NAMES: Mapping[str, str] = MappingProxyType({})
 #: Kind of file -> node and input that list its names, and folder of ``/view_metadata``.
 _LISTED = MappingProxyType(
     {
@@ -80,33 +78,17 @@ class _Prepared:
     skips_layers: bool  # whether clip skip means something to this architecture
 
 
-class ComfyUIRenderer:
-    """A `diffagent.render.base.Renderer` that asks a ComfyUI.
-
-    Args:
-        server: where it is.
-        names: SHA256 -> the file's name on the server, for models that it has under other names.
-        local: the local file of a SHA256, where there is one, to compare headers with.
-    """
+class ComfyUIRenderer(ServerRenderer[_Prepared]):
+    """A `diffagent.render.base.Renderer` that asks a ComfyUI."""
 
     name = "comfyui"
-    reads_files = False
 
-    def __init__(
-        self,
-        server: Remote,
-        names: Mapping[str, str] = _NO_NAMES,
-        local: Callable[[str], Path | None] = lambda sha256: None,
-    ) -> None:
-        self.server = server
-        self.loads = 0
-        self._names = names
-        self._local = local
+    def __init__(self, server: Remote, **options: Any) -> None:
+        """As `ServerRenderer`: ``names``, ``local``."""
+        super().__init__(server, **options)
         self._lists: dict[tuple[str, str], list[str]] = {}
         self._embeddings: list[str] | None = None
-        self._refreshed: set[str] = set()
         self._proven: set[tuple[str, str]] = set()
-        self._prepared: _Prepared | None = None
 
     @property
     def version(self) -> str:
@@ -117,42 +99,10 @@ class ComfyUIRenderer:
         told["devices"] = [device.get("name") for device in stats.get("devices", [])]
         return f"comfyui-{hashlib.sha256(canonical_json(told)).hexdigest()[:16]}"
 
-    def check(self, recipe: Recipe, files: Files) -> None:
-        """Refuse what the server lacks: models, the sampler, the schedule."""
-        for text in (recipe.prompt, recipe.negative_prompt):
-            refuse_foreign(text)
-        self._sampler(recipe)
-        self._find(files)
-
-    def preload(self, files: Files) -> None:
-        """Nothing: the server loads when it draws."""
-
-    def prepare(self, files: Files) -> None:
-        """Look the files up on the server."""
-        before = self._prepared
-        self._prepared = self._find(files)
-        self.loads += before is None or before.checkpoint != self._prepared.checkpoint
-
-    def render(self, recipes: Sequence[Recipe]) -> Iterator[Image | RenderError]:
-        """Draw recipes one by one; see the protocol."""
-        for recipe in recipes:
-            try:
-                yield self._draw(recipe)
-            except RenderServerError:
-                raise
-            except RenderError as error:
-                yield error
-
-    def close(self) -> None:
-        """Close the connection."""
-        self.server.close()
-
     # One picture
 
-    def _draw(self, recipe: Recipe) -> Image:
-        if self._prepared is None:
-            raise RenderError("render was called before prepare", reason="render-error")
-        graph = self.graph(recipe, self._prepared)
+    def _draw(self, recipe: Recipe, prepared: _Prepared) -> Image:
+        graph = self.graph(recipe, prepared)
         asked: list[str] = []
 
         def ask() -> Image:
