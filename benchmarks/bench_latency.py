@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from diffagent.agent.format import response_text
+from diffagent.agent.key_values import KeyValues
 from diffagent.agent.llm import Agent, AgentInfo, load_agent, save_agent
 from diffagent.agent.prompts import Pair, read_split
 from schemas.api import parse_api
@@ -43,6 +45,8 @@ class Led(torch.nn.Module):
         super().__init__()
         self.model, self.config = model, model.config
         self.ids: list[int] = []
+        if hasattr(model, "make_cache"):
+            self.make_cache = model.make_cache
 
     def forward(self, input_ids: Any, position_ids: Any, logits_to_keep: Any, **inputs: Any) -> Any:
         output = self.model(
@@ -112,8 +116,38 @@ def usual(agent: Agent, pair: Pair) -> Pair:
     return replace(pair, api=parse_api(text)) if text else pair
 
 
+def closeness(agent: Agent, others: dict[str, Agent], pairs: list[Pair]) -> None:
+    """How far next-token distributions over prompts and their calls are from those in float32."""
+    said: dict[str, list[torch.Tensor]] = {name: [] for name in ("float32", *others)}
+    for pair in pairs:
+        (ids,) = agent.encode([pair.prompt], 256)
+        ids += agent.tokenizer(response_text(pair.api), add_special_tokens=False)["input_ids"]
+        for name, other in {"float32": agent, **others}.items():
+            (logits,) = KeyValues(other.model, agent.device).feed([ids], [range(len(ids))])
+            said[name].append(logits.log_softmax(-1))
+    expected = torch.cat(said.pop("float32"))
+    for name, rows in said.items():
+        found = torch.cat(rows)
+        show(
+            figure=f"{name} against float32",
+            tokens=len(found),
+            kl_divergence=round(float((expected.exp() * (expected - found)).sum(1).mean()), 4),
+            same_token=round(float((found.argmax(1) == expected.argmax(1)).float().mean()), 3),
+        )
+
+
+def torch_int8(directory: Path) -> Agent:
+    """8 bits as torch has them: one range for all inputs of a product."""
+    agent = load_agent(directory, "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated
+        quantize: Any = torch.ao.quantization.quantize_dynamic
+        agent.model = quantize(agent.model, {torch.nn.Linear}, dtype=torch.qint8)
+    return agent
+
+
 def cold_start(directory: Path, prompt: str, int8: bool) -> None:
-    """Of the command ``diffagent select``: its first answer, and a second one from a warm one."""
+    """Of the command ``diffagent select``: its first answer, a second one, and what is between."""
     command = [sys.executable, "-m", "diffagent.cli", "select", "-", "--agent", str(directory)]
     started = time.perf_counter()
     with subprocess.Popen(
@@ -130,9 +164,9 @@ def cold_start(directory: Path, prompt: str, int8: bool) -> None:
             process.stdout.readline()
             marks.append(time.perf_counter() - started)
         process.stdin.close()
-    show(
-        figure="command", int8=int8, first=round(marks[0], 2), second=round(marks[1] - marks[0], 2)
-    )
+    first, second = marks[0], marks[1] - marks[0]
+    figures = {"first": first, "second": second, "start": first - second}
+    show(figure="command", int8=int8, **{name: round(value, 2) for name, value in figures.items()})
 
 
 def loaded(load: Callable[[], Agent], name: str) -> Agent:
@@ -172,34 +206,24 @@ def main() -> None:
         random.Random(0).shuffle(pairs)
         first, pairs = pairs[0], pairs[1 : arguments.prompts + 1]
         led = arguments.led or arguments.agent is None
-        agent = loaded(lambda: load_agent(directory, "cpu", "int8"), "int8")
-        measure("warm-up", agent, [first], draft_tokens=16, budget=arguments.budget, led=led)
-        measure(
-            "int8, runs and drafts", agent, pairs, draft_tokens=16, budget=arguments.budget, led=led
-        )
+
+        def answers(name: str, agent: Agent, pairs: list[Pair], **options: Any) -> None:
+            options = {"draft_tokens": 16, "led": led, "budget": arguments.budget} | options
+            measure(name, agent, pairs, **options)
+
+        small = loaded(lambda: load_agent(directory, "cpu", "int8", generates=False), "int8")
+        answers("warm-up", small, [first])
+        answers("int8, runs and drafts", small, pairs)
         if led:
-            most = [usual(agent, pair) for pair in pairs]
-            measure("int8, runs and drafts, usual calls", agent, most, draft_tokens=16,
-                    budget=arguments.budget, led=True)  # fmt: skip
-        measure("int8, runs", agent, pairs, draft_tokens=0, budget=arguments.budget, led=led)
-        if led:
-            measure(
-                "int8, untrained",
-                agent,
-                pairs[:3],
-                draft_tokens=16,
-                budget=arguments.budget,
-                led=False,
-            )
-        agent = loaded(lambda: load_agent(directory, "cpu"), "float32")
-        measure(
-            "float32, runs and drafts",
-            agent,
-            pairs[:5],
-            draft_tokens=16,
-            budget=arguments.budget,
-            led=led,
-        )
+            most = [usual(small, pair) for pair in pairs]
+            answers("int8, runs and drafts, usual calls", small, most)
+            answers("int8, untrained", small, pairs[:3], led=False)
+        answers("int8, runs", small, pairs, draft_tokens=0)
+        plain = loaded(lambda: load_agent(directory, "cpu", generates=False), "float32")
+        answers("float32, runs and drafts", plain, pairs[:5])
+        whole = loaded(lambda: load_agent(directory, "cpu"), "transformers, float32")
+        answers("transformers, float32, runs and drafts", whole, pairs[:5])
+        closeness(plain, {"int8": small, "torch's int8": torch_int8(directory)}, pairs[:10])
         for int8 in (True, False):
             cold_start(directory, first.prompt, int8)
 

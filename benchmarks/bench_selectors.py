@@ -1,7 +1,7 @@
 """Every selector on held-out prompts of a DABench: accuracy, parameters, calibration, time, size.
 
     python benchmarks/bench_selectors.py DIR [--encoder minilm] [--vectors FILE] [--seeds 3]
-    python benchmarks/bench_selectors.py DIR --selectors agent --agent AGENT --splits leak-free
+    python benchmarks/bench_selectors.py DIR --selectors agent reranked --agent A --splits leak-free
     python benchmarks/bench_selectors.py --catalogue 75000
     python benchmarks/bench_selectors.py DIR --hostile 10000
 
@@ -39,9 +39,10 @@ from diffagent.agent.baselines import Nearest, Popular, Random, Usage
 from diffagent.agent.encoder import TransformerEncoder
 from diffagent.agent.experts import card_texts
 from diffagent.agent.fitting import RECIPES, Vectors, fit, load_selector, save_selector
-from diffagent.agent.llm import load_agent
+from diffagent.agent.llm import Quantization, load_agent
 from diffagent.agent.llm_selector import LLM
 from diffagent.agent.prompts import Pair
+from diffagent.agent.reranked import Reranked, fit_reranked
 from diffagent.agent.selector import Choice
 from diffagent.agent.training_calls import model_names, read_rows
 from diffagent.dabench.catalogue import Catalogue, Entry
@@ -53,7 +54,7 @@ from diffagent.evaluation.selection import (
     reliability,
 )
 from schemas.api import parse_api
-from schemas.config import FitConfig
+from schemas.config import FitConfig, RerankConfig
 
 STRATA = {"all": (-1, 2), "<0.6": (-1, 0.6), "<0.3": (-1, 0.3), ">=0.6": (0.6, 2)}
 LATENCY_PROMPTS = 100
@@ -175,9 +176,21 @@ class Bench:
         label = f"{name} + {encoder.name}" if encoder is not None and RECIPES[name][0] else name
         self.report(label, runs, facts)
 
+    def reranked(self, agent: Path) -> Reranked:
+        """As the stage ``rerank`` does it by default."""
+        config = RerankConfig()
+        wanted = FitConfig(selector=config.retrieval)
+        retrieval = fit(wanted, self.train, self.validation, self.catalogue)
+        count = min(config.num_prompts, self.validation.height)
+        rows = self.validation.sample(count, seed=config.seed, shuffle=True)
+        chosen = [parse_api(api).model for api in rows["api"]]
+        asked = rows["prompt"].to_list()
+        judge = load_agent(agent, generates=False)
+        return fit_reranked(retrieval, judge, asked, chosen, config.candidates)[0]
 
-def load_llm(directory: Path) -> LLM:
-    return LLM(load_agent(directory))
+
+def load_llm(directory: Path, quantization: Quantization = "none") -> LLM:
+    return LLM(load_agent(directory, quantization=quantization, generates=False))
 
 
 def hostile(rows: pl.DataFrame, catalogue: Catalogue, count: int) -> None:
@@ -270,7 +283,11 @@ def main() -> None:
     parser.add_argument("directory", type=Path, nargs="?")
     parser.add_argument("--encoder", default="", help="'minilm', a directory, a name; '' for none")
     parser.add_argument("--vectors", type=Path, help="file that keeps the encoder's vectors")
-    parser.add_argument("--agent", type=Path, help="a trained agent, the selector 'agent'")
+    parser.add_argument(
+        "--agent",
+        type=Path,
+        help="a trained agent: the selectors 'agent', 'agent-int8', 'reranked'",
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--selectors", nargs="*", default=[*BASELINES, *RECIPES])
     parser.add_argument("--splits", nargs="*", default=["leak-free", "random"])
@@ -291,8 +308,15 @@ def main() -> None:
         bench = Bench(rows, kind, catalogue)
         for name in args.selectors:
             if name not in RECIPES:
-                made = partial(bench.baseline, name)
-                bench.run(name, made if name in BASELINES else partial(load_llm, args.agent))
+                by_agent = {
+                    "agent": load_llm,
+                    "agent-int8": partial(load_llm, quantization="int8"),
+                    "reranked": bench.reranked,
+                }
+                make = by_agent.get(name)
+                bench.run(
+                    name, partial(make, args.agent) if make else partial(bench.baseline, name)
+                )
                 continue
             plain, embedded = RECIPES[name]
             if plain:

@@ -161,7 +161,7 @@ def select(
         typer.Option(
             parser=artifact_path,
             metavar="DIR",
-            help="Without an agent: a DABench to learn from, or its URI.",
+            help="A DABench to learn from, or its URI; with --agent the agent chooses from it.",
         ),
     ] = None,
     selector: Annotated[

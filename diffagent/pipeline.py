@@ -39,7 +39,7 @@ Group = Literal["build-dabench", "train-sft", "train-rrhf", "evaluate-agent"]
 GROUPS: tuple[Group, ...] = ("build-dabench", "train-sft", "train-rrhf", "evaluate-agent")
 
 #: Selectors that answer with a trained agent -> key of the node that trains it.
-AGENTS: Mapping[Selector, str] = {"sft": "sft", "rrhf": "rrhf"}
+AGENTS: Mapping[Selector, str] = {"sft": "sft", "rrhf": "rrhf", "reranked": "rrhf"}
 
 
 @dataclass(frozen=True)

@@ -409,7 +409,7 @@ class RatingsConfig(_Section):
 FittedSelector = Literal[
     "neighbours", "bm25", "embeddings", "cards", "card-embeddings", "model-token", "combined"
 ]
-Selector = Literal["popular", "random", "nearest", "sft", "rrhf"] | FittedSelector
+Selector = Literal["popular", "random", "nearest", "sft", "rrhf", "reranked"] | FittedSelector
 
 
 class FitConfig(_Section):
@@ -418,6 +418,18 @@ class FitConfig(_Section):
     selector: FittedSelector = "combined"
     encoder: str = Field(
         default="", description="sentence encoder: 'minilm', a directory, a hub's name, '' for none"
+    )
+    seed: int = Field(default=0, ge=0)
+
+
+class RerankConfig(_Section):
+    """A fitted selector that proposes, for an agent that chooses: what ``rerank`` takes."""
+
+    retrieval: FittedSelector = "combined"
+    encoder: str = Field(default="", description="as in FitConfig")
+    candidates: int = Field(default=20, ge=2, description="models that are proposed")
+    num_prompts: int = Field(
+        default=500, ge=1, description="of the validation split, by which both are weighed"
     )
     seed: int = Field(default=0, ge=0)
 

@@ -58,9 +58,11 @@ class Calls:
         if not path.exists():
             return None
         try:
-            columns = pq.read_table(path, schema=_SCHEMA).to_pydict()
-            return cls(dict(zip(columns["text"], columns["count"], strict=True)))
-        except (OSError, pa.ArrowInvalid, orjson.JSONDecodeError, KeyError) as error:
+            table = pq.ParquetFile(path).read()
+            if not table.schema.equals(_SCHEMA):
+                raise ValueError(f"columns {table.schema.names}")
+            return cls(dict(zip(*table.to_pydict().values(), strict=True)))
+        except (OSError, ValueError, KeyError) as error:  # ArrowInvalid and JSON's are ValueErrors
             raise ArtifactError(f"cannot read {str(path)!r}: {error}; train again") from None
 
     def write(self, directory: Path) -> None:

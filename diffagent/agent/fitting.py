@@ -44,10 +44,10 @@ from diffagent.agent.parameters import Parameters
 from diffagent.agent.ranked import Ranked
 from diffagent.agent.terms import Floats, Index, Terms
 from diffagent.agent.training_calls import Calls, read_rows
-from diffagent.artifacts import StageContext, StageResult, stage
+from diffagent.artifacts import Artifact, StageContext, StageResult, stage
 from diffagent.dabench.catalogue import Catalogue
 from diffagent.errors import ArtifactError, ConfigError
-from schemas.config import FitConfig, FittedSelector
+from schemas.config import FitConfig, FittedSelector, RuntimeConfig
 
 log = logging.getLogger(__name__)
 
@@ -231,6 +231,19 @@ def load_selector(directory: str | Path, device: str = "cpu") -> Ranked:
         experts[name] = _expert(name, load_file(path) if path.exists() else {}, memory)
     mixture = Mixture(experts, np.array(facts["weights"]), facts["gate"])
     return Ranked(memory, mixture, Parameters(calls, catalogue))
+
+
+def fitted_selector(
+    name: FittedSelector,
+    dabench: Artifact,
+    runtime: RuntimeConfig,
+    encoder: str = "",
+    seed: int = 0,
+) -> Ranked:
+    """A fitted selector of a DABench, from the store when it was fitted before."""
+    fit_config = FitConfig(selector=name, encoder=resolve_encoder(encoder, name), seed=seed)
+    artifact = fit_selector.run(fit_config, {"dabench": [dabench]}, runtime)
+    return load_selector(artifact.local(), runtime.device)
 
 
 def resolve_encoder(name: str, selector: str) -> str:

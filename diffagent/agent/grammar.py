@@ -285,7 +285,7 @@ class Grammar:
         self._max_characters = max_characters
         self._tries: dict[tuple[object, ...], Trie] = {}
         self._usual: dict[str, dict[int, tuple[int, ...]]] = {}
-        texts = [f'{{{_named(entry)},"type":"Checkpoint' for entry in checkpoints]
+        texts = [name_text(entry.model, entry.version) for entry in checkpoints]
         self._head: Trie = TokenTrie(encode_texts(tokenizer, texts), texts, checkpoints)
         self._loras = self._cut(_LORAS, ('],"params', '{"model'))
         self._steps = self._cut(_STEPS, ("1", "20"))
@@ -353,7 +353,8 @@ class Grammar:
         return self._trie(
             (opening, is_lora, ecosystem),
             lambda: [
-                (f"{opening}{{{_named(entry)[:-1]}{self._weight[0]}", entry) for entry in entries
+                (f"{opening}{_named(entry.model, entry.version)[:-1]}{self._weight[0]}", entry)
+                for entry in entries
             ],
             context,
         )
@@ -521,8 +522,13 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _named(entry: Entry) -> str:
-    return f'"model":{_quoted(entry.model)},"version":{_quoted(entry.version)}'
+def name_text(model: str, version: str) -> str:
+    """How an answer begins that names this checkpoint, up to where its tokens may be cut."""
+    return f'{_named(model, version)},"type":"Checkpoint'
+
+
+def _named(model: str, version: str) -> str:
+    return f'{{"model":{_quoted(model)},"version":{_quoted(version)}'
 
 
 def _nameable(entry: Entry) -> bool:

@@ -25,10 +25,8 @@ class KeyValues:
     """
 
     def __init__(self, model: Any, device: torch.device) -> None:
-        from transformers import DynamicCache
-
         self._model, self._device = model, device
-        self._cache = DynamicCache()
+        self._cache = model.make_cache() if hasattr(model, "make_cache") else _dynamic_cache()
         self._mask = torch.zeros(0, 0, dtype=torch.int64)
         self._lengths = torch.zeros(0, dtype=torch.int64)
         self._chunk: list[int] = []
@@ -95,3 +93,9 @@ class KeyValues:
 
     def _to(self, tensor: Tensor) -> Tensor:
         return tensor.to(self._device)
+
+
+def _dynamic_cache() -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache()

@@ -10,7 +10,6 @@ import json
 import logging
 import shutil
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +31,9 @@ from diffagent.agent.format import (
     response_text,
 )
 from diffagent.agent.grammar import Grammar, NegativePrompts
-from diffagent.agent.prompts import read_split
+from diffagent.agent.int8 import to_int8
+from diffagent.agent.llama import Llama, LlamaConfig
+from diffagent.agent.tokenizer import Tokenizer
 from diffagent.dabench.catalogue import Catalogue
 from diffagent.device import resolve_device
 from diffagent.errors import ArtifactError, ConfigError, TrainingError
@@ -320,6 +321,8 @@ def align_special_tokens(model: Any, tokenizer: Any) -> None:
 
 def save_agent(directory: Path, model: Any, tokenizer: Any, info: AgentInfo, dataset: Path) -> None:
     """Write an agent directory; ``dataset`` is a DABench, whose DATASET_FILES are copied."""
+    from diffagent.agent.prompts import read_split  # with polars, which answers do without
+
     hide_progress_bars()
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -359,41 +362,50 @@ Quantization = Literal["none", "int8"]
 
 
 def load_agent(
-    directory: str | Path, device: str = "auto", quantization: Quantization = "none"
+    directory: str | Path,
+    device: str = "auto",
+    quantization: Quantization = "none",
+    *,
+    generates: bool = True,
 ) -> Agent:
     """Load an agent directory for answering; bfloat16 on CUDA, float32 elsewhere.
 
     Args:
         directory: as `save_agent` wrote it.
         device: see `resolve_device`.
-        quantization: 'int8', on a CPU: weights of linear layers in 8 bits, and inputs as they
-            come (dynamic quantisation). Two to three times faster; answers may change.
+        quantization: 'int8', on a CPU: see `Int8Linear`.
+        generates: False where `Agent.rank` and `Agent.decoder` are all that is wanted. On a CPU a
+            Llama then does without transformers: see `diffagent.agent.llama`.
 
     Raises:
         ArtifactError: the directory does not hold an agent.
         ConfigError: there is no such device, or it is none for 'int8'.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    hide_progress_bars()
     path, target = Path(directory), resolve_device(device)
-    info = read_info(path)
-    dtype = torch.bfloat16 if target.type == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, local_files_only=True, use_safetensors=True
-    )
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    model = model.to(target).eval()
-    if quantization == "int8":
-        model = _in_int8(model, target)
+    info, int8 = read_info(path), quantization == "int8"
+    model: Any
+    tokenizer: Any
+    if int8 and target.type != "cpu":
+        raise ConfigError(f"quantization 'int8' is for device 'cpu', not {str(target)!r}")
+    llama = None if generates or target.type != "cpu" else LlamaConfig.read(path)
+    if llama:
+        model = Llama.load(path, llama, int8=int8)
+        tokenizer = Tokenizer.load(path, llama.bos_token_id, llama.eos_token_id)
+    else:
+        model, tokenizer = _load_with_transformers(path, target)
+        if int8:
+            to_int8(model)
     return Agent(model, tokenizer, info, Catalogue.load(path), target, Calls.load(path))
 
 
-def _in_int8(model: Any, device: torch.device) -> Any:
-    if device.type != "cpu":
-        raise ConfigError(f"quantization 'int8' is for device 'cpu', not {str(device)!r}")
-    with warnings.catch_warnings():
-        # Moved to another package, which wants compilers; torch is pinned to a version with it.
-        warnings.simplefilter("ignore")
-        quantize: Any = torch.ao.quantization.quantize_dynamic
-        return quantize(model, {torch.nn.Linear}, dtype=torch.qint8, inplace=True)
+def _load_with_transformers(path: Path, device: torch.device) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    hide_progress_bars()
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
+    )
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(path, local_files_only=True)

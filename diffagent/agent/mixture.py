@@ -82,8 +82,6 @@ def fit_mixture(
 
     Prompts whose model the catalogue lacks are left out. Without any prompt all weights are 1.
     """
-    from scipy.optimize import minimize
-
     places = {name: place for place, name in enumerate(memory.calls.models)}
     start = np.zeros((2, len(experts)))
     start[0] = 1
@@ -98,6 +96,29 @@ def fit_mixture(
         log.warning("no validation prompt to weigh experts by; all weigh the same")
         return Mixture(experts, start, gate)
     features, counts, gated = (np.concatenate(part) for part in zip(*parts, strict=True))
+    weights = fit_weights(features, counts, gated, start)
+    log.info("weights of %s: %s", ", ".join(experts), weights.round(2).tolist())
+    return Mixture(experts, weights, gate)
+
+
+def fit_weights(
+    features: Floats,
+    counts: npt.NDArray[np.float64],
+    gated: npt.NDArray[np.float64],
+    start: npt.NDArray[np.float64],
+) -> npt.NDArray[np.float64]:
+    """Weights of scores that make the first model of each row likely among those of the row.
+
+    Args:
+        features: (rows, models, scores).
+        counts: (rows, models) logarithms of how many models each stands for.
+        gated: (rows, gates), what the weights of a row are sums of.
+        start: (gates, scores).
+
+    Returns:
+        (gates, scores).
+    """
+    from scipy.optimize import minimize
 
     def loss(flat: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
         weights = flat.reshape(start.shape)
@@ -110,9 +131,8 @@ def fit_mixture(
         return float(value), (slope + 2 * _RIDGE * weights).ravel()
 
     found = minimize(loss, start.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 200})
-    weights = found.x.reshape(start.shape)
-    log.info("weights of %s: %s", ", ".join(experts), weights.round(2).tolist())
-    return Mixture(experts, weights, gate)
+    weights: npt.NDArray[np.float64] = found.x.reshape(start.shape)
+    return weights
 
 
 def _candidates(

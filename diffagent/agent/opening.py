@@ -1,12 +1,15 @@
-"""What answers prompts on the command line: a trained agent, or what is fitted on a DABench."""
+"""What answers prompts on the command line: an agent, what is fitted on a DABench, or both."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffagent.agent.selector import Selector
 from diffagent.errors import ConfigError
+
+if TYPE_CHECKING:
+    from diffagent.agent.llm import Quantization
 
 
 def open_selector(
@@ -23,32 +26,46 @@ def open_selector(
     """The selector that the options name.
 
     Args:
-        agent: directory of an agent; it goes before ``dabench``.
-        dabench: directory of a DABench to fit ``name`` on, once: what was fitted is kept.
+        agent: directory of an agent.
+        dabench: directory of a DABench to fit ``name`` on, once: what was fitted is kept. With an
+            agent too, ``name`` proposes and the agent chooses.
         name: of a fitted selector.
         encoder: sentence encoder of a fitted selector, '' for none.
         store: where what was fitted is kept, a directory or a URI.
         device: 'auto', 'cpu', 'cuda', 'mps'.
         int8: an agent's weights in 8 bits.
-        options: of ``diffagent.agent.llm_selector.LLM``.
+        options: of ``diffagent.agent.llm_selector.LLM``; an agent that chooses writes nothing.
 
     Raises:
-        ConfigError: neither is given, or there is no such selector.
+        ConfigError: neither is given, there is no such selector, or it takes no such option.
     """
-    if agent is not None:
+    quantization: Quantization = "int8" if int8 else "none"
+    if agent is not None and dabench is None:
         from diffagent.agent import llm_selector
         from diffagent.agent.llm import load_agent
 
-        return llm_selector.LLM(load_agent(agent, device, "int8" if int8 else "none"), **options)
-    from diffagent.agent.fitting import FITTED
-    from diffagent.agent.selectors import fitted_selector
+        generates = options.get("constrained") is False
+        return llm_selector.LLM(
+            load_agent(agent, device, quantization, generates=generates), **options
+        )
+    from diffagent.agent.fitting import FITTED, fitted_selector
     from diffagent.artifacts import open_artifact
-    from schemas.config import RuntimeConfig
+    from schemas.config import RerankConfig, RuntimeConfig
 
     if dabench is None:
         raise ConfigError("select needs --agent DIR, or --dabench DIR to learn from")
-    for known in FITTED:
-        if known == name:
-            runtime = RuntimeConfig(store=store, device=device)
-            return fitted_selector(known, open_artifact(dabench), runtime, encoder)
-    raise ConfigError(f"--selector: {name!r} is none of {', '.join(FITTED)}")
+    if options.get("constrained") is False or options.get("negative_prompts") == "free":
+        raise ConfigError(
+            "--unconstrained and --free-negative-prompt are for an agent that writes its answers; "
+            "leave out --dabench"
+        )
+    retrieval = next((known for known in FITTED if known == name), None)
+    if retrieval is None:
+        raise ConfigError(f"--selector: {name!r} is none of {', '.join(FITTED)}")
+    runtime, data = RuntimeConfig(store=store, device=device), open_artifact(dabench)
+    if agent is None:
+        return fitted_selector(retrieval, data, runtime, encoder)
+    from diffagent.agent.reranked import reranked_selector
+
+    rerank = RerankConfig(retrieval=retrieval, encoder=encoder)
+    return reranked_selector(rerank, data, open_artifact(agent), runtime, quantization)

@@ -7,6 +7,7 @@
 * neighbours, bm25, embeddings, cards, card-embeddings, model-token, combined: fitted once and kept
   in the store, see `diffagent.agent.fitting`.
 * sft, rrhf: an agent, decoding greedily, constrained to valid APIs or not.
+* reranked: an agent chooses among what ``combined`` proposes, see `diffagent.agent.reranked`.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ import numpy as np
 
 from diffagent.agent.baselines import Nearest, Popular, Random, Usage
 from diffagent.agent.candidates import Answer, write_candidates
-from diffagent.agent.fitting import FITTED, fit_selector, load_selector, resolve_encoder
+from diffagent.agent.fitting import FITTED, fitted_selector
 from diffagent.agent.prompts import draw, read_split
 from diffagent.agent.selector import Selector
-from diffagent.artifacts import Artifact, StageContext, StageResult, stage
+from diffagent.artifacts import StageContext, StageResult, stage
 from diffagent.dabench.catalogue import Catalogue
 from diffagent.errors import ArtifactError
-from schemas.config import FitConfig, FittedSelector, RuntimeConfig, SelectConfig
+from schemas.config import RerankConfig, SelectConfig
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ def build_selector(config: SelectConfig, context: StageContext) -> Selector:
     """The selector of that name, trained on the train split or loaded from input 'agent'.
 
     Raises:
-        ArtifactError: 'sft' or 'rrhf' without an agent.
+        ArtifactError: 'sft', 'rrhf' or 'reranked' without an agent.
     """
     dabench = context.one("dabench").path
     if config.selector in ("sft", "rrhf"):
@@ -72,6 +73,13 @@ def build_selector(config: SelectConfig, context: StageContext) -> Selector:
 
         agent = load_agent(context.one("agent").path, context.runtime.device)
         return LLM(agent, config.max_new_tokens, constrained=config.decoding == "constrained")
+    if config.selector == "reranked":
+        from diffagent.agent.reranked import reranked_selector
+
+        rerank = RerankConfig(encoder=config.encoder, seed=config.seed)
+        return reranked_selector(
+            rerank, context.one("dabench"), context.one("agent"), context.runtime
+        )
     if config.selector in FITTED:
         return fitted_selector(
             config.selector, context.one("dabench"), context.runtime, config.encoder, config.seed
@@ -83,19 +91,6 @@ def build_selector(config: SelectConfig, context: StageContext) -> Selector:
         return Nearest(train, catalogue)
     usage = Usage(train, catalogue)
     return Popular(usage) if config.selector == "popular" else Random(usage, config.seed)
-
-
-def fitted_selector(
-    name: FittedSelector,
-    dabench: Artifact,
-    runtime: RuntimeConfig,
-    encoder: str = "",
-    seed: int = 0,
-) -> Selector:
-    """A fitted selector of a DABench, from the store when it was fitted before."""
-    fit_config = FitConfig(selector=name, encoder=resolve_encoder(encoder, name), seed=seed)
-    artifact = fit_selector.run(fit_config, {"dabench": [dabench]}, runtime)
-    return load_selector(artifact.local(), runtime.device)
 
 
 def latency(selector: Selector, prompts: Sequence[str]) -> dict[str, float]:

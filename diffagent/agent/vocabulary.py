@@ -76,11 +76,13 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
     Byte-level BPE (GPT-2, Llama 3, SmolLM2) spells bytes as characters; others (Llama 2) write
     the space as '▁' and bytes that have no token as ``<0xAB>``.
     """
-    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-    byte_level = "ByteLevel" in repr(tokenizer.backend_tokenizer.decoder)
+    backend = tokenizer.backend_tokenizer
+    special = set(backend.get_added_tokens_decoder())
+    byte_level = "ByteLevel" in repr(backend.decoder)
     chars = _byte_of_char()
-    result = [b""] * len(tokenizer)
-    for token, ident in tokenizer.get_vocab().items():
+    vocabulary = backend.get_vocab()
+    result = [b""] * (max(vocabulary.values()) + 1)
+    for token, ident in vocabulary.items():
         if ident in special:
             continue
         if byte_level:

@@ -7,8 +7,9 @@ of the time. `unique_names` mends both by appending ids to whatever collides, so
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -118,7 +119,7 @@ class Catalogue:
         """
         path = Path(directory, "catalogue.parquet")
         try:
-            table = pq.read_table(path)
+            table = pq.ParquetFile(path).read()  # read_table would import pandas
         except (OSError, pa.ArrowInvalid) as error:
             raise ArtifactError(f"cannot read the catalogue {str(path)!r}: {error}") from None
         if table.schema.names != CATALOGUE.names:
@@ -128,7 +129,7 @@ class Catalogue:
             )
         mapping = Path(directory, "mapping", "samplers.json")
         samplers = orjson.loads(mapping.read_bytes()) if mapping.exists() else None
-        return cls((_from_row(row) for row in table.to_pylist()), samplers)
+        return cls(_from_table(table), samplers)
 
     @cached_property
     def checkpoints(self) -> tuple[Entry, ...]:
@@ -184,11 +185,14 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _from_row(row: Mapping[str, Any]) -> Entry:
-    values: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in row.items()
-    }
-    return Entry(**values)
+def _from_table(table: pa.Table) -> Iterator[Entry]:
+    columns: list[Sequence[Any]] = []
+    for name in _COLUMNS:  # column by column: a few times faster than rows as dictionaries
+        values = table[name].to_pylist()
+        if pa.types.is_list(table[name].type):
+            values = [value if value is None else tuple(value) for value in values]
+        columns.append(values)
+    return itertools.starmap(Entry, zip(*columns, strict=True))
 
 
 def unique_names(names: Mapping[int, str]) -> dict[int, str]:

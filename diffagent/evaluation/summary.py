@@ -28,10 +28,11 @@ SELECTORS = {
     "combined": "votes, statistics and cards",
     "sft": "DiffAgent, SFT",
     "rrhf": "DiffAgent, SFT + RRHF",
+    "reranked": "retrieved, chosen by RRHF",
 }
 
 #: Selectors without a language model. The best of them is what an agent has to beat.
-BASELINES = tuple(name for name in SELECTORS if name not in ("sft", "rrhf"))
+BASELINES = tuple(name for name in SELECTORS if name not in ("sft", "rrhf", "reranked"))
 
 #: Name of a column -> its values by prompt, and whether it is a rate.
 _Columns = dict[tuple[str, ...], tuple[Array, bool]]

@@ -125,6 +125,7 @@ class WorldConfig(BaseModel):
 
     train: int = 64
     test: int = 16
+    validation: int = 0
     faithful: float = 0.75
 
 
@@ -136,7 +137,10 @@ def build_world(config: WorldConfig, context: StageContext) -> StageResult:
     (context.out / "data").mkdir(exist_ok=True)
     samplers = {name: {} for name in sorted(catalogue.samplers)}
     (context.out / "mapping" / "samplers.json").write_bytes(orjson.dumps(samplers))
-    for seed, (split, count) in enumerate({"train": config.train, "test": config.test}.items(), 1):
+    for seed, split in enumerate(("train", "test", "validation"), 1):
+        count = getattr(config, split)
+        if not count:
+            continue
         table = pa.Table.from_pylist(make_rows(count, seed, config.faithful), schema=DABENCH)
         pq.write_table(table, context.out / "data" / f"{split}-00000-of-00001.parquet")
     return StageResult()

@@ -35,7 +35,7 @@ def agent_run(tmp_path_factory: pytest.TempPathFactory) -> AgentRun:
     torch.set_num_threads(1)
     store = Path(tmp_path_factory.mktemp("agent"))
     runtime = RuntimeConfig(store=str(store), device="cpu")
-    dabench = make_world(store, train=400, test=24)
+    dabench = make_world(store, train=400, test=24, validation=40)
     config = SFTConfig(
         hidden_size=64,
         num_hidden_layers=2,

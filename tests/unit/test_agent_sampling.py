@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,7 @@ from diffagent.errors import ArtifactError, ConfigError
 from schemas.api import parse_api
 from schemas.config import SampleShard, SamplingConfig
 from schemas.dabench import CANDIDATES
-from tests.unit.agent_world import make_catalogue, make_rows
+from tests.unit.agent_world import make_catalogue, make_rows, make_world
 from tests.unit.conftest import AgentRun
 
 SETTINGS = {"num_prompts": 7, "num_shards": 2, "num_candidates": 3, "max_new_tokens": 96}
@@ -187,6 +188,7 @@ def test_drawing_more_prompts_keeps_the_others(agent_run: AgentRun) -> None:
     assert len(draw(pairs, 10**6, seed=0)) == len(pairs)
 
 
-def test_an_empty_split_is_an_error(agent_run: AgentRun) -> None:
+def test_an_empty_split_is_an_error(tmp_path: Path) -> None:
+    dabench = make_world(tmp_path, train=4, test=2)
     with pytest.raises(ArtifactError, match="validation split"):
-        read_split(agent_run.dabench.path, "validation")
+        read_split(dabench.path, "validation")

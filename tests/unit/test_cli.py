@@ -204,7 +204,7 @@ class Chooses:
 
 @pytest.fixture
 def chooses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    monkeypatch.setattr("diffagent.agent.llm.load_agent", lambda *what: what)
+    monkeypatch.setattr("diffagent.agent.llm.load_agent", lambda *what, **_: what)
     monkeypatch.setattr("diffagent.agent.llm_selector.LLM", Chooses)
     Chooses.made.clear()
     return Chooses.made
