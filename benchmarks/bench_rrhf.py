@@ -2,8 +2,8 @@
 
 Random weights in SmolLM2-135M's architecture and vocabulary (``--model DIR`` loads any other),
 float32, full training: forward and backward of one prompt of 80 tokens with 6 responses of 60.
-Compared are ``padded``, ``packed``, and ``default``: packed with selective
-checkpointing, as RRHFConfig has it.
+Compared are ``padded``, ``packed``, and ``default``: packed, and a share of the layers
+checkpointed, as RRHFConfig has it.
 One JSON line: seconds a step (the fastest) on the clock and of all processors together, peak memory
 above what the loaded process has, and ratios to ``padded``. Each runs in processes of its own, in
 turns, so that a busy machine slows all; memory is the high-water mark of the resident set (VmHWM,
@@ -74,7 +74,7 @@ def measure(formulation: str, options: argparse.Namespace) -> dict[str, float]:
     """Steps of one formulation in this process."""
     model, config = load(options.model), RRHFConfig()
     if formulation == "default":
-        enable_checkpointing(model, config)
+        enable_checkpointing(model, config.gradient_checkpointing)
     model.train()
     size = (options.prompts, options.candidates, options.prompt_tokens, options.response_tokens)
     prompts = ranked(model.config.vocab_size, *size)

@@ -63,7 +63,7 @@ def _end_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    for name in ("botocore", "aiobotocore"):  # they tell where they found what
-        logging.getLogger(name).setLevel(logging.WARNING)
+    # What other packages tell would hide what the stage says.
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("diffagent").setLevel(logging.INFO)
     sys.exit(main(sys.argv[1]))

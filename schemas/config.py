@@ -191,9 +191,12 @@ class SFTConfig(_Section):
     num_hidden_layers: int = Field(default=4, ge=1, description="sandbox-llama only")
     vocab_size: int = Field(default=2048, ge=300, description="sandbox-llama only: byte-level BPE")
     lora_rank: int = Field(default=0, ge=0, le=512, description="0 trains all parameters")
-    gradient_checkpointing: bool | Literal["selective"] = Field(
-        default=False,
-        description="less memory for more time; 'selective': keep the products of matrices",
+    gradient_checkpointing: float = Field(
+        default=0,
+        ge=0,
+        le=1,
+        description="share of the layers, the first ones, whose activations are made again in the "
+        "backward pass: less memory for more time; true: all",
     )
     num_train_epochs: float = Field(default=3, gt=0)
     max_steps: int = Field(default=-1, ge=-1, description="-1: by epochs")
@@ -374,9 +377,12 @@ class RRHFConfig(_Section):
         "can; 'padded': one row a candidate. The loss is the same",
     )
     lora_rank: int = Field(default=0, ge=0, le=512, description="0 trains all parameters")
-    gradient_checkpointing: bool | Literal["selective"] = Field(
-        default="selective",
-        description="less memory for more time; 'selective': keep the products of matrices",
+    gradient_checkpointing: float = Field(
+        default=0.3,
+        ge=0,
+        le=1,
+        description="share of the layers, the first ones, whose activations are made again in the "
+        "backward pass: less memory for more time; true: all",
     )
     num_train_epochs: float = Field(default=3, gt=0)
     max_steps: int = Field(default=-1, ge=-1)

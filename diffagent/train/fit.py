@@ -7,13 +7,12 @@ import logging
 import math
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from diffagent.agent.llm import hide_progress_bars
 from diffagent.errors import TrainingError
@@ -23,7 +22,6 @@ log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 LOGGING_STEPS = 20
-_PRODUCTS = frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"})
 
 
 def training_arguments(
@@ -41,6 +39,7 @@ def training_arguments(
         "warmup_steps": config.warmup_ratio,  # below 1 it is a fraction of all steps
         "lr_scheduler_type": "linear",
         "weight_decay": getattr(config, "weight_decay", 0.0),
+        "activation_checkpointing": False,  # `prepare` does it; TRL would, of all layers
         "bf16": bf16,
         "use_cpu": device.type == "cpu",
         "seed": config.seed,
@@ -55,23 +54,18 @@ def training_arguments(
     }
 
 
-def enable_checkpointing(model: Any, config: SFTConfig | RRHFConfig) -> None:
-    """Make activations again in the backward pass, as ``config.gradient_checkpointing`` says.
+def enable_checkpointing(model: Any, share: float) -> None:
+    """Make the activations of a share of the layers again in the backward pass.
 
-    'selective' keeps what products of matrices and attention gave, half of all that a layer
-    keeps otherwise, and makes the cheap rest again.
+    These are the first ones: their turn comes when the memory of the others is free. To keep
+    nothing of some layers costs less time than to keep a part of all.
     """
-    if config.gradient_checkpointing:
-        options: dict[str, Any] = {"use_reentrant": False}
-        if config.gradient_checkpointing == "selective":
-            options["context_fn"] = partial(create_selective_checkpoint_contexts, _kept)
-        model.activation_checkpointing_enable(options)
-
-
-def _kept(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    name = op.name()
-    costly = name in _PRODUCTS or name.startswith("aten::_scaled_dot_product_")
-    return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
+    if not share:
+        return
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for layer in layers[math.ceil(share * len(layers)) :]:
+        layer.gradient_checkpointing = False
 
 
 def weights_dtype(lora_rank: int, device: torch.device) -> torch.dtype:
@@ -82,7 +76,7 @@ def weights_dtype(lora_rank: int, device: torch.device) -> torch.dtype:
 def prepare(model: Any, config: SFTConfig | RRHFConfig) -> Any:
     """``model`` with adapters on all linear layers and checkpointing, where asked for."""
     if not config.lora_rank:
-        enable_checkpointing(model, config)
+        enable_checkpointing(model, config.gradient_checkpointing)
         return model
     from peft import LoraConfig, get_peft_model
 
@@ -95,7 +89,7 @@ def prepare(model: Any, config: SFTConfig | RRHFConfig) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         model = get_peft_model(model, lora)
-    enable_checkpointing(model, config)
+    enable_checkpointing(model, config.gradient_checkpointing)
     return model
 
 
@@ -117,7 +111,6 @@ def fit(trainer: Trainer) -> dict[str, float | int]:
         TrainingError: the loss is not finite.
     """
     hide_progress_bars()
-    logging.getLogger("accelerate").setLevel(logging.WARNING)  # it has a message for every step
     trainer.remove_callback(PrinterCallback)  # the library prints nothing
     trainer.add_callback(_LogCallback())
     checkpoint = last_checkpoint(Path(str(trainer.args.output_dir)))
@@ -177,5 +170,7 @@ class _LogCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
                 f"the loss is {logs['loss']} at step {state.global_step}: training has diverged; "
                 "lower learning_rate"
             )
-        numbers = " ".join(f"{k} {v:.4g}" for k, v in logs.items() if isinstance(v, int | float))
+        told = {k: v for k, v in logs.items() if isinstance(v, int | float)}
+        told.pop("num_tokens", None)  # TRL counts one row of a packed batch
+        numbers = " ".join(f"{name} {value:.4g}" for name, value in told.items())
         log.info("step %d of %d: %s", state.global_step, state.max_steps, numbers)

@@ -1,7 +1,4 @@
-"""SFTA, stage 2: RRHF on candidates ranked by the unified reward of their pictures.
-
-``python -m diffagent.train.rrhf RUN.json`` runs the stage by hand (see diffagent.run_stage).
-"""
+"""SFTA, stage 2: RRHF on candidates ranked by the unified reward of their pictures."""
 
 from __future__ import annotations
 
@@ -268,12 +265,3 @@ def encode_ranked(
         )
     log.info("%d prompts to rank: %s", len(prompts), dict(counts))
     return prompts, dict(counts)
-
-
-if __name__ == "__main__":
-    import sys
-
-    from diffagent.run_stage import main
-
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    main(sys.argv[1])

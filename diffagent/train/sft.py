@@ -1,7 +1,4 @@
-"""SFTA, stage 1: supervised fine-tuning on (prompt, API) pairs, loss on the response only.
-
-``python -m diffagent.train.sft RUN.json`` runs the stage by hand (see diffagent.run_stage).
-"""
+"""SFTA, stage 1: supervised fine-tuning on (prompt, API) pairs, loss on the response only."""
 
 from __future__ import annotations
 
@@ -211,12 +208,3 @@ def encode_pairs(
     if counts["responses_too_long"] or counts["prompts_cut"]:
         log.warning("max_length %d: %s", max_length, counts)
     return examples, counts
-
-
-if __name__ == "__main__":
-    import sys
-
-    from diffagent.run_stage import main
-
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    main(sys.argv[1])

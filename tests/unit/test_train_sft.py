@@ -163,6 +163,19 @@ def tiny_trainer(config: SFTConfig, model: Any, out: Path) -> tuple[Any, dict[st
     return trainer, trainer.data_collator(rows)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_only_the_layers_asked_for_make_their_activations_again(
+    tmp_path: Path, share: float
+) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=300, num_attention_heads=4, **sizes))
+    config = TINY.model_copy(update={"gradient_checkpointing": share, "max_steps": 1})
+    trainer, _ = tiny_trainer(config, model, tmp_path)
+    trainer.train()
+    again = [m.gradient_checkpointing for m in model.modules() if hasattr(m, "mlp")]
+    assert again == [share > 0, share == 1]
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_packed_rows_have_the_loss_and_the_gradient_of_padded_ones(
     tmp_path: Path, architecture: str
