@@ -134,6 +134,11 @@ class LoRAOverlay:
         self._originals: dict[tuple[str, str], torch.Tensor] = {}
         self._merged: set[tuple[str, str]] = set()
 
+    @property
+    def on_text(self) -> bool:
+        """Whether any of them changes a text encoder."""
+        return any(component != "unet" for component, _ in self._merged)
+
     def lay(self, loras: Sequence[tuple[LoRA, float]]) -> None:
         """Replace what is merged by these LoRAs with these strengths.
 

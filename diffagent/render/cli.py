@@ -76,7 +76,7 @@ Calls = Annotated[
     typer.Option(metavar="FILE", help="API calls for PROMPTS, line by line; '-': stdin."),
 ]
 Agent = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="An agent chooses for each prompt.")
+    Path | None, typer.Option(metavar="DIR", help="An agent chooses for each prompt; see select.")
 ]
 DABench = Annotated[
     Path | None,
@@ -310,6 +310,7 @@ def _selected(
     from diffagent.agent.opening import open_selector
     from diffagent.render.prompts_file import selected_rows
 
+    source = "reranked" if agent and dabench else "agent" if agent else name
     found = open_selector(
         agent,
         dabench,
@@ -318,7 +319,7 @@ def _selected(
         store=run.runtime.store,
         device=run.runtime.device,
     )
-    return selected_rows(lines, found, "agent" if agent else name, n)
+    return selected_rows(lines, found, source, n)
 
 
 def _named(

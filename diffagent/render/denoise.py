@@ -4,6 +4,8 @@ A picture under way has its own scheduler, its own generator and its own place i
 only the U-Net is shared. Each of its passes takes rows (a latent at a timestep under a context; two
 for a picture with guidance) of whatever pictures are under way, so pictures with different
 samplers, steps and guidance share a batch, and one that is finished makes room for the next.
+Of more pictures than a pass can take, those with the most steps left go on: with that the last
+passes have the fewest rows missing (McNaughton 1959: the least makespan with preemption).
 
 A pass always has the same number of rows; missing ones are filled up. With that, and only with
 that, a row's result does not depend on the others or on its place (measured bit by bit on the CPU,
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _ZERO_SNR = "rescale_betas_zero_snr"
+#: Passes that the pictures under way would fill, while there are that many.
+_UNDER_WAY = 3
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,12 @@ class Sampling:
     @property
     def done(self) -> bool:
         """Whether there is nothing left to do: the latents are the picture's, or it failed."""
-        return self.error is not None or self._step == len(self._scheduler.timesteps)
+        return self.error is not None or self.left == 0
+
+    @property
+    def left(self) -> int:
+        """Steps that are left."""
+        return len(self._scheduler.timesteps) - self._step
 
     @property
     def context_length(self) -> int:
@@ -140,34 +149,42 @@ class Denoiser:
         following = next(waiting, None)
         active: list[Sampling] = []
         while active or following:
-            while following and (
-                not active or sum(s.width for s in active) + following.width <= self.rows
-            ):
+            while following and _width(active) + following.width <= _UNDER_WAY * self.rows:
                 active.append(following)
                 following = next(waiting, None)
+            chosen = self._choose(active)
             try:
-                self._step(active)
+                self._step(chosen)
             except (RuntimeError, MemoryError) as error:
                 if is_out_of_memory(error) and self.rows > 1:
                     self.rows //= 2  # what is under way goes on in turns
                     free_memory()
                     log.warning("out of memory: now %d rows a pass", self.rows)
                     continue
-                for sampling in active:
+                for sampling in chosen:
                     sampling.error = failure(sampling.recipe, error)
             yield from (sampling for sampling in active if sampling.done)
             active = [sampling for sampling in active if not sampling.done]
 
-    def _step(self, active: Sequence[Sampling]) -> None:
-        """One step of every picture under way; nothing has changed when the U-Net fails."""
-        asked = [sampling.rows() for sampling in active]
+    def _choose(self, active: Sequence[Sampling]) -> list[Sampling]:
+        """Those that take a step: the most steps left first, as many as fit; one at least."""
+        first, *others = sorted(active, key=lambda sampling: -sampling.left)
+        chosen = [first]
+        for sampling in others:
+            if _width(chosen) + sampling.width <= self.rows:
+                chosen.append(sampling)
+        return chosen
+
+    def _step(self, chosen: Sequence[Sampling]) -> None:
+        """One step of each; nothing has changed when the U-Net fails."""
+        asked = [sampling.rows() for sampling in chosen]
         flat = [row for rows in asked for row in rows]
         answers: list[torch.Tensor] = []
         for start in range(0, len(flat), self.rows):
             part = flat[start : start + self.rows]
             filled = part + part[-1:] * (self.rows - len(part))
             answers.extend(self._pass(filled)[: len(part)])
-        for sampling, rows in zip(active, asked, strict=True):
+        for sampling, rows in zip(chosen, asked, strict=True):
             own, answers = answers[: len(rows)], answers[len(rows) :]
             try:
                 sampling.advance(own)
@@ -196,6 +213,10 @@ class Denoiser:
             return_dict=False,
         )[0]
         return list(torch.split(prediction, 1))
+
+
+def _width(samplings: Iterable[Sampling]) -> int:
+    return sum(sampling.width for sampling in samplings)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -149,7 +149,8 @@ class DiffusersRenderer:
         current = self._current.checkpoint.size if self._current else 0
         try:
             if current + weights_size(local_path(files.checkpoint), self.dtype) <= self._limit:
-                self._checkpoint(files.checkpoint)
+                with _one_thread():
+                    self._checkpoint(files.checkpoint)
         except RenderError as error:
             log.debug("read ahead in vain: %s", error)
 
@@ -345,9 +346,12 @@ class _Ready:
         """Merge LoRAs in use with these strengths."""
         if strengths == self._laid:
             return
-        self._encoder.forget()
+        if self._overlay.on_text:
+            self._encoder.forget()
         try:
             self._overlay.lay([(self._loras[sha256], weight) for sha256, weight in strengths])
+            if self._overlay.on_text:
+                self._encoder.forget()
         except (RuntimeError, MemoryError) as error:
             self._overlay.remove()
             self._laid = ()
@@ -387,6 +391,23 @@ class _Ready:
         self._overlay.remove()
         self._inversions.load({})
         self._pipeline.vae = self.checkpoint.vae
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute without helpers in this thread.
+
+    A second team of OpenMP threads outlives its work, and with more threads than cores none of
+    them waits awake any more: every pass of the first team would take about twice as long.
+    """
+    import torch
+
+    number = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(number)
 
 
 def _ecosystem(ref: ModelRef) -> str | None:

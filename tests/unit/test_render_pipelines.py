@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from diffagent.errors import RenderError
 from diffagent.render.base import Files, ModelRef
+from diffagent.render.checkpoints import load_checkpoint
 from diffagent.render.pipelines import DiffusersRenderer
 from diffagent.render.recipe import EmbeddingUse, LoRAUse, Recipe
 from tests.unit import tiny_sd
@@ -182,6 +184,28 @@ def test_batches_of_two_sizes_differ_by_one_grey_level_at_most(world: World) -> 
         drawn.append(pixels(renderer).astype(int))
     assert np.abs(drawn[0] - drawn[1]).max() <= 1
     assert world.renderer(rows=2).version != world.renderer(rows=8).version
+
+
+def test_no_pass_lacks_rows_while_there_is_work(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renderer = world.renderer(rows=8)
+    use(renderer, world.files["one"])
+    unet, passes = renderer._loaded[str(world.files["one"])].pipeline.unet, []
+    forward = unet.forward
+
+    def counted(sample: torch.Tensor, *args: Any, **options: Any) -> Any:
+        passes.append(len(sample))
+        return forward(sample, *args, **options)
+
+    monkeypatch.setattr(unet, "forward", counted)
+    steps = (4, 4, 4, 4, 4, 4, 3, 1)
+    recipes = [
+        RECIPE.model_copy(update={"seed": seed, "steps": number, "sampler": "Euler"})
+        for seed, number in enumerate(steps)
+    ]
+    assert not [d for d in renderer.render(recipes) if isinstance(d, RenderError)]
+    assert passes == [8] * (sum(steps) * 2 // 8)
 
 
 def test_out_of_memory_halves_the_batch(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,3 +394,27 @@ def test_memory_for_checkpoints_is_bounded(world: World) -> None:
     assert (pixels(roomy) == first).all()
     roomy.close()
     assert not roomy._loaded
+
+
+def test_reading_ahead_makes_no_second_team_of_threads(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = torch.get_num_threads()
+    renderer = world.renderer()
+    used = []
+
+    def load(*parts: Any) -> Any:
+        used.append(torch.get_num_threads())
+        return load_checkpoint(*parts)
+
+    monkeypatch.setattr("diffagent.render.pipelines.load_checkpoint", load)
+    torch.set_num_threads(2)
+    try:
+        with ThreadPoolExecutor(1) as ahead:
+            ahead.submit(renderer.preload, Files(ModelRef("1", "one", path=world.files["one"])))
+        assert used == [1]
+        assert torch.get_num_threads() == 2
+        use(renderer, world.files["two"])
+        assert used == [1, 2]
+    finally:
+        torch.set_num_threads(number)
