@@ -71,8 +71,8 @@ def crawl(config: CrawlConfig, context: StageContext) -> StageResult:
                 rows, metrics=metrics, content_digest=context.previous.content_digest
             )
     found = summarise(context.out)
-    metrics, drift = memory.metrics, found.drift
-    memory.ledger, memory.metrics = found.ledger, {}
+    metrics, drift = dict(memory.metrics), found.drift
+    memory.ledger = found.ledger  # metrics stay: a run that is killed right here tells them, too
     memory.save(context.memory)
     if metrics.get("text_ids"):
         drift["ids in quotes, made numbers"] = metrics["text_ids"]

@@ -77,8 +77,8 @@ def _differences(ids: array[int]) -> list[int]:
 
 @dataclass(slots=True)
 class Memory:
-    """When each version's pictures were last asked for, what the last snapshot holds, and what a
-    crawl did that has written its snapshot and not yet its manifest.
+    """When each version's pictures were last asked for, what the last snapshot holds, and what the
+    last crawl did: one may have written its snapshot and not yet its manifest.
     """
 
     looked_at: dict[int, str] = field(default_factory=dict)

@@ -50,6 +50,7 @@ from diffagent.civitai.listing import (
     is_legacy,
 )
 from diffagent.civitai.replay import PAGE_ONLY_MODEL, PAGE_ONLY_VERSION, Replay
+from diffagent.errors import CivitaiError
 from schemas.civitai import MODEL_TYPES, PG, image_level
 
 log = logging.getLogger(__name__)
@@ -649,6 +650,8 @@ def serve(replay: Replay, faults: Faults, host: str = "127.0.0.1", port: int = 0
     try:
         while not serving.started and thread.is_alive():
             time.sleep(0.005)
+        if not serving.started:
+            raise CivitaiError("the local server did not start; its error is in the log above")
         yield serving.url
     finally:
         serving.should_exit = True

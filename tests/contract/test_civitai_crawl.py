@@ -191,6 +191,8 @@ match place:
         snapshot._write_part = deadly(snapshot._write_part)
     case "summary":
         crawling.summarise = deadly(crawling.summarise)
+    case "told":
+        crawling.StageResult = deadly(crawling.StageResult)
 run(url, Path(store))
 """
 
@@ -202,7 +204,7 @@ def killed_run(url: str, store: Path, place: str, number: int) -> int:
 
 @pytest.mark.parametrize(
     ("place", "numbers"),
-    [("append", (1, 3, 2)), ("torn", (2, 4)), ("part", (1, 2)), ("summary", (1,))],
+    [("append", (1, 3, 2)), ("torn", (2, 4)), ("part", (1, 2)), ("summary", (1,)), ("told", (1,))],
 )
 def test_kill_9_and_again(site, faulty, undisturbed, tmp_path, place, numbers):  # noqa: PLR0917
     """One kill after the other in the same store, then the same command to the end."""
@@ -214,6 +216,7 @@ def test_kill_9_and_again(site, faulty, undisturbed, tmp_path, place, numbers): 
         resumed = run(url, tmp_path)
     assert files(resumed) == files(undisturbed)
     assert resumed.content_digest == undisturbed.content_digest
+    assert resumed.manifest.metrics.keys() == undisturbed.manifest.metrics.keys()
     assert not list(tmp_path.glob("crawl/.*partial"))
 
 
