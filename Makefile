@@ -10,6 +10,7 @@ export PREFECT_HOME ?= $(abspath $(STORE))/prefect
 export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS ?= 180
 export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
 export PREFECT_LOGGING_EXTRA_LOGGERS ?= diffagent
+export PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW ?= ignore
 export DO_NOT_TRACK ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_DISABLE_TELEMETRY ?= 1
@@ -32,6 +33,7 @@ demo: install
 	$(BIN)/python -m flows.run_pipeline $(CONFIG) --store $(STORE)
 
 test: install
+	mkdir -p "$(PREFECT_HOME)"
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: install
