@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import State, TaskRun
 
 from flows.build_dabench import build_dabench
 from flows.train_sft import train_sft
@@ -16,14 +17,25 @@ from tasks import sample
 
 pytestmark = pytest.mark.usefixtures("toy_plan")
 
+TASKS = 5  # of the toy plan's first group
+
 
 def run(config_file: Path, **parameters: object) -> tuple[State, dict[str, str], dict[str, int]]:
     """Run the flow; returns its state, and the final state name and run count of each task."""
     state = build_dabench(str(config_file), return_state=True, **parameters)
+    wanted = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
     with get_client(sync_client=True) as client:
-        wanted = FlowRunFilter(id=FlowRunFilterId(any_=[state.state_details.flow_run_id]))
-        runs = client.read_task_runs(flow_run_filter=wanted)
+        deadline = time.monotonic() + 60
+        # A task's states reach the server as events, which it may read after the flow has ended.
+        while not _told(runs := client.read_task_runs(flow_run_filter=wanted)):
+            assert time.monotonic() < deadline, [(r.name, r.state) for r in runs]
+            time.sleep(0.1)
     return state, {r.name: r.state.name for r in runs}, {r.name: r.run_count for r in runs}
+
+
+def _told(runs: list[TaskRun]) -> bool:
+    ends = [r.state and (r.state.is_final() or r.state.name == "NotReady") for r in runs]
+    return len(ends) == TASKS and all(ends)
 
 
 def test_second_run_is_cached_and_says_so(config_file: Path) -> None:
