@@ -33,6 +33,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import official_rewards as official
+from diffagent.device import keep_freed_memory
 from diffagent.rewards.stage import score_pictures
 
 TOGETHER = "together"
@@ -166,6 +167,7 @@ def run(given: argparse.Namespace, side: str, metric: str, variant: str = "") ->
         seconds, used = time.perf_counter() - warm, time.process_time() - used
         extra: dict[str, Any] = {"loop": official.OFFICIAL_LOOPS[name]}
     else:
+        keep_freed_memory()  # as the processes of this library's stages and commands do
         started = time.perf_counter()
         names = given.metrics if metric == TOGETHER else [metric]
         runtime = {"device": given.device, "dtype": given.dtype, "compiled": given.compile}

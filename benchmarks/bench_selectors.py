@@ -282,6 +282,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("directory", type=Path, nargs="?")
     parser.add_argument("--encoder", default="", help="'minilm', a directory, a name; '' for none")
+    parser.add_argument("--bf16", action="store_true", help="the encoder's products in bfloat16")
     parser.add_argument("--vectors", type=Path, help="file that keeps the encoder's vectors")
     parser.add_argument(
         "--agent",
@@ -302,7 +303,7 @@ def main() -> None:
     if args.hostile:
         hostile(rows, catalogue, args.hostile)
         return
-    encoder = TransformerEncoder(args.encoder) if args.encoder else None
+    encoder = TransformerEncoder(args.encoder, bf16=args.bf16) if args.encoder else None
     known = all_vectors(encoder, rows, catalogue, args.vectors) if encoder else {}
     for kind in args.splits:
         bench = Bench(rows, kind, catalogue)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from diffagent.artifacts import EXPECTED_FAILURE, Artifact, Stage, open_artifact
+from diffagent.device import keep_freed_memory
 from diffagent.errors import DiffAgentError
 from schemas.config import RuntimeConfig
 
@@ -66,4 +67,5 @@ if __name__ == "__main__":
     # What other packages tell would hide what the stage says.
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("diffagent").setLevel(logging.INFO)
+    keep_freed_memory()
     sys.exit(main(sys.argv[1]))

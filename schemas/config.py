@@ -179,6 +179,12 @@ class DABenchConfig(_Section):
     seed: int = Field(default=0, ge=0)
 
 
+_BF16 = (
+    "products of matrices in bfloat16 (autocast), weights in float32; null: on a GPU that has it. "
+    "Worth its while on a CPU with AMX, too"
+)
+
+
 class SFTConfig(_Section):
     """Supervised fine-tuning on (prompt, API) pairs."""
 
@@ -191,6 +197,7 @@ class SFTConfig(_Section):
     num_hidden_layers: int = Field(default=4, ge=1, description="sandbox-llama only")
     vocab_size: int = Field(default=2048, ge=300, description="sandbox-llama only: byte-level BPE")
     lora_rank: int = Field(default=0, ge=0, le=512, description="0 trains all parameters")
+    bf16: bool | None = Field(default=None, description=_BF16)
     gradient_checkpointing: float = Field(
         default=0,
         ge=0,
@@ -377,6 +384,7 @@ class RRHFConfig(_Section):
         "can; 'padded': one row a candidate. The loss is the same",
     )
     lora_rank: int = Field(default=0, ge=0, le=512, description="0 trains all parameters")
+    bf16: bool | None = Field(default=None, description=_BF16)
     gradient_checkpointing: float = Field(
         default=0.3,
         ge=0,
@@ -424,6 +432,9 @@ class FitConfig(_Section):
     selector: FittedSelector = "combined"
     encoder: str = Field(
         default="", description="sentence encoder: 'minilm', a directory, a hub's name, '' for none"
+    )
+    encoder_bf16: bool = Field(
+        default=False, description="products of matrices in bfloat16 while fitting"
     )
     seed: int = Field(default=0, ge=0)
 

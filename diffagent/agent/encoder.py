@@ -29,12 +29,13 @@ class TransformerEncoder:
         name: 'minilm', 'smollm2-135m', a directory, or the name of a model of a hub; a causal LM
             will do too.
         device: see `diffagent.device.resolve_device`.
+        bf16: products of matrices in bfloat16 (autocast).
 
     Raises:
         ConfigError: the model is not there; the message says how to get it.
     """
 
-    def __init__(self, name: str = MINILM, device: str = "cpu") -> None:
+    def __init__(self, name: str = MINILM, device: str = "cpu", *, bf16: bool = False) -> None:
         from diffagent import compat
 
         compat.install()
@@ -44,6 +45,7 @@ class TransformerEncoder:
         from diffagent.device import resolve_device
 
         self.name = name
+        self._bf16 = bf16
         self._tokenizer: Any
         self._model: Any
         self._max_tokens = _MAX_TOKENS
@@ -81,7 +83,8 @@ class TransformerEncoder:
                 max_length=self._max_tokens,
                 return_tensors="pt",
             ).to(self._device)
-            with torch.inference_mode():
+            bf16 = torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16)
+            with torch.inference_mode(), bf16:
                 hidden = self._model(**tokens).last_hidden_state.float()
             mask = tokens["attention_mask"][..., None].float()
             mean = (hidden * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)

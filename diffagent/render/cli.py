@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffagent.device import keep_freed_memory
 from diffagent.options import Overrides, Reconcile, Refresh, Verbose, parse_overrides
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ def render(
     """
     if _is_stage(context, prompts):
         return
+    keep_freed_memory()
     changes: dict[str, Any] = {
         "render.seeds": seed,
         "render.safety": "flag" if safety else None,
@@ -201,6 +203,7 @@ def score(
     """Score pictures against their prompts, and write a contact sheet."""
     if _is_stage(context, pictures):
         return
+    keep_freed_memory()
     changes = {"runtime.device": device, "runtime.store": store}
     _score_files(pictures or [], prompt, _config(config, settings, changes), out)
 

@@ -28,7 +28,9 @@ def training_arguments(
     config: SFTConfig | RRHFConfig, out: Path, device: torch.device
 ) -> dict[str, Any]:
     """Keyword arguments of ``transformers.TrainingArguments`` and its subclasses."""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    bf16 = config.bf16
+    if bf16 is None:
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return {
         "output_dir": str(out / CHECKPOINTS),
         "num_train_epochs": config.num_train_epochs,

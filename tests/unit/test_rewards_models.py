@@ -226,6 +226,16 @@ def test_clip_is_open_clips_own_cosine(clip_directory, images):
     np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
+def test_16_bits_copy_no_weights_for_each_picture(clip_directory, images):
+    """torch's attention would, whose inputs it has transposed: a batched product with copies."""
+    scorer = ClipScorer.load(str(clip_directory), runtime=Runtime(dtype="bfloat16"))
+    with torch.profiler.profile() as profile:
+        scorer.score(PROMPTS, images)
+    called = {event.key for event in profile.key_averages()}
+    assert "aten::addmm" in called
+    assert "aten::bmm" not in called
+
+
 def test_openai_weights_get_quick_gelu(monkeypatch):
     import open_clip
 

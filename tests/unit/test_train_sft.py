@@ -176,6 +176,24 @@ def test_only_the_layers_asked_for_make_their_activations_again(
     assert again == [share > 0, share == 1]
 
 
+@pytest.mark.parametrize(("bf16", "products"), [(None, torch.float32), (True, torch.bfloat16)])
+def test_bf16_is_of_products_and_not_of_weights(
+    tmp_path: Path, bf16: bool | None, products: torch.dtype
+) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=300, num_attention_heads=4, **sizes))
+    seen = set()
+    product = model.model.layers[0].mlp.down_proj
+    product.register_forward_hook(lambda *call: seen.add(call[-1].dtype))
+    trainer, _ = tiny_trainer(
+        TINY.model_copy(update={"bf16": bf16, "max_steps": 1}), model, tmp_path
+    )
+    seen.clear()
+    trainer.train()
+    assert seen == {products}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_packed_rows_have_the_loss_and_the_gradient_of_padded_ones(
     tmp_path: Path, architecture: str
