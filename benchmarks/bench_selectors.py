@@ -57,6 +57,7 @@ from schemas.api import parse_api
 from schemas.config import FitConfig, RerankConfig
 
 STRATA = {"all": (-1, 2), "<0.6": (-1, 0.6), "<0.3": (-1, 0.3), ">=0.6": (0.6, 2)}
+COLUMNS = {"leak-free": "split", "random": "random_split"}
 LATENCY_PROMPTS = 100
 BASELINES = ("popular", "random", "nearest")
 SEEDED = ("model-token", "combined")
@@ -75,11 +76,19 @@ def latencies(selector: Any, prompts: list[str]) -> dict[str, float]:
     return dict(zip(names, (round(float(x), 1) for x in (p50, p95, cpu50)), strict=True))
 
 
+def drawn(rows: pl.DataFrame, kind: str, count: int | None) -> pl.DataFrame:
+    """``rows`` with so many test prompts; None: all."""
+    is_test = pl.col(COLUMNS[kind]) == "test"
+    if count is None:
+        return rows
+    return pl.concat([rows.filter(~is_test), rows.filter(is_test).sample(count, seed=0)])
+
+
 class Bench:
     """One way of splitting a data set."""
 
     def __init__(self, rows: pl.DataFrame, kind: str, catalogue: Catalogue) -> None:
-        column = "split" if kind == "leak-free" else "random_split"
+        column = COLUMNS[kind]
         self.kind, self.catalogue, self.column = kind, catalogue, rows[column].to_numpy()
         self.train, self.validation, self.test = (
             rows.filter(pl.col(column) == split) for split in ("train", "validation", "test")
@@ -289,12 +298,15 @@ def main() -> None:
         type=Path,
         help="a trained agent: the selectors 'agent', 'agent-int8', 'reranked'",
     )
+    parser.add_argument("--prompts", type=int, help="of the test split, drawn; no --encoder then")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--selectors", nargs="*", default=[*BASELINES, *RECIPES])
     parser.add_argument("--splits", nargs="*", default=["leak-free", "random"])
     parser.add_argument("--catalogue", type=int, help="models of a synthetic catalogue")
     parser.add_argument("--hostile", type=int, help="prompts that attack, in place of the rest")
     args = parser.parse_args()
+    if args.prompts and args.encoder:
+        parser.error("--prompts draws from rows that the encoder's vectors would no longer fit")
     if args.catalogue:
         synthetic(args.catalogue)
     if args.directory is None:
@@ -306,7 +318,7 @@ def main() -> None:
     encoder = TransformerEncoder(args.encoder, bf16=args.bf16) if args.encoder else None
     known = all_vectors(encoder, rows, catalogue, args.vectors) if encoder else {}
     for kind in args.splits:
-        bench = Bench(rows, kind, catalogue)
+        bench = Bench(drawn(rows, kind, args.prompts), kind, catalogue)
         for name in args.selectors:
             if name not in RECIPES:
                 by_agent = {

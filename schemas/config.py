@@ -307,7 +307,7 @@ _SHA256 = Field(
 ScorerDtype = Literal["float32", "bfloat16", "float16"]
 _DTYPE: Any = Field(
     default="float32",
-    description="of matrix products (autocast); bfloat16 moved cosines by up to 6e-4",
+    description="of matrix products (autocast); bfloat16 moved cosines by up to 1.1e-3",
 )
 
 

@@ -187,7 +187,7 @@ def _lay_out_attention(model: torch.nn.Module) -> None:
     """Give torch's attention its inputs as they lie in memory after it has transposed them.
 
     Else its first product is one with a copy of the weights for every picture, which in 16 bits on
-    a CPU takes 40 times as long as all the rest. Values stay the same to the bit.
+    a CPU takes many times as long as all the rest. Values stay the same to the bit.
     """
     import torch
 
