@@ -78,9 +78,9 @@ def latencies(selector: Any, prompts: list[str]) -> dict[str, float]:
 
 def drawn(rows: pl.DataFrame, kind: str, count: int | None) -> pl.DataFrame:
     """``rows`` with so many test prompts; None: all."""
-    is_test = pl.col(COLUMNS[kind]) == "test"
     if count is None:
         return rows
+    is_test = pl.col(COLUMNS[kind]) == "test"
     return pl.concat([rows.filter(~is_test), rows.filter(is_test).sample(count, seed=0)])
 
 

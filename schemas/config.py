@@ -433,9 +433,6 @@ class FitConfig(_Section):
     encoder: str = Field(
         default="", description="sentence encoder: 'minilm', a directory, a hub's name, '' for none"
     )
-    encoder_bf16: bool = Field(
-        default=False, description="products of matrices in bfloat16 while fitting"
-    )
     seed: int = Field(default=0, ge=0)
 
 

@@ -87,10 +87,7 @@ def fit_selector(config: FitConfig, context: StageContext) -> StageResult:
     """Fit a selector on a DABench -> a directory that `load_selector` reads."""
     dabench = context.one("dabench").path
     rows, catalogue = read_rows(dabench), Catalogue.load(dabench)
-    encoder = None
-    if config.encoder:
-        device, bf16 = context.runtime.device, config.encoder_bf16
-        encoder = TransformerEncoder(config.encoder, device, bf16=bf16)
+    encoder = TransformerEncoder(config.encoder, context.runtime.device) if config.encoder else None
     train, validation = (rows.filter(split=split) for split in ("train", "validation"))
     started = time.perf_counter()
     vectors = encode_rows(encoder, train, validation, catalogue) if encoder else None

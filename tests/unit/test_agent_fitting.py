@@ -23,6 +23,7 @@ from diffagent.errors import ArtifactError, ConfigError
 from schemas.api import parse_api
 from schemas.config import FitConfig, FittedSelector, RuntimeConfig
 from tests.unit.agent_world import make_catalogue, make_rows, make_world
+from tests.unit.conftest import AgentRun
 
 CATALOGUE = make_catalogue()
 HOSTILE = hostile_prompts(64)
@@ -185,6 +186,17 @@ def test_without_an_encoder() -> None:
         fit(FitConfig(selector="embeddings"), TRAIN, VALIDATION, CATALOGUE)
     with pytest.raises(ConfigError, match="no sentence encoder"):
         fitting.TransformerEncoder("/nowhere/at/all")
+
+
+def test_an_encoder_in_16_bits_says_about_the_same(agent_run: AgentRun) -> None:
+    texts = ["a red star on white, flat design", "a star", "日本"]
+    path = str(agent_run.agent.path)
+    exact, rough = (
+        fitting.TransformerEncoder(path, bf16=bf16).encode(texts) for bf16 in (False, True)
+    )
+    assert (exact != rough).any()
+    np.testing.assert_allclose(np.linalg.norm(rough, axis=1), 1, rtol=1e-5)
+    assert ((exact * rough).sum(1) > 0.999).all()
 
 
 def test_a_fitted_selector_is_kept_in_the_store(tmp_path: Path) -> None:

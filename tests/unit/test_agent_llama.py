@@ -153,7 +153,7 @@ def test_an_agent_that_only_chooses_answers_the_same(agent_run: AgentRun) -> Non
         assert [[c.text for c in row] for row in found] == [[c.text for c in r] for r in expected]
         for row, others in zip(found, expected, strict=True):
             expected_probabilities = [c.probability for c in others]
-            assert [c.probability for c in row] == pytest.approx(expected_probabilities, rel=1e-4)
+            assert [c.probability for c in row] == pytest.approx(expected_probabilities, rel=1e-5)
 
 
 def test_an_agent_without_its_tokenizer_is_none(agent_run: AgentRun, tmp_path: Path) -> None:
