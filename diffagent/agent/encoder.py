@@ -69,7 +69,10 @@ class TransformerEncoder:
             self._tokenizer.pad_token = self._tokenizer.eos_token
 
     def encode(self, texts: Sequence[str]) -> Floats:
-        """(texts, d) float32 of unit length, 0 for a text without tokens; equal lengths share a batch."""
+        """(texts, d) float32 of unit length, or 0 for a text without tokens.
+
+        Texts of about one length share a batch.
+        """
         import torch
 
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
