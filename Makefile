@@ -26,6 +26,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt requirements-rewards.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ray,s3]'
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-rewards.txt
+	$(BIN)/python -m diffagent.compat
 	touch $@
 
 demo: install

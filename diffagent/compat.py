@@ -14,6 +14,11 @@ imports torchvision (transformers' image models, diffusers, open_clip), ImageRew
 * hpsv2 1.2.0 imports tkinter's ``turtle`` by accident and ``clint`` for progress bars, and its
   wheel lacks the BPE vocabulary, of which open_clip ships an identical copy.
 
+`python -m diffagent.compat`, the last step of `make install`, checks whether torchvision can be
+imported in this environment. If not, it adds a .pth file by which every interpreter of the
+environment registers the hook at its start, so that `import open_clip` or
+`AutoModelForCausalLM.from_pretrained` work for users who never import diffagent.
+
 Names are lent to the importing module and taken back when it has been executed, so that
 transformers, torchvision and ``sys.modules`` look to everybody else as they were. Warnings and
 transformers' log level, which the two packages silence for the whole process, are kept too.
@@ -22,12 +27,15 @@ transformers' log level, which the two packages silence for the whole process, a
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
+import sysconfig
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -38,6 +46,30 @@ def install() -> None:
     """Registers the import hook. Calling it again does nothing."""
     if not any(isinstance(finder, _FixingFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _FixingFinder())
+
+
+#: One line, as site.py wants it; silent where diffagent was uninstalled later.
+_START_UP = (
+    r'exec("try:\n from diffagent.compat import install\n install()\nexcept ImportError:\n pass")'
+)
+
+
+def register_at_startup(site_packages: Path) -> Path | None:
+    """Make every interpreter of an environment register the hook, if torchvision needs it.
+
+    Args:
+        site_packages: directory of this interpreter that gets the .pth file.
+
+    Returns:
+        The .pth file, or None where torchvision can be imported without it.
+    """
+    path = site_packages / "diffagent-torchvision.pth"
+    path.unlink(missing_ok=True)
+    check = [sys.executable, "-c", "import torchvision"]
+    if subprocess.run(check, capture_output=True, check=False).returncode == 0:
+        return None
+    path.write_text(f"import sys; {_START_UP}\n", encoding="utf-8")
+    return path
 
 
 class _FixingFinder(MetaPathFinder):
@@ -251,3 +283,6 @@ _FIXES: dict[str, Fix] = {
     "hpsv2.src.open_clip.timm_model": _silence_timm,
     "hpsv2.src.open_clip.tokenizer": _fix_hpsv2_tokenizer,
 }
+
+if __name__ == "__main__":
+    register_at_startup(Path(sysconfig.get_path("purelib")))

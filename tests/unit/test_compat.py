@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -82,3 +83,24 @@ def test_a_lent_module_gives_the_previous_one_back():
         raise RuntimeError
     assert sys.modules["json"] is json
     assert "no_such_module" not in sys.modules
+
+
+def test_torchvision_imports_in_the_environment_without_diffagent():
+    """An environment whose torchvision is broken gets the hook at start-up; a sound one nothing."""
+    code = "import sys, torchvision; from transformers import CLIPModel, AutoModelForCausalLM"
+    environment = {"PATH": "/usr/bin:/bin", "HOME": "/nonexistent"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/", env=environment)
+
+
+def test_the_start_up_line_registers_the_hook_and_imports_nothing_heavy(tmp_path: Path):
+    from diffagent.compat import _START_UP
+
+    (tmp_path / "x.pth").write_text(f"import sys; {_START_UP}\n")
+    code = (
+        f"import site, sys; sys.path += {sys.path!r}; before = len(sys.meta_path)\n"
+        f"site.addsitedir({str(tmp_path)!r})\n"
+        "print(len(sys.meta_path) - before, 'torch' in sys.modules)\n"
+    )
+    isolated = [sys.executable, "-S", "-c", code]
+    done = subprocess.run(isolated, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "False"]
