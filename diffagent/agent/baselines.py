@@ -63,6 +63,11 @@ class Popular:
 
     usage: Usage
 
+    @property
+    def catalogue(self) -> Catalogue:
+        """See `Selector`."""
+        return self.usage.catalogue
+
     def select(self, prompts: Sequence[str], n: int = 1) -> list[list[Choice]]:
         """See `Selector`."""
         choices = [
@@ -78,6 +83,11 @@ class Random:
 
     usage: Usage
     seed: int = 0
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """See `Selector`."""
+        return self.usage.catalogue
 
     def select(self, prompts: Sequence[str], n: int = 1) -> list[list[Choice]]:
         """See `Selector`."""

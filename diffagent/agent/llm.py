@@ -10,8 +10,8 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,6 +94,14 @@ class Agent:
     device: torch.device
     calls: Calls | None = None
     _grammars: dict[NegativePrompts, Grammar] = field(default_factory=dict, repr=False)
+
+    def only(self, names: Collection[tuple[str, str]]) -> Agent:
+        """The agent restricted to some (model, version): answers name no other.
+
+        Raises:
+            ConfigError: there is no checkpoint among them.
+        """
+        return replace(self, catalogue=self.catalogue.only(names), _grammars={})
 
     def grammar(self, negative_prompts: NegativePrompts = "known") -> Grammar:
         """The valid answers over its catalogue; built once."""

@@ -14,6 +14,7 @@ from diffagent.agent.verify import verify
 if TYPE_CHECKING:
     from diffagent.agent.grammar import NegativePrompts
     from diffagent.agent.llm import Agent
+    from diffagent.dabench.catalogue import Catalogue
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,11 @@ class LLM:
         self.beams = beams
         self.temperature = temperature
         self.negative_prompts = negative_prompts
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """See `Selector`."""
+        return self.agent.catalogue
 
     def select(self, prompts: Sequence[str], n: int = 1) -> list[list[Choice]]:
         """See `Selector`."""

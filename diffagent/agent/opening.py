@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ def open_selector(
     store: str,
     device: str,
     int8: bool = False,
+    usable: Collection[tuple[str, str]] | None = None,
     **options: Any,
 ) -> Selector:
     """The selector that the options name.
@@ -34,6 +36,7 @@ def open_selector(
         store: where what was fitted is kept, a directory or a URI.
         device: 'auto', 'cpu', 'cuda', 'mps'.
         int8: an agent's weights in 8 bits.
+        usable: (model, version) of the models and LoRAs that may be chosen; None: all.
         options: of ``diffagent.agent.llm_selector.LLM``; an agent that chooses writes nothing.
 
     Raises:
@@ -45,9 +48,8 @@ def open_selector(
         from diffagent.agent.llm import load_agent
 
         generates = options.get("constrained") is False
-        return llm_selector.LLM(
-            load_agent(agent, device, quantization, generates=generates), **options
-        )
+        writer = load_agent(agent, device, quantization, generates=generates)
+        return llm_selector.LLM(writer if usable is None else writer.only(usable), **options)
     from diffagent.agent.fitting import FITTED, fitted_selector
     from diffagent.artifacts import open_artifact
     from schemas.config import RerankConfig, RuntimeConfig
@@ -64,8 +66,10 @@ def open_selector(
         raise ConfigError(f"--selector: {name!r} is none of {', '.join(FITTED)}")
     runtime, data = RuntimeConfig(store=store, device=device), open_artifact(dabench)
     if agent is None:
-        return fitted_selector(retrieval, data, runtime, encoder)
+        fitted = fitted_selector(retrieval, data, runtime, encoder)
+        return fitted if usable is None else fitted.only(usable)
     from diffagent.agent.reranked import reranked_selector
 
     rerank = RerankConfig(retrieval=retrieval, encoder=encoder)
-    return reranked_selector(rerank, data, open_artifact(agent), runtime, quantization)
+    reranked = reranked_selector(rerank, data, open_artifact(agent), runtime, quantization)
+    return reranked if usable is None else reranked.only(usable)

@@ -51,6 +51,11 @@ class Parameters:
         return found
 
     @cached_property
+    def usable(self) -> npt.NDArray[np.bool_]:
+        """(models,) whether the catalogue has a checkpoint of each model of the calls."""
+        return np.array([model in self.versions for model in self.calls.models])
+
+    @cached_property
     def version_codes(self) -> dict[tuple[str, ...], int]:
         """(model, version) -> code of ``calls.version``."""
         return {tuple(name): code for code, name in enumerate(self.calls.version[1])}

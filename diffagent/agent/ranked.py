@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from diffagent.agent.parameters import Parameters
 from diffagent.agent.selector import Choice
 from diffagent.agent.terms import Floats
 from diffagent.agent.verify import verify
+from diffagent.dabench.catalogue import Catalogue
 from schemas.api import T2IAPI
 
 
@@ -23,6 +24,11 @@ class Ranked:
     memory: Memory
     mixture: Mixture
     parameters: Parameters
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """See `Selector`."""
+        return self.parameters.catalogue
 
     def select(self, prompts: Sequence[str], n: int = 1) -> list[list[Choice]]:
         """See `Selector`."""
@@ -37,7 +43,21 @@ class Ranked:
             for row in range(len(evidence.prompts)):
                 yield self._rank(chances[row], evidence, row, n)
 
+    def only(self, names: Collection[tuple[str, str]]) -> Ranked:
+        """The selector restricted to some (model, version), with probabilities among them.
+
+        Raises:
+            ConfigError: there is no checkpoint among them.
+        """
+        catalogue = self.parameters.catalogue.only(names)
+        return replace(self, parameters=Parameters(self.parameters.calls, catalogue))
+
     def _rank(self, chances: Floats, evidence: Evidence, row: int, n: int) -> list[Choice]:
+        usable = self.parameters.usable
+        if not usable.all():
+            chances = np.where(usable, chances, 0)
+            chances = chances / max(float(chances.sum()), 1e-30)
+            n = min(n, int(usable.sum()))
         kept = min(n, len(chances))
         best = np.argpartition(-chances, kept - 1)[:kept]
         advice = self.parameters.about(evidence.similarity("tokens")[row])

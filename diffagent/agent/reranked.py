@@ -12,7 +12,7 @@ out keeps what it had. Nothing is generated: k names are one pass after that ove
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,6 +62,11 @@ class Reranked:
     weights: tuple[float, float]
     candidates: int
 
+    @property
+    def catalogue(self) -> Catalogue:
+        """See `Selector`."""
+        return self.retrieval.catalogue
+
     def select(self, prompts: Sequence[str], n: int = 1) -> list[list[Choice]]:
         """See `Selector`."""
         return [
@@ -70,6 +75,10 @@ class Reranked:
                 self.retrieval, self.agent, prompts, max(self.candidates, n)
             )
         ]
+
+    def only(self, names: Collection[tuple[str, str]]) -> Reranked:
+        """The selector restricted to some (model, version); see `Ranked.only`."""
+        return replace(self, retrieval=self.retrieval.only(names))
 
     def _order(self, choices: Sequence[Choice], features: Floats) -> list[Choice]:
         logits = features @ np.array(self.weights)

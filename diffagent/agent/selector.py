@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from diffagent.agent.verify import Verdict
 from diffagent.errors import SchemaError
 from schemas.api import T2IAPI
+
+if TYPE_CHECKING:
+    from diffagent.dabench.catalogue import Catalogue
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,31 @@ class Choice:
 class Selector(Protocol):
     """Answers prompts."""
 
+    @property
+    def catalogue(self) -> Catalogue:
+        """The models that answers may name."""
+        ...
+
     def select(self, prompts: Sequence[str], n: int = 1) -> list[list[Choice]]:
         """Up to ``n`` different choices a prompt, best first; at least one."""
         ...
+
+
+def call_line(prompt: str, api: T2IAPI, catalogue: Catalogue) -> str:
+    """Write an API call as one line of JSON that `diffagent render` draws without the catalogue.
+
+    Returns:
+        The keys of `T2IAPI.to_json`, with ``prompt`` before them and ``hashes`` after them: the
+        SHA256 of the files, by 'model', 'lora:NAME' and 'embed:NAME' as the WebUI names them.
+    """
+    named = {"model": catalogue.entry(api.model, api.version)}
+    named |= {f"lora:{use.model}": catalogue.entry(use.model, use.version) for use in api.loras}
+    named |= {
+        f"embed:{use.model}": catalogue.entry(use.model, use.version) for use in api.embeddings
+    }
+    hashes = {key: entry.sha256 for key, entry in named.items() if entry and entry.sha256}
+    line = {"prompt": prompt, **json.loads(api.to_json()), "hashes": hashes}
+    return json.dumps(line, ensure_ascii=False, separators=(",", ":"))
 
 
 def valid_apis(selector: Selector, prompt: str, n: int = 1) -> list[T2IAPI]:

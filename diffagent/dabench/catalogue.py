@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffagent.dabench.base_models import NON_COMMERCIAL, base_model_of, ecosystem
-from diffagent.errors import ArtifactError
+from diffagent.errors import ArtifactError, ConfigError
 from diffagent.render.samplers import SAMPLERS, SamplerSpec
 from schemas.civitai import commercial_use, generation_of
 from schemas.dabench import CATALOGUE
@@ -172,6 +172,22 @@ class Catalogue:
         """The textual inversion of that name, or None."""
         entry = self._by_name.get((model, version))
         return entry if entry and entry.type == EMBEDDING else None
+
+    def only(self, names: Collection[tuple[str, str]]) -> Self:
+        """The catalogue with the entries of these (model, version) alone, and all samplers.
+
+        Raises:
+            ConfigError: none of them is a checkpoint.
+        """
+        catalogue = type(self)(
+            (e for e in self.entries if (e.model, e.version) in names), self.samplers
+        )
+        if not catalogue.checkpoints:
+            raise ConfigError(
+                f"none of the {len(self.checkpoints):,} checkpoints to choose from is in the "
+                "folder; --download fetches what is chosen, or name a checkpoint with --model"
+            )
+        return catalogue
 
     def to_table(self) -> pa.Table:
         """The table ``schemas.dabench.CATALOGUE``."""

@@ -6,8 +6,10 @@ what was drawn or scored once is not again; without a file they are the stages o
 
 from __future__ import annotations
 
+import logging
 import sys
 from copy import deepcopy
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,8 +19,11 @@ import typer
 from diffagent.device import keep_freed_memory
 from diffagent.options import Overrides, Reconcile, Refresh, Verbose, parse_overrides
 
+log = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     from diffagent.agent.candidates import Row
+    from diffagent.agent.selector import Selector
     from diffagent.artifacts import Artifact
     from diffagent.dabench.catalogue import Entry
     from schemas.config import PipelineConfig
@@ -87,6 +92,10 @@ AsInSelect = Annotated[str, typer.Option(help="With --dabench, as in select.")]
 Choices = Annotated[
     int, typer.Option("-n", "--n", min=1, max=32, help="With --agent or --dabench: calls.")
 ]
+Download = Annotated[
+    bool,
+    typer.Option("--download", help="Fetch models that are not in --models DIR from the site."),
+]
 BaseModel = Annotated[str | None, typer.Option(help="Of files that do not tell, e.g. 'SD 1.5'.")]
 Pictures = Annotated[
     list[Path] | None,
@@ -136,6 +145,7 @@ def render(
     encoder: AsInSelect = "",
     n: Choices = 1,
     base_model: BaseModel = None,
+    download: Download = False,
     out: Out = Path("pictures"),
     store: Store = None,
     score: Annotated[bool, typer.Option(help="Score the pictures.")] = True,
@@ -155,6 +165,9 @@ def render(
     """
     if _is_stage(context, prompts):
         return
+    from diffagent.render.contact_sheet import check_output
+    from diffagent.render.prompts_file import holds_calls, selected_rows
+
     keep_freed_memory()
     changes: dict[str, Any] = {
         "render.seeds": seed,
@@ -166,15 +179,16 @@ def render(
         "runtime.model_folders": [str(folder) for folder in models] if models else None,
     }
     run = _config(config, settings, changes)
-    entries = _entries(agent or dabench, run, base_model)
+    check_output(out)
     assert prompts is not None
     lines, called = _read(prompts), _read(calls) if calls else None
-    if called is not None or lines[0].startswith("{"):
-        rows = _called(prompts, lines, calls, called, entries)
+    named = _models(agent or dabench, run, base_model, only_here=bool(models) and not download)
+    entries = named.entries
+    if called is not None or holds_calls(lines, prompts.name):
+        rows, entries = _called(prompts, lines, calls, called, entries)
     elif agent or (dabench and not model):
-        rows = _selected(
-            lines, run, n, agent=agent, dabench=dabench, name=selector, encoder=encoder
-        )
+        chooser = _open_selector(run, named.usable, agent, dabench, selector, encoder)
+        rows = selected_rows(lines, chooser, _source(agent, dabench, selector), n)
     else:
         given = {name: context.params[name] for name in _PARAMETERS}
         rows = _named(lines, model, {**given, "loras": tuple(lora or ())}, entries)
@@ -203,7 +217,10 @@ def score(
     """Score pictures against their prompts, and write a contact sheet."""
     if _is_stage(context, pictures):
         return
+    from diffagent.render.contact_sheet import check_output
+
     keep_freed_memory()
+    check_output(out)
     changes = {"runtime.device": device, "runtime.store": store}
     _score_files(pictures or [], prompt, _config(config, settings, changes), out)
 
@@ -257,33 +274,64 @@ def _read(path: Path) -> list[str]:
     from diffagent.errors import ConfigError
     from diffagent.render.prompts_file import read_lines
 
-    if str(path) == "-":
-        return read_lines(sys.stdin.read(), "standard input")
+    stdin = str(path) == "-"
+    name = "standard input" if stdin else repr(str(path))
     try:
-        return read_lines(path.read_text(encoding="utf-8-sig"), repr(str(path)))
+        data = sys.stdin.buffer.read() if stdin else path.read_bytes()
+        return read_lines(data.decode("utf-8-sig"), name)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {str(path)!r}: {error}") from None
+        raise ConfigError(f"cannot read {name} as UTF-8 text: {error}") from None
 
 
-def _entries(named: Path | None, run: PipelineConfig, base_model: str | None) -> list[Entry]:
-    """What names may mean: a catalogue's entries, then the folders' files that it has not."""
+@dataclass(frozen=True)
+class _Models:
+    """What names may mean.
+
+    Attributes:
+        entries: of a catalogue, then the folders' files that it does not have.
+        here: SHA256 of the folders' files; None: a model that is not there is fetched.
+    """
+
+    entries: list[Entry]
+    here: frozenset[str | None] | None
+
+    @property
+    def usable(self) -> frozenset[tuple[str, str]] | None:
+        """(model, version) of what may be chosen; None: anything."""
+        if self.here is None:
+            return None
+        return frozenset((e.model, e.version) for e in self.entries if e.sha256 in self.here)
+
+
+def _models(
+    source: Path | None, run: PipelineConfig, base_model: str | None, *, only_here: bool
+) -> _Models:
+    """What names may mean in a command.
+
+    Args:
+        source: directory of an agent or a DABench, whose catalogue counts first.
+        run: names the folders.
+        base_model: of files that do not state theirs.
+        only_here: entries of the catalogue whose file is in no folder lose their address on the
+            site, so that nothing is fetched.
+    """
     from diffagent.dabench.catalogue import Catalogue
     from diffagent.errors import ConfigError
     from diffagent.render.prompts_file import folder_entries
 
-    known = list(Catalogue.load(named).entries) if named else []
+    entries = list(Catalogue.load(source).entries) if source else []
     folders = [Path(folder) for folder in run.runtime.model_folders]
-    if not known and not folders:
+    if not entries and not folders:
         raise ConfigError("render needs --models DIR, or --agent DIR or --dabench DIR")
-    if folders:
-        hashes = {entry.sha256 for entry in known}
-        index = run.runtime.models_directory / "folders.json"
-        known += [
-            entry
-            for entry in folder_entries(folders, index, base_model)
-            if entry.sha256 not in hashes
-        ]
-    return known
+    if not folders:
+        return _Models(entries, None)
+    files = folder_entries(folders, run.runtime.models_directory / "folders.json", base_model)
+    here = frozenset(entry.sha256 for entry in files)
+    hashes = {entry.sha256 for entry in entries}
+    if only_here:
+        entries = [e if e.sha256 in here else replace(e, download_path="") for e in entries]
+    entries += [entry for entry in files if entry.sha256 not in hashes]
+    return _Models(entries, here if only_here else None)
 
 
 def _called(
@@ -292,7 +340,7 @@ def _called(
     calls: Path | None,
     called: list[str] | None,
     entries: list[Entry],
-) -> list[Row]:
+) -> tuple[list[Row], list[Entry]]:
     from diffagent.render.prompts_file import call_rows
 
     if called is None:
@@ -300,29 +348,30 @@ def _called(
     return call_rows(called, str(calls), lines, entries)
 
 
-def _selected(
-    lines: list[str],
+def _open_selector(  # noqa: PLR0917
     run: PipelineConfig,
-    n: int,
-    *,
+    usable: frozenset[tuple[str, str]] | None,
     agent: Path | None,
     dabench: Path | None,
-    name: str,
+    selector: str,
     encoder: str,
-) -> list[Row]:
+) -> Selector:
     from diffagent.agent.opening import open_selector
-    from diffagent.render.prompts_file import selected_rows
 
-    source = "reranked" if agent and dabench else "agent" if agent else name
-    found = open_selector(
+    return open_selector(
         agent,
         dabench,
-        name,
+        selector,
         encoder=encoder,
         store=run.runtime.store,
         device=run.runtime.device,
+        usable=usable,
     )
-    return selected_rows(lines, found, source, n)
+
+
+def _source(agent: Path | None, dabench: Path | None, selector: str) -> str:
+    """The name under which the choices are listed."""
+    return "reranked" if agent and dabench else "agent" if agent else selector
 
 
 def _named(
@@ -348,30 +397,44 @@ def _make(
     score: bool,
 ) -> None:
     """Draw the rows, write the sheet, score, and write it again; exit code 1 if one failed."""
-    from diffagent.pipeline import open_site
-    from diffagent.render import prompts_file
-    from diffagent.render import stage as render_stage
+    from diffagent.errors import CivitaiError
     from diffagent.rewards import stage as score_stage
 
-    source = prompts_file.prompts.run(prompts_file.prompts_config(rows, entries), {}, run.runtime)
-    with open_site(run) as site_url:
-        renders = render_stage.render.run(
-            run.render,
-            {"candidates": [source], "dabench": [source]},
-            run.runtime,
-            site_url=site_url,
-        )
+    try:
+        renders = _draw(rows, entries, run)
+    except CivitaiError as error:
+        if not error.retryable:
+            raise
+        # What needs no download is drawn (and kept); the same command fetches the rest later.
+        log.warning("%s; the pictures of models that are not here yet fail", error)
+        renders = _draw(rows, [replace(entry, download_path="") for entry in entries], run)
     apis = {
         (row["prompt_id"], row["source"], row["candidate"]): row["api"]
         for row in rows
         if row["api"]
     }
-    failed = _sheet(out, title, renders, apis)
-    if score:
+    missing = _sheet(out, title, renders, apis)
+    if score and missing < renders.manifest.rows["renders.parquet"]:
         scores = score_stage.score.run(run.rewards, {"renders": [renders]}, run.runtime)
-        failed = _sheet(out, title, renders, apis, scores)
-    if failed:
+        missing = _sheet(out, title, renders, apis, scores)
+    if missing:
         raise typer.Exit(1)
+
+
+def _draw(rows: list[Row], entries: list[Entry], run: PipelineConfig) -> Artifact:
+    """The pictures of rows, with the models that ``entries`` says where to find."""
+    from diffagent.pipeline import open_site
+    from diffagent.render import prompts_file
+    from diffagent.render import stage as render_stage
+
+    source = prompts_file.prompts.run(prompts_file.prompts_config(rows, entries), {}, run.runtime)
+    with open_site(run) as site_url:
+        return render_stage.render.run(
+            run.render,
+            {"candidates": [source], "dabench": [source]},
+            run.runtime,
+            site_url=site_url,
+        )
 
 
 def _sheet(
@@ -403,6 +466,8 @@ def _score_files(pictures: list[Path], prompt: str | None, run: PipelineConfig, 
 
     config, apis = sheet_rows.pictures_config(list(pictures_in(pictures)), prompt)
     renders = sheet_rows.pictures.run(config, {}, run.runtime)
+    if _sheet(out, "Scores", renders, apis) == renders.manifest.rows["renders.parquet"]:
+        raise typer.Exit(1)  # nothing to score: no scorer is loaded
     scores = score_stage.score.run(run.rewards, {"renders": [renders]}, run.runtime)
     if _sheet(out, "Scores", renders, apis, scores):
         raise typer.Exit(1)

@@ -19,6 +19,7 @@ from typing import Any
 import jinja2
 
 from diffagent.artifacts import atomic_file
+from diffagent.errors import ConfigError
 from diffagent.evaluation.report import picture_uri
 from diffagent.render.prompts_file import LOCAL_VERSION
 from schemas.api import T2IAPI
@@ -31,6 +32,28 @@ SCORES: Mapping[str, str] = {
     "hps_v2": "HPS v2",
     "nsfw": "NSFW",
 }
+
+#: The page's file, and the mark by which a page of an earlier run is known.
+PAGE, RESULTS = "index.html", "results.jsonl"
+_GENERATOR = "DiffAgent contact sheet"
+
+
+def check_output(folder: Path) -> None:
+    """Refuse a folder with files that the sheet would overwrite and no earlier sheet wrote.
+
+    Raises:
+        ConfigError: it is a file, or holds an index.html or results.jsonl of somebody else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out {str(folder)!r} is a file; give a folder")
+    page = folder / PAGE
+    if page.exists() or (folder / RESULTS).exists():
+        head = page.read_bytes()[:2000] if page.is_file() else b""
+        if _GENERATOR.encode() not in head:
+            raise ConfigError(
+                f"{str(folder)!r} holds a {PAGE} or {RESULTS} that no contact sheet wrote; it is "
+                "not overwritten: give another folder with --out"
+            )
 
 
 @dataclass(frozen=True)
@@ -105,6 +128,7 @@ def write_contact_sheet(
     present = [name for name in SCORES if any(name in card.scores for card in cards)]
     page = environment.from_string(text).render(
         title=title,
+        generator=_GENERATOR,
         cards=cards,
         facts=facts,
         scores={name: SCORES[name] for name in present},

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from diffagent.dabench.catalogue import (
 )
 from diffagent.dabench.metadata.prompts import split_prompt
 from diffagent.errors import ConfigError
-from schemas.api import T2IAPI, ApiError, LoRA, Params, parse_api
+from schemas.api import T2IAPI, ApiError, Embedding, LoRA, Params, parse_api
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ log = logging.getLogger(__name__)
 _SIDES = {"sd1": 512, "sd2": 768, "sdxl": 1024}
 #: Version of the files of a folder, which have none.
 LOCAL_VERSION = "local"
+#: Base model of a file that states none, unless --base-model gives one.
+UNKNOWN_BASE = "Other"
 _SHORTEST_HASH = 6
 
 
@@ -123,7 +126,9 @@ def folder_entries(
             base = file.architecture.base_model or base_model
             if base is None:
                 log.warning("%s: nobody knows its base model; say --base-model", path)
-            found.setdefault(file.sha256, _local_entry(path, file.sha256, kind, base or "Other"))
+            found.setdefault(
+                file.sha256, _local_entry(path, file.sha256, kind, base or UNKNOWN_BASE)
+            )
     known.save()
     if not any(entry.is_checkpoint for entry in found.values()):
         raise ConfigError(
@@ -194,15 +199,29 @@ def _spellings(entry: Entry) -> set[str]:
 
 
 def read_lines(text: str, name: str) -> list[str]:
-    """The lines that are not blank.
+    """The lines that are not blank; only a line feed ends a line (U+2028 is part of a prompt).
 
     Raises:
         ConfigError: there are none.
     """
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         raise ConfigError(f"{name} holds no line")
     return lines
+
+
+def holds_calls(lines: Sequence[str], name: str) -> bool:
+    """Whether lines are API calls as JSON, not prompts such as '{red|blue} star'.
+
+    Args:
+        lines: of a file.
+        name: of the file; one that ends in '.jsonl' holds JSON whatever its first line is.
+    """
+    return name.lower().endswith((".jsonl", ".ndjson")) or bool(_JSON_KEY.match(lines[0]))
+
+
+#: How a JSON object with a key begins, or an empty one.
+_JSON_KEY = re.compile(r'\{\s*(?:"[^"]*"\s*:|\}$)')
 
 
 def prompt_rows(
@@ -272,15 +291,19 @@ def _api(entry: Entry, loras: tuple[LoRA, ...], parameters: Parameters) -> T2IAP
 
 def call_rows(
     lines: Sequence[str], name: str, given: Sequence[str] | None, entries: Sequence[Entry]
-) -> list[Row]:
+) -> tuple[list[Row], list[Entry]]:
     """API calls as they are printed by ``diffagent select``.
 
     Args:
-        lines: JSON: an API, with ``prompt`` among its keys where ``given`` has none; or ``prompt``
-            and ``api``; or ``error``, an answer that was none.
+        lines: JSON: an API, with ``prompt`` among its keys where ``given`` has none, and
+            ``hashes`` (see `call_line`) where it is known; or ``prompt`` and ``api``; or
+            ``error``, an answer that was none.
         name: of the file, for messages.
         given: the prompts that the lines answer, one by one.
-        entries: what names mean that are not those of a catalogue: of files in a folder.
+        entries: what names mean: of a catalogue, or of files in a folder.
+
+    Returns:
+        The rows, and ``entries`` with the base model of calls where a file states none.
 
     Raises:
         ConfigError: a line is none of this, or the prompts are not as many.
@@ -293,30 +316,36 @@ def call_rows(
     numbers: dict[str, int] = {}
     counts: dict[int, int] = {}
     rows = []
+    catalogue = list(entries)
     for i, line in enumerate(lines):
         where = f"{name}, line {i + 1}"
-        found = _object(line, where)
-        prompt = found.pop("prompt", None) if given is None else given[i]
+        call = _object(line, where)
+        stated, hashes = call.pop("prompt", None), call.pop("hashes", None)
+        prompt = stated if given is None else given[i]
         if not isinstance(prompt, str) or not prompt:
             raise ConfigError(f"{where} has no prompt; give the file of prompts as well")
         number = numbers.setdefault(prompt, len(numbers) + 1) if given is None else i + 1
         candidate = counts[number] = counts.get(number, -1) + 1
-        if "error" in found:
+        if "error" in call:
             rows.append(_row(number, prompt, candidate, "calls", None, line))
             continue
-        api = found.get("api", found)
+        api = call.get("api", call)
         text = api if isinstance(api, str) else json.dumps(api, ensure_ascii=False)
         try:
-            call = _known(parse_api(text), entries)
+            named = _named_here(parse_api(text), catalogue, hashes)
         except ApiError as error:
             raise ConfigError(f"{where} is no API call: {error}") from None
-        rows.append(_row(number, prompt, candidate, "calls", call, line))
-    return rows
+        rows.append(_row(number, prompt, candidate, "calls", named, line))
+    return rows, catalogue
 
 
 def _object(line: str, where: str) -> dict[str, Any]:
+    """The JSON object of a line. U+FFFD stands for lone surrogates, which no file can hold."""
     try:
         found = json.loads(line)
+        text = json.dumps(found, ensure_ascii=False)
+        whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        found = json.loads(whole)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where} is not JSON: {error}") from None
     if not isinstance(found, dict):
@@ -324,29 +353,44 @@ def _object(line: str, where: str) -> dict[str, Any]:
     return found
 
 
-def _known(api: T2IAPI, entries: Sequence[Entry]) -> T2IAPI:
-    """The call with the names of a folder's files, where no catalogue has its own.
+def _named_here(api: T2IAPI, entries: list[Entry], hashes: Any) -> T2IAPI:
+    """The call with the names that ``entries`` have for its models.
 
-    What nobody knows stays: its picture fails with that reason.
+    A file is known by its hash where the line has one, then by the catalogue's name, then as
+    people name files. What is not known stays: its picture fails with that reason.
+
+    Args:
+        api: as it was read.
+        entries: of a catalogue, or of a folder's files; one that a hash names and that states no
+            base model gets the call's.
+        hashes: 'model', 'lora:NAME', 'embed:NAME' -> SHA256, as `call_line` writes them; anything
+            else is ignored.
     """
     names = {(entry.model, entry.version) for entry in entries}
+    places = {entry.sha256: place for place, entry in enumerate(entries) if entry.sha256}
+    digests = hashes if isinstance(hashes, dict) else {}
 
-    def rename(name: str, version: str, kinds: Iterable[str]) -> dict[str, str]:
-        if (name, version) in names:
-            return {}
-        try:
-            entry = find_entry(entries, name, kinds)
-        except ConfigError as error:
-            log.warning("%s", error)
-            return {}
-        return {"model": entry.model, "version": entry.version}
+    def rename(key: str, use: T2IAPI | LoRA | Embedding, kinds: Iterable[str]) -> dict[str, str]:
+        entry = None
+        if (place := places.get(str(digests.get(key)).lower())) is not None:
+            entry = entries[place]
+            if entry.base_model == UNKNOWN_BASE:
+                entries[place] = replace(entry, base_model=api.base_model)
+        elif (use.model, use.version) not in names:
+            try:
+                entry = find_entry(entries, use.model, kinds)
+            except ConfigError as error:
+                log.warning("%s", error)
+        return {"model": entry.model, "version": entry.version} if entry else {}
 
-    loras = (use.model_copy(update=rename(use.model, use.version, LORA_TYPES)) for use in api.loras)
+    loras = (
+        use.model_copy(update=rename(f"lora:{use.model}", use, LORA_TYPES)) for use in api.loras
+    )
     embeddings = (
-        use.model_copy(update=rename(use.model, use.version, (EMBEDDING,)))
+        use.model_copy(update=rename(f"embed:{use.model}", use, (EMBEDDING,)))
         for use in api.embeddings
     )
-    update = rename(api.model, api.version, (CHECKPOINT,))
+    update = rename("model", api, (CHECKPOINT,))
     return api.model_copy(update={**update, "loras": tuple(loras), "embeddings": tuple(embeddings)})
 
 
@@ -393,4 +437,4 @@ def pictures_in(paths: Iterable[Path]) -> Iterator[Path]:
             raise ConfigError(f"{str(path)!r} is not there")
 
 
-_PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+_PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif"})

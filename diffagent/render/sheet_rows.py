@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,13 +14,21 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from diffagent.artifacts import Artifact, StageContext, StageResult, sha256_file, stage
 from diffagent.dabench.metadata import Generation, read_image_metadata
-from diffagent.errors import ConfigError
+from diffagent.errors import ConfigError, RenderError
 from diffagent.render.contact_sheet import SCORES, Card
 from diffagent.render.stage import REASONS
 from schemas.api import T2IAPI, LoRA, Params, parse_api
 from schemas.dabench import RENDERS
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+log = logging.getLogger(__name__)
+
 Key = tuple[int, str, int]
+
+#: A picture of more pixels is not scored: decoded it would take over 300 MB.
+MAX_PIXELS = 100_000_000
 
 
 class PicturesConfig(BaseModel):
@@ -32,14 +41,12 @@ class PicturesConfig(BaseModel):
 
 @stage(
     "pictures",
-    version=1,
+    version=2,
     config=PicturesConfig,
     files=lambda config: [Path(path) for path, _ in config.pictures],
 )
 def pictures(config: PicturesConfig, context: StageContext) -> StageResult:
     """Pictures from elsewhere as the stage ``score`` wants them: as if they were rendered here."""
-    from PIL import Image
-
     images = context.out / "images"
     images.mkdir(exist_ok=True)
     rows = []
@@ -48,13 +55,40 @@ def pictures(config: PicturesConfig, context: StageContext) -> StageResult:
         row = {"prompt_id": number, "source": "pictures", "candidate": 0, "seed": 0}
         row |= {"prompt": prompt, "recipe": digest, "status": "ok", "reason": None}
         try:
-            with Image.open(name) as image:
-                image.convert("RGB").save(images / f"{digest}.png")
-        except (OSError, SyntaxError, ValueError):
-            row |= {"recipe": None, "status": "failed", "reason": "bad-picture"}
+            if not prompt:
+                raise RenderError(f"{name!r} states no prompt", reason="no-prompt")
+            upright(Path(name)).save(images / f"{digest}.png")
+        except RenderError as error:
+            log.warning("%s", error)
+            row |= {"recipe": None, "status": "failed", "reason": error.reason}
         rows.append(row)
     pq.write_table(pa.Table.from_pylist(rows, schema=RENDERS), context.out / "renders.parquet")
     return StageResult(rows={"renders.parquet": len(rows)})
+
+
+def upright(path: Path) -> Image:
+    """Read a picture as people see it: turned and mirrored as its EXIF orientation states.
+
+    Raises:
+        RenderError: damaged, or more pixels than `MAX_PIXELS`; ``reason`` is which.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise RenderError(
+                    f"{str(path)!r} has {width} x {height} pixels, more than {MAX_PIXELS:,}",
+                    reason="too-many-pixels",
+                )
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except RenderError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise RenderError(f"{str(path)!r}: {error}", reason="too-many-pixels") from None
+    except Exception as error:  # a damaged file makes Pillow raise almost anything
+        raise RenderError(f"{str(path)!r} cannot be read: {error}", reason="bad-picture") from None
 
 
 def pictures_config(
@@ -64,23 +98,22 @@ def pictures_config(
 
     Args:
         paths: of pictures.
-        prompt: of those that do not tell theirs.
+        prompt: of those that do not state theirs. One without any is a failed row.
 
     Raises:
-        ConfigError: there are none, or one does not tell its prompt.
+        ConfigError: there are none, or none has a prompt.
     """
     if not paths:
-        raise ConfigError("there is no picture (.png, .jpg, .jpeg, .webp) in these folders")
+        raise ConfigError("there is no picture (.png, .jpg, .webp, .avif, ...) in these folders")
     found, apis = [], {}
     for number, path in enumerate(paths, 1):
         made = read_image_metadata(path)
-        told = made.prompt or prompt
-        if not told:
-            raise ConfigError(f"{str(path)!r} does not tell its prompt; give one with --prompt")
-        found.append((str(path.resolve()), told))
+        found.append((str(path.resolve()), made.prompt or prompt or ""))
         api = _api(made)
         if api:
             apis[number, "pictures", 0] = api.to_json()
+    if not any(text for _, text in found):
+        raise ConfigError(f"{str(paths[0])!r} states no prompt; give one with --prompt")
     return PicturesConfig(pictures=tuple(found)), apis
 
 
@@ -161,8 +194,8 @@ def sheet_facts(renders: Artifact, scores: Artifact | None) -> dict[str, str]:
     """What the head of a sheet tells."""
     metrics = renders.manifest.metrics
     facts = {"Made": f"{renders.manifest.created_at:%Y-%m-%d %H:%M} UTC"}
-    if "device" in metrics:
-        facts["Drawn with"] = str(metrics["device"])
+    if "backend" in metrics:
+        facts["Drawn with"] = str(metrics["backend"])
     if scores:
         found = scores.manifest.metrics
         facts |= {name: str(told["version"]) for name, told in found["scorers"].items()}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 from filelock import FileLock, Timeout
 
 from diffagent.civitai.meter import meter
-from diffagent.errors import CivitaiError, DiffAgentError, Forbidden, NotFound
+from diffagent.errors import CivitaiError, DiffAgentError, RenderError
 from diffagent.render.cache import ModelCache
 from diffagent.render.folders import ModelFolders
 from diffagent.render.weights import check_weights
@@ -87,6 +87,7 @@ class ModelStore:
         self._max_downloads = max_downloads
         self._pool = ThreadPoolExecutor(max_downloads, "prefetch")
         self._closed = threading.Event()
+        self._away: CivitaiError | None = None  # the site's last answer to all tries
 
     @classmethod
     def of(cls, runtime: RuntimeConfig, client: Downloader) -> Self:
@@ -172,7 +173,13 @@ class ModelStore:
 
     def _download(self, file: ModelFile, target: Path) -> None:
         if not file.download_path:
-            raise NotFound(f"{file.model!r} is not in the model folders any more, nor on a site")
+            raise RenderError(
+                f"{file.model!r} is in none of the model folders; --download, or the site that "
+                "has it (crawl.site), would fetch it",
+                reason="not-here",
+            )
+        if self._away:
+            raise self._away
         unchecked = target.with_suffix(".unchecked")
         with self._turn(), meter(lambda *_: None, file.model, file.size_bytes, "B") as more:
             self.cache.make_room(file.size_bytes or 0)
@@ -190,8 +197,11 @@ class ModelStore:
                     size_bytes=file.size_bytes,
                     on_bytes=on_bytes,
                 )
-            except (Forbidden, NotFound) as error:
-                raise type(error)(f"{file.model!r}: {error}") from error
+            except CivitaiError as error:
+                error.args = (f"{file.model!r}: {error}",)
+                if error.retryable:  # all patience is spent: the next file waits no second time
+                    self._away = error
+                raise
             try:
                 check_weights(unchecked)
             except DiffAgentError:

@@ -323,19 +323,11 @@ def hub_or_local(weights: str | Path, filename: str) -> Path:
     """A weights file: a local path as it is, or `filename` out of a Hugging Face repository.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: it is neither; see `diffagent.rewards.hub.hub_file`.
     """
     path = Path(weights)
     if path.is_file():
         return path
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from diffagent.rewards.hub import hub_file
 
-    try:
-        return Path(hf_hub_download(str(weights), filename))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ConfigError(
-            f"scorer weights {str(weights)!r} are neither a file here nor a repository with "
-            f"{filename!r} that the hub gives out ({type(error).__name__}); download the file "
-            "and give its path"
-        ) from error
+    return hub_file(str(weights), filename)

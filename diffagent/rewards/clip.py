@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -21,6 +21,7 @@ from diffagent.rewards.base import (
     check_sha256,
     content_digest,
 )
+from diffagent.rewards.hub import hub_file
 from diffagent.rewards.pictures import Preparation
 
 if TYPE_CHECKING:
@@ -192,18 +193,40 @@ def load_open_clip(
             f"weights {str(weights)!r} of {model!r} are neither a file nor one of the tags "
             f"{open_clip.list_pretrained_tags_by_model(model)}"
         )
-    if sha256:
-        check_sha256(Path(open_clip.download_pretrained(tag) if tag else weights), sha256)
+    file = _download(tag) if tag else Path(weights)
+    check_sha256(file, sha256)
     try:
         network = open_clip.create_model(
             model,
-            pretrained=str(weights),
+            pretrained=str(file),
             force_quick_gelu=bool(tag and tag.get("quick_gelu")),
+            force_preprocess_cfg=tag or None,
             weights_only=True,
         )
     except RuntimeError as error:
         raise ScoreError(f"{str(weights)!r} does not fit {model!r}: {error}") from error
     return network, open_clip.get_tokenizer(model), f"{model}/{Path(weights).stem}"
+
+
+def _download(tag: Mapping[str, Any]) -> Path:
+    """The file of weights that an open_clip tag names.
+
+    Raises:
+        ConfigError: it cannot be downloaded.
+    """
+    import open_clip
+
+    repository, _, name = tag.get("hf_hub", "").rpartition("/")
+    if repository:
+        names = (name,) if name else ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+        return hub_file(repository, *names)
+    try:
+        return Path(open_clip.download_pretrained(tag))
+    except (RuntimeError, OSError) as error:
+        raise ConfigError(
+            f"cannot download {tag.get('url')!r}: {error}; download it elsewhere and set its path "
+            "as `weights`"
+        ) from error
 
 
 def _load_directory(

@@ -7,6 +7,7 @@ import hashlib
 import html.parser
 import json
 import re
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from diffagent import cli
-from diffagent.agent.selector import Choice
+from diffagent.agent.selector import Choice, call_line
 from diffagent.agent.verify import Verdict
 from diffagent.dabench.catalogue import Catalogue
-from diffagent.errors import ConfigError
+from diffagent.errors import ConfigError, NotFound, ServerError
 from diffagent.render import cli as render_cli
 from diffagent.render import stage as render_stage
 from diffagent.render.pnginfo import read_png
@@ -69,7 +70,8 @@ def invoke(*arguments: Any, code: int = 0, stdin: str | None = None) -> str:
 
 
 def results(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    text = (out / "results.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n") if line]
 
 
 class Page(html.parser.HTMLParser):
@@ -251,6 +253,10 @@ def test_pictures_are_scored_from_what_they_tell(tmp_path: Path, models: Path, r
     Image.new("RGB", (32, 32), "red").save(plain)
     with pytest.raises(ConfigError, match="--prompt"):
         invoke("score", plain, "-c", run)
+    invoke("score", drawn, plain, "-c", run, "--out", out, code=1)
+    assert [row["problem"] for row in results(out)] == [
+        *(None, None, "the picture states no prompt; --prompt gives one"),
+    ]
     broken = tmp_path / "broken.png"
     broken.write_bytes((drawn / "0001-0-0.png").read_bytes()[:-60])
     said = invoke("score", plain, broken, "--prompt", "red", "-c", run, "--out", out, code=1)
@@ -284,6 +290,7 @@ def test_names_of_models(models: Path, tmp_path: Path) -> None:
         ((), '{"prompt": 1}', "line 1 has no prompt"),
         ((), '{"prompt": "a"}', "line 1 is no API call: model"),
         ((), '{"prompt": "a"', "line 1 is not JSON"),
+        ((), '{"prompt": "a", "x": ' + 2000 * "[", "line 1 is not JSON"),
         (("-m", "dream", "--backend", "a1111"), PROMPTS, "runtime.render_url"),
     ],
 )
@@ -299,6 +306,213 @@ def test_what_is_wrong_is_said(  # noqa: PLR0917
         monkeypatch.undo()
     with pytest.raises(ConfigError, match=re.escape(said)):
         render(tmp_path, models, *arguments, text=text)
+
+
+@pytest.mark.parametrize(
+    ("text", "prompts"),
+    [
+        ("{red|blue} star\n", ["{red|blue} star"]),
+        ('{"quoted"|plain} star\n', ['{"quoted"|plain} star']),
+        ("{}\n".replace("{}", "{a}"), ["{a}"]),
+        ("one\u2028still\u2029and\u0085so\x0bon.\n", ["one\u2028still\u2029and\u0085so\x0bon."]),
+        ("\ufeffa cat\r\n\r\n \t\r\na dog", ["a cat", "a dog"]),
+    ],
+)  # fmt: skip
+def test_a_line_feed_ends_a_prompt_and_a_brace_begins_one(
+    tmp_path: Path, models: Path, text: str, prompts: list[str]
+) -> None:
+    rows = results(render(tmp_path, models, "-m", "dream", text=text))
+    assert [row["prompt"] for row in rows] == prompts
+
+
+def test_a_call_s_text_may_hold_line_separators_and_lone_surrogates(
+    tmp_path: Path, models: Path
+) -> None:
+    call = {"prompt": "a\ud800b", **json.loads(api("dream_v8").to_json())}
+    call["negative_prompt"] = "x\udc00"
+    other = {**call, "prompt": "one\u2028still one", "negative_prompt": ""}
+    text = json.dumps(call) + "\n" + json.dumps(other, ensure_ascii=False)
+    rows = results(render(tmp_path, models, text=text))
+    assert [row["prompt"] for row in rows] == ["a\ufffdb", "one\u2028still one"]
+    assert rows[0]["api"]["negative_prompt"] == "x\ufffd"
+
+
+def _dabench(tmp_path: Path, models: Path) -> tuple[Path, Any, Any]:
+    """A catalogue of two checkpoints, of which the folder has one file under another name."""
+    import pyarrow.parquet as pq
+
+    (file,) = (e for e in folder_entries([models], tmp_path / "h", "SD 1.5") if "dr" in e.model)
+    here, away = (e for e in CATALOGUE.checkpoints if e.ecosystem == "sd1")
+    here = here.__class__(**{**_fields(here), "sha256": file.sha256})
+    away = away.__class__(**{**_fields(away), "sha256": "ab" * 32, "download_path": "/api/x"})
+    directory = tmp_path / "dabench"
+    directory.mkdir()
+    pq.write_table(Catalogue([here, away]).to_table(), directory / "catalogue.parquet")
+    return directory, here, away
+
+
+class _NoNetwork:
+    """A site that must not be asked."""
+
+    def __enter__(self) -> _NoNetwork:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def download(self, *_: Any, **__: Any) -> None:
+        raise AssertionError("a folder means that folder")
+
+
+def test_a_folder_means_that_folder(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of the catalogue that is not there is one failed row, and no site is asked."""
+    monkeypatch.setattr(render_stage, "client_for", lambda *_: _NoNetwork())
+    dabench, here, away = _dabench(tmp_path, models)
+    usable: list[Any] = []
+
+    class Chooser:
+        catalogue = CATALOGUE
+
+        def select(self, prompts: Sequence[str], n: int = 1) -> list[list[Choice]]:
+            return [[_choice(here), _choice(away)][:n] for _ in prompts]
+
+    def opens(*_: Any, **options: Any) -> Chooser:
+        usable.append(options["usable"])
+        return Chooser()
+
+    monkeypatch.setattr("diffagent.agent.opening.open_selector", opens)
+    rows = results(render(tmp_path, models, "--dabench", dabench, "-n", 2, text="a cat", code=1))
+    assert [row["problem"] for row in rows] == [
+        *(None, "the model is not in the folder; --download fetches it"),
+    ]
+    assert (here.model, here.version) in usable[0]
+    assert (away.model, away.version) not in usable[0]
+    assert ("ink", "local") in usable[0]  # files that the catalogue does not have count as well
+
+
+def _choice(entry: Any) -> Choice:
+    call = _api(entry.model).model_copy(
+        update={"version": entry.version, "base_model": entry.base_model}
+    )
+    return Choice(call.to_json(), Verdict(call, "valid", None, ""))
+
+
+def test_a_site_that_is_away_costs_its_own_pictures_alone(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --download and no network the others are drawn; nothing is taken for final."""
+
+    class Away(_NoNetwork):
+        def download(self, *_: Any, **__: Any) -> None:
+            raise ServerError("no answer")
+
+    monkeypatch.setattr(render_stage, "client_for", lambda *_: Away())
+    dabench, here, away = _dabench(tmp_path, models)
+    lines = [{"prompt": "a cat", **json.loads(_choice(e).text)} for e in (away, here)]
+    arguments = ("--dabench", dabench, "--download")
+    text = "\n".join(map(json.dumps, lines))
+    rows = results(render(tmp_path, models, *arguments, text=text, code=1))
+    assert [row["picture"] for row in rows] == [None, "0001-1-0.png"]
+
+    class Back(_NoNetwork):
+        def download(self, url: str, path: Path, *, sha256: str, **_: Any) -> None:
+            asked.append(sha256)
+            raise NotFound("gone")
+
+    asked: list[str] = []
+    monkeypatch.setattr(render_stage, "client_for", lambda *_: Back())
+    render(tmp_path, models, *arguments, text=text, code=1)
+    assert asked == [away.sha256]  # the first answer was not kept as the last word
+
+
+def test_selected_calls_are_drawn_from_a_folder_by_hash(tmp_path: Path, models: Path) -> None:
+    """The lines of `select` name a catalogue's models; the folder has the files by other names."""
+    dabench, here, _ = _dabench(tmp_path, models)
+    catalogue = Catalogue.load(dabench)
+    call = _choice(here).verdict.api
+    assert call is not None
+    line = call_line("a cat", call, catalogue)
+    assert json.loads(line)["hashes"] == {"model": here.sha256}
+    (row,) = results(render(tmp_path, models, text=line))
+    assert (row["prompt"], row["api"]["model"], row["problem"]) == ("a cat", "dream_v8", None)
+
+
+def test_a_stranger_s_files_are_not_overwritten(tmp_path: Path, models: Path, run: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "index.html").write_text("<h1>My home page</h1>")
+    with pytest.raises(ConfigError, match=r"no contact sheet wrote; .* another folder with --out"):
+        render(tmp_path, models, "-m", "dream")
+    with pytest.raises(ConfigError, match="no contact sheet wrote"):
+        invoke("score", models, "-c", run, "--out", out)
+    assert [(p.name, p.read_text()) for p in out.iterdir()] == [
+        ("index.html", "<h1>My home page</h1>")
+    ]
+    (out / "index.html").unlink()
+    render(tmp_path, models, "-m", "dream")
+    render(tmp_path, models, "-m", "dream")  # its own is
+    with pytest.raises(ConfigError, match="is a file"):
+        invoke("score", models, "-c", run, "--out", out / "index.html")
+
+
+def test_pictures_are_scored_upright(tmp_path: Path, run: Path, models: Path) -> None:
+    """A photo stored sideways with its orientation is the same picture as one stored upright."""
+    half = Image.new("RGB", (64, 48), "blue")
+    half.paste("red", (0, 0, 64, 24))
+    half.save(tmp_path / "upright.png")
+    turned = half.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held sideways: turn it clockwise to look at it
+    turned.save(tmp_path / "turned.png", exif=exif)
+    out = tmp_path / "scores"
+    pictures = (tmp_path / "upright.png", tmp_path / "turned.png")
+    invoke("score", *pictures, "--prompt", "red and blue", "-c", run, "--out", out)
+    first, second = results(out)
+    assert first["scores"] == second["scores"]
+    with Image.open(out / second["picture"]) as shown:
+        assert shown.size == (64, 48)
+        assert shown.getpixel((32, 6)) == (255, 0, 0)
+
+
+def test_a_picture_too_large_to_read_is_one_failed_row(tmp_path: Path, run: Path) -> None:
+    """A flat PNG of 200 million pixels, and one that only claims 60,000 x 60,000."""
+    header = b"\x89PNG\r\n\x1a\n"
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        crc = zlib.crc32(kind + data).to_bytes(4, "big")
+        return len(data).to_bytes(4, "big") + kind + data + crc
+
+    for name, width, height in (("large", 20_000, 10_000), ("claim", 60_000, 60_000)):
+        size = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+        rows = zlib.compress(bytes(height * (width // 8 + 1))) if name == "large" else b""
+        data = chunk(b"IHDR", size + b"\x01\0\0\0\0") + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+        (tmp_path / f"{name}.png").write_bytes(header + data)
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "good.png")
+    pictures = [tmp_path / f"{name}.png" for name in ("claim", "good", "large")]
+    out = tmp_path / "scores"
+    invoke("score", *pictures, "--prompt", "red", "-c", run, "--out", out, code=1)
+    problems = [row["problem"] for row in results(out)]
+    assert problems == [
+        *("the picture is too large to be read", None, "the picture is too large to be read"),
+    ]
+
+
+def test_nothing_to_score_loads_no_scorer(
+    tmp_path: Path, models: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loads(*_: Any, **__: Any) -> Any:
+        raise AssertionError("there is nothing to score")
+
+    monkeypatch.setattr("diffagent.rewards.stage.load_scorers", loads)
+    (tmp_path / "prompts.txt").write_text("darkness")
+    arguments = ("--models", models, "-m", "dream", "--base-model", "SD 1.5", "-c", run)
+    out = tmp_path / "out"
+    said = invoke("render", tmp_path / "prompts.txt", *arguments, "--out", out, code=1)
+    assert "0 of 1 pictures drawn" in said
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    invoke("score", tmp_path / "bad.png", "--prompt", "x", "-c", run, "--out", out, code=1)
 
 
 def test_without_a_file_they_are_the_stages(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from diffagent.errors import CivitaiError, EarlyAccess, NotFound, RenderError
+from diffagent.errors import CivitaiError, EarlyAccess, RenderError, ServerError
 from diffagent.render.store import ModelStore
 
 CONTENT = save({"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.zeros(0)})
@@ -257,6 +257,24 @@ def test_a_folder_s_file_with_nan_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_folder_s_file_that_went_is_not_asked_of_a_site(tmp_path: Path) -> None:
     client = Client()
-    with pytest.raises(NotFound, match="'Ink' is not in the model folders any more"):
+    with pytest.raises(RenderError, match="'Ink' is in none of the model folders") as caught:
         ModelStore(tmp_path, client).fetch(File(model="Ink", download_path=""))
+    assert caught.value.reason == "not-here"
     assert client.calls == 0 and left(tmp_path) == []
+
+
+def test_a_site_that_is_away_is_waited_for_once(tmp_path: Path) -> None:
+    """The second missing model fails at once, by its own name or the first one's."""
+
+    class Away(Client):
+        def download(self, *_: Any, **__: Any) -> None:
+            self.calls += 1
+            raise ServerError("gave up after 9 tries in 600 s", retry_after=7)
+
+    client = Away()
+    with ModelStore(tmp_path, client) as store:
+        for content in (_weights(1), _weights(2)):
+            with pytest.raises(ServerError, match="'Ink': gave up after 9 tries") as caught:
+                store.fetch(_file(content, model="Ink"))
+            assert caught.value.retry_after == 7
+    assert client.calls == 1

@@ -246,11 +246,13 @@ def test_openai_weights_get_quick_gelu(monkeypatch):
         raise RuntimeError("no weights here")
 
     monkeypatch.setattr(open_clip, "create_model", create_model)
+    monkeypatch.setattr("diffagent.rewards.clip.hub_file", lambda *names: Path(*names[:2]))
     for tag, quick in (("openai", True), ("laion2b_s32b_b82k", False)):
         with pytest.raises(ScoreError, match="ViT-L-14"):
             ClipScorer.load("ViT-L-14", tag)
         assert asked["force_quick_gelu"] is quick
         assert asked["weights_only"] is True
+        assert asked["pretrained"].endswith("/open_clip_model.safetensors")
 
 
 def test_weights_with_another_hash_are_refused(load):
