@@ -98,7 +98,7 @@ def _training_nodes(config: PipelineConfig) -> Iterator[Node]:
     dabench, agent = ("shard",), ("sft",)
     yield Node(
         "sft",
-        "diffagent.train.sft:train_sft",
+        "diffagent.train.stages:train_sft",
         config.sft,
         {"dabench": dabench},
         "train-sft",
@@ -120,7 +120,7 @@ def _training_nodes(config: PipelineConfig) -> Iterator[Node]:
         yield from _judge(config, f"sample-{i}", str(i), "train-rrhf")
     yield Node(
         "rrhf",
-        "diffagent.train.rrhf:train_rrhf",
+        "diffagent.train.stages:train_rrhf",
         config.rrhf,
         {
             "dabench": dabench,
