@@ -15,7 +15,8 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from diffagent import wholeness
+from diffagent.locks import Busy, locked
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def trim(root: Path, limit: int, in_store: Callable[[Path], bool]) -> None:
         limit: bytes.
         in_store: whether the store has this very artefact; nothing else is removed.
     """
-    with contextlib.suppress(Timeout), FileLock(root / ".trim.lock", timeout=0):
+    with contextlib.suppress(Busy), locked(root / ".trim", wait=False):
         manifests = [p for p in root.glob("*/*/manifest.json") if p.parent.name[0] != "."]
         sizes = {p.parent: size for p in manifests if (size := _size(p))}
         total = sum(sizes.values())
@@ -80,7 +81,7 @@ def _remove(directory: Path, in_store: Callable[[Path], bool]) -> bool:
     """Remove a directory that nobody reads or writes and that the store has."""
     try:
         with (
-            FileLock(f"{directory}.lock", timeout=0),
+            locked(directory, wait=False),
             _use_of(directory).open("a") as stream,
         ):
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,7 +90,8 @@ def _remove(directory: Path, in_store: Callable[[Path], bool]) -> bool:
             gone = directory.with_name(f".{directory.name}.removed")
             directory.rename(gone)
             shutil.rmtree(gone)
-    except (Timeout, BlockingIOError):
+            wholeness.forget(directory)
+    except (Busy, BlockingIOError):
         return False
     log.info("%s: removed from the cache", directory)
     return True

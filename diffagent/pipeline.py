@@ -21,7 +21,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from diffagent.artifacts import Artifact, Inputs, Progress, Stage, run_in_child
+from diffagent.artifacts import Artifact, Inputs, Progress, Stage
+from diffagent.child import run_in_child
 from diffagent.errors import ConfigError
 from schemas.config import (
     EvaluationConfig,
@@ -297,7 +298,9 @@ def run_node(
     """
     stage = load_stage(node)
     if node.heavy and stage.cached(node.config, inputs, runtime) is None:
-        return run_in_child(node.entry, node.config, inputs, runtime, site_url=site_url)
+        return run_in_child(
+            node.entry, node.config, inputs, runtime, site_url=site_url, progress=progress
+        )
     return stage.run(
         node.config, inputs, runtime, site_url=site_url, refresh=refresh, progress=progress
     )

@@ -28,7 +28,7 @@ from typing import Any
 import fsspec
 from pydantic import ValidationError
 
-from diffagent.errors import ArtifactError
+from diffagent.errors import ArtifactError, DamagedArtifact
 from schemas.manifest import FileEntry, Manifest
 
 log = logging.getLogger(__name__)
@@ -62,6 +62,34 @@ def read_remote(uri: str) -> Manifest | None:
                 f"'{uri}/{_MANIFEST}' is not a manifest of this version: "
                 f"{error.errors()[0]['msg']}; delete it and run the stage again"
             ) from None
+
+
+def read_pointer(uri: str) -> str:
+    """Name of the artefact that the pointer at ``uri`` (``STORE/STAGE/latest``) leads to.
+
+    Raises:
+        ArtifactError: there is no such pointer, or the store cannot be read.
+    """
+    with _explained("read", uri):
+        files, path = _open(uri)
+        try:
+            return str(files.cat_file(path).decode("utf-8", "replace")).strip()
+        except FileNotFoundError:
+            raise ArtifactError(
+                f"no artefact at {uri!r}: nothing was made there yet; give STORE/STAGE/NAME, as "
+                "the runs print it"
+            ) from None
+
+
+def write_pointer(uri: str, name: str) -> None:
+    """Let the pointer at ``uri`` lead to the artefact ``name`` of its stage.
+
+    Raises:
+        ArtifactError: the store cannot be written.
+    """
+    with _explained("write", uri):
+        files, path = _open(uri)
+        files.pipe_file(path, name.encode())
 
 
 def missing_files(uri: str, folder: str, manifest: Manifest) -> list[FileEntry]:
@@ -125,7 +153,7 @@ def pull(uri: str, folder: str, manifest: Manifest, directory: Path) -> None:
                     return
                 files.get_file(f"{root}/{folder}/{entry.path}", str(target))
             if not _is_whole(target, entry):
-                raise ArtifactError(
+                raise DamagedArtifact(
                     f"'{uri}/{folder}/{entry.path}' is damaged (size or SHA256 differ from its "
                     f"manifest); delete it and run the stage {manifest.stage!r} again"
                 )
@@ -148,8 +176,8 @@ def verify_remote(uri: str, folder: str, manifest: Manifest) -> None:
                 digest = hashlib.sha256()
                 while block := stream.read(2**22):
                     digest.update(block)
-            if digest.hexdigest() != entry.sha256:
-                raise ArtifactError(
+            if digest.hexdigest() != entry.sha256 and not entry.for_people:
+                raise DamagedArtifact(
                     f"'{uri}/{folder}/{entry.path}' is damaged (SHA256 differs); delete it and run "
                     f"the stage {manifest.stage!r} again"
                 )
@@ -175,13 +203,21 @@ def _open(uri: str) -> tuple[Any, str]:
 
 
 def _missing(files: Any, folder: str, manifest: Manifest) -> list[FileEntry]:
-    found = files.find(folder, detail=True)
-    sizes = {name.removeprefix(f"{folder}/"): info["size"] for name, info in found.items()}
-    return [entry for entry in manifest.files if sizes.get(entry.path) != entry.size]
+    listing = files.find(folder, detail=True)
+    sizes = {name.removeprefix(f"{folder}/"): info["size"] for name, info in listing.items()}
+    return [
+        entry
+        for entry in manifest.files
+        if entry.path not in sizes or (sizes[entry.path] != entry.size and not entry.for_people)
+    ]
 
 
 def _is_whole(path: Path, entry: FileEntry) -> bool:
-    if not path.is_file() or path.stat().st_size != entry.size:
+    if not path.is_file():
+        return False
+    if entry.for_people:
+        return True
+    if path.stat().st_size != entry.size:
         return False
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest() == entry.sha256

@@ -120,7 +120,7 @@ def test_settings_change_the_run(config_file: Path, tmp_path: Path) -> None:
         *("--set", "crawl.model_types=[LORA]"),
     )
     assert str(tmp_path / "other") in out
-    (manifest,) = (tmp_path / "other").glob("crawl/*/manifest.json")
+    (manifest,) = (tmp_path / "other").glob("crawl/[0-9a-f]*/manifest.json")
     assert '"LORA"' in manifest.read_text() and '"Checkpoint"' not in manifest.read_text()
 
 
@@ -178,7 +178,7 @@ def test_artifact_show_and_verify(config_file: Path) -> None:
     shown = invoke("artifact", "show", path)
     assert "models: 7 of 10 kept" in shown and "type: not a checkpoint" in shown
     assert "  snapshot: crawl " in shown
-    (snapshot,) = path.parent.parent.glob("crawl/*/")
+    (snapshot,) = path.parent.parent.glob("crawl/[0-9a-f]*/")
     assert ["rows", "models", "1,234"] in [
         line.split() for line in invoke("artifact", "show", snapshot).splitlines()
     ]
