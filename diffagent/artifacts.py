@@ -202,7 +202,7 @@ def read_manifest(directory: Path) -> Manifest:
         return Manifest.model_validate_json((directory / MANIFEST).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise DamagedArtifact(
-            f"no artefact in {str(directory)!r}: it has no {MANIFEST}{_below(directory)}"
+            f"no artefact in {str(directory)!r}: {describe_directory(directory)}"
         ) from None
     except OSError as error:
         raise ArtifactError(
@@ -215,15 +215,19 @@ def read_manifest(directory: Path) -> Manifest:
         ) from None
 
 
-def _below(directory: Path) -> str:
-    """A hint where a person names a place that is no artefact."""
-    if not directory.exists():
-        return " (there is no such directory)"
+def describe_directory(directory: Path) -> str:
+    """What a directory is that a person named in place of another one, with a remedy."""
+    if not directory.is_dir():
+        there = "it is a file" if directory.exists() else "there is no such directory"
+        return f"{there}; give STORE/STAGE/NAME, as the runs print it, or STORE/STAGE/latest"
+    if (directory / MANIFEST).exists():
+        stage = read_manifest(directory).stage
+        return f"it is an artefact of the stage {stage!r}; 'diffagent artifact list' shows others"
     below = sorted(path.parent.name for path in directory.glob("*/" + MANIFEST))
     if not below:
-        return "; give the directory of an artefact, STORE/STAGE/NAME"
+        return f"it has no {MANIFEST}; give STORE/STAGE/NAME, as the runs print it"
     name = latest.LATEST if latest.LATEST in below else below[0]
-    return f"; did you mean {str(directory / name)!r}?"
+    return f"it holds artefacts of a stage; did you mean {str(directory / name)!r}?"
 
 
 def open_artifact(directory: str | Path) -> Artifact:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +13,15 @@ import typer
 
 from diffagent.dabench.cli import app as dabench_app
 from diffagent.dabench.cli import artifact_path
-from diffagent.options import ConfigFile, Overrides, Reconcile, Refresh, Verbose, parse_overrides
+from diffagent.options import (
+    CommandGroup,
+    ConfigFile,
+    Overrides,
+    Reconcile,
+    Refresh,
+    Verbose,
+    parse_overrides,
+)
 from diffagent.render import cli as render_cli
 from diffagent.render.models_cli import app as models_app
 
@@ -48,7 +58,9 @@ ArtifactDir = Annotated[
 
 app = typer.Typer(
     name="diffagent",
+    cls=CommandGroup,
     help="Train an LLM to answer a prompt with the right text-to-image model and parameters.",
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -84,10 +96,11 @@ def run_stage(
     refresh: bool = False,
     reconcile: bool = False,
 ) -> dict[str, Artifact]:
-    from diffagent import pipeline
+    from diffagent import pipeline, terminal
     from schemas.config import load_config
 
     def show(node: Node, artifact: Artifact, unchanged: bool) -> None:
+        status.stop()
         state = "built"
         if unchanged:
             state = "nothing new" if refresh and node.key == "crawl" else "cached"
@@ -97,7 +110,15 @@ def run_stage(
     if reconcile:
         refresh, overrides["runtime.reconcile"] = True, True
     settings_read = load_config(config, overrides)
-    return pipeline.run(settings_read, upto, refresh=refresh, on_done=show)
+    with terminal.status_line() as status:
+        return pipeline.run(
+            settings_read,
+            upto,
+            refresh=refresh,
+            on_start=lambda node: status.start(node.key),
+            on_done=show,
+            progress=status.progress,
+        )
 
 
 def _add_stage_command(stage: str, text: str) -> None:
@@ -199,7 +220,10 @@ def select(
     """
     from diffagent.agent.opening import open_selector
     from diffagent.agent.selector import valid_apis
-    from diffagent.errors import SchemaError
+    from diffagent.errors import ConfigError, SchemaError
+
+    if not prompt.strip():
+        raise ConfigError("the prompt is empty; say what the picture should show, '-' reads stdin")
 
     found = open_selector(
         agent,
@@ -234,7 +258,8 @@ def civitai(context: typer.Context) -> None:
     """Hand the arguments to the commands of ``diffagent.civitai.cli``."""
     from diffagent.civitai.cli import app as civitai_app
 
-    civitai_app(args=context.args, prog_name="diffagent civitai")
+    names = app.info.context_settings
+    civitai_app(args=context.args, prog_name="diffagent civitai", **(names or {}))
 
 
 @artifacts_app.command("show")
@@ -279,17 +304,23 @@ def verify_artifact(directory: ArtifactDir, verbose: Verbose = 0) -> None:
 
 
 def main() -> None:
-    """The console command: errors made on purpose are one line and exit code 1."""
+    """The console command: whatever is raised is one line with a remedy, and exit code 1.
+
+    With -v the traceback is logged.
+    """
+    for stream in (sys.stdout, sys.stderr):  # text that the terminal's encoding lacks is escaped
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
-    except Exception as error:
-        from diffagent.errors import DiffAgentError
-        from schemas.config import ConfigFileError
+    except BaseException as error:
+        from diffagent.failures import as_error, is_failure, printable
 
-        if not isinstance(error, DiffAgentError | ConfigFileError):
+        if not is_failure(error):
             raise
-        log.debug("where it came from", exc_info=True)
-        typer.echo(f"error: {error}", err=True)
+        log.info("the traceback of this error", exc_info=True)
+        failure = as_error(error, f"diffagent {' '.join(sys.argv[1:2])}".strip())
+        typer.echo(f"error: {printable(str(failure))}", err=True)
         raise SystemExit(1) from None
 
 

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from diffagent import errors
-from diffagent.errors import ArtifactError, ConfigError, DiffAgentError, UnexpectedError
+from diffagent.errors import (
+    ArtifactError,
+    ConfigError,
+    DiffAgentError,
+    SchemaError,
+    UnexpectedError,
+)
+from schemas.api import ApiError
+from schemas.config import ConfigFileError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -33,7 +41,15 @@ _LINE = 400
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 
 
-def as_error(error: Exception, doing: str, store: Path | None = None) -> DiffAgentError:
+def is_failure(error: BaseException) -> bool:
+    """Whether ``error`` is a failure: not an exit, an interruption, or the like.
+
+    A panic of a library in Rust (polars, tokenizers) is one, although it is no ``Exception``.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def as_error(error: BaseException, doing: str, store: Path | None = None) -> DiffAgentError:
     """The error that states ``error`` in one line: what failed, where, and the remedy.
 
     Args:
@@ -43,6 +59,10 @@ def as_error(error: Exception, doing: str, store: Path | None = None) -> DiffAge
     """
     if isinstance(error, DiffAgentError):
         return error
+    if isinstance(error, ConfigFileError):
+        return ConfigError(str(error))
+    if isinstance(error, ApiError):
+        return SchemaError(f"{doing}: no API call: {_reason(error)}", field=error.field)
     if (full := _full_disk(error)) is not None:
         where = getattr(full, "filename", None) or store or "the disk"
         return ArtifactError(
@@ -90,7 +110,9 @@ def explained(doing: str, store: Path | None = None) -> Iterator[None]:
         yield
     except DiffAgentError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not is_failure(error):
+            raise
         raise as_error(error, doing, store) from error
 
 
@@ -146,7 +168,7 @@ def _full_disk(error: BaseException) -> BaseException | None:
     return None
 
 
-def _is_memory(error: Exception) -> bool:
+def _is_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError | OSError) and bool(_MEMORY_TEXT.search(str(error)))
     )

@@ -311,7 +311,9 @@ def run(
     upto: str | None = None,
     *,
     refresh: bool = False,
+    on_start: Callable[[Node], None] = lambda node: None,
     on_done: Callable[[Node, Artifact, bool], None] | None = None,
+    progress: Progress = lambda fraction, text: None,
 ) -> dict[str, Artifact]:
     """Run the plan, or what the stage ``upto`` needs, one node after the other.
 
@@ -320,7 +322,9 @@ def run(
         upto: a key of ``plan`` or the name of a sharded stage; None runs everything.
         refresh: crawl again even when there is a snapshot; what follows is rebuilt only when
             the site had something new.
+        on_start: called before a node that has to be built.
         on_done: called after each node with its artefact and whether it was cached.
+        progress: called by the node that is being built.
 
     Returns:
         The artefacts by node key, in the order in which they were made.
@@ -341,12 +345,14 @@ def run(
                 if node.site and not site_url:
                     site_url = stack.enter_context(open_site(config))
                 log.info("%s: running", node.key)
+                on_start(node)
                 artifact = run_node(
                     node,
                     node_inputs(node, done),
                     config.runtime,
                     site_url=site_url,
                     refresh=again,
+                    progress=progress,
                 )
             done[node.key] = artifact
             if on_done:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import orjson
 import polars as pl
 
+from diffagent.artifacts import describe_directory
 from diffagent.dabench.catalogue import Catalogue
 from diffagent.errors import ArtifactError
 
@@ -44,7 +45,7 @@ def read_rows(dabench: Path) -> pl.DataFrame:
         for path in sorted(dabench.glob("data/*.parquet"))
     ]
     if not tables:
-        raise ArtifactError(f"{str(dabench)!r} has no data/*.parquet; build the dataset")
+        raise ArtifactError(f"no DABench in {str(dabench)!r}: {describe_directory(dabench)}")
     return pl.concat(tables).sort("id")
 
 

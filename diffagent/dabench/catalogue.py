@@ -20,6 +20,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diffagent.artifacts import describe_directory
 from diffagent.dabench.base_models import NON_COMMERCIAL, base_model_of, ecosystem
 from diffagent.errors import ArtifactError
 from diffagent.render.samplers import SAMPLERS, SamplerSpec
@@ -120,8 +121,15 @@ class Catalogue:
         path = Path(directory, "catalogue.parquet")
         try:
             table = pq.ParquetFile(path).read()  # read_table would import pandas
-        except (OSError, pa.ArrowInvalid) as error:
-            raise ArtifactError(f"cannot read the catalogue {str(path)!r}: {error}") from None
+        except FileNotFoundError:
+            raise ArtifactError(
+                f"no catalogue in {str(directory)!r}: {describe_directory(Path(directory))}"
+            ) from None
+        except (OSError, pa.ArrowException) as error:
+            raise ArtifactError(
+                f"cannot read the catalogue {str(path)!r}: {error}; the file is damaged: copy it "
+                "again, or build the dataset again"
+            ) from None
         if table.schema.names != CATALOGUE.names:
             raise ArtifactError(
                 f"{str(path)!r} has columns {table.schema.names}, not those of this version; "
