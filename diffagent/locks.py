@@ -97,5 +97,5 @@ def _report(path: Path, stream: IO[bytes], waited: float) -> None:
         who = "another process"
     log.warning(
         "waiting for %s, which %s is working on%s; this run goes on when that ends or is stopped",
-        *(path, who, f" (waited {waited:.0f} s)" if waited >= 1 else ""),
+        *(path, who, f" (waited {waited:.0f} s)" if waited > _POLL_SECONDS else ""),
     )

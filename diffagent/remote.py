@@ -23,7 +23,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 from pydantic import ValidationError
@@ -32,6 +32,8 @@ from diffagent.errors import ArtifactError, DamagedArtifact
 from schemas.manifest import FileEntry, Manifest
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _MANIFEST = "manifest.json"
 #: Files that are copied at once.
@@ -79,6 +81,37 @@ def read_pointer(uri: str) -> str:
                 f"no artefact at {uri!r}: nothing was made there yet; give STORE/STAGE/NAME, as "
                 "the runs print it"
             ) from None
+
+
+def list_manifests(store: str) -> dict[tuple[str, str], Manifest]:
+    """The manifests of all artefacts of a store, by stage and name.
+
+    Raises:
+        ArtifactError: the store cannot be read, or what is there is no manifest.
+    """
+    with _explained("list", store):
+        files, root = _open(store)
+        paths = [str(path).split("/")[-3:-1] for path in files.glob(f"{root}/*/*/{_MANIFEST}")]
+    manifests: dict[tuple[str, str], Manifest] = {}
+
+    def read(names: tuple[str, str]) -> None:
+        if manifest := read_remote(f"{store}/{names[0]}/{names[1]}"):
+            manifests[names] = manifest
+
+    _each(read, [(stage, name) for stage, name in paths])
+    return manifests
+
+
+def list_pointers(store: str) -> dict[tuple[str, str], str]:
+    """The pointers of a store by stage and name, and the artefacts that they lead to.
+
+    Raises:
+        ArtifactError: the store cannot be read.
+    """
+    with _explained("list", store):
+        files, root = _open(store)
+        names = [str(path).split("/")[-2:] for path in files.glob(f"{root}/*/latest*")]
+    return {(stage, name): read_pointer(f"{store}/{stage}/{name}") for stage, name in names}
 
 
 def write_pointer(uri: str, name: str) -> None:
@@ -223,7 +256,7 @@ def _is_whole(path: Path, entry: FileEntry) -> bool:
         return hashlib.file_digest(stream, "sha256").hexdigest() == entry.sha256
 
 
-def _each(copy: Callable[[FileEntry], None], entries: Iterable[FileEntry]) -> None:
+def _each(copy: Callable[[T], None], entries: Iterable[T]) -> None:
     """Copy files side by side; the first error ends it."""
     with ThreadPoolExecutor(_THREADS) as pool:
         futures = [pool.submit(copy, entry) for entry in entries]

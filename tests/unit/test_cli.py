@@ -164,13 +164,25 @@ def test_errors_are_a_line_on_stderr_and_exit_code_1(
     assert "Traceback" not in error
 
 
-def test_errors_that_nobody_meant_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_is_a_line_too_and_v_shows_its_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     def fail(*_: Any) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(cli, "app", fail)
-    with pytest.raises(ZeroDivisionError):
+    monkeypatch.setattr(sys, "argv", ["diffagent", "run"])
+    with pytest.raises(SystemExit) as stopped:
         cli.main()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 1 and error.count("\n") == 1
+    assert "error: diffagent run: unexpected ZeroDivisionError" in error and "-v" in error
+    caplog.set_level("INFO", "diffagent.cli")
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "Traceback" in caplog.text and "ZeroDivisionError" in caplog.text
 
 
 def test_artifact_show_and_verify(config_file: Path) -> None:
