@@ -106,12 +106,20 @@ def superseded(entries: Sequence[Entry], *, other_configs: bool = False) -> list
 
 
 def remove(entry: Entry) -> bool:
-    """Remove an entry of a local store; False when it is in use, or became the latest."""
+    """Remove an entry of a local store; False when it is in use, or a run has found it since."""
     path = Path(entry.location)
     if entry.kind == "unfinished":
         whole = path.with_name(entry.name.removeprefix(".").rpartition(".")[0])
         return cache.remove_unused(path, lock=whole)
-    return cache.remove_unused(path, lambda directory: not _is_pointed(directory))
+
+    def still_unwanted(directory: Path) -> bool:
+        return _pointers_to(directory) <= set(entry.pointers)
+
+    if not cache.remove_unused(path, still_unwanted):
+        return False
+    for pointer in _pointers_to(path):
+        path.with_name(pointer).unlink()
+    return True
 
 
 def _local_entries(store: Path) -> Iterator[Entry]:
@@ -142,8 +150,9 @@ def _local_pointers(stage: Path) -> dict[str, str]:
     return {link.name: str(link.readlink()) for link in links}
 
 
-def _is_pointed(directory: Path) -> bool:
-    return directory.name in _local_pointers(directory.parent).values()
+def _pointers_to(directory: Path) -> set[str]:
+    pointers = _local_pointers(directory.parent)
+    return {pointer for pointer, name in pointers.items() if name == directory.name}
 
 
 def _remote_entries(store: str) -> list[Entry]:

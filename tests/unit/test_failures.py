@@ -88,7 +88,7 @@ def test_a_panic_is_a_failure_and_an_exit_is_none(tmp_path: Path) -> None:
         fail.run(Words(fail="panic"), {}, runtime)
     with pytest.raises(SystemExit):
         fail.run(Words(fail="exit"), {}, runtime)
-    with pytest.raises(ArtifactError, match="ended with code 9.*-v shows"):
+    with pytest.raises(ArtifactError, match=r"ended with code 9.*-v shows"):
         run_in_child("tests.unit.test_failures:fail", Words(fail="exit"), {}, runtime)
 
 
@@ -139,8 +139,8 @@ def test_nothing_printed_moves_the_cursor(text: str) -> None:
 
 
 def test_an_error_of_another_module_is_unpacked() -> None:
-    class Local(DiffAgentError):
+    class LocalError(DiffAgentError):
         """One that the other process cannot find."""
 
-    packed = json.loads(json.dumps(pack(Local("here"))))
+    packed = json.loads(json.dumps(pack(LocalError("here"))))
     assert type(unpack(packed)) is UnexpectedError and str(unpack(packed)) == "here"
