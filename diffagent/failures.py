@@ -116,6 +116,22 @@ def explained(doing: str, store: Path | None = None) -> Iterator[None]:
         raise as_error(error, doing, store) from error
 
 
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Name the file that the block reads, whatever its reader raises about its contents."""
+    try:
+        yield
+    except DiffAgentError:
+        raise
+    except BaseException as error:
+        if not is_failure(error) or isinstance(error, MemoryError):
+            raise
+        raise ArtifactError(
+            f"cannot read {str(path)!r}: {_reason(error)}; the file is damaged: 'diffagent artifact "
+            "verify' lists what is; copy it again, or run the stage that wrote it again"
+        ) from error
+
+
 def pack(error: DiffAgentError) -> dict[str, Any]:
     """An error as JSON: its class, message and fields (``retry_after``, ``field``, ``reason``)."""
     fields = {

@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from diffagent.artifacts import describe_directory
 from diffagent.dabench.base_models import NON_COMMERCIAL, base_model_of, ecosystem
 from diffagent.errors import ArtifactError
+from diffagent.failures import reading
 from diffagent.render.samplers import SAMPLERS, SamplerSpec
 from schemas.civitai import commercial_use, generation_of
 from schemas.dabench import CATALOGUE
@@ -136,8 +137,10 @@ class Catalogue:
                 "build the dataset again"
             )
         mapping = Path(directory, "mapping", "samplers.json")
-        samplers = orjson.loads(mapping.read_bytes()) if mapping.exists() else None
-        return cls(_from_table(table), samplers)
+        with reading(mapping):
+            samplers = orjson.loads(mapping.read_bytes()) if mapping.exists() else None
+        with reading(path):
+            return cls(_from_table(table), samplers)
 
     @cached_property
     def checkpoints(self) -> tuple[Entry, ...]:
