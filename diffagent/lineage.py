@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
+from diffagent import latest
 from diffagent.artifacts import Artifact, find_in_store, open_artifact
 from diffagent.errors import ArtifactError
 from schemas.manifest import InputRef
@@ -25,6 +27,26 @@ def find_parent(artifact: Artifact, parent: InputRef) -> Artifact | None:
         if found and found.content_digest == parent.content_digest:
             return found
     return None
+
+
+@functools.lru_cache(maxsize=4096)
+def series_of(artifact: Artifact) -> str:
+    """The series of an artefact (``diffagent.latest``).
+
+    A manifest from before there were series has none: it is made from the ancestors that are
+    still in the store, and of others from the identity.
+    """
+    manifest = artifact.manifest
+    if manifest.series:
+        return manifest.series
+    parents = {
+        name: [
+            series_of(parent) if (parent := find_parent(artifact, ref)) else ref.identity
+            for ref in refs
+        ]
+        for name, refs in manifest.inputs.items()
+    }
+    return latest.series_of(manifest.stage, manifest.config, parents)
 
 
 def ancestors(artifact: Artifact) -> Iterator[Artifact]:

@@ -6,14 +6,14 @@ A section is the configuration of one stage and part of that stage's identity.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -23,9 +23,23 @@ from pydantic import (
     model_validator,
 )
 
+from schemas.yaml_file import YamlError, read_yaml
+
+#: No path, file or terminal can hold these as text.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_text(cls, value: Any) -> Any:
+        """Refuse control characters and lone surrogates."""
+        for text in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(text, str) and (match := _CONTROL.search(text)):
+                raise ValueError(f"holds the character {match[0]!r}; leave it out")
+        return value
 
 
 class CrawlConfig(_Section):
@@ -587,6 +601,14 @@ class RuntimeConfig(_Section):
     )
     stage_timeout_seconds: float = Field(default=6 * 3600, gt=0)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_lines(cls, value: Any) -> Any:
+        """Refuse text of several lines: paths and addresses are printed a line each."""
+        if isinstance(value, str) and "\n" in value:
+            raise ValueError("holds a line end; leave it out")
+        return value
+
     @property
     def models_directory(self) -> Path:
         """Where the cache of model files is."""
@@ -648,6 +670,45 @@ def _told(value: Any) -> str:
     return f"{re.sub('//[^/]*@', '//***@', repr(value)):.60}"
 
 
+def _key(loc: tuple[int | str, ...]) -> str:
+    """A dotted key as a person wrote it, on one line."""
+    names = (
+        part if re.fullmatch(r"[\w-]{1,60}", part) else f"{part!r:.60}" for part in map(str, loc)
+    )
+    return ".".join(names) or "config"
+
+
+def _suggestion(error: Any) -> str:
+    """The key that an unknown one was meant to be, where one is like it."""
+    *parents, key = error["loc"] or ("",)
+    if error["type"] != "extra_forbidden":
+        return ""
+    names = _keys_at(PipelineConfig, [part for part in parents if isinstance(part, str)])
+    like = difflib.get_close_matches(str(key), names, n=1, cutoff=0.6)
+    if like:
+        return f"; did you mean {like[0]!r}?"
+    elsewhere = [
+        f"{section}.{key}"
+        for section in PipelineConfig.model_fields
+        if key in _keys_at(PipelineConfig, [section])
+    ]
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]!r}?"
+    return f"; there are: {', '.join(sorted(names))}" if names else ""
+
+
+def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    """Names of the fields of the section that ``path`` leads to; none where it leads elsewhere."""
+    for name in path:
+        field = model.model_fields.get(name)
+        kinds = [field.annotation, *get_args(field.annotation)] if field else []
+        models = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not models:
+            return []
+        model = models[0]
+    return list(model.model_fields)
+
+
 class ConfigFileError(ValueError):
     """A configuration file is wrong; the message lists every problem."""
 
@@ -659,11 +720,11 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Pi
         ConfigFileError: the file is missing or not YAML, or any field is wrong (all are listed).
     """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        data = read_yaml(Path(path)) or {}
     except OSError as error:
         raise ConfigFileError(f"cannot read {str(path)!r}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ConfigFileError(f"{str(path)!r} is not YAML: {error}") from None
+    except (YamlError, ValueError) as error:  # a path with a NUL is a ValueError
+        raise ConfigFileError(f"{str(path)!r} cannot be read as YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigFileError(f"{str(path)!r} must be a mapping of sections, got {data!r:.80}")
     return configure(data, overrides, path)
@@ -683,13 +744,13 @@ def configure(
         for key in parents:
             target = target.setdefault(key, {})
             if not isinstance(target, dict):
-                raise ConfigFileError(f"cannot set {dotted!r}: {key!r} is {target!r:.60}")
+                raise ConfigFileError(f"cannot set {dotted!r}: {key!r} is {_told(target)}")
         target[leaf] = value
     try:
         return PipelineConfig.model_validate(data)
     except ValidationError as error:
         problems = [
-            f"  {'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']} (got {_told(e['input'])})"
+            f"  {_key(e['loc'])}: {e['msg']} (got {_told(e['input'])}){_suggestion(e)}"
             for e in error.errors()
         ]
         raise ConfigFileError(

@@ -34,6 +34,7 @@ from diffagent.agent.grammar import Grammar, NegativePrompts
 from diffagent.agent.int8 import to_int8
 from diffagent.agent.llama import Llama, LlamaConfig
 from diffagent.agent.tokenizer import Tokenizer
+from diffagent.artifacts import describe_directory
 from diffagent.dabench.catalogue import Catalogue
 from diffagent.device import resolve_device
 from diffagent.errors import ArtifactError, ConfigError, TrainingError
@@ -352,8 +353,11 @@ def read_info(directory: Path) -> AgentInfo:
     path = directory / AGENT_FILE
     try:
         info = AgentInfo.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise ArtifactError(f"no agent in {str(directory)!r}: {error.strerror}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise ArtifactError(
+            f"no agent in {str(directory)!r}: {describe_directory(directory)}; the stages sft and "
+            "rrhf make agents"
+        ) from None
     except ValidationError as error:
         raise ArtifactError(
             f"{str(path)!r} is not an agent's description: {error.errors()[0]['msg']}"

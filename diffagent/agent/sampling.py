@@ -7,18 +7,20 @@ import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from diffagent.agent.candidates import Answer, write_candidates
-from diffagent.agent.decoding import Decoding, DiverseBeams, TopP
 from diffagent.agent.format import encode_prompt, response_text
-from diffagent.agent.llm import Agent, Completion, load_agent
 from diffagent.agent.prompts import Pair, draw, read_split
 from diffagent.agent.verify import verify
 from diffagent.artifacts import StageContext, StageResult, stage
 from diffagent.dabench.catalogue import Catalogue
 from diffagent.errors import ConfigError
 from schemas.config import SampleShard, SamplingConfig
+
+if TYPE_CHECKING:
+    from diffagent.agent.decoding import Decoding
+    from diffagent.agent.llm import Agent, Completion
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,8 @@ def sample(config: SampleShard, context: StageContext) -> StageResult:
     ``num_candidates`` sampled ones (source 'sft'). Two answers are the same when they call the
     same API, however it is spelt; invalid ones when their texts are equal.
     """
+    from diffagent.agent.llm import load_agent
+
     dabench = context.one("dabench").path
     agent = load_agent(context.one("agent").path, context.runtime.device)
     # Prompts of like length share a batch; the answers do not depend on that.
@@ -121,6 +125,8 @@ class VLLM:
         Raises:
             ConfigError: ``decoding`` is none that vLLM has, or is to be constrained.
         """
+        from diffagent.agent.decoding import TopP
+
         if constrained or not isinstance(decoding, TopP):
             raise ConfigError(f"vLLM samples (TopP) unconstrained and does not do {decoding!r}")
         params = [
@@ -158,6 +164,8 @@ def _seed(seed: int, prompt: str) -> int:
 
 def decoding(config: SamplingConfig) -> Decoding:
     """How the candidates of a prompt are made different from one another."""
+    from diffagent.agent.decoding import DiverseBeams, TopP
+
     if config.num_beam_groups:
         return DiverseBeams(
             config.num_candidates, config.diversity_penalty, temperature=config.temperature

@@ -20,8 +20,10 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diffagent.artifacts import describe_directory
 from diffagent.dabench.base_models import NON_COMMERCIAL, base_model_of, ecosystem
 from diffagent.errors import ArtifactError, ConfigError
+from diffagent.failures import reading
 from diffagent.render.samplers import SAMPLERS, SamplerSpec
 from schemas.civitai import commercial_use, generation_of
 from schemas.dabench import CATALOGUE
@@ -120,16 +122,25 @@ class Catalogue:
         path = Path(directory, "catalogue.parquet")
         try:
             table = pq.ParquetFile(path).read()  # read_table would import pandas
-        except (OSError, pa.ArrowInvalid) as error:
-            raise ArtifactError(f"cannot read the catalogue {str(path)!r}: {error}") from None
+        except FileNotFoundError:
+            raise ArtifactError(
+                f"no catalogue in {str(directory)!r}: {describe_directory(Path(directory))}"
+            ) from None
+        except (OSError, pa.ArrowException) as error:
+            raise ArtifactError(
+                f"cannot read the catalogue {str(path)!r}: {error}; the file is damaged: copy it "
+                "again, or build the dataset again"
+            ) from None
         if table.schema.names != CATALOGUE.names:
             raise ArtifactError(
                 f"{str(path)!r} has columns {table.schema.names}, not those of this version; "
                 "build the dataset again"
             )
         mapping = Path(directory, "mapping", "samplers.json")
-        samplers = orjson.loads(mapping.read_bytes()) if mapping.exists() else None
-        return cls(_from_table(table), samplers)
+        with reading(mapping):
+            samplers = orjson.loads(mapping.read_bytes()) if mapping.exists() else None
+        with reading(path):
+            return cls(_from_table(table), samplers)
 
     @cached_property
     def checkpoints(self) -> tuple[Entry, ...]:

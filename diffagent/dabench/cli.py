@@ -22,6 +22,11 @@ def artifact_path(text: str | Path) -> Path:
     return artifact_directory(str(text))
 
 
+def directory_to_check(text: str | Path) -> Path:
+    """Parses DIR of a command that looks for damage itself."""
+    return artifact_path(text) if "://" in str(text) else Path(text)
+
+
 Directory = Annotated[Path, typer.Argument(parser=artifact_path, metavar="DIR", help=_HELP)]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -71,7 +76,9 @@ def diff(
 
 @app.command()
 def verify(
-    directory: Directory,
+    directory: Annotated[
+        Path, typer.Argument(parser=directory_to_check, metavar="DIR", help=_HELP)
+    ],
     limit: Annotated[int, typer.Option(min=1, help="Problems of a kind to list.")] = 20,
     leaks: Annotated[
         bool, typer.Option(help="Compare prompts across splits (most of the time).")

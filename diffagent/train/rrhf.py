@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 
 from diffagent.agent.format import encode_example
 from diffagent.agent.llm import AgentInfo, align_special_tokens, read_info, save_agent
-from diffagent.artifacts import Artifact, StageContext, StageResult, stage
+from diffagent.artifacts import Artifact, StageContext, StageResult
 from diffagent.device import resolve_device
 from diffagent.errors import ArtifactError, TrainingError
 from diffagent.rewards.scores import read_scores
@@ -150,8 +150,7 @@ def with_reference(
     return result
 
 
-@stage("rrhf", version=2, config=RRHFConfig)
-def train_rrhf(config: RRHFConfig, context: StageContext) -> StageResult:
+def train(config: RRHFConfig, context: StageContext) -> StageResult:
     """SFT agent, candidates and their scores -> aligned agent directory."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

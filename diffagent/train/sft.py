@@ -17,7 +17,7 @@ from diffagent.agent.format import Example, encode_example, response_text
 from diffagent.agent.llm import AgentInfo, align_special_tokens, save_agent
 from diffagent.agent.prompts import read_split
 from diffagent.agent.smollm2 import SMOLLM2, load_smollm2
-from diffagent.artifacts import StageContext, StageResult, named_files, stage
+from diffagent.artifacts import StageContext, StageResult
 from diffagent.device import resolve_device
 from diffagent.errors import TrainingError
 from diffagent.train import fit
@@ -64,8 +64,7 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         """An agent directory has agent.json."""
 
 
-@stage("sft", version=2, config=SFTConfig, files=lambda config: named_files(config.model))
-def train_sft(config: SFTConfig, context: StageContext) -> StageResult:
+def train(config: SFTConfig, context: StageContext) -> StageResult:
     """DABench's train split -> agent directory."""
     dabench = context.one("dabench")
     device = resolve_device(context.runtime.device)

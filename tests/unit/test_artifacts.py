@@ -26,10 +26,10 @@ from diffagent.artifacts import (
     canonical_json,
     named_files,
     open_artifact,
-    run_in_child,
     stage,
     verify_artifact,
 )
+from diffagent.child import run_in_child
 from diffagent.errors import ArtifactError, ServerError, TrainingError
 from diffagent.lineage import lineage_lines
 from schemas.config import ConfigFileError, RuntimeConfig, load_config
@@ -176,7 +176,8 @@ def test_kill_9_then_the_same_command(tmp_path: Path, kill_after: int) -> None:
 def test_refresh_keeps_what_did_not_change(runtime: RuntimeConfig) -> None:
     first = write_words.run(Words(), {}, runtime)
     assert write_words.run(Words(), {}, runtime, refresh=True) == first
-    assert [p.name for p in first.path.parent.iterdir() if p.is_dir()] == [first.path.name]
+    real = [p for p in first.path.parent.iterdir() if p.is_dir() and not p.is_symlink()]
+    assert real == [first.path]
 
 
 def test_a_refresh_knows_what_it_refreshes_and_a_memory_that_stays(runtime: RuntimeConfig) -> None:

@@ -120,7 +120,7 @@ def test_settings_change_the_run(config_file: Path, tmp_path: Path) -> None:
         *("--set", "crawl.model_types=[LORA]"),
     )
     assert str(tmp_path / "other") in out
-    (manifest,) = (tmp_path / "other").glob("crawl/*/manifest.json")
+    (manifest,) = (tmp_path / "other").glob("crawl/[0-9a-f]*/manifest.json")
     assert '"LORA"' in manifest.read_text() and '"Checkpoint"' not in manifest.read_text()
 
 
@@ -164,13 +164,25 @@ def test_errors_are_a_line_on_stderr_and_exit_code_1(
     assert "Traceback" not in error
 
 
-def test_errors_that_nobody_meant_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_is_a_line_too_and_v_shows_its_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     def fail(*_: Any) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(cli, "app", fail)
-    with pytest.raises(ZeroDivisionError):
+    monkeypatch.setattr(sys, "argv", ["diffagent", "run"])
+    with pytest.raises(SystemExit) as stopped:
         cli.main()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 1 and error.count("\n") == 1
+    assert "error: diffagent run: unexpected ZeroDivisionError" in error and "-v" in error
+    caplog.set_level("INFO", "diffagent.cli")
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "Traceback" in caplog.text and "ZeroDivisionError" in caplog.text
 
 
 def test_artifact_show_and_verify(config_file: Path) -> None:
@@ -178,7 +190,7 @@ def test_artifact_show_and_verify(config_file: Path) -> None:
     shown = invoke("artifact", "show", path)
     assert "models: 7 of 10 kept" in shown and "type: not a checkpoint" in shown
     assert "  snapshot: crawl " in shown
-    (snapshot,) = path.parent.parent.glob("crawl/*/")
+    (snapshot,) = path.parent.parent.glob("crawl/[0-9a-f]*/")
     assert ["rows", "models", "1,234"] in [
         line.split() for line in invoke("artifact", "show", snapshot).splitlines()
     ]

@@ -138,7 +138,7 @@ def test_prompts_are_rendered_scored_and_shown(tmp_path: Path, models: Path, run
     assert str(tmp_path) not in (out / "index.html").read_text()
     again = invoke(*arguments)  # nothing is drawn or scored twice
     assert again == said
-    assert len(list((tmp_path / "store" / "score").glob("*/manifest.json"))) == 1
+    assert len(list((tmp_path / "store" / "score").glob("[0-9a-f]*/manifest.json"))) == 1
 
 
 def test_the_page_needs_nothing_else_and_runs_no_other_script(tmp_path: Path, models: Path) -> None:

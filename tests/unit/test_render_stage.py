@@ -35,6 +35,7 @@ from diffagent.rewards.unified import MetricReference
 from schemas.api import T2IAPI, LoRA, Params
 from schemas.config import RenderConfig, RewardsConfig, RuntimeConfig, ScorerConfig
 from schemas.dabench import CANDIDATES, RENDERS, SCORES
+from tests.conftest import sealed
 from tests.unit import tiny_sd
 from tests.unit.test_render_recipe import ENTRY
 
@@ -102,17 +103,7 @@ class World:
         pq.write_table(table, self.folder / "dabench" / "catalogue.parquet")
         candidates = pa.Table.from_pylist(self.rows, schema=CANDIDATES)
         pq.write_table(candidates, self.folder / "candidates" / "candidates.parquet")
-        return {
-            name: [
-                Artifact(
-                    stage=name,
-                    identity=name,
-                    content_digest=sha256_file(next((self.folder / name).glob("*.parquet"))),
-                    path=self.folder / name,
-                )
-            ]
-            for name in ("dabench", "candidates")
-        }
+        return {name: [sealed(name, self.folder / name)] for name in ("dabench", "candidates")}
 
     def render(self, store: str = "store", **config: Any) -> Artifact:
         runtime = self.runtime.model_copy(update={"store": str(self.folder / store)})
@@ -262,7 +253,7 @@ def test_nothing_valid_is_no_failure(world: World) -> None:
 
 KILLED = """
 import os, pathlib, signal, sys
-from diffagent.artifacts import Artifact
+from diffagent.artifacts import Artifact, sha256_file
 from diffagent.render import stage
 from schemas.config import RenderConfig, RuntimeConfig
 from tests.unit.test_render_stage import Painter

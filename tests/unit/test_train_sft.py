@@ -26,6 +26,7 @@ from diffagent.artifacts import Artifact
 from diffagent.errors import TrainingError
 from diffagent.train import fit, sft
 from diffagent.train.sandbox_llama import build_tokenizer
+from diffagent.train.stages import train_sft
 from schemas.config import RuntimeConfig, SFTConfig
 from tests.unit.agent_world import make_world
 from tests.unit.conftest import AgentRun
@@ -43,7 +44,7 @@ TINY = SFTConfig(
 
 def train(config: SFTConfig, store: Path) -> Artifact:
     runtime = RuntimeConfig(store=str(store), device="cpu")
-    return sft.train_sft.run(config, {"dabench": [make_world(store, train=24, test=4)]}, runtime)
+    return train_sft.run(config, {"dabench": [make_world(store, train=24, test=4)]}, runtime)
 
 
 def state(artifact: Artifact) -> dict[str, torch.Tensor]:
