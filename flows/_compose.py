@@ -42,6 +42,7 @@ def run_group(
     """
     nodes = pipeline.plan(config)
     mine = {key: node for key, node in nodes.items() if node.group == group}
+    nodes = pipeline.upstream(nodes, mine)  # to look for more would import what it takes to train
     found = find_cached(nodes, config)
     done = {key: found[key] for key in _needed(nodes, mine, found)}
     spread = config.runtime.runner != "threads" and any(node.spread for node in mine.values())
@@ -157,5 +158,6 @@ def _wait(group: Group, futures: Mapping[str, PrefectFuture[Artifact]]) -> None:
 
 def locate(config: PipelineConfig, keys: Iterable[str]) -> dict[str, Artifact]:
     """Those of the artefacts ``keys`` that are on disk, whole; nothing is run."""
-    found = find_cached(pipeline.plan(config), config)
+    keys = tuple(keys)
+    found = find_cached(pipeline.upstream(pipeline.plan(config), keys), config)
     return {key: found[key] for key in keys if key in found}
