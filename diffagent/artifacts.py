@@ -58,6 +58,8 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 #: Exit code of a child whose stage raised a DiffAgentError (which is then in its answer file).
 EXPECTED_FAILURE = 3
+#: How a line of a child's log begins.
+_LEVELS = {logging.getLevelName(level): level for level in (logging.WARNING, logging.ERROR)}
 _RECORDED_VERSIONS = ("diffagent", "torch", "transformers", "trl", "diffusers", "pyarrow", "polars")
 
 C = TypeVar("C", bound=BaseModel)
@@ -740,7 +742,8 @@ def _run_logged(command: list[str], *, name: str, timeout: float) -> tuple[int, 
     try:
         for line in process.stdout or ():
             tail.append(line)
-            log.info("%s | %s", name, line.rstrip())
+            level = _LEVELS.get(line.partition(" ")[0], logging.INFO)
+            log.log(level, "%s | %s", name, line.rstrip())
         code = process.wait()
     finally:
         timer.cancel()

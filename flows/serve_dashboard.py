@@ -47,9 +47,10 @@ def main(
     os.environ["PREFECT_SERVER_API_HOST"] = host
     os.environ["PREFECT_SERVER_API_PORT"] = str(port)
     names = [*(allow_host or ()), *([] if _is_any(host) else [host])]
-    with _listen("127.0.0.1", store_port, "--store-port") as store_socket, _listen(
-        host, port, "--port"
-    ) as api_socket:
+    with (
+        _listen("127.0.0.1", store_port, "--store-port") as store_socket,
+        _listen(host, port, "--port") as api_socket,
+    ):
         api = create_api_app(names, shared=not _is_loopback(host))
         results = _server(create_store_app(store, allow_host or ()))
         threading.Thread(target=results.run, args=([store_socket],), daemon=True).start()
@@ -81,9 +82,9 @@ def create_api_app(hosts: list[str], *, shared: bool) -> ASGIApp:
         )
     if not api.csrf_protection_enabled or "*" in api.cors_allowed_origins:
         raise typer.BadParameter(
-            "PREFECT_SERVER_API_CSRF_PROTECTION_ENABLED and PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS "
-            "let any web page use this server; start it in the directory of prefect.toml, or set "
-            "them as it does"
+            "the settings csrf_protection_enabled or cors_allowed_origins of Prefect's API "
+            "let any web page use this server; start it in the directory of prefect.toml, or "
+            "set both as it does"
         )
     return WebGuard(create_app(final=True), hosts, _HEADERS)
 
