@@ -26,4 +26,5 @@ class ContextThreadPool(ThreadPoolExecutor):
         **kwargs: Arguments.kwargs,
     ) -> Future[Result]:
         """Schedule ``fn(*args, **kwargs)`` in a copy of the present context."""
-        return super().submit(contextvars.copy_context().run, fn, *args, **kwargs)
+        context = contextvars.copy_context()
+        return super().submit(lambda: context.run(fn, *args, **kwargs))
