@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
-from prefect.artifacts import (
-    create_link_artifact,
-    create_markdown_artifact,
-    create_table_artifact,
-)
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import ArtifactCreate
+from prefect.context import FlowRunContext, TaskRunContext
 
 from diffagent.artifacts import Artifact
 from diffagent.civitai.memory import Memory
@@ -25,7 +24,8 @@ _MARKDOWN = re.compile(r"([\\`*_\[\]<>!#|])")
 def report_artifact(key: str, artifact: Artifact) -> None:
     """Show what a task made: a summary, and a table for each drop funnel."""
     manifest = artifact.manifest
-    create_markdown_artifact(
+    _show(
+        "markdown",
         f"# {key}\n\n{facts_table(manifest_facts(artifact.location, manifest))}",
         key=f"{key}-summary",
         description=describe(manifest),
@@ -36,7 +36,7 @@ def report_artifact(key: str, artifact: Artifact) -> None:
 def report_funnels(key: str, manifest: Manifest) -> None:
     """Show a table for each drop funnel; of a cached stage too, so that each run has its row."""
     for funnel in manifest.funnels:
-        create_table_artifact(
+        _show_table(
             funnel_rows(funnel),
             key=f"{key}-funnel-{funnel.unit}".replace("_", "-"),
             description=f"{funnel.kept:,} of {funnel.seen:,} {funnel.unit} kept",
@@ -55,7 +55,7 @@ def report_refresh(key: str, artifact: Artifact, *, stays: bool) -> None:
     memory = Memory.load(artifact.path.with_name(f"{artifact.path.name}.memory.json"))
     metrics = dict(memory.metrics if stays else manifest.metrics)
     changes: Mapping[str, Mapping[str, int]] = metrics.pop("changes", {})
-    create_table_artifact(
+    _show_table(
         [{"items": kind, **counts} for kind, counts in changes.items()],
         key=f"{key}-changes",
         description="Nothing new on the site" if stays else _changed(changes),
@@ -69,9 +69,7 @@ def report_refresh(key: str, artifact: Artifact, *, stays: bool) -> None:
         ),
     }
     text = "\n\n".join(f"## {title}\n\n{table}" for title, table in sections.items())
-    create_markdown_artifact(
-        f"# {key}\n\n**{news}**\n\n{text}", key=f"{key}-summary", description=news
-    )
+    _show("markdown", f"# {key}\n\n**{news}**\n\n{text}", key=f"{key}-summary", description=news)
 
 
 def report_stages(group: str, stages: Mapping[str, tuple[str, Artifact]]) -> None:
@@ -98,7 +96,7 @@ def report_stages(group: str, stages: Mapping[str, tuple[str, Artifact]]) -> Non
             }
         )
     cached = sum(state == "Cached" for state, _ in stages.values())
-    create_table_artifact(
+    _show_table(
         rows, key=f"{group}-stages", description=f"{cached} of {len(rows)} stages from the cache"
     )
 
@@ -145,11 +143,14 @@ def report_evaluation(
     artifact: Artifact, summary: str, tables: Mapping[str, list[dict[str, Any]]]
 ) -> None:
     """The evaluation's summary and tables, and a link to the report with the pictures."""
-    create_markdown_artifact(
-        summary, key="evaluation-overview", description="All selectors on held-out prompts"
+    _show(
+        "markdown",
+        summary,
+        key="evaluation-overview",
+        description="All selectors, held-out prompts",
     )
     for name, rows in tables.items():
-        create_table_artifact(rows, key=f"evaluation-{name}".replace("_", "-"), description=name)
+        _show_table(rows, key=f"evaluation-{name}".replace("_", "-"), description=name)
     link_result(artifact, "report.html", "Report with pictures", key="evaluation-report")
 
 
@@ -157,12 +158,37 @@ def link_result(artifact: Artifact, file: str, text: str, *, key: str) -> None:
     """Link a file of an artefact, where the store's server hands it out: from this disk."""
     if artifact.remote:
         return
-    create_link_artifact(
-        f"{STORE_URL}/{artifact.stage}/{artifact.path.name}/{file}",
-        link_text=text,
+    address = f"{STORE_URL}/{artifact.stage}/{artifact.path.name}/{file}"
+    _show(
+        "markdown",
+        f"[{text}]({address})",
         key=key,
         description=f"{file} of {artifact.location}, served by make serve-dashboard",
     )
+
+
+def _show(kind: str, data: str, *, key: str, description: str) -> None:
+    """Create an artifact of the current run, over the connection that the run has.
+
+    Prefect's ``create_..._artifact`` open one each, which takes most of their time.
+    """
+    task, flow = TaskRunContext.get(), FlowRunContext.get()
+    if task:
+        client, run = task.client, {"task_run_id": task.task_run.id}
+        flow_run_id = task.task_run.flow_run_id
+    elif flow and flow.flow_run:
+        client, run, flow_run_id = flow.client, {}, flow.flow_run.id
+    else:
+        raise RuntimeError(f"the artifact {key!r} belongs to a run of a flow or a task")
+    cast(SyncPrefectClient, client).create_artifact(
+        ArtifactCreate(
+            type=kind, key=key, description=description, data=data, flow_run_id=flow_run_id, **run
+        )
+    )
+
+
+def _show_table(rows: list[dict[str, Any]], *, key: str, description: str) -> None:
+    _show("table", json.dumps(rows), key=key, description=description)
 
 
 def _changed(changes: Mapping[str, Mapping[str, int]]) -> str:
