@@ -25,7 +25,7 @@ from diffagent.webguard import WebGuard
 #: Stage -> endings of those of its files that are results for people: reports, data cards,
 #: datasets, pictures.
 SHOWN = {
-    "evaluate": (".html", ".json", ".parquet"),
+    "evaluate": (".html", ".json", ".parquet", ".png"),
     "shard": (".md", ".png", ".json", ".parquet"),
     "render": (".png", ".parquet"),
     "sft": (".md", ".png"),
