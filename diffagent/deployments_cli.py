@@ -58,11 +58,15 @@ def _set_schedules(name: str, verb: str) -> None:
         ConfigError: it has none.
     """
     listed = _prefect("schedule", "ls", full_name(name), "--output", "json", capture=True)
-    schedules = json.loads(listed or "[]")
+    schedules = json.loads(listed)
     if not schedules:
         raise ConfigError(f"the deployment {name!r} has no schedule; see prefect.yaml")
     for schedule in schedules:
-        _prefect("schedule", verb, full_name(name), schedule["id"])
+        if schedule["active"] == (verb == "resume"):
+            state = "active" if schedule["active"] else "paused"
+            typer.echo(f"{schedule['schedule']} of {name} is {state} already")
+        else:
+            _prefect("schedule", verb, full_name(name), schedule["id"])
 
 
 def _prefect(*words: str, capture: bool = False) -> str:
@@ -84,10 +88,11 @@ def _prefect(*words: str, capture: bool = False) -> str:
         check=False,
     )
     if done.returncode:
-        reason = (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]
+        output = (done.stderr or done.stdout or f"exit code {done.returncode}").strip()
+        reason = output.splitlines()[-1]
         raise DiffAgentError(
-            f"'prefect deployment {words[0]}' failed: {reason.rstrip('.')}. Is the server running"
-            " ('make serve-dashboard'), does PREFECT_API_URL name it "
+            f"'prefect deployment {words[0]}' failed: {reason.rstrip('.')}. Is the server running "
+            "('make serve-dashboard'), does PREFECT_API_URL name it "
             f"({os.environ.get('PREFECT_API_URL', 'it is not set')}), and was the deployment made "
             "('prefect deploy --all')?"
         )
