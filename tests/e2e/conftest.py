@@ -55,6 +55,7 @@ class Prefect:
 
     url: str
     store_url: str
+    store: Path
     environment: dict[str, str]
     log: Path
     worker: subprocess.Popen[bytes] | None = None
@@ -160,11 +161,13 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect
         "PREFECT_HOME": str(home),
         "PREFECT_API_URL": f"{url}/api",
         "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5",  # 60 by default
         "DIFFAGENT_STORE_URL": f"http://127.0.0.1:{store_port}",
     }
-    server = Prefect(url, environment["DIFFAGENT_STORE_URL"], environment, home / "log.txt")
+    store, store_url = home / "store", environment["DIFFAGENT_STORE_URL"]
+    server = Prefect(url, store_url, store, environment, home / "log.txt")
     ports = ("--port", str(port), "--store-port", str(store_port))
-    process = server.start("flows.serve_dashboard", "--store", str(home / "store"), *ports)
+    process = server.start("flows.serve_dashboard", "--store", str(store), *ports)
     try:
         wait_until_healthy(url, process, server.log)
         server.command("prefect", "work-pool", "create", "--type", "process", "diffagent")
