@@ -104,8 +104,8 @@ def _index(store: Path) -> str:
     """A page of links to the reports and cards of the store, newest first."""
     links = sorted(_readable(store), reverse=True)
     rows = "\n".join(
-        f'<li><a href="/{quote(path)}">{html.escape(title)}</a> <small>{made}</small></li>'
-        for made, title, path in links
+        f'<li><a href="/{quote(path)}">{title}</a> <small>{built} UTC, {html.escape(name)}</small>'
+        for built, title, name, path in links
     )
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
@@ -117,16 +117,17 @@ def _index(store: Path) -> str:
     )
 
 
-def _readable(store: Path) -> Iterator[tuple[str, str, str]]:
-    """(when it was made, title, path) of what a person reads first."""
+def _readable(store: Path) -> Iterator[tuple[str, str, str, str]]:
+    """(when it was built, title, artefact, path) of what a person reads first."""
     titles = {
-        "report.html": "Evaluation report",
-        "README.md": "Card",
+        ("evaluate", "report.html"): "Evaluation report",
+        ("shard", "README.md"): "Data card",
+        ("sft", "README.md"): "Model card, SFT",
+        ("rrhf", "README.md"): "Model card, RRHF",
     }
-    for manifest in store.glob(f"*/*/{MANIFEST}"):
-        stage, name = manifest.parts[-3:-1]
-        for file, title in titles.items():
-            path = f"{stage}/{name}/{file}"
-            if find_result(store, path):
-                made = read_manifest(manifest.parent).created_at
-                yield f"{made:%Y-%m-%d %H:%M} UTC", f"{title}: {stage} {name}", path
+    for (stage, file), title in titles.items():
+        for directory in (store / stage).glob("*"):
+            path = f"{stage}/{directory.name}/{file}"
+            if not directory.is_symlink() and find_result(store, path):
+                built = read_manifest(directory).created_at
+                yield f"{built:%Y-%m-%d %H:%M}", title, directory.name, path

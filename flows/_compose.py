@@ -157,7 +157,9 @@ def _wait(group: Group, futures: Mapping[str, PrefectFuture[Artifact]]) -> dict[
         log.info("%s: %s (%d of %d)", key, state.name, count, len(futures))
         if not state.is_completed():
             failed[key] = state.message or state.type.value
-        update_progress_artifact(progress, 100 * count / len(futures), f"{count}/{len(futures)}")
+        update_progress_artifact(
+            progress, 100 * count / len(futures), f"{count} of {len(futures)} stages done"
+        )
     if failed:
         raise ArtifactError(
             f"{group}: {len(failed)} of {len(futures)} tasks failed:\n"

@@ -69,7 +69,6 @@ def create_api_app(hosts: list[str], *, shared: bool) -> ASGIApp:
         hosts: names, beside those of the loopback, that requests may give the server.
         shared: other machines reach it, so that it has to ask for a password.
     """
-    from prefect.server.api.server import create_app
     from prefect.settings import get_current_settings
 
     api = get_current_settings().server.api
@@ -86,6 +85,8 @@ def create_api_app(hosts: list[str], *, shared: bool) -> ASGIApp:
             "let any web page use this server; start it in the directory of prefect.toml, or "
             "set both as it does"
         )
+    from prefect.server.api.server import create_app  # seconds, which no refusal waits for
+
     return WebGuard(create_app(final=True), hosts, _HEADERS)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, cast
 
 from prefect.client.orchestration import SyncPrefectClient
@@ -18,6 +18,12 @@ from schemas.manifest import Funnel, Manifest
 
 #: Where a browser reaches the store (``make serve-dashboard`` serves it beside Prefect's UI).
 STORE_URL = os.environ.get("DIFFAGENT_STORE_URL", "http://127.0.0.1:4201")
+_EVALUATION = {
+    "selectors": "Rewards, validity and selection accuracy of each selector",
+    "comparisons": "Each selector against others on the same prompts",
+    "hallucinations": "Answers that are no call of the catalogue, by kind",
+    "agreement": "Parameters as a person chose them",
+}
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>!#|])")
 
 
@@ -30,12 +36,12 @@ def report_artifact(key: str, artifact: Artifact) -> None:
         key=f"{key}-summary",
         description=describe(manifest),
     )
-    report_funnels(key, manifest)
+    report_funnels(key, manifest.funnels)
 
 
-def report_funnels(key: str, manifest: Manifest) -> None:
-    """Show a table for each drop funnel; of a cached stage too, so that each run has its row."""
-    for funnel in manifest.funnels:
+def report_funnels(key: str, funnels: Iterable[Funnel]) -> None:
+    """Show a table for each drop funnel."""
+    for funnel in funnels:
         _show_table(
             funnel_rows(funnel),
             key=f"{key}-funnel-{funnel.unit}".replace("_", "-"),
@@ -73,7 +79,9 @@ def report_refresh(key: str, artifact: Artifact, *, stays: bool) -> None:
 
 
 def report_stages(group: str, stages: Mapping[str, tuple[str, Artifact]]) -> None:
-    """Show a flow's stages in one table, and the funnels of those that ran no task body.
+    """Show a flow's stages in one table, and the funnels of those that came from the cache.
+
+    Their tasks ran no code, so that without it the history of a funnel would have gaps.
 
     Args:
         group: the flow's name.
@@ -83,7 +91,7 @@ def report_stages(group: str, stages: Mapping[str, tuple[str, Artifact]]) -> Non
     for key, (state, artifact) in stages.items():
         manifest = artifact.manifest
         if state == "Cached":
-            report_funnels(key, manifest)
+            report_funnels(key, (funnel for funnel in manifest.funnels if funnel.steps))
         counts = ", ".join(f"{count:,} {name}" for name, count in manifest.rows.items())
         rows.append(
             {
@@ -150,7 +158,7 @@ def report_evaluation(
         description="All selectors, held-out prompts",
     )
     for name, rows in tables.items():
-        _show_table(rows, key=f"evaluation-{name}".replace("_", "-"), description=name)
+        _show_table(rows, key=f"evaluation-{name}", description=_EVALUATION[name])
     link_result(artifact, "report.html", "Report with pictures", key="evaluation-report")
 
 
@@ -163,7 +171,7 @@ def link_result(artifact: Artifact, file: str, text: str, *, key: str) -> None:
         "markdown",
         f"[{text}]({address})",
         key=key,
-        description=f"{file} of {artifact.location}, served by make serve-dashboard",
+        description=f"{text}, by the store's server (make serve-dashboard)",
     )
 
 
@@ -207,7 +215,7 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{prefix}{name} ")
         else:
-            yield f"{prefix}{name}", _text(value)
+            yield f"{prefix}{name}".replace("_", " "), _text(value)
 
 
 def _text(value: Any) -> str:
