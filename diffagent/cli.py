@@ -13,6 +13,7 @@ import typer
 
 from diffagent.dabench.cli import app as dabench_app
 from diffagent.dabench.cli import artifact_path
+from diffagent.deployments_cli import app as deployments_app
 from diffagent.options import (
     CommandGroup,
     ConfigFile,
@@ -69,6 +70,7 @@ app = typer.Typer(
 artifacts_app = typer.Typer(help="Look at artefacts.", no_args_is_help=True)
 app.add_typer(artifacts_app, name="artifact")
 app.add_typer(dabench_app, name="dabench")
+app.add_typer(deployments_app, name="deployment")
 app.add_typer(models_app, name="models")
 
 

@@ -21,7 +21,6 @@ import functools
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +28,7 @@ import fsspec
 from pydantic import ValidationError
 
 from diffagent.errors import ArtifactError, DamagedArtifact
+from diffagent.threads import ContextThreadPool
 from schemas.manifest import FileEntry, Manifest
 
 log = logging.getLogger(__name__)
@@ -258,7 +258,7 @@ def _is_whole(path: Path, entry: FileEntry) -> bool:
 
 def _each(copy: Callable[[T], None], entries: Iterable[T]) -> None:
     """Copy files side by side; the first error ends it."""
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ContextThreadPool(_THREADS) as pool:
         futures = [pool.submit(copy, entry) for entry in entries]
         try:
             for future in futures:

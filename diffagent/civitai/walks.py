@@ -13,7 +13,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -32,6 +32,7 @@ from diffagent.civitai.known import (
 )
 from diffagent.civitai.pagination import Fetch, Page, Walk
 from diffagent.errors import ArtifactError, CivitaiError, ServerError
+from diffagent.threads import ContextThreadPool
 from schemas.civitai import canonical, unwrap_meta, versions_of, whole_number
 
 log = logging.getLogger(__name__)
@@ -155,7 +156,7 @@ class Walks:
                 return
             running[pool.submit(call)] = job
 
-        with ThreadPoolExecutor(number, thread_name_prefix="crawl") as pool:
+        with ContextThreadPool(number, thread_name_prefix="crawl") as pool:
             try:
                 while True:
                     while len(running) < number and (job := next(waiting, None)) is not None:
@@ -180,7 +181,7 @@ class Walks:
         """
         number = threads or self._threads
         asked: deque[tuple[int, Future[T]]] = deque()
-        with ThreadPoolExecutor(number, thread_name_prefix="crawl") as pool:
+        with ContextThreadPool(number, thread_name_prefix="crawl") as pool:
             try:
                 for ident, call in calls:
                     asked.append((ident, pool.submit(call)))
