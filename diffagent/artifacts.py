@@ -125,6 +125,8 @@ class Artifact(BaseModel):
 Progress = Callable[[float | None, str], None]
 #: What a stage reads: name of the input -> artefacts (one, or one a shard).
 Inputs = Mapping[str, Sequence[Artifact]]
+#: Name of the input that holds earlier artefacts of the same stage: its history in the store.
+PREVIOUS = "previous"
 
 
 @dataclass
@@ -391,6 +393,13 @@ class Stage(Generic[C]):
     config_type: type[C]
     files: Callable[[C], Sequence[Path]] = lambda config: ()
     salvages: bool = False
+    history: Callable[[C, Inputs, RuntimeConfig], Sequence[Artifact]] | None = None
+
+    def _with_history(self, config: C, inputs: Inputs, runtime: RuntimeConfig) -> Inputs:
+        """The inputs, and those that the store has from before for a stage with a history."""
+        if self.history is None or PREVIOUS in inputs:
+            return inputs
+        return {**inputs, PREVIOUS: self.history(config, inputs, runtime)}
 
     def identity(self, config: C, inputs: Inputs) -> str:
         """sha256 that names this request; equal requests have equal identities."""
@@ -416,6 +425,7 @@ class Stage(Generic[C]):
 
     def directory(self, config: C, inputs: Inputs, runtime: RuntimeConfig) -> Path:
         """Where the artefact of this request is built and read on this machine."""
+        inputs = self._with_history(config, inputs, runtime)
         return runtime.local_store / self.name / self.identity(config, inputs)[:16]
 
     def cached(self, config: C, inputs: Inputs, runtime: RuntimeConfig) -> Artifact | None:
@@ -490,6 +500,7 @@ class Stage(Generic[C]):
             ArtifactError: an input is damaged, the disk is full, the store cannot be reached, or
                 the funnel does not add up.
         """
+        inputs = self._with_history(config, inputs, runtime)
         directory = self.directory(config, inputs, runtime)
         directory.parent.mkdir(parents=True, exist_ok=True)
         if runtime.remote:
@@ -658,16 +669,19 @@ def stage(
     config: type[C],
     files: Callable[[C], Sequence[Path]] = lambda config: (),
     salvages: bool = False,
+    history: Callable[[C, Inputs, RuntimeConfig], Sequence[Artifact]] | None = None,
 ) -> Callable[..., Stage[C]]:
     """Make a stage of a function ``body(config, context) -> StageResult``.
 
     Bump ``version`` whenever the same request would give a different answer. ``files`` says which
     local files, weights for example, the config names: their contents are part of the request.
-    ``salvages``: a damaged artefact is set aside for the body instead of removed.
+    ``salvages``: a damaged artefact is set aside for the body instead of removed. ``history``
+    finds the earlier artefacts of the stage that a request goes on from; they are its input
+    ``PREVIOUS``, so they are part of its identity and of its lineage.
     """
 
     def wrap(body: Callable[[C, StageContext], StageResult]) -> Stage[C]:
-        return Stage(name, version, body, config, files, salvages)
+        return Stage(name, version, body, config, files, salvages, history)
 
     return wrap
 

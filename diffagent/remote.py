@@ -64,6 +64,20 @@ def read_remote(uri: str) -> Manifest | None:
             ) from None
 
 
+def list_remote(uri: str) -> list[str]:
+    """Names of what lies in the folder ``uri``; none when there is no such folder.
+
+    Raises:
+        ArtifactError: the store cannot be read.
+    """
+    with _explained("list", uri):
+        files, root = _open(uri)
+        try:
+            return sorted({str(path).rstrip("/").rpartition("/")[2] for path in files.ls(root, False)})
+        except FileNotFoundError:
+            return []
+
+
 def missing_files(uri: str, folder: str, manifest: Manifest) -> list[FileEntry]:
     """The files of ``manifest`` that are not there or not as long as it says (one listing).
 
