@@ -18,6 +18,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,10 @@ def version_before(dabench: Artifact) -> Artifact | None:
         return next((known[ref] for ref in refs if ref in known), None)
     if PREVIOUS in manifest.inputs or not manifest.inputs.get("filtered"):
         return None
-    history = _history_of_version(manifest, place.store)
-    older = [
-        (m, p) for m, p in _versions(place.store, history) if m.created_at < manifest.created_at
-    ]
+    if (history := _history_of_version(manifest, place.store)) is None:
+        return None
+    versions = _versions(place.store, history)
+    older = [(m, p) for m, p in versions if m.created_at < manifest.created_at]
     return _artifact(*older[0]) if older else None
 
 
@@ -278,11 +279,6 @@ def _history_of_version(manifest: Manifest, store: str) -> str | None:
     for ref in manifest.inputs.get("filtered", ()):
         if filtered := _manifest(f"{store}/{ref.stage}/{ref.identity[:16]}"):
             return history_of(filtered, manifest.config, store)
-    log.warning(
-        "%s/%s/%s: it cannot be told of which site it is (its 'filter' artefact is gone), so its "
-        "splits are not read",
-        *(store, _STAGE, manifest.identity[:16]),
-    )
     return None
 
 
@@ -315,14 +311,26 @@ def _runtime_store(runtime: RuntimeConfig) -> str:
     return runtime.remote or str(runtime.local_store)
 
 
-def _versions(store: str, history: str | None) -> list[tuple[Manifest, _Place]]:
+def _versions(store: str, history: str) -> list[tuple[Manifest, _Place]]:
     """The versions of a dataset in a store, the newest first."""
-    versions = [
-        (manifest, place)
-        for manifest, place in _in_store(store)
-        if history and _history_of_version(manifest, store) == history
-    ]
-    return sorted(versions, key=lambda v: (v[0].created_at, v[0].content_digest), reverse=True)
+    versions = []
+    for manifest, place in _in_store(store):
+        own = _history_of_version(manifest, store)
+        if own is None:
+            log.warning(
+                "%s: its splits are not read: its 'filter' artefact is gone, and with it of which "
+                "site it is",
+                place.remote or place.path,
+            )
+        elif own == history:
+            versions.append((manifest, place))
+    return sorted(versions, key=_rank, reverse=True)
+
+
+def _rank(version: tuple[Manifest, _Place]) -> tuple[bool, datetime, str]:
+    """Later versions have a higher one; any that knows its history, than any that does not."""
+    manifest, _ = version
+    return PREVIOUS in manifest.inputs, manifest.created_at, manifest.content_digest
 
 
 def _in_store(store: str) -> Iterator[tuple[Manifest, _Place]]:
