@@ -73,9 +73,13 @@ def list_remote(uri: str) -> list[str]:
     with _explained("list", uri):
         files, root = _open(uri)
         try:
-            return sorted({str(path).rstrip("/").rpartition("/")[2] for path in files.ls(root, False)})
+            paths = files.ls(root, detail=False)
+            return sorted(
+                {str(path).rstrip("/").rpartition("/")[2] for path in files.ls(root, False)}
+            )
         except FileNotFoundError:
             return []
+        return sorted({str(path).rstrip("/").rpartition("/")[2] for path in paths})
 
 
 def missing_files(uri: str, folder: str, manifest: Manifest) -> list[FileEntry]:

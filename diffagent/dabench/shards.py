@@ -54,8 +54,8 @@ KNOWN_APART = "changed or came back, and would straddle two splits now"
 class _Plan:
     """Of each record its split (NO_SPLIT: left out), its group and its split by chance.
 
-    ``known``: which splits were decided by an earlier version. ``exposed``: rows of the random test split with a near-duplicate, post- or series-mate in the
-    random train split.
+    ``known``: which splits were decided by an earlier version. ``exposed``: rows of the random test
+    split with a near-duplicate, post- or series-mate in the random train split.
     """
 
     ids: Ints

@@ -314,10 +314,8 @@ class Prints:
         links = _Links(self._nodes)
         cuts = _Cuts(self._config, self.base_models, before.cuts)
         anchors, splits, numbers = before.groups()  # of each group, by age
-        split = np.full(len(self.ids), NO_SPLIT, np.int8)
-        age = np.zeros(len(self.ids), np.int32)
-        places, known = before.find(self.ids)
-        self._keep(links, before, places, known, numbers, split, age)
+        known, split, age = self._decided(before, numbers)
+        self._keep(links, before, split, age)
         for generation in np.unique(self.generations[~known]):
             rows = np.flatnonzero(~known & (self.generations == generation)).astype(np.int32)
             if (np.diff(self.ids[rows]) < 0).any():
@@ -340,37 +338,34 @@ class Prints:
             links.settle(columns, age[rows], split[rows])
         return Assignment(split, anchors[age] if len(anchors) else age, age, known, cuts.frozen)
 
-    def _keep(
-        self,
-        links: _Links,
-        before: Decisions,
-        places: Ints,
-        known: Flags,
-        numbers: Int32s,
-        split: Codes,
-        age: Int32s,
-    ) -> None:
-        """Give the rows that were decided before their splits, or none where they would leak.
+    def _decided(self, before: Decisions, numbers: Int32s) -> tuple[Flags, Codes, Int32s]:
+        """Which rows were decided before; of these (else NO_SPLIT, 0) the split and the group."""
+        split = np.full(len(self.ids), NO_SPLIT, np.int8)
+        age = np.zeros(len(self.ids), np.int32)
+        places, known = before.find(self.ids)
+        split[known], age[known] = before.split[places[known]], numbers[places[known]]
+        return known, split, age
+
+    def _keep(self, links: _Links, before: Decisions, split: Codes, age: Int32s) -> None:
+        """Settle the rows that were decided before; ``split`` of one that would leak is cleared.
 
         Rows that were present in the version before, as they are now, cannot leak: they were
         compared with each other then. The others (their prompt, post or author changed, they were
         away, another branch of the history decided them) are compared with those that are in.
         Of two of them that are tied, the one of train stays: a held-out one can be spared.
         """
-        if not known.any():
-            return
-        same = known & before.present[places] & (before.mark[places] == self.marks)
-        decided = np.where(known, before.split[places], np.int8(NO_SPLIT))
-        age[known] = numbers[places[known]]
+        places, same = before.find(self.ids)
+        same[same] = before.present[places[same]]
+        same[same] = before.mark[places[same]] == self.marks[same]
+        rounds = [~same & (split == code) for code in range(len(SPLITS))]
         rows = np.flatnonzero(same).astype(np.int32)
-        split[rows] = decided[rows]
-        links.settle(self._columns_of(rows), age[rows], split[rows])
-        for code in range(len(SPLITS)):
-            rows = np.flatnonzero(~same & (decided == code)).astype(np.int32)
+        links.settle([column[rows] for column in self._columns], age[rows], split[rows])
+        for chosen in rounds:
+            rows = np.flatnonzero(chosen).astype(np.int32)
             if len(rows):
                 columns = self._columns_of(rows)
                 *_, touched = self._link(links, columns)
-                split[rows] = _unless_apart(decided[rows], touched)
+                split[rows] = _unless_apart(split[rows], touched)
                 links.settle(columns, age[rows], split[rows])
 
     def _columns_of(self, rows: Int32s) -> list[Int32s]:
@@ -572,8 +567,9 @@ class _Cuts:
     the nominal fractions give shares of rows that scatter. In the first generation in which a base
     model has ENOUGH_GROUPS new groups its cut points are therefore put where the shares of its
     *rows* are what is wanted; later generations use the same ones, and so do later versions of
-    the dataset (``frozen``). Until a base model has them the fractions themselves are used. Giant groups would be most of a held-out split, with one prompt in endless
-    variation: they are for training.
+    the dataset (``frozen``). Until a base model has them the fractions themselves are used. Giant
+    groups would be most of a held-out split, with one prompt in endless variation: they are for
+    training.
     """
 
     def __init__(

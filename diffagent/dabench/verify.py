@@ -31,7 +31,6 @@ from diffagent.dabench.history import (
     SPLITS_FILE,
     find_moved,
     read_decisions,
-    read_splits,
     version_before,
 )
 from diffagent.dabench.layout import printable
@@ -208,8 +207,8 @@ def verify_dabench(
     complete = all(whole) and not verdict.totals["file unreadable"]
     if manifest and complete and not verdict.totals["shard missing"]:
         _check_counts(verdict, manifest, rows.per_split)
-    if complete and dataset.is_parquet:
-        _check_history(verdict, dataset, before)
+    if rows.ids_are_unique:
+        _check_history(verdict, dataset, rows.ids, rows.places.splits(), before)
     if leaks and complete:
         _check_leaks(verdict, rows.places, files, dataset)
     return verdict
@@ -474,11 +473,21 @@ class _Rows:
                 message = f"made for {laid.base_model}, not for {api.base_model}"
                 self._add("LoRA does not fit", message, file, row, named)
 
+    @property
+    def ids(self) -> npt.NDArray[np.int64]:
+        """The ids of all rows whose file has them."""
+        return np.concatenate([*self._keys["id"], np.zeros(0, np.int64)])
+
+    @property
+    def ids_are_unique(self) -> bool:
+        """Whether every row that was read has an id of its own."""
+        return len(np.unique(self.ids)) == self.places.count
+
     def finish(self) -> None:
         """Check what takes all rows: unique ids, and groups and posts that lie in one split."""
         splits = self.places.splits()
         for name, found in self._keys.items():
-            values = np.concatenate(found) if found else np.zeros(0, np.int64)
+            values = np.concatenate([*found, np.zeros(0, np.int64)])
             if not len(values) or len(values) != len(splits):  # a file has no such column
                 continue
             if name == "id":
@@ -522,10 +531,15 @@ def _check_counts(verdict: Verdict, manifest: Manifest, found: Mapping[str, int]
     verdict.checked.append("counts against the manifest")
 
 
-def _check_history(verdict: Verdict, dataset: Dataset, before: Path | None) -> None:
+def _check_history(
+    verdict: Verdict,
+    dataset: Dataset,
+    ids: npt.NDArray[np.int64],
+    splits: npt.NDArray[np.int64],
+    before: Path | None,
+) -> None:
     """No record left its split, and the decisions that the dataset hands on are what it has."""
     artifact = dataset.artifact
-    ids, splits = read_splits(verdict.path)
     try:
         if artifact and (verdict.path / SPLITS_FILE).is_file():
             decided = read_decisions([artifact])
