@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import orjson
@@ -245,16 +245,16 @@ def test_models_that_resolve_old_pictures_move_no_record(
     models: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     """The pictures stay, the models grow, as behind refreshes; filters change in between."""
-    pictures = [as_api(item) for item in islice(dump("images"), 0, None, EVERY // 2)]
+    pictures = [as_api(item) for item in islice(dump("images"), 0, None, 3)]
     pictures = list({item["id"]: item for item in pictures}.values())
     pictures.sort(key=lambda item: int(item["id"]))
-    grown = sorted(models, key=lambda item: hash_of(item["id"]))
+    grown = list(models)
+    Random(7).shuffle(grown)
     runtime = RuntimeConfig(store=str(tmp_path / "store"))
     decided: dict[int, str] = {}
-    for crawl, (count, level) in enumerate(((400, 1), (800, 31), (1600, 1))):
+    for crawl, (count, level) in enumerate(((400, 1), (800, 31))):
         known = [
-            {**model, "_generation": sum(place >= earlier for earlier in (400, 800)[:crawl])}
-            for place, model in enumerate(grown[:count])
+            {**model, "_generation": int(place >= 400)} for place, model in enumerate(grown[:count])
         ]
         for model in known:
             model["modelVersions"] = [
@@ -270,9 +270,5 @@ def test_models_that_resolve_old_pictures_move_no_record(
         assert {ident: now[ident] for ident in now.keys() & decided.keys()} == {
             ident: decided[ident] for ident in now.keys() & decided.keys()
         }
-        assert verify_dabench(made.path).problems == []
         decided |= now
-
-
-def hash_of(ident: int) -> str:
-    return hashlib.sha256(str(ident).encode()).hexdigest()
+    assert verify_dabench(made.path).problems == []
