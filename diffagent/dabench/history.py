@@ -267,7 +267,8 @@ def _damaged(path: Path, error: Exception) -> ArtifactError:
 
 def history_of(filtered: Manifest, config: Mapping[str, Any], store: str) -> str:
     """A digest that all versions of one dataset share: its site, and the kind of its splits."""
-    site = next((_site(ref, store) for ref in filtered.inputs.get("snapshot", ())), "")
+    crawls = [ref.identity for ref in filtered.inputs.get("snapshot", ())]
+    site = site_of(filtered, store) or crawls
     settings = [config.get(name) for name in _SPLIT_SETTINGS]
     return hashlib.sha256(canonical_json([site, *settings])).hexdigest()
 
@@ -282,11 +283,13 @@ def _history_of_version(manifest: Manifest, store: str) -> str | None:
     return None
 
 
-def _site(snapshot: InputRef, store: str) -> str:
-    """The site of a crawl, or the identity of the crawl when that is there no more."""
-    crawl = _manifest(f"{store}/{snapshot.stage}/{snapshot.identity[:16]}")
-    site = crawl.config.get("site") if crawl else None
-    return str(site or snapshot.identity)
+def site_of(filtered: Manifest, store: str) -> str | None:
+    """The site whose records were filtered; None when the crawl is there no more."""
+    for ref in filtered.inputs.get("snapshot", ()):
+        crawl = _manifest(f"{store}/{ref.stage}/{ref.identity[:16]}")
+        if crawl and (site := crawl.config.get("site")):
+            return str(site)
+    return None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import orjson
 import pyarrow as pa
 
 from diffagent.artifacts import PREVIOUS, Artifact, StageContext, StageResult, stage
-from diffagent.dabench.card import CardFacts, write_card
+from diffagent.dabench.card import CardFacts, source_of, write_card
 from diffagent.dabench.catalogue import Catalogue, Entry, renderable_samplers
 from diffagent.dabench.dataset import DISTRIBUTIONS, damaged
 from diffagent.dabench.funnel import FunnelCounter
@@ -26,6 +26,7 @@ from diffagent.dabench.history import (
     find_previous,
     history_of,
     read_decisions,
+    site_of,
     store_of,
     write_decisions,
 )
@@ -80,7 +81,7 @@ def build_dabench(config: DABenchConfig, context: StageContext) -> StageResult:
 
     Writes ``data/SPLIT-00000-of-0000N.parquet`` (DABENCH, rows by id), ``splits.parquet``
     (DECISIONS), ``catalogue.parquet`` (CATALOGUE, complete), ``mapping/models.json``,
-    ``mapping/samplers.json``, ``README.md`` (the dataset card), ``plots/*.png`` and
+    ``mapping/samplers.json``, ``README.md`` (the dataset card), ``LICENSE.md``, ``plots/*.png`` and
     ``distributions.json`` (of the source, as filtered).
 
     Raises:
@@ -116,6 +117,7 @@ def build_dabench(config: DABenchConfig, context: StageContext) -> StageResult:
     facts = CardFacts(
         rows=rows,
         models_used=models,
+        source=source_of(site_of(filtered.manifest, store_of(filtered))),
         groups=len(sizes),
         largest_group=int(sizes.max(initial=0)),
         random_rows=_count(np.where(plan.inside, plan.by_chance, np.int8(NO_SPLIT))),

@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from diffagent.artifacts import MANIFEST, PREVIOUS, Artifact, read_manifest, sha256_file
 from diffagent.dabench.base_models import ecosystem
-from diffagent.dabench.catalogue import AIR_TYPES, Catalogue, Entry
+from diffagent.dabench.catalogue import AIR_TYPES, Catalogue, Entry, air_of
 from diffagent.dabench.dataset import Batch, Dataset, count_rows, find_shards, read_file
 from diffagent.dabench.history import (
     SPLITS_FILE,
@@ -272,10 +272,9 @@ def _check_catalogue(verdict: Verdict) -> Catalogue | None:
 
 def _entry_problem(entry: Entry) -> str:
     """What is wrong between an entry's type, base model, ids and AIR; '' when nothing is."""
-    kind = AIR_TYPES.get(entry.type)
-    if kind is None:
+    if entry.type not in AIR_TYPES:
         return f"type {entry.type!r} cannot be called"
-    air = f"urn:air:{entry.ecosystem}:{kind}:civitai:{entry.model_id}@{entry.version_id}"
+    air = air_of(entry.ecosystem, entry.type, entry.model_id, entry.version_id)
     return "" if entry.air == air else f"the AIR of these ids is {air}"
 
 
