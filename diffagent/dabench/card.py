@@ -105,7 +105,7 @@ def write_card(out: Path, facts: CardFacts, catalogue: Catalogue) -> None:
     for name, distribution in facts.distributions.items():
         _plot(out / "plots" / f"{name}.png", _TITLES[name], distribution)
     sections = [
-        front_text(front_matter(facts.rows)),
+        front_text(front_matter(facts.rows.items())),
         _summary(facts, catalogue),
         USE,
         _columns(),
@@ -140,15 +140,16 @@ def literal(value: object) -> str:
     return html.escape(_SPECIAL.sub(r"\\\g<0>", printable(value, _MAX_NAME)), quote=False)
 
 
-def front_matter(rows: Mapping[str, int]) -> dict[str, Any]:
+def front_matter(rows: Iterable[tuple[str, int]]) -> dict[str, Any]:
     """The metadata of the card as the Hugging Face Hub reads it.
 
     Args:
-        rows: of each split. ``datasets`` cannot load an empty one, so those are left out.
+        rows: (split, its rows). ``datasets`` cannot load an empty one, so those are left out.
     """
+    sizes = dict(rows)
     files = [
         {"split": split, "path": f"data/{split}-*.parquet"}
-        for split, count in rows.items()
+        for split, count in sizes.items()
         if count
     ]
     return {
@@ -159,7 +160,7 @@ def front_matter(rows: Mapping[str, int]) -> dict[str, Any]:
         "language": ["en"],
         "task_categories": ["text-generation"],
         "tags": ["text-to-image", "model-selection", "tool-use", "stable-diffusion"],
-        "size_categories": [size_category(sum(rows.values()))],
+        "size_categories": [size_category(sum(sizes.values()))],
         "configs": [
             {"config_name": "default", "default": True, "data_files": files},
             {"config_name": "catalogue", "data_files": "catalogue.parquet"},
@@ -255,11 +256,13 @@ def _funnel(funnel: Funnel) -> str:
         (step.filter, step.reason, step.dropped, _share(step.dropped, funnel.seen))
         for step in funnel.steps
     ]
-    return (
+    text = (
         f"### {funnel.unit.capitalize()}\n\n"
-        f"{funnel.seen:,} seen, {funnel.kept:,} kept ({_share(funnel.kept, funnel.seen)}).\n\n"
-        + table(("filter", "dropped because", "dropped", "of those seen"), rows)
+        f"{funnel.seen:,} seen, {funnel.kept:,} kept ({_share(funnel.kept, funnel.seen)})."
     )
+    if not rows:
+        return text
+    return f"{text}\n\n{table(('filter', 'dropped because', 'dropped', 'of those seen'), rows)}"
 
 
 def _source(facts: CardFacts) -> str:

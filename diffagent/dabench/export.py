@@ -156,7 +156,7 @@ def _write_hf(dataset: Dataset, folder: Path) -> None:
         _copy(dataset, f"plots/{plot.name}", folder)
     front, body = _card(dataset.path / "README.md")
     schema = pq.read_schema(next(folder.glob("data/*.parquet")))
-    front |= front_matter(dataset.rows)
+    front |= front_matter(dataset.rows.items())
     front["dataset_info"] = _dataset_info(folder, schema, sizes)
     parts = [front_text(front), body.strip()]
     if "## Use\n" not in body:  # of a card that this version did not write

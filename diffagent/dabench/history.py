@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 
 from diffagent.artifacts import PREVIOUS, Artifact, Inputs, canonical_json, read_manifest
 from diffagent.dabench.neighbours import Ints
-from diffagent.dabench.splits import SPLITS, Assignment, Codes, Decisions, Prints
+from diffagent.dabench.splits import NO_SPLIT, SPLITS, Assignment, Codes, Decisions, Prints
 from diffagent.dabench.tables import read_batches, write_table
 from diffagent.errors import ArtifactError
 from diffagent.remote import list_remote, read_remote
@@ -132,7 +132,8 @@ def read_decisions(versions: Sequence[Artifact]) -> Decisions:
 
 def write_decisions(path: Path, before: Decisions, prints: Prints, made: Assignment) -> None:
     """Write what is decided by now: ``before``, and the splits of ``prints``."""
-    rows = np.flatnonzero(made.split >= 0)
+    rows = np.flatnonzero(made.split != NO_SPLIT)
+    rows = rows[np.argsort(prints.ids[rows], kind="stable")]
     now = Decisions(
         ids=prints.ids[rows],
         split=made.split[rows],
@@ -141,12 +142,6 @@ def write_decisions(path: Path, before: Decisions, prints: Prints, made: Assignm
         mark=prints.marks[rows],
         present=np.ones(len(rows), bool),
         cuts=made.cuts,
-    )
-    order = np.argsort(now.ids, kind="stable")
-    now = Decisions(
-        *(getattr(now, name)[order] for name in ("ids", "split", "group", "age", "mark")),
-        present=now.present,
-        cuts=now.cuts,
     )
     every = before.followed_by(now)
     cuts = orjson.dumps({name: list(cut) for name, cut in sorted(every.cuts.items())})

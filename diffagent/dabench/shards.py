@@ -43,6 +43,7 @@ from diffagent.dabench.tables import TableWriter, read_batches, read_rows, table
 from diffagent.errors import ArtifactError
 from schemas.config import DABenchConfig
 from schemas.dabench import DABENCH, RECORDS
+from schemas.manifest import Funnel
 
 log = logging.getLogger(__name__)
 
@@ -99,11 +100,6 @@ def build_dabench(config: DABenchConfig, context: StageContext) -> StageResult:
     for split, count in rows.items():
         if not count:
             log.warning("split %r is empty: %d pairs are too few", split, len(plan.ids))
-    funnel = FunnelCounter("pairs", ("splits",))
-    funnel.keep(int(plan.inside.sum()))
-    for known, reason in ((False, NEW_APART), (True, KNOWN_APART)):
-        if left_out := int((~plan.inside & (plan.known == known)).sum()):
-            funnel.drop("splits", reason, left_out)
     if versions:
         check_kept(plan.ids[plan.inside], plan.split[plan.inside], versions[0])
     models = _write_shards(filtered, config, context.out, plan)
@@ -124,7 +120,7 @@ def build_dabench(config: DABenchConfig, context: StageContext) -> StageResult:
         exposed=plan.exposed,
         base_models=_base_models(plan),
         distributions=orjson.loads(distributions),
-        funnels=(*filtered.manifest.funnels, funnel.result()),
+        funnels=(*filtered.manifest.funnels, _funnel(plan)),
         config=config,
     )
     write_card(context.out, facts, catalogue)
@@ -188,6 +184,16 @@ def _plan(
         prints.base_models,
         int(exposed.sum()),
     )
+
+
+def _funnel(plan: _Plan) -> Funnel:
+    """What became of the pairs."""
+    funnel = FunnelCounter("pairs", ("splits",))
+    funnel.keep(int(plan.inside.sum()))
+    for known, reason in ((False, NEW_APART), (True, KNOWN_APART)):
+        if left_out := int((~plan.inside & (plan.known == known)).sum()):
+            funnel.drop("splits", reason, left_out)
+    return funnel.result()
 
 
 def _count(codes: Codes) -> dict[str, int]:

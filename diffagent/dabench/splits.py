@@ -336,7 +336,8 @@ class Prints:
             age[rows] = oldest[places]
             split[rows] = _unless_apart(splits[age[rows]], touched)
             links.settle(columns, age[rows], split[rows])
-        return Assignment(split, anchors[age] if len(anchors) else age, age, known, cuts.frozen)
+        group = anchors[age] if len(anchors) else self.ids
+        return Assignment(split, group, age, known, cuts.frozen)
 
     def _decided(self, before: Decisions, numbers: Int32s) -> tuple[Flags, Codes, Int32s]:
         """Which rows were decided before; of these (else NO_SPLIT, 0) the split and the group."""

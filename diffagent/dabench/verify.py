@@ -33,10 +33,10 @@ from diffagent.dabench.history import (
     read_decisions,
     version_before,
 )
-from diffagent.dabench.layout import printable
+from diffagent.dabench.layout import harmless, printable
 from diffagent.dabench.leaks import Chunk, Leak, chunk, find_leaks
 from diffagent.dabench.shards import model_mapping, sampler_mapping
-from diffagent.dabench.splits import SPLITS, Split
+from diffagent.dabench.splits import SPLITS, Codes, Split
 from diffagent.errors import ArtifactError, DiffAgentError
 from schemas.api import T2IAPI, ApiError, parse_api
 from schemas.dabench import CATALOGUE, DABENCH
@@ -208,7 +208,8 @@ def verify_dabench(
     if manifest and complete and not verdict.totals["shard missing"]:
         _check_counts(verdict, manifest, rows.per_split)
     if rows.ids_are_unique:
-        _check_history(verdict, dataset, rows.ids, rows.places.splits(), before)
+        codes = rows.places.splits().astype(np.int8)
+        _check_history(verdict, dataset, rows.ids, codes, before)
     if leaks and complete:
         _check_leaks(verdict, rows.places, files, dataset)
     return verdict
@@ -534,7 +535,7 @@ def _check_history(
     verdict: Verdict,
     dataset: Dataset,
     ids: npt.NDArray[np.int64],
-    splits: npt.NDArray[np.int64],
+    splits: Codes,
     before: Path | None,
 ) -> None:
     """No record left its split, and the decisions that the dataset hands on are what it has."""
@@ -646,4 +647,4 @@ def verdict_text(verdict: Verdict) -> str:
             lines.append(f"  {where}{value}{printable(problem.message, 300)}")
         if total > len(shown):
             lines.append(f"  ... and {total - len(shown):,} more")
-    return "\n".join(lines)
+    return "\n".join(map(harmless, lines))
