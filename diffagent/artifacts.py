@@ -123,6 +123,8 @@ Progress = Callable[[float | None, str], None]
 #: What a stage reads: name of the input -> artefacts (one, or one a shard).
 Inputs = Mapping[str, Sequence[Artifact]]
 _Held = contextlib.AbstractContextManager[None]
+#: Name of the input that holds earlier artefacts of the same stage: its history in the store.
+PREVIOUS = "previous"
 
 
 @dataclass
@@ -411,6 +413,13 @@ class Stage(Generic[C]):
     config_type: type[C]
     files: Callable[[C], Sequence[Path]] = lambda config: ()
     salvages: bool = False
+    history: Callable[[C, Inputs, RuntimeConfig], Sequence[Artifact]] | None = None
+
+    def _with_history(self, config: C, inputs: Inputs, runtime: RuntimeConfig) -> Inputs:
+        """The inputs, and those that the store has from before for a stage with a history."""
+        if self.history is None or PREVIOUS in inputs:
+            return inputs
+        return {**inputs, PREVIOUS: self.history(config, inputs, runtime)}
 
     def identity(self, config: C, inputs: Inputs) -> str:
         """sha256 that names this request; equal requests have equal identities."""
@@ -434,6 +443,7 @@ class Stage(Generic[C]):
 
     def directory(self, config: C, inputs: Inputs, runtime: RuntimeConfig) -> Path:
         """Where the artefact of this request is built and read on this machine."""
+        inputs = self._with_history(config, inputs, runtime)
         return runtime.local_store / self.name / self.identity(config, inputs)[:16]
 
     def cached(self, config: C, inputs: Inputs, runtime: RuntimeConfig) -> Artifact | None:
@@ -523,6 +533,7 @@ class Stage(Generic[C]):
                 again), the disk is full, the store cannot be reached, the funnel does not add
                 up, or the body failed, whatever it raised.
         """
+        inputs = self._with_history(config, inputs, runtime)
         directory = self.directory(config, inputs, runtime)
         with explained(f"stage {self.name!r}", directory.parent):
             if not refresh and (artifact := self.cached(config, inputs, runtime)):
@@ -640,7 +651,11 @@ class Stage(Generic[C]):
             series=latest.series_of(
                 self.name,
                 config.model_dump(mode="json"),
-                {name: [series_of(a) for a in artifacts] for name, artifacts in inputs.items()},
+                {
+                    name: [series_of(a) for a in artifacts]
+                    for name, artifacts in inputs.items()
+                    if name != PREVIOUS
+                },
             ),
             config=config.model_dump(mode="json"),
             inputs={
@@ -743,16 +758,19 @@ def stage(
     config: type[C],
     files: Callable[[C], Sequence[Path]] = lambda config: (),
     salvages: bool = False,
+    history: Callable[[C, Inputs, RuntimeConfig], Sequence[Artifact]] | None = None,
 ) -> Callable[..., Stage[C]]:
     """Make a stage of a function ``body(config, context) -> StageResult``.
 
     Bump ``version`` whenever the same request would give a different answer. ``files`` says which
     local files, weights for example, the config names: their contents are part of the request.
-    ``salvages``: a damaged artefact is set aside for the body instead of removed.
+    ``salvages``: a damaged artefact is set aside for the body instead of removed. ``history``
+    finds the earlier artefacts of the stage that a request goes on from; they are its input
+    ``PREVIOUS``, so they are part of its identity and of its lineage.
     """
 
     def wrap(body: Callable[[C, StageContext], StageResult]) -> Stage[C]:
-        return Stage(name, version, body, config, files, salvages)
+        return Stage(name, version, body, config, files, salvages, history)
 
     return wrap
 

@@ -125,6 +125,21 @@ def write_pointer(uri: str, name: str) -> None:
         files.pipe_file(path, name.encode())
 
 
+def list_remote(uri: str) -> list[str]:
+    """Names of what lies in the folder ``uri``; none when there is no such folder.
+
+    Raises:
+        ArtifactError: the store cannot be read.
+    """
+    with _explained("list", uri):
+        files, root = _open(uri)
+        try:
+            paths = files.ls(root, detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted({str(path).rstrip("/").rpartition("/")[2] for path in paths})
+
+
 def missing_files(uri: str, folder: str, manifest: Manifest) -> list[FileEntry]:
     """The files of ``manifest`` that are not there or not as long as it says (one listing).
 

@@ -119,6 +119,18 @@ DABENCH = pa.schema(
     ]
 )
 
+#: One row a record whose split was ever decided, by id: the dataset's memory (``splits.parquet``).
+#: The metadata of its schema have the frozen cut points: ``cuts``, JSON {base model: [test,
+#: validation]}.
+DECISIONS = _schema(
+    ("id", _int, False),
+    ("split", _text, False),
+    ("group", _int, False),  # names its group
+    ("age", pa.int32(), False),  # rank of the group, oldest first
+    ("mark", pa.uint64(), False),  # hash of what ties it to others: word pairs, post, creator
+    ("present", _bool, False),  # among the prints of this version, with this mark and split
+)
+
 #: One row a candidate answer to a prompt: sampled, taken from DABench or given by a selector.
 CANDIDATES = _schema(
     ("prompt_id", _int, False),  # DABENCH.id

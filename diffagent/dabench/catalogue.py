@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffagent.artifacts import describe_directory
+from diffagent.civitai.sources import SYNTHETIC
 from diffagent.dabench.base_models import NON_COMMERCIAL, base_model_of, ecosystem
 from diffagent.errors import ArtifactError, ConfigError
 from diffagent.failures import reading
@@ -305,6 +306,18 @@ def describe(model: Mapping[str, Any]) -> str:
     return first_sentences(plain_text(html[:_MAX_HTML], enough=_MAX_DESCRIPTION))
 
 
+def air_of(root: str, kind: str, model_id: int, version_id: int) -> str:
+    """The AIR of a version; its source is ``local`` when the file is of no site (by its id).
+
+    Args:
+        root: ecosystem of the base model.
+        kind: the site's type, as ``LORA``.
+        model_id, version_id: ids.
+    """
+    source = "civitai" if model_id < SYNTHETIC else "local"
+    return f"urn:air:{root}:{AIR_TYPES.get(kind, kind.lower())}:{source}:{model_id}@{version_id}"
+
+
 def make_entry(
     model: Mapping[str, Any],
     version: Mapping[str, Any],
@@ -323,7 +336,6 @@ def make_entry(
     """
     kind, base_model = str(model["type"]), str(version["baseModel"])
     model_id, version_id = int(model["id"]), int(version["id"])
-    air_type = AIR_TYPES.get(kind, kind.lower())
     creator = model.get("creator")
     username = creator.get("username") if isinstance(creator, dict) else None
     known = base_model_of(base_model)
@@ -336,7 +348,7 @@ def make_entry(
         base_model=base_model,
         model_id=model_id,
         version_id=version_id,
-        air=f"urn:air:{known.ecosystem}:{air_type}:civitai:{model_id}@{version_id}",
+        air=air_of(known.ecosystem, kind, model_id, version_id),
         file_name=str(file.get("name") or ""),
         file_id=int64(file.get("id")),
         size_bytes=_size_bytes(file.get("sizeKB")),

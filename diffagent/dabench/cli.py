@@ -83,12 +83,21 @@ def verify(
     leaks: Annotated[
         bool, typer.Option(help="Compare prompts across splits (most of the time).")
     ] = True,
+    before: Annotated[
+        Path | None,
+        typer.Option(
+            parser=artifact_path,
+            metavar="DIR",
+            help="An older version, in whose splits all records must still be. "
+            "[default: the one that it went on from]",
+        ),
+    ] = None,
     as_json: AsJSON = False,
 ) -> None:
     """Check files, schema, references, ranges, mappings and splits; exit code 1 on any problem."""
     from diffagent.dabench.verify import verdict_text, verify_dabench
 
-    verdict = verify_dabench(directory, limit=limit, leaks=leaks)
+    verdict = verify_dabench(directory, limit=limit, leaks=leaks, before=before)
     _print(verdict.to_dict()) if as_json else typer.echo(verdict_text(verdict))
     if not verdict.sound:
         raise typer.Exit(1)

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffagent.dabench.dataset import Dataset
-from diffagent.dabench.layout import aligned, printable
+from diffagent.dabench.layout import aligned, paragraphs, printable
 from diffagent.dabench.splits import SPLITS
 from diffagent.errors import ArtifactError, SchemaError
 
@@ -334,7 +334,7 @@ def comparison_text(found: Mapping[str, Any]) -> str:
         *(_funnel_text(unit, reasons) for unit, reasons in found["funnels"].items()),
         _leak_text(found),
     ]
-    return "\n\n".join("\n".join(part) for part in parts if part)
+    return paragraphs(parts)
 
 
 def _split_text(found: Mapping[str, Any]) -> list[str]:

@@ -14,7 +14,17 @@ def printable(value: object, limit: int = 0) -> str:
     text = " ".join(str(value).split())
     if limit and len(text) > limit:
         text = text[: limit - 1] + "…"
-    return "".join(c if unicodedata.category(c)[0] != "C" else f"\\x{ord(c):02x}" for c in text)
+    return harmless(text)
+
+
+def harmless(line: str) -> str:
+    """A line without control characters: each is shown as its code."""
+    return "".join(c if unicodedata.category(c)[0] != "C" else f"\\x{ord(c):02x}" for c in line)
+
+
+def paragraphs(parts: Iterable[Sequence[str]]) -> str:
+    """Parts with an empty line between them; whatever a line holds, it is one, and harmless."""
+    return "\n\n".join("\n".join(map(harmless, part)) for part in parts if part)
 
 
 def aligned(

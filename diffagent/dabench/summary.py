@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from diffagent.dabench.catalogue import Catalogue
 from diffagent.dabench.dataset import Batch, Dataset
-from diffagent.dabench.layout import aligned, printable, share
+from diffagent.dabench.layout import aligned, paragraphs, printable, share
 from diffagent.errors import DiffAgentError, SchemaError
 from schemas.api import T2IAPI
 from schemas.manifest import Funnel
@@ -244,7 +244,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         parts.insert(3, ["funnel: not known here (it lies with the artefact of 'filter')"])
     if summary["lineage"]:
         parts.insert(1, ["made from", *(f"  {line}" for line in summary["lineage"])])
-    return "\n\n".join("\n".join(part) for part in parts if part)
+    return paragraphs(parts)
 
 
 def _facts(summary: Mapping[str, Any]) -> list[tuple[str, object]]:

@@ -20,7 +20,7 @@ from diffagent.dabench.catalogue import Catalogue
 from diffagent.dabench.filters import filter_records
 from diffagent.dabench.leaks import chunk, find_leaks
 from diffagent.dabench.lookup import SiteLookup
-from diffagent.dabench.shards import build_dabench, read_split
+from diffagent.dabench.shards import KNOWN_APART, build_dabench, read_split
 from diffagent.dabench.splits import SPLITS
 from diffagent.dabench.tables import read_rows, table_writer, write_table
 from diffagent.errors import ArtifactError, NotFound
@@ -135,10 +135,10 @@ def test_what_would_straddle_is_left_out_and_counted(tmp_path: Path) -> None:
     again = build_dabench.run(CONFIG, {"filtered": [source]}, runtime, refresh=True)
     funnel = again.manifest.funnels[-1]
     assert (funnel.unit, funnel.seen, funnel.kept) == ("pairs", 60, 59)
-    assert [(s.reason, s.dropped) for s in funnel.steps] == [("would straddle two splits", 1)]
+    assert [(s.reason, s.dropped) for s in funnel.steps] == [(KNOWN_APART, 1)]
     left = {row["id"] for split in SPLITS for row in read_split(again, split)}
     assert left == set(of) - {prints[-1]["id"]}
-    assert "would straddle two splits | 1 |" in again.file("README.md").read_text()
+    assert f"{KNOWN_APART} | 1 |" in again.file("README.md").read_text()
 
 
 def test_records_that_are_not_those_of_the_prints_are_an_error(tmp_path: Path) -> None:

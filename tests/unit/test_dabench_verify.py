@@ -230,7 +230,8 @@ def test_what_is_broken_is_found(
 
 
 def test_every_kind_of_problem_has_a_test() -> None:
-    assert {kind for kind, _, _ in BREAKS} == set(REMEDIES)
+    with_history = {"moved since the version before", "decided otherwise"}  # test_dabench_history
+    assert {kind for kind, _, _ in BREAKS} == set(REMEDIES) - with_history
 
 
 def test_a_problem_names_file_row_and_value(made: Artifact, tmp_path: Path) -> None:
