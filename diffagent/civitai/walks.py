@@ -3,7 +3,9 @@
 What is to be fetched is written as generators that yield a call to the site and are sent its
 answer (``Steps``). ``Walks.run`` carries them on: threads make the calls, and everything else
 happens in the one thread that writes the journal. So the rate limit, not the latency of the site,
-decides how fast a crawl is, and neither order nor number of threads shows in its result.
+decides how fast a crawl is, and neither order nor number of threads shows in its result. A call
+runs in the context of whoever started the crawl, so that its warnings reach the log of a Prefect
+run.
 """
 
 from __future__ import annotations
@@ -11,9 +13,10 @@ from __future__ import annotations
 import heapq
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -21,7 +24,8 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from diffagent.civitai.client import CivitaiClient, is_site_host, origin_of
+from diffagent.civitai.address import Address
+from diffagent.civitai.client import CivitaiClient
 from diffagent.civitai.journal import Item, Journal
 from diffagent.civitai.known import (
     Known,
@@ -30,9 +34,10 @@ from diffagent.civitai.known import (
     downloads_of,
     has_meta,
 )
-from diffagent.civitai.pagination import Fetch, Page, Walk
+from diffagent.civitai.pagination import Drop, Fetch, Page, Walk
 from diffagent.errors import ArtifactError, CivitaiError, ServerError
 from schemas.civitai import canonical, unwrap_meta, versions_of, whole_number
+from schemas.printable import printable
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +101,9 @@ class Walks:
         self.failed: dict[str, list[int]] = {}
         self.on_item: Callable[[str, dict[str, Any]], None] = lambda kind, item: None
         self._walks: dict[str, WalkState] = {}
+        #: Kind -> mark of what cannot be kept -> reason; what a local server could not list.
+        self._dropped: dict[str, dict[str, str]] = {}
+        self._source_drops: Mapping[str, Mapping[str, int]] = {}
         names = ("loops", "restarts", "repeated", "malformed", "text_ids", "hollow")
         self._counts = dict.fromkeys(names, 0)
         self._fetched = 0
@@ -153,7 +161,7 @@ class Walks:
                 call = step()
             except StopIteration:
                 return
-            running[pool.submit(call)] = job
+            running[pool.submit(copy_context().run, call)] = job
 
         with ThreadPoolExecutor(number, thread_name_prefix="crawl") as pool:
             try:
@@ -183,7 +191,7 @@ class Walks:
         with ThreadPoolExecutor(number, thread_name_prefix="crawl") as pool:
             try:
                 for ident, call in calls:
-                    asked.append((ident, pool.submit(call)))
+                    asked.append((ident, pool.submit(copy_context().run, call)))
                     if len(asked) == number:
                         first, future = asked.popleft()
                         yield first, future.result
@@ -270,13 +278,41 @@ class Walks:
                 "complete": walk.complete,
                 "quiet": quiet,
             }
+            self.drop(kind, page.dropped, state)
+            if page.source_drops:
+                state["source_drops"] = page.source_drops
             self.save(state, kind, new)
-            self._counts["malformed"] += page.malformed
             self._counts["text_ids"] += page.text_ids
             more(len(new))
         self._counts["loops"] += walk.loops
         self._counts["restarts"] += walk.restarts
         return reached
+
+    def drop(self, kind: str, dropped: Iterable[Drop], state: dict[str, Any]) -> None:
+        """Count what cannot be kept, each once, and write it into a ``state`` to be saved."""
+        known = self._dropped.get(kind, {})
+        new = [drop for drop in dropped if drop[0] not in known]
+        if new:
+            log.warning(
+                "%d of %s left out: %s", len(new), kind, "; ".join(sorted({r for _, r in new}))
+            )
+            state["dropped"] = [kind, new]
+            self._counts["malformed"] += len(new)
+
+    def drops(self) -> dict[str, list[tuple[str, str, int]]]:
+        """What was left out of each kind: (where, reason, number).
+
+        'record': an entry of an answer that cannot be kept; 'source': one that a local server
+        could not even list.
+        """
+        result: dict[str, list[tuple[str, str, int]]] = {}
+        for kind in ("images", "models"):
+            counts = Counter(("record", reason) for reason in self._dropped.get(kind, {}).values())
+            counts.update({("source", r): n for r, n in self._source_drops.get(kind, {}).items()})
+            rows = [(where, printable(why)[:100], n) for (where, why), n in counts.items()]
+            if rows:
+                result[kind] = sorted(rows)
+        return result
 
     def unseen(self, kind: str, items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Those of the items, each once, that this crawl does not have yet."""
@@ -375,6 +411,10 @@ class Walks:
                     self.downloads[ident] = downloads_of(item)
                     self.creators |= dict.fromkeys(self.versions[ident], creator_of(item))
                 self.on_item(kind, item)
+        if "dropped" in state:
+            kind, drops = state["dropped"]
+            self._dropped.setdefault(kind, {}).update(drops)
+        self._source_drops = state.get("source_drops", self._source_drops)
         if "showcase" in state:
             self.showcases.add(state["showcase"])
         if "judged" in state:
@@ -423,6 +463,9 @@ class Walks:
         link = item.get("downloadUrl") if isinstance(item, dict) else None
         if not isinstance(link, str):
             return
-        parts = urlsplit(link)
-        if origin_of(link) == self._client.origin or is_site_host(parts.hostname or ""):
+        try:
+            address, parts = Address.parse(link), urlsplit(link)
+        except ValueError:
+            return  # not the site's; what it is good for is seen when it is used
+        if address.origin == self._client.origin or address.is_site:
             item["downloadUrl"] = parts.path + (f"?{parts.query}" if parts.query else "")
