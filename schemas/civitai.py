@@ -138,6 +138,24 @@ def commercial_use(value: Any) -> tuple[str, ...] | None:
     return tuple(sorted({name for name in names if name and name != "None"}))
 
 
+def paid_access(version: Mapping[str, Any], day: str) -> str:
+    """Why a version is not free to download on a ``day`` (YYYY-MM-DD); '' when it is.
+
+    Since July 2026 a version may have ``paidAccess: {permanent, endsAt}``, and the older end of an
+    early access follows it. On an unknown day ('') an end is taken to lie ahead.
+    """
+    paid, ends = version.get("paidAccess"), version.get("earlyAccessEndsAt")
+    if isinstance(paid, dict):
+        if paid.get("permanent") not in (None, False):
+            return "paid access"
+        ends = paid.get("endsAt")
+    elif paid not in (None, False):
+        return "paid access"
+    if ends in (None, "", False):
+        return ""
+    return "early access" if not isinstance(ends, str) or ends > day else ""
+
+
 def unwrap_meta(meta: Any) -> dict[str, Any] | None:
     """Generation metadata as a flat dict: ``{"id": N, "meta": {...}}`` is opened."""
     while isinstance(meta, dict) and "id" in meta and "meta" in meta:

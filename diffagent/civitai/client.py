@@ -215,8 +215,7 @@ class CivitaiClient:
         path, ids = "/api/v1/model-versions/by-hash/ids", dict[str, tuple[int, int]]()
         for start in range(0, len(sha256s), _HASHES):
             wanted = [digest.upper() for digest in sha256s[start : start + _HASHES]]
-            rows = self._patiently(lambda: self._json(path, {}, body=wanted))  # noqa: B023  now
-            for row in rows if isinstance(rows, list) else ():
+            for row in self._patiently(lambda: self._json(path, {}, list, wanted)):  # noqa: B023
                 entry = row if isinstance(row, dict) else {}
                 model = whole_number(entry.get("modelId"))
                 version = whole_number(entry.get("modelVersionId"))
@@ -330,19 +329,19 @@ class CivitaiClient:
         return Page.of(items, next_cursor(metadata), metadata.get("dropped"))
 
     def _object(self, path: str, params: Params | None = None) -> dict[str, Any]:
-        value = self._patiently(lambda: self._json(path, params or {}))
-        if not isinstance(value, dict):
-            raise CivitaiError(f"{path}: {type(value).__name__} instead of a JSON object")
-        return value
+        return self._patiently(lambda: self._json(path, params or {}, dict))
 
-    def _json(self, path: str, params: Params, body: Any = None) -> Any:
+    def _json(self, path: str, params: Params, form: type[T], body: Any = None) -> T:
         with self._follow(self.origin + path, params, body) as response:
             if response.status_code != 200:
                 raise self._failure(response, cursor="cursor" in params)
             kind = response.headers.get("Content-Type", "").lower()
             if "json" not in kind:
                 raise ServerError(f"{path}: {kind!r} instead of JSON")
-            return parse_json(self._body(response, path), path)
+            value = parse_json(self._body(response, path), path)
+        if not isinstance(value, form):
+            raise ServerError(f"{path}: JSON of type {type(value).__name__}, not {form.__name__}")
+        return value
 
     def _text(self, path: str) -> str:
         with self._follow(self.origin + path, {}) as response:

@@ -96,14 +96,14 @@ def _funnels(memory: Memory, rows: Mapping[str, int]) -> tuple[Funnel, ...]:
     return tuple(
         Funnel(
             unit=kind,
-            seen=rows.get(kind, 0) + sum(number for *_, number in drops),
+            seen=rows.get(kind, 0) + sum(reasons.values()),
             kept=rows.get(kind, 0),
             steps=tuple(
-                FunnelStep(filter=where, reason=reason, dropped=number)
-                for where, reason, number in drops
+                FunnelStep(filter="record", reason=reason, dropped=number)
+                for reason, number in reasons.items()
             ),
         )
-        for kind, drops in memory.drops.items()
+        for kind, reasons in memory.drops.items()
     )
 
 

@@ -300,6 +300,7 @@ class ModelQuery:
             (not self.types or row.type in self.types)
             and bool(row.levels & self.levels)
             and (self.adult or not row.nsfw)
+            and not (self.adult and row.minor)  # the default request shows them
             and (self.ids is None or row.id in self.ids)
             and (self.version_ids is None or not set(self.version_ids).isdisjoint(row.version_ids))
             and (not self.base_models or not row.base_models.isdisjoint(self.base_models))

@@ -85,7 +85,7 @@ class Memory:
     ledger: Ledger | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
     #: see ``diffagent.civitai.walks.Walks.drops``
-    drops: dict[str, list[tuple[str, str, int]]] = field(default_factory=dict)
+    drops: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path) -> Memory:
@@ -96,8 +96,8 @@ class Memory:
             ledger = found.get("ledger")
             ledger = Ledger.of_json(ledger) if ledger else None
             drops = {
-                str(kind): [(str(where), str(reason), int(n)) for where, reason, n in rows]
-                for kind, rows in (found.get("drops") or {}).items()
+                str(kind): {str(reason): int(number) for reason, number in reasons.items()}
+                for kind, reasons in (found.get("drops") or {}).items()
             }
             return cls(looked_at, ledger, dict(found.get("metrics") or {}), drops)
         except FileNotFoundError:

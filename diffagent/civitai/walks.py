@@ -3,9 +3,7 @@
 What is to be fetched is written as generators that yield a call to the site and are sent its
 answer (``Steps``). ``Walks.run`` carries them on: threads make the calls, and everything else
 happens in the one thread that writes the journal. So the rate limit, not the latency of the site,
-decides how fast a crawl is, and neither order nor number of threads shows in its result. A call
-runs in the context of whoever started the crawl, so that its warnings reach the log of a Prefect
-run.
+decides how fast a crawl is, and neither order nor number of threads shows in its result.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -161,7 +158,7 @@ class Walks:
                 call = step()
             except StopIteration:
                 return
-            running[pool.submit(copy_context().run, call)] = job
+            running[pool.submit(call)] = job
 
         with ThreadPoolExecutor(number, thread_name_prefix="crawl") as pool:
             try:
@@ -191,7 +188,7 @@ class Walks:
         with ThreadPoolExecutor(number, thread_name_prefix="crawl") as pool:
             try:
                 for ident, call in calls:
-                    asked.append((ident, pool.submit(copy_context().run, call)))
+                    asked.append((ident, pool.submit(call)))
                     if len(asked) == number:
                         first, future = asked.popleft()
                         yield first, future.result
@@ -291,27 +288,25 @@ class Walks:
     def drop(self, kind: str, dropped: Iterable[Drop], state: dict[str, Any]) -> None:
         """Count what cannot be kept, each once, and write it into a ``state`` to be saved."""
         known = self._dropped.get(kind, {})
-        new = [drop for drop in dropped if drop[0] not in known]
+        new = {mark: reason for mark, reason in dropped if mark not in known}
         if new:
-            log.warning(
-                "%d of %s left out: %s", len(new), kind, "; ".join(sorted({r for _, r in new}))
-            )
+            reasons = "; ".join(sorted(set(new.values())))
+            log.warning("%d of %s left out: %s", len(new), kind, printable(reasons))
             state["dropped"] = [kind, new]
             self._counts["malformed"] += len(new)
 
-    def drops(self) -> dict[str, list[tuple[str, str, int]]]:
-        """What was left out of each kind: (where, reason, number).
+    def drops(self) -> dict[str, dict[str, int]]:
+        """What was left out of each kind: reason -> number.
 
-        'record': an entry of an answer that cannot be kept; 'source': one that a local server
-        could not even list.
+        Entries of answers that cannot be kept, and those of a local server's source, which it
+        counts by the same rules and does not list.
         """
-        result: dict[str, list[tuple[str, str, int]]] = {}
+        result: dict[str, dict[str, int]] = {}
         for kind in ("images", "models"):
-            counts = Counter(("record", reason) for reason in self._dropped.get(kind, {}).values())
-            counts.update({("source", r): n for r, n in self._source_drops.get(kind, {}).items()})
-            rows = [(where, printable(why)[:100], n) for (where, why), n in counts.items()]
-            if rows:
-                result[kind] = sorted(rows)
+            counts = Counter(self._dropped.get(kind, {}).values())
+            counts.update(self._source_drops.get(kind, {}))
+            for reason, number in sorted(counts.items()):
+                result.setdefault(kind, {})[printable(reason)[:100]] = number
         return result
 
     def unseen(self, kind: str, items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -23,7 +23,6 @@ files; hashes are kept in a file of the store, by size and time.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import threading
@@ -38,10 +37,10 @@ import orjson
 from filelock import FileLock
 
 from diffagent.artifacts import atomic_file
-from diffagent.civitai.client import parse_json
+from diffagent.civitai.lenient_json import loads
 from diffagent.civitai.sources import Records, synthetic_id
 from diffagent.civitai.sources.architecture import UNKNOWN, Architecture, describe
-from diffagent.errors import CivitaiError, ConfigError, RenderError
+from diffagent.errors import ConfigError, RenderError
 from diffagent.render.weights import check_weights, read_header
 from schemas.civitai import (
     FILE_FIELDS,
@@ -50,6 +49,7 @@ from schemas.civitai import (
     PG,
     VERSION_FIELDS,
     X,
+    json_flaw,
     level_of,
     whole_number,
 )
@@ -120,16 +120,17 @@ def open_folder(directory: Path, cache: Path | None = None) -> Records:
     for path in model_files(directory):
         try:
             file = look(path, hashes)
-        except OSError as error:
-            log.warning("%r cannot be read (%s); left out", str(path), error.strerror)
-            continue
-        if twin := files.get(file.sha256):
-            log.warning("%r holds the same as %r; left out", str(path), str(twin.path))
+            if twin := files.get(file.sha256):
+                log.warning("%r holds the same as %r; left out", str(path), str(twin.path))
+                continue
+            model, version = record_of(file)
+            pictures = list(pictures_of(file, version, model))
+        except Exception as error:  # one file, whatever is in it, does not stop the others
+            log.warning("%r cannot be read (%s); left out", str(path), _kind(error))
             continue
         files[file.sha256] = file
-        model, version = record_of(file)
         _put(models, model, version)
-        for image in pictures_of(file, version, model):
+        for image in pictures:
             images.setdefault(image["id"], image)
         if file.refused:
             log.warning("%r is listed and not available: %s", str(path), file.refused)
@@ -278,7 +279,7 @@ def look(path: Path, hashes: Hashes) -> LocalFile:
         file.refused = str(error)
         return file
     with path.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        header = loads(stream.read(int.from_bytes(stream.read(8), "little")))
     notes = header.get("__metadata__")
     if isinstance(notes, dict):
         file.notes = {k: v for k, v in notes.items() if isinstance(v, str)}
@@ -315,9 +316,11 @@ def _read_json(path: Path) -> Row:
         return {}
     try:
         if path.stat().st_size > _MAX_SIDECAR:
-            raise CivitaiError(f"larger than {_MAX_SIDECAR} bytes")
-        found = parse_json(path.read_bytes(), path.name)
-    except (OSError, CivitaiError) as error:
+            raise ValueError(f"larger than {_MAX_SIDECAR} bytes")
+        found = loads(path.read_bytes())
+        if flaw := json_flaw(found):
+            raise ValueError(flaw)
+    except (OSError, ValueError) as error:
         log.warning("%r is left out: %s", str(path), error)
         return {}
     return found if isinstance(found, dict) else {}
@@ -432,6 +435,10 @@ def _clean(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "replace")
 
 
+def _kind(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
 def _text(value: object) -> str:
     return value.strip() if isinstance(value, str) else ""
 
@@ -462,7 +469,13 @@ def pictures_of(file: LocalFile, version: Row, model: Row) -> Iterator[Row]:
             yield {**base, **image, "id": made}
     rated = _read_json(Path(f"{file.stem}.metadata.json")).get("preview_nsfw_level")
     base["nsfwLevel"] = level_of(rated) or (X if model.get("nsfw") else PG)
-    yield from filter(None, (_picture(path, base) for path in _beside(file)))
+    for path in _beside(file):
+        try:
+            picture = _picture(path, base)
+        except Exception as error:  # a picture that claims more pixels than memory, for example
+            log.warning("%r cannot be read (%s); left out", str(path), _kind(error))
+        else:
+            yield from [picture] if picture else []
 
 
 def _beside(file: LocalFile) -> Iterator[Path]:
