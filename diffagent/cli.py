@@ -14,6 +14,7 @@ from diffagent.dabench.cli import artifact_path
 from diffagent.options import ConfigFile, Overrides, Reconcile, Refresh, Verbose, parse_overrides
 from diffagent.render import cli as render_cli
 from diffagent.render.models_cli import app as models_app
+from schemas.printable import printable, printable_json
 
 if TYPE_CHECKING:
     from diffagent.artifacts import Artifact
@@ -139,7 +140,7 @@ def _show_report(done: dict[str, Artifact]) -> None:
     from diffagent.evaluation.summary import read_metrics, summary_markdown
 
     typer.echo(f"report:   {done['evaluate'].file('report.html')}\n")
-    typer.echo(summary_markdown(read_metrics(done["evaluate"])))
+    typer.echo(printable(summary_markdown(read_metrics(done["evaluate"])), lines=True))
 
 
 @app.command()
@@ -214,12 +215,12 @@ def select(
     )
     if prompt != "-":
         for api in valid_apis(found, prompt, n):
-            typer.echo(api.to_json())
+            typer.echo(printable_json(api.to_json()))
         return
     for line in typer.get_text_stream("stdin", "utf-8", "replace"):
         try:
             for api in valid_apis(found, line.rstrip("\r\n"), n):
-                typer.echo(api.to_json())
+                typer.echo(printable_json(api.to_json()))
         except SchemaError as error:
             typer.echo(json.dumps({"error": str(error)}, ensure_ascii=False))
 
@@ -262,7 +263,7 @@ def show_artifact(directory: ArtifactDir, verbose: Verbose = 0) -> None:
     for funnel in manifest.funnels:
         typer.echo(f"\n{funnel.unit}: {funnel.kept:,} of {funnel.seen:,} kept")
         for step in funnel.steps:
-            typer.echo(f"  {step.dropped:>10,}  {step.filter}: {step.reason}")
+            typer.echo(f"  {step.dropped:>10,}  {step.filter}: {printable(step.reason)}")
     typer.echo("\n" + "\n".join(lineage_lines(artifact)))
 
 
@@ -289,7 +290,7 @@ def main() -> None:
         if not isinstance(error, DiffAgentError | ConfigFileError):
             raise
         log.debug("where it came from", exc_info=True)
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {printable(error, lines=True)}", err=True)
         raise SystemExit(1) from None
 
 

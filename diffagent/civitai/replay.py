@@ -64,7 +64,6 @@ class ModelRow:
     type: str
     levels: int
     nsfw: bool
-    minor: bool
     tags: frozenset[str]
     username: str
     base_models: frozenset[str]
@@ -177,7 +176,6 @@ class Replay:
                 type=str(model.get("type")),
                 levels=model_levels(model),
                 nsfw=model.get("nsfw") is True,
-                minor=model.get("minor") is True,
                 tags=frozenset(t for t in _list(model.get("tags")) if isinstance(t, str)),
                 username=_text(username),
                 base_models=frozenset(str(v.get("baseModel")) for _, v in versions),

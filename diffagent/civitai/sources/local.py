@@ -23,6 +23,7 @@ files; hashes are kept in a file of the store, by size and time.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import threading
@@ -37,10 +38,10 @@ import orjson
 from filelock import FileLock
 
 from diffagent.artifacts import atomic_file
-from diffagent.civitai.lenient_json import loads
+from diffagent.civitai.client import parse_json
 from diffagent.civitai.sources import Records, synthetic_id
 from diffagent.civitai.sources.architecture import UNKNOWN, Architecture, describe
-from diffagent.errors import ConfigError, RenderError
+from diffagent.errors import CivitaiError, ConfigError, RenderError
 from diffagent.render.weights import check_weights, read_header
 from schemas.civitai import (
     FILE_FIELDS,
@@ -126,7 +127,8 @@ def open_folder(directory: Path, cache: Path | None = None) -> Records:
             model, version = record_of(file)
             pictures = list(pictures_of(file, version, model))
         except Exception as error:  # one file, whatever is in it, does not stop the others
-            log.warning("%r cannot be read (%s); left out", str(path), _kind(error))
+            kind = type(error).__name__
+            log.warning("%r cannot be read (%s: %s); left out", str(path), kind, error)
             continue
         files[file.sha256] = file
         _put(models, model, version)
@@ -279,7 +281,7 @@ def look(path: Path, hashes: Hashes) -> LocalFile:
         file.refused = str(error)
         return file
     with path.open("rb") as stream:
-        header = loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
     notes = header.get("__metadata__")
     if isinstance(notes, dict):
         file.notes = {k: v for k, v in notes.items() if isinstance(v, str)}
@@ -316,11 +318,11 @@ def _read_json(path: Path) -> Row:
         return {}
     try:
         if path.stat().st_size > _MAX_SIDECAR:
-            raise ValueError(f"larger than {_MAX_SIDECAR} bytes")
-        found = loads(path.read_bytes())
-        if flaw := json_flaw(found):
-            raise ValueError(flaw)
-    except (OSError, ValueError) as error:
+            raise CivitaiError(f"larger than {_MAX_SIDECAR} bytes")
+        found = parse_json(path.read_bytes(), path.name)
+        if reason := json_flaw(found):
+            raise CivitaiError(reason)
+    except (OSError, CivitaiError) as error:
         log.warning("%r is left out: %s", str(path), error)
         return {}
     return found if isinstance(found, dict) else {}
@@ -435,10 +437,6 @@ def _clean(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "replace")
 
 
-def _kind(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
-
-
 def _text(value: object) -> str:
     return value.strip() if isinstance(value, str) else ""
 
@@ -473,7 +471,8 @@ def pictures_of(file: LocalFile, version: Row, model: Row) -> Iterator[Row]:
         try:
             picture = _picture(path, base)
         except Exception as error:  # a picture that claims more pixels than memory, for example
-            log.warning("%r cannot be read (%s); left out", str(path), _kind(error))
+            kind = type(error).__name__
+            log.warning("%r cannot be read (%s: %s); left out", str(path), kind, error)
         else:
             yield from [picture] if picture else []
 
