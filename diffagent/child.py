@@ -21,8 +21,9 @@ from pydantic import BaseModel
 
 from diffagent.artifacts import Artifact, Inputs, Progress, canonical_json
 from diffagent.errors import ArtifactError
-from diffagent.failures import printable, unpack
+from diffagent.failures import unpack
 from schemas.config import RuntimeConfig
+from schemas.printable import printable
 
 log = logging.getLogger(__name__)
 

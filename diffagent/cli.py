@@ -25,6 +25,7 @@ from diffagent.options import (
 )
 from diffagent.render import cli as render_cli
 from diffagent.render.models_cli import app as models_app
+from schemas.printable import printable, printable_json
 
 if TYPE_CHECKING:
     from diffagent.artifacts import Artifact
@@ -162,7 +163,7 @@ def _show_report(done: dict[str, Artifact]) -> None:
     from diffagent.evaluation.summary import read_metrics, summary_markdown
 
     typer.echo(f"report:   {done['evaluate'].file('report.html')}\n")
-    typer.echo(summary_markdown(read_metrics(done["evaluate"])))
+    typer.echo(printable(summary_markdown(read_metrics(done["evaluate"])), lines=True))
 
 
 @app.command()
@@ -240,12 +241,12 @@ def select(
     )
     if prompt != "-":
         for api in valid_apis(found, prompt, n):
-            typer.echo(api.to_json())
+            typer.echo(printable_json(api.to_json()))
         return
     for line in typer.get_text_stream("stdin", "utf-8", "replace"):
         try:
             for api in valid_apis(found, line.rstrip("\r\n"), n):
-                typer.echo(api.to_json())
+                typer.echo(printable_json(api.to_json()))
         except SchemaError as error:
             typer.echo(json.dumps({"error": str(error)}, ensure_ascii=False))
 
@@ -289,7 +290,7 @@ def show_artifact(directory: ArtifactDir, verbose: Verbose = 0) -> None:
     for funnel in manifest.funnels:
         typer.echo(f"\n{funnel.unit}: {funnel.kept:,} of {funnel.seen:,} kept")
         for step in funnel.steps:
-            typer.echo(f"  {step.dropped:>10,}  {step.filter}: {step.reason}")
+            typer.echo(f"  {step.dropped:>10,}  {step.filter}: {printable(step.reason)}")
     typer.echo("\n" + "\n".join(lineage_lines(artifact)))
 
 
@@ -410,13 +411,13 @@ def main() -> None:
     try:
         app()
     except BaseException as error:
-        from diffagent.failures import as_error, is_failure, printable
+        from diffagent.failures import as_error, is_failure
 
         if not is_failure(error):
             raise
         log.info("the traceback of this error", exc_info=True)
         failure = as_error(error, f"diffagent {' '.join(sys.argv[1:2])}".strip())
-        typer.echo(f"error: {printable(str(failure))}", err=True)
+        typer.echo(f"error: {printable(failure, lines=True)}", err=True)
         raise SystemExit(1) from None
 
 

@@ -25,6 +25,7 @@ from diffagent.errors import (
 )
 from schemas.api import ApiError
 from schemas.config import ConfigFileError
+from schemas.printable import printable
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -38,7 +39,6 @@ _MEMORY_TEXT = re.compile(
     r"out of memory|cannot allocate memory|DefaultCPUAllocator", re.IGNORECASE
 )
 _LINE = 400
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def is_failure(error: BaseException) -> bool:
@@ -155,11 +155,6 @@ def unpack(packed: dict[str, Any]) -> DiffAgentError:
     failure.args = (packed["message"],)
     vars(failure).update(packed["fields"])
     return failure
-
-
-def printable(text: str) -> str:
-    """``text`` without control characters other than line ends and tabs: they are escaped."""
-    return _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
 
 
 def _reason(error: BaseException) -> str:

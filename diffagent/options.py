@@ -9,14 +9,15 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from schemas.printable import log_to_terminal
+
 #: Loggers whose news are told without -v: which stage runs, and what was asked for by name.
 _TOLD = ("diffagent.pipeline", "diffagent.civitai.recall")
 
 
 def _set_up_logging(verbose: int) -> int:
     """Warnings, and which stage runs; -v: what stages say; -vv: everything of this library."""
-    if not logging.getLogger().handlers:
-        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    log_to_terminal()
     level = logging.DEBUG if verbose > 1 else logging.INFO
     for name in (*_TOLD, "diffagent") if verbose else _TOLD:
         logging.getLogger(name).setLevel(level)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from typing import TextIO
 
-from diffagent.failures import printable
+from schemas.printable import printable
 
 _TICK_SECONDS = 1.0
 _CLEAR = "\r\x1b[2K"

@@ -13,6 +13,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -66,6 +67,20 @@ class CrawlConfig(_Section):
     model_pages: int = Field(
         default=0, ge=0, description="HTML pages to read for recommended settings, most used first"
     )
+
+    @field_validator("site")
+    @classmethod
+    def _holds_no_secret(cls, site: str) -> str:
+        """Refuse what would put a password into manifests, names and logs."""
+        if not re.match("https?:", site, re.IGNORECASE):
+            return site
+        parts = urlsplit(site)
+        if "@" in site or "\\" in site or parts.query or parts.fragment:
+            raise ValueError(
+                "an address has no user name, password or query here, since it is written into "
+                "manifests; a token belongs into the environment variable CIVITAI_TOKEN"
+            )
+        return site
 
 
 ModelFilter = Literal[
@@ -667,7 +682,9 @@ class PipelineConfig(_Section):
 
 def _told(value: Any) -> str:
     """A value for a message: the start of it, without what a URI has of credentials."""
-    return f"{re.sub('//[^/]*@', '//***@', repr(value)):.60}"
+    text = re.sub("//.*@", "//***@", repr(value))
+    text = re.sub("(//[^?]*[?]).*", r"\1***", text)
+    return f"{text:.60}"
 
 
 def _key(loc: tuple[int | str, ...]) -> str:

@@ -29,7 +29,7 @@ CATALOGUE = _schema(
     ("description", _text, False),  # first sentences, plain text
     ("tags", pa.list_(_text), False),
     ("trained_words", pa.list_(_text), False),
-    ("downloads", _int, False),
+    ("downloads", _int, False),  # 0 also where the creator hides it
     ("creator", _text, True),
     ("allow_commercial_use", pa.list_(_text), True),  # null: unknown
     ("allow_derivatives", _bool, True),

@@ -357,7 +357,7 @@ def make_entry(
         description=description,
         tags=_texts(model.get("tags")),
         trained_words=_texts(version.get("trainedWords")),
-        downloads=downloads(version),
+        downloads=stated_downloads(version) or 0,
         creator=username if isinstance(username, str) else None,
         allow_commercial_use=uses,
         allow_derivatives=_flag(model.get("allowDerivatives")),
@@ -399,10 +399,10 @@ def int64(value: object) -> int | None:
     return value if type(value) is int and -(2**63) <= value < 2**63 else None
 
 
-def downloads(version: Mapping[str, Any]) -> int:
-    """How often a version was downloaded; 0 when its creator hides that."""
+def stated_downloads(version: Mapping[str, Any]) -> int | None:
+    """How often a version was downloaded; None when its creator hides that."""
     stats = version.get("stats")
-    return (int64(stats.get("downloadCount")) if isinstance(stats, dict) else None) or 0
+    return int64(stats.get("downloadCount")) if isinstance(stats, dict) else None
 
 
 def _name(value: object) -> str:

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from schemas.printable import printable, printable_json
+
 app = typer.Typer(
     help="Look at a DABench, compare two, check one, export one.", no_args_is_help=True
 )
@@ -50,7 +52,7 @@ def inspect(
     from diffagent.dabench.summary import summarise, summary_text
 
     found = summarise(open_dataset(directory), rows=rows, seed=seed)
-    _print(found) if as_json else typer.echo(summary_text(found))
+    _print(found) if as_json else typer.echo(printable(summary_text(found), lines=True))
 
 
 @app.command()
@@ -69,7 +71,7 @@ def diff(
     from diffagent.dabench.dataset import open_dataset
 
     found = compare(open_dataset(a), open_dataset(b), examples=examples)
-    _print(found) if as_json else typer.echo(comparison_text(found))
+    _print(found) if as_json else typer.echo(printable(comparison_text(found), lines=True))
     if found["leaks"]:
         raise typer.Exit(1)
 
@@ -98,7 +100,9 @@ def verify(
     from diffagent.dabench.verify import verdict_text, verify_dabench
 
     verdict = verify_dabench(directory, limit=limit, leaks=leaks, before=before)
-    _print(verdict.to_dict()) if as_json else typer.echo(verdict_text(verdict))
+    _print(verdict.to_dict()) if as_json else typer.echo(
+        printable(verdict_text(verdict), lines=True)
+    )
     if not verdict.sound:
         raise typer.Exit(1)
 
@@ -126,7 +130,8 @@ def _print(value: dict[str, Any]) -> None:
     import orjson
 
     options = orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS
-    typer.echo(orjson.dumps(value, option=options, default=str).decode())
+    text = orjson.dumps(value, option=options, default=str).decode()
+    typer.echo("\n".join(map(printable_json, text.split("\n"))))
 
 
 if __name__ == "__main__":

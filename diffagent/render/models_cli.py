@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from schemas.printable import printable
+
 if TYPE_CHECKING:
     from diffagent.civitai.client import CivitaiClient
     from diffagent.render.cache import CachedModel, ModelCache
@@ -95,7 +97,7 @@ def list_models(config: Config = None, models: Models = None, as_json: AsJSON = 
         states = {"pinned": file.pinned, "in use": file.in_use, "unfinished": not file.complete}
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.used))
         told = ", ".join(name for name, holds in states.items() if holds)
-        name = f"{file.model} {file.air}".strip()
+        name = printable(f"{file.model} {file.air}".strip())
         typer.echo(f"{file.sha256[:10]}  {file.size / 1e9:8.3f} GB  {used}  {told:<10}  {name}")
     limit = f" of {runtime.models_max_gb:g}" if runtime.models_max_gb else ""
     total = sum(file.size for file in files) / 1e9
@@ -108,7 +110,7 @@ def pin(which: Which, config: Config = None, models: Models = None) -> None:
     cache = _cache(_runtime(config, models))
     for file in _chosen(cache, which):
         cache.pin(file.sha256)
-        typer.echo(f"pinned {file.sha256[:10]} {file.model}")
+        typer.echo(f"pinned {file.sha256[:10]} {printable(file.model)}")
 
 
 @app.command()
@@ -117,7 +119,7 @@ def unpin(which: Which, config: Config = None, models: Models = None) -> None:
     cache = _cache(_runtime(config, models))
     for file in _chosen(cache, which):
         cache.pin(file.sha256, pinned=False)
-        typer.echo(f"unpinned {file.sha256[:10]} {file.model}")
+        typer.echo(f"unpinned {file.sha256[:10]} {printable(file.model)}")
 
 
 @app.command()
@@ -142,7 +144,8 @@ def evict(
     else:
         gone = cache.make_room()
     for file in gone:
-        typer.echo(f"evicted {file.sha256[:10]} {file.model}: {file.size / 1e9:.3f} GB")
+        name = printable(file.model)
+        typer.echo(f"evicted {file.sha256[:10]} {name}: {file.size / 1e9:.3f} GB")
 
 
 @app.command("import")

@@ -16,6 +16,7 @@ import pytest
 
 from diffagent.artifacts import Artifact
 from diffagent.civitai.crawl import crawl
+from diffagent.civitai.replay import Replay
 from diffagent.civitai.site import embedded_site
 from diffagent.civitai.sources import open_source
 from diffagent.dabench.dataset import open_dataset
@@ -105,17 +106,24 @@ def test_a_table_of_pandas_is_read_too(tmp_path: Path) -> None:
     assert len(list(records.models)) == 40
 
 
-@pytest.mark.parametrize(
-    ("column", "says"),
-    [
-        ({"id": ["x"]}, "row 1 is no object with an integer id"),
-        ({"id": [1], "tags": ["[1"]}, "'tags' is no JSON"),
-    ],
-)
-def test_a_table_that_is_none_names_the_row(tmp_path: Path, column: Any, says: str) -> None:
-    pq.write_table(pa.table(column), tmp_path / "models.parquet")
-    with pytest.raises(ConfigError, match=says):
-        list(open_source(f"dump:{tmp_path}").models)
+def test_odd_cells_of_a_table_cost_their_row_or_themselves(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    columns = {
+        "id": ["x", "2", "3", None],
+        "tags": ["[]", "[1", '["a"]', None],
+        "picture": [b"\x00", b"\x01", None, None],
+        "worth": pa.array([None, None, None, None], pa.decimal128(5, 2)),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "models.parquet")
+    replay = Replay.load(open_source(f"dump:{tmp_path}").models, [])
+    assert [replay.model(i) for i in range(2)] == [
+        {"id": 2, "tags": "[1", "modelVersions": []},
+        {"id": 3, "tags": ["a"], "modelVersions": []},
+    ]
+    reasons = {"its id is no whole number below 2^63": 1, "no id": 1}
+    assert replay.drops == {"models": reasons}
+    assert "models.parquet: row 1 is left out" in caplog.text
 
 
 def test_damaged_dumps_say_where_and_what_to_do(tmp_path: Path) -> None:

@@ -255,7 +255,9 @@ def test_filters_that_can_be_added(name: Any, item: Any, reason: str) -> None:
         ({"allowCommercialUse": []}, {}, "commercial use no"),
         ({"allowCommercialUse": None}, {}, "commercial use unknown"),
         ({"allowCommercialUse": None}, {"commercial_use": ("yes", "unknown")}, None),
-        ({"modelVersions": [version(1, stats=None)]}, {}, "too few downloads"),
+        ({"modelVersions": [version(1, stats=None)]}, {}, "downloads not stated"),
+        ({"modelVersions": [version(1, stats={"downloadCount": 0})]}, {}, "too few downloads"),
+        ({"modelVersions": [version(1, stats={})]}, {"min_downloads": 0}, None),
         (
             {"modelVersions": [version(1, baseModel="Flux.1 D")]},
             {"base_models": ("all",)},

@@ -50,6 +50,7 @@ from schemas.civitai import (
     PG,
     VERSION_FIELDS,
     X,
+    json_flaw,
     level_of,
     whole_number,
 )
@@ -120,16 +121,18 @@ def open_folder(directory: Path, cache: Path | None = None) -> Records:
     for path in model_files(directory):
         try:
             file = look(path, hashes)
-        except OSError as error:
-            log.warning("%r cannot be read (%s); left out", str(path), error.strerror)
-            continue
-        if twin := files.get(file.sha256):
-            log.warning("%r holds the same as %r; left out", str(path), str(twin.path))
+            if twin := files.get(file.sha256):
+                log.warning("%r holds the same as %r; left out", str(path), str(twin.path))
+                continue
+            model, version = record_of(file)
+            pictures = list(pictures_of(file, version, model))
+        except Exception as error:  # one file, whatever is in it, does not stop the others
+            kind = type(error).__name__
+            log.warning("%r cannot be read (%s: %s); left out", str(path), kind, error)
             continue
         files[file.sha256] = file
-        model, version = record_of(file)
         _put(models, model, version)
-        for image in pictures_of(file, version, model):
+        for image in pictures:
             images.setdefault(image["id"], image)
         if file.refused:
             log.warning("%r is listed and not available: %s", str(path), file.refused)
@@ -317,6 +320,8 @@ def _read_json(path: Path) -> Row:
         if path.stat().st_size > _MAX_SIDECAR:
             raise CivitaiError(f"larger than {_MAX_SIDECAR} bytes")
         found = parse_json(path.read_bytes(), path.name)
+        if reason := json_flaw(found):
+            raise CivitaiError(reason)
     except (OSError, CivitaiError) as error:
         log.warning("%r is left out: %s", str(path), error)
         return {}
@@ -462,7 +467,14 @@ def pictures_of(file: LocalFile, version: Row, model: Row) -> Iterator[Row]:
             yield {**base, **image, "id": made}
     rated = _read_json(Path(f"{file.stem}.metadata.json")).get("preview_nsfw_level")
     base["nsfwLevel"] = level_of(rated) or (X if model.get("nsfw") else PG)
-    yield from filter(None, (_picture(path, base) for path in _beside(file)))
+    for path in _beside(file):
+        try:
+            picture = _picture(path, base)
+        except Exception as error:  # a picture that claims more pixels than memory, for example
+            kind = type(error).__name__
+            log.warning("%r cannot be read (%s: %s); left out", str(path), kind, error)
+        else:
+            yield from [picture] if picture else []
 
 
 def _beside(file: LocalFile) -> Iterator[Path]:

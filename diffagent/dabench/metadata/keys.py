@@ -34,7 +34,7 @@ _cached = lru_cache(maxsize=4096)(normalise)  # a few spellings, millions of rec
 _split = lru_cache(maxsize=4096)(split_prompt)  # pictures of a post share theirs
 
 _PROMPT = ("prompt", "Prompt")
-_CHECKPOINT_AIRS = frozenset({"checkpoint"})
+_CHECKPOINT_AIRS = frozenset({"checkpoint", "diffusionmodel"})
 _LORA_TYPES = frozenset({"lora", "locon", "lycoris", "lyco", "dora"})
 _EMBEDDING_TYPES = frozenset({"embed", "embedding", "textualinversion"})
 _UPSCALED = re.compile(r"hires|upscal|first pass", re.I)
@@ -220,7 +220,7 @@ def _site_checkpoints(bag: Bag, model: object) -> Iterator[Reference]:
     """Checkpoints by the site's ids."""
     if "civitaiResources" in bag:
         for item in items(bag["civitaiResources"]):
-            if str(item.get("type", "")).lower() == "checkpoint":
+            if str(item.get("type", "")).lower() in _CHECKPOINT_AIRS:
                 yield Reference(version_id=integer(item.get("modelVersionId")))
     for value in (model, *_list(bag.get("models"))):
         if isinstance(value, str) and value.startswith("urn:air:"):

@@ -21,7 +21,7 @@ _COMMAS = re.compile(r"(?: ?,)+")  # tried only where there is one too many
 #: Brackets that hold nothing any more, with the weight that they had.
 _EMPTY = re.compile(r"[(\[{][\s,]*+(?::\s*+[\d.]*+[\s,]*+)?[)\]}]")
 _MAX_NESTED = 8  # brackets around one embedding
-_EMBEDDING = re.compile(r"\bembedding:\s?(urn:air:[\w:@.-]+|[^\s,:()\[\]{}<>|]+)")
+_EMBEDDING = re.compile(r"\bembedding:\s?(urn:air:[\w:@.+-]+|[^\s,:()\[\]{}<>|]+)")
 _EMBEDDING_AIRS = frozenset({"embedding", "textualinversion", "embed"})
 _WEIGHT = re.compile(r"\s?:\s?(-?(?:\d{1,3}(?:\.\d{1,6})?|\.\d{1,6}))\s?\)")
 _LORA = frozenset({"lora", "lyco", "lycoris", "locon", "dora"})
