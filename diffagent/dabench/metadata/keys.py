@@ -47,6 +47,7 @@ _TYPED = frozenset(
 )
 #: Names of a ControlNet's settings that the site's early parser spilled among the picture's own.
 _SPILLED = ('"preprocessor', "preprocessor", "control mode")
+_FIELDS = {"negativePrompt": "negative_prompt", "clipSkip": "clip_skip"}
 _OLD_FIRST_PASS = 512 * 512  # pixels
 
 
@@ -109,6 +110,8 @@ def read_keys(
         schedule = text(bag["Scheduler"])
         schedule = schedule if sampler and _normalise(sampler, schedule) else None
     steps = number(first(bag, "steps", "Steps"))
+    if "size" in reading.not_known:
+        image_width = image_height = None
     width, height, from_picture = _size(bag, image_width, image_height)
     clip_skip = integer(first(bag, "clipSkip", "Clip skip", "clip_skip"))
     seed = integer(first(bag, "seed", "Seed"))
@@ -136,6 +139,7 @@ def read_keys(
         embeddings=named.prompt.embeddings,
         negative_embeddings=negative.embeddings,
         vae=_vae(bag),
+        not_known=tuple(_FIELDS.get(key, key) for key in reading.not_known),
     )
 
 
