@@ -179,7 +179,9 @@ def _agreed(readings: list[Reading]) -> Reading:
     unknown = dict.fromkeys(name for reading in readings for name in reading.not_known)
     if {"width", "height"} & named:
         unknown["size"] = None
-    unknown |= dict.fromkeys(name for name in ("prompt", "negativePrompt", "clipSkip") if name in named)
+    unknown |= dict.fromkeys(
+        name for name in ("prompt", "negativePrompt", "clipSkip") if name in named
+    )
     if any(other.loras != first.loras for other in others):
         unknown["loras"] = None
     same = all(other.checkpoints == first.checkpoints for other in others)

@@ -208,9 +208,7 @@ def _unary(inputs: Inputs) -> Outputs:
 
 
 def _was_number(inputs: Inputs) -> Outputs:
-    result = _binary(
-        inputs.number("number_a"), inputs.number("number_b"), inputs.text("operation")
-    )
+    result = _binary(inputs.number("number_a"), inputs.number("number_b"), inputs.text("operation"))
     return result, result, int(result)
 
 
@@ -273,9 +271,7 @@ _NUMBERS: dict[str, Compute] = {
     "Seed": lambda i: (i.whole("seed"),) * 4,
     "CR Value": lambda i: (float(i.number("value")), int(i.number("value"))),
     "CR Seed": lambda i: (i.whole("seed"),),
-    "CR Integer Multiple": lambda i: (
-        int(i.number("integer") * (i.number("multiple", 8) or 1)),
-    ),
+    "CR Integer Multiple": lambda i: (int(i.number("integer") * (i.number("multiple", 8) or 1)),),
     "CR Float To Integer": lambda i: (int(i.number("_float")),),
     "CR Clamp Value": lambda i: (
         max(i.number("range_min"), min(i.number("a"), i.number("range_max"))),
@@ -508,8 +504,9 @@ _TEXTS: dict[str, Compute] = {
     "CR Text Length": lambda i: (len(i.text("text")),),
     "CR Text List": lambda i: (_lines(i, "multiline_text"),),
     "CR Prompt List": lambda i: (
-        join("", [i.text("prepend_text", ""), _lines(i, "multiline_text"),
-                  i.text("append_text", "")]),
+        join(
+            "", [i.text("prepend_text", ""), _lines(i, "multiline_text"), i.text("append_text", "")]
+        ),
         _lines(i, "multiline_text"),
     ),  # fmt: skip
     "CR Integer To String": lambda i: (str(i.whole("int_")),),

@@ -151,7 +151,9 @@ class Walks:
         if not _is_switch(node):
             return None
         try:
-            return self._once(("switch", key, slot), lambda: _chosen(node, self._inputs(node), slot))
+            return self._once(
+                ("switch", key, slot), lambda: _chosen(node, self._inputs(node), slot)
+            )
         except NotKnown:
             return None
 
@@ -388,7 +390,19 @@ class Walks:
         """(width, height) in pixels at which a sampler drew. Raises `NotKnown`."""
         node = self._nodes[key]
         link = _first_link(node, _LATENTS) or _first_link(node, _PIPES)
-        return self._plain_size(node) if link is None else self.size(link)
+        if link is not None:
+            return self.size(link)
+        makers = [key, *(other for other, node in self._nodes.items() if _makes_latent(node))]
+        sizes = {size for maker in makers for size in self._sizes(maker)}
+        if len(sizes) != 1:  # where nothing is linked, the only one in the graph
+            raise NotKnown("several sizes, or none")
+        return sizes.pop()
+
+    def _sizes(self, key: str) -> list[Size]:
+        try:
+            return [self.size([key, 0])]
+        except NotKnown:
+            return []
 
     def size(self, link: object) -> Size:
         """(width, height) in pixels of a latent. Raises `NotKnown`."""
@@ -433,7 +447,9 @@ class Walks:
         inputs, kept = node.inputs, self._inputs(node)
         if "empty_latent_width" in inputs:
             preset = inputs.get("resolution", inputs.get("empty_latent_aspect", ""))
-            if isinstance(preset, str) and (match := re.search(r"(\d{3,5})\s?x\s?(\d{3,5})", preset)):
+            if isinstance(preset, str) and (
+                match := re.search(r"(\d{3,5})\s?x\s?(\d{3,5})", preset)
+            ):
                 return sized(int(match.group(1)), int(match.group(2)))
             return sized(kept.number("empty_latent_width"), kept.number("empty_latent_height"))
         makes = "Empty" in node.kind or "batch_size" in inputs
@@ -453,6 +469,8 @@ class Walks:
         known = True
         checkpoints: list[str] = []
         ahead: list[Any] = [_model_link(self._nodes[key])]
+        if ahead == [None]:  # a sampler that nothing is linked to has the models that there are
+            ahead = [[other, 0] for other in reversed(self._nodes)]
         seen: set[str] = set()
         while ahead and len(seen) < _MAX_LINKS:
             source = self.source(ahead.pop())
@@ -578,13 +596,16 @@ class Walks:
             raise NotKnown("a link to nothing")
         key, node, slot = found
         if node.kind in COMPUTED or concatenation(node) or constant(node) is not None:
-            read = self.value(value)
-            if not isinstance(read, str):
-                raise NotKnown("a number for a text")
-            return read
+            return self._string(value)
         if _PAIRED.match(node.kind):
             role = "negative" if slot == 1 else "positive"
         return self._once(("text", key, role), lambda: self._node_text(node, role))
+
+    def _string(self, value: object) -> str:
+        found = self.value(value)
+        if not isinstance(found, str):
+            raise NotKnown("a number for a text")
+        return found
 
     def _node_text(self, node: Node, role: str) -> str:
         """The text of a node that makes a conditioning, or hands one on."""
@@ -593,21 +614,26 @@ class Walks:
             return ""
         if node.kind == "ConditioningAverage":
             return self._average(node, role)
-        for name in ("populated_text", f"text_{role}", role):
+        for name in ("populated_text", f"text_{role}"):
             if inputs.get(name) not in (None, ""):
-                return self._text(inputs[name], role)
+                return self._string(inputs[name])
+        if inputs.get(role) not in (None, ""):
+            loads = "loader" in node.kind.casefold()  # which takes texts
+            return self._string(inputs[role]) if loads else self._text(inputs[role], role)
         pair = [inputs.get(name) for name in ("text_g", "text_l") if inputs.get(name)]
         pair = pair or [inputs.get(name) for name in ("t5xxl", "clip_l") if inputs.get(name)]
-        parts = pair or [inputs[name] for name in _CONDITIONINGS if is_link(inputs.get(name))]
-        if parts:
-            texts = dict.fromkeys(self._text(part, role).strip() for part in parts)
-            return join(", ", [part for part in texts if part])
+        texts = [self._string(part) for part in pair]
+        if not pair:
+            mixed = [inputs[name] for name in _CONDITIONINGS if is_link(inputs.get(name))]
+            texts = [self._text(part, role) for part in mixed]
+        if texts:
+            return join(", ", list(dict.fromkeys(filter(None, map(str.strip, texts)))))
         if role in inputs:  # a loader's own, left empty
             return ""
         if "TextEncode" in node.kind or not _LANGUAGE_MODEL.search(node.kind):
             given = next((inputs[name] for name in _ENCODED if name in inputs), None)
             if given is not None:
-                return self._text(given, role)
+                return self._string(given)
             link = _first_link(node, _HANDED_ON) or _only_link(node)
             if link is not None:
                 return self._text(link, role)
@@ -736,9 +762,7 @@ def _numbered(raw: Any, inputs: Inputs, slot: int) -> str:
     selector = next((name for name in _SELECTORS if name in raw), "")
     chosen = str(inputs.whole(selector))
     names = [
-        name
-        for name in raw
-        if name != selector and re.fullmatch(rf"[A-Za-z_]+{chosen}", name)
+        name for name in raw if name != selector and re.fullmatch(rf"[A-Za-z_]+{chosen}", name)
     ]
     if len(names) == 2 and {name.rstrip("0123456789") for name in names} == {"model", "clip"}:
         return sorted(names, reverse=True)[slot == 1]
