@@ -13,11 +13,20 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from diffagent.dabench.metadata.expression import NotKnown
+from diffagent.dabench.metadata.expression import NotKnownError
 from diffagent.dabench.metadata.generation import Form, Reading, Reference
 from diffagent.dabench.metadata.graph import Nodes, api_nodes, workflow_nodes
-from diffagent.dabench.metadata.values import Bag, air, integer, items, load_json, mapping
-from diffagent.dabench.metadata.values import number, text, weight
+from diffagent.dabench.metadata.values import (
+    Bag,
+    air,
+    integer,
+    items,
+    load_json,
+    mapping,
+    number,
+    text,
+    weight,
+)
 from diffagent.dabench.metadata.walks import Walks
 from diffagent.dabench.names import file_stem
 from diffagent.render.samplers import normalise
@@ -99,7 +108,7 @@ def _reading(form: Form, nodes: Nodes, workflow: Bag, prompt: Bag) -> Reading:
     walks = Walks(nodes)
     try:
         samplers, plain = walks.samplers()
-    except NotKnown:
+    except NotKnownError:
         samplers, plain = [], False
     readings = [_sampler_reading(walks, key, plain=plain) for key in samplers]
     reading = _agreed(readings) if readings else _without_sampler(walks)
@@ -122,15 +131,15 @@ def _sampler_reading(walks: Walks, key: str, *, plain: bool) -> Reading:
     for name, role in (("prompt", "positive"), ("negativePrompt", "negative")):
         try:
             keys[name] = walks.prompt(key, role)
-        except NotKnown:
+        except NotKnownError:
             unknown.append(name)
     try:
         keys["clipSkip"] = walks.clip_skip(key)
-    except NotKnown:
+    except NotKnownError:
         unknown.append("clipSkip")
     try:
         keys["width"], keys["height"] = walks.sampled_size(key)
-    except NotKnown:
+    except NotKnownError:
         if not plain:  # else the size of the picture is that of the sampler
             unknown.append("size")
     names, loras, known = walks.models(key)

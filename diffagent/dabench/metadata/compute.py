@@ -17,7 +17,7 @@ from typing import Any
 
 from diffagent.dabench.metadata.expression import (
     MAX_CHARS,
-    NotKnown,
+    NotKnownError,
     evaluate,
     find_pattern,
     replace_pattern,
@@ -32,7 +32,7 @@ _REQUIRED: Any = object()
 
 
 class Inputs:
-    """A node's inputs, each evaluated when it is asked for; all raise `NotKnown`.
+    """A node's inputs, each evaluated when it is asked for; all raise `NotKnownError`.
 
     Args:
         node: whose inputs.
@@ -53,7 +53,7 @@ class Inputs:
         """The value of an input, or the default where the node has no such input."""
         if name not in self.raw:
             if default is _REQUIRED:
-                raise NotKnown(f"no input {name!r}")
+                raise NotKnownError(f"no input {name!r}")
             return default  # type: ignore[no-any-return]
         return self._evaluate(self.raw[name])
 
@@ -61,7 +61,7 @@ class Inputs:
         """A text, as nodes take it: a number is none."""
         value = self.value(name, default)
         if not isinstance(value, str):
-            raise NotKnown(f"{name!r} is no text")
+            raise NotKnownError(f"{name!r} is no text")
         return value
 
     def number(self, name: str, default: Any = _REQUIRED) -> int | float:
@@ -69,14 +69,14 @@ class Inputs:
         value = self.value(name, default)
         found = number(value) if isinstance(value, str) else value
         if isinstance(found, str) or found is None or not math.isfinite(found):
-            raise NotKnown(f"{name!r} is no number")
+            raise NotKnownError(f"{name!r} is no number")
         return found
 
     def whole(self, name: str, default: Any = _REQUIRED) -> int:
         """A whole number."""
         value = self.number(name, default)
         if value != int(value):
-            raise NotKnown(f"{name!r} is no whole number")
+            raise NotKnownError(f"{name!r} is no whole number")
         return int(value)
 
     def flag(self, name: str, default: Any = _REQUIRED) -> bool:
@@ -85,7 +85,7 @@ class Inputs:
         if isinstance(value, str):
             word = value.casefold()
             if word not in ("true", "false", "yes", "no", "on", "off"):
-                raise NotKnown(f"{name!r} is no switch")
+                raise NotKnownError(f"{name!r} is no switch")
             return word in ("true", "yes", "on")
         return bool(value)
 
@@ -104,11 +104,13 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 #: A node is a constant when it has one value and its name has only such words: "INTConstant",
 #: "Seed (rgthree)", "easy int", "Text box". An "LLM Text" or a "Random Number" is none.
 _CONSTANT_WORDS = frozenset(
-    "primitive constant const literal int integer float number string text value seed bool boolean"
-    " multiline box textbox input node simple positive negative prompt sampler scheduler selector"
-    " cfg steps width height size denoise clip skip ckpt checkpoint model lora name note slider"
-    " cr df jw tt n ttn kep easy was impact rgthree crystools mtb kj essentials percent image"
-    " saver eff inspire pysssss field a the for everywhere plain raw".split()
+    {"primitive", "constant", "const", "literal", "value", "input", "node", "field", "selector"}
+    | {"int", "integer", "float", "number", "percent", "bool", "boolean", "slider", "seed"}
+    | {"string", "text", "textbox", "box", "multiline", "prompt", "positive", "negative", "note"}
+    | {"sampler", "scheduler", "cfg", "steps", "width", "height", "size", "denoise", "clip", "skip"}
+    | {"ckpt", "checkpoint", "model", "lora", "name", "simple", "plain", "raw", "everywhere"}
+    | {"cr", "df", "jw", "tt", "n", "ttn", "kep", "easy", "was", "impact", "rgthree", "crystools"}
+    | {"mtb", "kj", "essentials", "image", "saver", "eff", "inspire", "pysssss", "a", "the", "for"}
 )
 #: Settings of the editor, which no output depends on.
 _OF_THE_EDITOR = frozenset(
@@ -145,7 +147,7 @@ def _formula(inputs: Inputs, name: str, default: Any = _REQUIRED) -> int | float
         if dot and source in inputs.raw and side in ("width", "height"):
             return inputs.size(source)[side == "height"]
         if dot or word == name:
-            raise NotKnown(f"the variable {word!r}")
+            raise NotKnownError(f"the variable {word!r}")
         grown = f"variables.{word}"  # as the newer kind of node names its variables
         return inputs.number(grown if grown in inputs.raw else word, default)
 
@@ -177,13 +179,13 @@ def _binary(a: float, b: float, operation: str, *, whole: bool = False) -> int |
     if whole and name in ("div", "divide"):
         name = "floordiv"
     if name not in _OPERATIONS:
-        raise NotKnown(f"the operation {operation!r}")
+        raise NotKnownError(f"the operation {operation!r}")
     try:
         result = _OPERATIONS[name](a, b)
     except ArithmeticError:
-        raise NotKnown("a division by zero") from None
+        raise NotKnownError("a division by zero") from None
     if not abs(result) < 2.0**70:
-        raise NotKnown("no number of a usable size")
+        raise NotKnownError("no number of a usable size")
     return int(result) if isinstance(result, int) else float(result)
 
 
@@ -203,7 +205,7 @@ _UNARY: Mapping[str, Callable[[Any], Any]] = {
 def _unary(inputs: Inputs) -> Outputs:
     name, value = inputs.text("op"), inputs.number("a")
     if name not in _UNARY:
-        raise NotKnown(f"the operation {name!r}")
+        raise NotKnownError(f"the operation {name!r}")
     return (_UNARY[name](value),)
 
 
@@ -214,7 +216,7 @@ def _was_number(inputs: Inputs) -> Outputs:
 
 def _was_constant(inputs: Inputs) -> Outputs:
     if is_link(inputs.raw.get("number_as_text")) or inputs.raw.get("number_as_text"):
-        raise NotKnown("a number as text")
+        raise NotKnownError("a number as text")
     value, kind = inputs.number("number"), inputs.text("number_type")
     if kind == "bool":
         value = 1 if value > 0.5 else 0
@@ -302,7 +304,7 @@ _PART = re.compile(r"(?:text|string|prompt|str)_?(?:[a-h]|\d{1,2})\Z")
 def join(delimiter: str, parts: list[str]) -> str:
     """A text of parts that is not too long."""
     if sum(map(len, parts)) + len(delimiter) * len(parts) > MAX_CHARS:
-        raise NotKnown("a long text")
+        raise NotKnownError("a long text")
     return delimiter.join(parts)
 
 
@@ -342,7 +344,7 @@ def _lines(inputs: Inputs, name: str, *, without_empty: bool = False) -> str:
     start = max(0, min(inputs.whole("start_index"), len(lines) - 1))
     chosen = lines[start : start + inputs.whole("max_rows")]
     if len(chosen) != 1:
-        raise NotKnown("several texts")
+        raise NotKnownError("several texts")
     return chosen[0]
 
 
@@ -381,7 +383,7 @@ def _regex_extract(inputs: Inputs) -> Outputs:
     if mode == "First Group":
         groups = match.groups() if match else ()
         return ((groups[group - 1] or "") if 0 < group <= len(groups) else "",)
-    raise NotKnown(f"the mode {mode!r}")
+    raise NotKnownError(f"the mode {mode!r}")
 
 
 def _string_function(inputs: Inputs) -> Outputs:
@@ -421,7 +423,7 @@ def _case(inputs: Inputs, name: str, mode: str) -> Outputs:
         "remove_spaces": lambda text: text.replace(" ", ""),
     }.get(inputs.text(mode).casefold())
     if change is None:
-        raise NotKnown("an unknown change of case")
+        raise NotKnownError("an unknown change of case")
     return (change(inputs.text(name)),)
 
 
@@ -442,7 +444,7 @@ _TOKENS = re.compile(r"\[(?:time|hostname|user|cuda_\w+)\b")
 def _was_text(inputs: Inputs, name: str) -> str:
     text = inputs.text(name)
     if _TOKENS.search(text):
-        raise NotKnown("a text with the time or the machine's name")
+        raise NotKnownError("a text with the time or the machine's name")
     return text
 
 
@@ -458,7 +460,7 @@ def _as_text(inputs: Inputs, name: str) -> Outputs:
 
 def _join_strings(inputs: Inputs) -> Outputs:
     if inputs.flag("return_list", False):
-        raise NotKnown("several texts")
+        raise NotKnownError("several texts")
     names = [f"string_{slot}" for slot in range(1, inputs.whole("inputcount") + 1)][:100]
     parts = [inputs.text(name, "") for name in names]
     return (join(inputs.text("delimiter"), [parts[0], *(part for part in parts[1:] if part)]),)
@@ -467,7 +469,7 @@ def _join_strings(inputs: Inputs) -> Outputs:
 def _styler(inputs: Inputs) -> Outputs:
     """Styles lie in files of the machine; the style of none leaves the texts as they are."""
     if str(inputs.value("style", "")).casefold() not in ("base", "none", "no style", ""):
-        raise NotKnown("a style")
+        raise NotKnownError("a style")
     return inputs.text("text_positive", ""), inputs.text("text_negative", "")
 
 
@@ -508,7 +510,7 @@ _TEXTS: dict[str, Compute] = {
             "", [i.text("prepend_text", ""), _lines(i, "multiline_text"), i.text("append_text", "")]
         ),
         _lines(i, "multiline_text"),
-    ),  # fmt: skip
+    ),
     "CR Integer To String": lambda i: (str(i.whole("int_")),),
     "JoinStrings": lambda i: (
         join(i.text("delimiter"), [i.text("string1", ""), i.text("string2", "")]),
@@ -545,14 +547,14 @@ _MAX_SIDE = 16384  # pixels
 def sized(width: float, height: float) -> Size:
     """A size in pixels that a latent can have."""
     if not (8 <= width <= _MAX_SIDE and 8 <= height <= _MAX_SIDE):
-        raise NotKnown("no size")
+        raise NotKnownError("no size")
     return int(width), int(height)
 
 
 def _preset(inputs: Inputs, name: str) -> Size:
     match = _PRESET.search(inputs.text(name)[-200:])
     if match is None:
-        raise NotKnown("no preset")
+        raise NotKnownError("no preset")
     return sized(int(match.group(1)), int(match.group(2)))
 
 

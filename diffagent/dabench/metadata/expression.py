@@ -58,7 +58,7 @@ _FUNCTIONS: Mapping[str, Callable[..., Any]] = {
 _CONSTANTS: Mapping[str, Number] = {"pi": math.pi, "True": True, "False": False}
 
 
-class NotKnown(Exception):
+class NotKnownError(Exception):
     """A value that metadata computes in a way that this reader does not know."""
 
 
@@ -67,23 +67,23 @@ def evaluate(formula: str, variables: Callable[[str], Number]) -> Number:
 
     Args:
         formula: arithmetic in the syntax of Python.
-        variables: gives the value of a name; raises `NotKnown` where there is none.
+        variables: gives the value of a name; raises `NotKnownError` where there is none.
 
     Raises:
-        NotKnown: it is no such formula, has no value, or is too long.
+        NotKnownError: it is no such formula, has no value, or is too long.
     """
     if len(formula) > _MAX_FORMULA:
-        raise NotKnown("a long formula")
+        raise NotKnownError("a long formula")
     try:
         tree = ast.parse(" ".join(formula.split()), mode="eval")
         return _bounded(_Formula(variables).visit(tree.body))
     except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
-        raise NotKnown(f"no value of {formula!r}") from None
+        raise NotKnownError(f"no value of {formula!r}") from None
 
 
 def _bounded(value: Any) -> Number:
     if not isinstance(value, int | float) or not abs(value) < _LARGEST:  # nor NaN
-        raise NotKnown("no number of a usable size")
+        raise NotKnownError("no number of a usable size")
     return value
 
 
@@ -114,27 +114,27 @@ class _Formula:
             case ast.Attribute(value=ast.Name(id=name), attr=attribute):
                 return _bounded(self._variables(f"{name}.{attribute}"))
             case _:
-                raise NotKnown(f"a formula with {type(node).__name__}")
+                raise NotKnownError(f"a formula with {type(node).__name__}")
 
     def _call(self, name: str, arguments: list[Any]) -> Number:
         if name == "pow" and len(arguments) == 2:
             return self._power(*arguments)
         if name not in _FUNCTIONS:
-            raise NotKnown(f"the function {name!r}")
+            raise NotKnownError(f"the function {name!r}")
         if name == "round" and len(arguments) == 2 and abs(arguments[1]) > 20:
-            raise NotKnown("digits beyond those of a number")
+            raise NotKnownError("digits beyond those of a number")
         return _bounded(_FUNCTIONS[name](*arguments))
 
     def _power(self, base: Number, exponent: Number) -> Number:
         if abs(exponent) > 64:
-            raise NotKnown("a large exponent")
+            raise NotKnownError("a large exponent")
         return _bounded(base**exponent)
 
 
 def replace_text(text: str, find: str, new: str) -> str:
     """``text.replace(find, new)`` where the result is not too long."""
     if len(text) + text.count(find) * len(new) > MAX_CHARS:
-        raise NotKnown("a long text")
+        raise NotKnownError("a long text")
     return text.replace(find, new)
 
 
@@ -142,29 +142,29 @@ def replace_pattern(text: str, pattern: str, new: str, flags: int = 0, count: in
     """``re.sub`` where it is cheap.
 
     Raises:
-        NotKnown: the pattern is wrong or may take long on this text.
+        NotKnownError: the pattern is wrong or may take long on this text.
     """
     compiled = _compile(text, pattern, flags)
     if (len(text) + 1) * len(new) > 50 * MAX_CHARS:
-        raise NotKnown("a long text")
+        raise NotKnownError("a long text")
     try:
         return compiled.sub(new, text, count)
     except (re.error, IndexError):
-        raise NotKnown("a wrong replacement") from None
+        raise NotKnownError("a wrong replacement") from None
 
 
 def find_pattern(text: str, pattern: str, flags: int = 0) -> re.Match[str] | None:
-    """``re.search`` where it is cheap; raises `NotKnown` as `replace_pattern` does."""
+    """``re.search`` where it is cheap; raises `NotKnownError` as `replace_pattern` does."""
     return _compile(text, pattern, flags).search(text)
 
 
 def _compile(text: str, pattern: str, flags: int) -> re.Pattern[str]:
     if len(pattern) > _MAX_PATTERN or _steps(pattern, len(text) + 1) > _MAX_STEPS:
-        raise NotKnown("a regular expression that may take long")
+        raise NotKnownError("a regular expression that may take long")
     try:
         return re.compile(pattern, flags)
     except (re.error, OverflowError, RecursionError):
-        raise NotKnown("a wrong regular expression") from None
+        raise NotKnownError("a wrong regular expression") from None
 
 
 _TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*+\]|\(\?(?:[:=!]|<[=!])?|.", re.S)
@@ -189,10 +189,8 @@ def _steps(pattern: str, length: int) -> float:
             steps *= 1 if before in ("*", "+", "?", "}") else 2
         elif token == "|":
             alternatives = alternatives * 2 if grouped else alternatives + 1
-        elif token[0] == "\\" and token[1:].isdigit():
-            return math.inf
-        elif token == "(?":  # flags, names, conditions
-            return math.inf
+        elif token == "(?" or (token[0] == "\\" and token[1:].isdigit()):
+            return math.inf  # flags, names, conditions; a reference
         before = token
         if steps * alternatives > _MAX_STEPS:
             return math.inf

@@ -19,6 +19,9 @@ Form = Literal[
     "ruinedfooocus",
     "invokeai",
     "novelai",
+    "drawthings",
+    "easydiffusion",
+    "stabilitymatrix",
     "external",  # another service's picture; the site keeps its fields apart
 ]
 

@@ -19,8 +19,9 @@ _READ_BY_THE_SITE = (
 )
 #: Keys without which no program of `programs` has written the record.
 _PROGRAM_KEYS = frozenset(
-    {"sui_image_params", "software", "base_model", "Base Model", "positive_prompt", "uc"}
-    | {"model_weights"}
+    {"sui_image_params", "software", "base_model", "Base Model", "positive_prompt", "uc", "c"}
+    | {"model_weights", "Comment", "PositivePrompt", "use_stable_diffusion_model"}
+    | {"Stable Diffusion model"}
 )
 
 
@@ -64,7 +65,8 @@ def read_bag(bag: Bag) -> Reading:
         reading = read_program(bag)
         if reading is not None:
             return reading
-    if not isinstance(bag.get("prompt"), str):
+    prompt = bag.get("prompt")
+    if not isinstance(prompt, str) or prompt.lstrip()[:1] == "{":
         reading = _unparsed(bag)
         if reading is not None:
             return reading
@@ -81,8 +83,12 @@ def _unparsed(bag: Bag) -> Reading | None:
     details = bag.get("external")
     if isinstance(details, dict) and isinstance(details.get("details"), dict):
         return Reading("external", {**details["details"], **bag})
-    graph = isinstance(bag.get("prompt"), dict) or isinstance(bag.get("nodes"), list)
-    if graph or any(isinstance(node, dict) and "class_type" in node for node in bag.values()):
+    if (
+        isinstance(bag.get("nodes"), list)
+        or "prompt" in bag
+        or "workflow" in bag
+        or any(isinstance(node, dict) and "class_type" in node for node in bag.values())
+    ):
         return read_comfy(bag)
     return None
 

@@ -26,7 +26,7 @@ from diffagent.dabench.metadata.compute import (
     join,
     sized,
 )
-from diffagent.dabench.metadata.expression import NotKnown
+from diffagent.dabench.metadata.expression import NotKnownError
 from diffagent.dabench.metadata.generation import Reference
 from diffagent.dabench.metadata.graph import Node, Nodes, is_link
 from diffagent.dabench.metadata.values import (
@@ -154,24 +154,24 @@ class Walks:
             return self._once(
                 ("switch", key, slot), lambda: _chosen(node, self._inputs(node), slot)
             )
-        except NotKnown:
+        except NotKnownError:
             return None
 
     def _once(self, key: tuple[object, ...], compute: Callable[[], T]) -> T:
         """A result that is computed once; a cycle, and what is nested too deeply, is not known."""
         if key not in self._memo:
             if self._depth >= _MAX_DEPTH:
-                raise NotKnown("too many nodes in a line")
-            self._memo[key] = NotKnown("a cycle")
+                raise NotKnownError("too many nodes in a line")
+            self._memo[key] = NotKnownError("a cycle")
             self._depth += 1
             try:
                 self._memo[key] = compute()
-            except NotKnown as error:
+            except NotKnownError as error:
                 self._memo[key] = error
             finally:
                 self._depth -= 1
         result = self._memo[key]
-        if isinstance(result, NotKnown):
+        if isinstance(result, NotKnownError):
             raise result
         return result  # type: ignore[no-any-return]
 
@@ -179,14 +179,14 @@ class Walks:
         return Inputs(node, self.value, self.size)
 
     def value(self, value: object) -> Scalar:
-        """A number or a text, which a node may hold or compute. Raises `NotKnown`."""
+        """A number or a text, which a node may hold or compute. Raises `NotKnownError`."""
         found = self._resolve(value)
         if isinstance(found, dict):  # a widget with a preview
             found = found.get("content", found.get("name"))
         if isinstance(found, str | int | float):
             return found
         if not isinstance(found, Source):
-            raise NotKnown("a link to nothing")
+            raise NotKnownError("a link to nothing")
         return self._once(("value", found.key, found.slot), lambda: self._node_value(found))
 
     def _node_value(self, source: Source) -> Scalar:
@@ -197,20 +197,20 @@ class Walks:
         if node.kind in COMPUTED:
             outputs = COMPUTED[node.kind](inputs)
             if source.slot >= len(outputs):
-                raise NotKnown("an output of another kind")
+                raise NotKnownError("an output of another kind")
             return outputs[source.slot]
         if concatenation(node):
             return concatenate(inputs)[0]
         held = constant(node)
         if held is None:
-            raise NotKnown(f"the node {node.kind!r}")
+            raise NotKnownError(f"the node {node.kind!r}")
         return held
 
     def known(self, value: object) -> Scalar | None:
         """`value`, or None where it is not known or there is none."""
         try:
             return None if value is None else self.value(value)
-        except NotKnown:
+        except NotKnownError:
             return None
 
     def name(self, value: object) -> str | None:
@@ -387,7 +387,7 @@ class Walks:
     # --- size -------------------------------------------------------------------------------
 
     def sampled_size(self, key: str) -> Size:
-        """(width, height) in pixels at which a sampler drew. Raises `NotKnown`."""
+        """(width, height) in pixels at which a sampler drew. Raises `NotKnownError`."""
         node = self._nodes[key]
         link = _first_link(node, _LATENTS) or _first_link(node, _PIPES)
         if link is not None:
@@ -395,20 +395,20 @@ class Walks:
         makers = [key, *(other for other, node in self._nodes.items() if _makes_latent(node))]
         sizes = {size for maker in makers for size in self._sizes(maker)}
         if len(sizes) != 1:  # where nothing is linked, the only one in the graph
-            raise NotKnown("several sizes, or none")
+            raise NotKnownError("several sizes, or none")
         return sizes.pop()
 
     def _sizes(self, key: str) -> list[Size]:
         try:
             return [self.size([key, 0])]
-        except NotKnown:
+        except NotKnownError:
             return []
 
     def size(self, link: object) -> Size:
-        """(width, height) in pixels of a latent. Raises `NotKnown`."""
+        """(width, height) in pixels of a latent. Raises `NotKnownError`."""
         source = self.source(link)
         if source is None:
-            raise NotKnown("a link to nothing")
+            raise NotKnownError("a link to nothing")
         return self._once(("size", source.key), lambda: self._node_size(source))
 
     def _node_size(self, source: Source) -> Size:
@@ -455,7 +455,7 @@ class Walks:
         makes = "Empty" in node.kind or "batch_size" in inputs
         if makes and "width" in inputs and PLAIN_LATENT.issuperset(inputs):
             return sized(kept.number("width"), kept.number("height"))
-        raise NotKnown(f"the size of {node.kind!r}")
+        raise NotKnownError(f"the size of {node.kind!r}")
 
     # --- models -----------------------------------------------------------------------------
 
@@ -480,7 +480,7 @@ class Walks:
             node = source.node
             try:
                 loras.append(self._stack(node, set()))
-            except NotKnown:
+            except NotKnownError:
                 known = False
             if any(name in node.inputs for name in _CHECKPOINTS):
                 checkpoints.append(self._checkpoint(node) or "")
@@ -559,7 +559,7 @@ class Walks:
         """The last layer that the positive prompt is read from; -2 is the last but one.
 
         Raises:
-            NotKnown: it is set and not known.
+            NotKnownError: it is set and not known.
         """
         link = self._role_link(key, "positive")
         for _ in range(_MAX_LINKS):
@@ -575,7 +575,7 @@ class Walks:
         return None
 
     def prompt(self, key: str, role: str) -> str | None:
-        """The text of a sampler's positive or negative prompt. Raises `NotKnown`."""
+        """The text of a sampler's positive or negative prompt. Raises `NotKnownError`."""
         link = self._role_link(key, role)
         return None if link is None else text(self._text(link, role))
 
@@ -593,7 +593,7 @@ class Walks:
         if isinstance(found, str):
             return found
         if not isinstance(found, Source):
-            raise NotKnown("a link to nothing")
+            raise NotKnownError("a link to nothing")
         key, node, slot = found
         if node.kind in COMPUTED or concatenation(node) or constant(node) is not None:
             return self._string(value)
@@ -604,7 +604,7 @@ class Walks:
     def _string(self, value: object) -> str:
         found = self.value(value)
         if not isinstance(found, str):
-            raise NotKnown("a number for a text")
+            raise NotKnownError("a number for a text")
         return found
 
     def _node_text(self, node: Node, role: str) -> str:
@@ -637,13 +637,13 @@ class Walks:
             link = _first_link(node, _HANDED_ON) or _only_link(node)
             if link is not None:
                 return self._text(link, role)
-        raise NotKnown(f"the text of {node.kind!r}")
+        raise NotKnownError(f"the text of {node.kind!r}")
 
     def _average(self, node: Node, role: str) -> str:
         """A mixture of two prompts is neither, unless one of them has all the weight."""
         strength = self._inputs(node).number("conditioning_to_strength")
         if strength not in (0, 1):
-            raise NotKnown("an average of prompts")
+            raise NotKnownError("an average of prompts")
         return self._text(node.inputs.get(f"conditioning_{'to' if strength else 'from'}"), role)
 
 
@@ -738,14 +738,14 @@ def _chosen(node: Node, inputs: Inputs, slot: int) -> str | None:
     """The name of the input that a switch hands on; None where it is no switch.
 
     Raises:
-        NotKnown: it is not known which.
+        NotKnownError: it is not known which.
     """
     raw = node.inputs
     if node.kind in _FIRST:
         for name in raw:
             if name.startswith(("any_", "ctx_")) and is_link(raw[name]):
                 return name
-        raise NotKnown("a switch without inputs")
+        raise NotKnownError("a switch without inputs")
     if _NUMBERED.match(node.kind):
         return _numbered(raw, inputs, slot)
     if _AB.match(node.kind) or node.kind == "easy imageSwitch":
@@ -772,5 +772,5 @@ def _numbered(raw: Any, inputs: Inputs, slot: int) -> str:
 def _single(names: Iterable[str]) -> str:
     found = list(names)
     if len(found) != 1:
-        raise NotKnown("a switch of another kind")
+        raise NotKnownError("a switch of another kind")
     return found[0]
