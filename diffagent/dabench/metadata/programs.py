@@ -303,19 +303,22 @@ def _easy_diffusion(bag: Bag) -> Reading | None:
         "clipSkip": 2 if str(first(bag, "clip_skip", "Clip Skip")).casefold() == "true" else None,
         "Model": model.replace("\\", "/").rpartition("/")[2],
     }
-    names, strengths = (
-        _listed(load_json(value) or value)  # a list as text, or one
-        for value in (
-            first(bag, "use_lora_model", "LoRA model"),
-            first(bag, "lora_alpha", "LoRA Strength"),
-        )
-    )
+    names = _one_or_more(first(bag, "use_lora_model", "LoRA model"))
+    strengths = _one_or_more(first(bag, "lora_alpha", "LoRA Strength"))
     loras = tuple(
         Reference(name=text(str(name)), weight=weight(_at(strengths, i)))
         for i, name in enumerate(names)
         if name not in (None, "", "None")
     )
     return Reading("easydiffusion", found, loras=loras, from_image=bool(first(bag, "init_image")))
+
+
+def _one_or_more(value: object) -> list[Any]:
+    """A list, which may be JSON text, or the one value that stands for it."""
+    loaded = load_json(value)
+    if isinstance(loaded, list):
+        return loaded
+    return _listed(value) if isinstance(value, str) else [value]
 
 
 def _stability_matrix(bag: Bag) -> Reading | None:
