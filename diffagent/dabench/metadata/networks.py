@@ -31,7 +31,8 @@ def merge_networks(
     for reference in listed:
         networks.add(reference)
     left = [reference for reference in hashed if not networks.add_hash(reference)]
-    left = [reference for reference in left if not networks.pair_similar(reference, len(left))]
+    if len(tags) * len(left) <= _MAX_PAIRS:
+        left = [reference for reference in left if not networks.pair_similar(reference)]
     free = networks.free_tags()
     if len(free) == len(left) == 1:
         networks.complete(free[0], left.pop())
@@ -85,14 +86,12 @@ class _Networks:
         """Tags that no hash belongs to yet."""
         return [name for name in self._tags if self._found[name].hash is None]
 
-    def pair_similar(self, reference: Reference, count: int) -> bool:
+    def pair_similar(self, reference: Reference) -> bool:
         """Whether one free tag has a similar name; it gets the hash."""
         if _digest(reference.hash) in self._hashes:
             return True
-        free, key = self.free_tags(), _key(_name(reference))
-        if len(free) * count > _MAX_PAIRS:
-            return False
-        similar = [name for name in free if _overlap(_key(name), key)]
+        key = _key(_name(reference))
+        similar = [name for name in self.free_tags() if _overlap(_key(name), key)]
         if len(similar) == 1:
             self.complete(similar[0], reference)
         return len(similar) == 1
