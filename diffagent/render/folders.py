@@ -51,7 +51,7 @@ class ModelFolders:
             flaw = self._hashes.flaw(found) if found else ""
             self._hashes.save()
         if flaw:
-            raise RenderError(f"{str(found)!r}: {flaw}", reason="bad-model-file")
+            raise RenderError(flaw, reason="bad-model-file")
         return found
 
     def files(self) -> Iterator[LocalFile]:
