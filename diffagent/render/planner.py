@@ -136,8 +136,7 @@ def _named(error: Exception, reason: str, *refs: ModelRef) -> RenderError:
     """The error with models' names in place of the cache's file names, which are their hashes."""
     text = str(error)
     for ref in refs:
-        for ending in ("safetensors", "unchecked"):
-            text = text.replace(f"{ref.sha256}.{ending}", ref.name)
+        text = text.replace(f"{ref.sha256}.safetensors", ref.name)
     return RenderError(text, reason=reason)
 
 

@@ -22,18 +22,20 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from diffagent.agent.candidates import Row, write_candidates
 from diffagent.agent.selector import Selector
 from diffagent.artifacts import StageContext, StageResult, stage
-from diffagent.civitai.sources import synthetic_id
-from diffagent.civitai.sources.local import Hashes, look, model_files
+from diffagent.civitai.sources import SYNTHETIC, synthetic_id
+from diffagent.civitai.sources.local import LocalFile, record_of
 from diffagent.dabench.catalogue import (
     CHECKPOINT,
     EMBEDDING,
     LORA_TYPES,
     Catalogue,
     Entry,
+    make_entry,
     unique_names,
 )
 from diffagent.dabench.metadata.prompts import split_prompt
 from diffagent.errors import ConfigError
+from diffagent.render.folders import ModelFolders
 from schemas.api import T2IAPI, ApiError, LoRA, Params, parse_api
 
 log = logging.getLogger(__name__)
@@ -100,55 +102,68 @@ def prompts_config(rows: Sequence[Row], entries: Iterable[Entry]) -> PromptsConf
 def folder_entries(
     folders: Iterable[Path], hashes: Path, base_model: str | None = None
 ) -> list[Entry]:
-    """The model files of folders as rows of a catalogue; those that are refused are told.
+    """The model files of folders as rows of a catalogue, by their headers and sidecars.
 
     Args:
         folders: of model files at any depth, or installations of A1111 or ComfyUI.
         hashes: file that keeps their hashes for the next time.
-        base_model: of files whose tensors and notes do not tell.
+        base_model: of files whose tensors, notes and sidecars do not state it.
 
     Raises:
         ConfigError: there is no usable model file.
     """
-    known = Hashes(hashes)
-    found: dict[str, Entry] = {}
-    for folder in folders:
-        for path in model_files(folder):
-            file = look(path, known)
-            kind = file.architecture.type
-            if file.refused:
-                log.warning("%s is left out: %s", path, file.refused)
-            if file.refused or kind not in (CHECKPOINT, EMBEDDING, *LORA_TYPES):
-                continue
-            base = file.architecture.base_model or base_model
-            if base is None:
-                log.warning("%s: nobody knows its base model; say --base-model", path)
-            found.setdefault(file.sha256, _local_entry(path, file.sha256, kind, base or "Other"))
-    known.save()
-    if not any(entry.is_checkpoint for entry in found.values()):
+    folders = tuple(folders)
+    entries: dict[str, Entry] = {}
+    refused: dict[Path, str] = {}
+    baseless = []
+    for file in ModelFolders(folders, hashes).files():
+        model, version = record_of(file)
+        if file.refused:
+            refused[file.path] = file.refused
+        if file.refused or model["type"] not in (CHECKPOINT, EMBEDDING, *LORA_TYPES):
+            continue
+        base = version.get("baseModel") or base_model
+        if base is None:
+            baseless.append(file.path)
+        entries.setdefault(file.sha256, _local_entry(file, model, version, base or "Other"))
+    if refused:
+        path, why = next(iter(refused.items()))
+        log.warning(
+            "%d files are left out, such as %s: %s; `diffagent models scan` lists them",
+            len(refused), path, why,
+        )  # fmt: skip
+    if baseless:
+        log.warning(
+            "%d files do not state their base model, such as %s; give it with --base-model",
+            len(baseless), baseless[0],
+        )  # fmt: skip
+    if not any(entry.is_checkpoint for entry in entries.values()):
         raise ConfigError(
-            f"{', '.join(map(str, folders))}: no checkpoint in safetensors at any depth; see "
-            "-v for the files that were left out"
+            f"{', '.join(map(str, folders))}: no checkpoint in safetensors at any depth; "
+            "`diffagent models scan DIR` lists what is there"
         )
-    names = unique_names({entry.version_id: entry.model for entry in found.values()})
-    return [replace(entry, model=names[entry.version_id]) for entry in found.values()]
+    names = unique_names({entry.version_id: entry.model for entry in entries.values()})
+    return [replace(entry, model=names[entry.version_id]) for entry in entries.values()]
 
 
-def _local_entry(path: Path, sha256: str, kind: str, base_model: str) -> Entry:
-    ident = synthetic_id(sha256)
-    return Entry(
-        model=path.stem[:270],
+def _local_entry(
+    file: LocalFile, model: Mapping[str, Any], version: Mapping[str, Any], base_model: str
+) -> Entry:
+    """A file under its own name, with what its record states."""
+    ident = synthetic_id(file.sha256)
+    known = make_entry(model, {**version, "baseModel": base_model}, version["files"][0])
+    return replace(
+        known,
+        model=file.path.stem[:270],
         version=LOCAL_VERSION,
-        type=kind,
-        base_model=base_model,
         model_id=ident,
         version_id=ident,
-        air="",
-        file_name=path.name,
-        file_id=None,
-        size_bytes=path.stat().st_size,
-        sha256=sha256,
+        air=known.air if known.version_id < SYNTHETIC else "",
+        file_name=file.path.name,
+        size_bytes=file.path.stat().st_size,
+        sha256=file.sha256,
         download_path="",
+        page=known.page if known.version_id < SYNTHETIC else "",
     )
 
 

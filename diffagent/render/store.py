@@ -203,9 +203,10 @@ class ModelStore:
                 raise type(error)(f"{file.model!r}: {error}") from error
             try:
                 check_weights(unchecked)
-            except DiffAgentError:
+            except RenderError as error:
                 unchecked.unlink()
-                raise
+                problem = str(error).replace(unchecked.name, file.model)
+                raise RenderError(problem, reason=error.reason) from error
             target = self.cache.settle(unchecked, sha256)
         log.info("fetched %r: %d bytes", file.model, target.stat().st_size)
         self.cache.make_room()

@@ -8,6 +8,7 @@ memory that is not the file's. Weights that are not numbers make black pictures.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import re
@@ -139,7 +140,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         RenderError: see `read_header`.
     """
-    return _read(path).metadata
+    return dict(_read(path).metadata)
 
 
 def check_weights(path: Path) -> None:
@@ -181,13 +182,19 @@ def _is_unread(name: str) -> bool:
 
 def _read(path: Path) -> _Header:
     with reading(path.name, "cannot be read"):
-        size = path.stat().st_size
-        with path.open("rb") as stream:
-            start = stream.read(64)
-            length = int.from_bytes(start[:8], "little")
-            _check_start(path, start, length, size)
-            stream.seek(8)
-            raw = stream.read(length)
+        status = path.stat()
+    return _parse(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=4)
+def _parse(path: Path, size: int, *_times: int) -> _Header:
+    """Parse a header, once as long as the file's size and times stay."""
+    with reading(path.name, "cannot be read"), path.open("rb") as stream:
+        start = stream.read(64)
+        length = int.from_bytes(start[:8], "little")
+        _check_start(path, start, length, size)
+        stream.seek(8)
+        raw = stream.read(length)
     if len(raw) < length:
         _refuse(path, f"cut off after {size} bytes, inside of its header; {_AGAIN}")
     try:
