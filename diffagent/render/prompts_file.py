@@ -23,6 +23,7 @@ from diffagent.agent.candidates import Row, write_candidates
 from diffagent.agent.selector import Selector
 from diffagent.artifacts import StageContext, StageResult, stage
 from diffagent.civitai.sources import SYNTHETIC, synthetic_id
+from diffagent.civitai.sources.architecture import UNKNOWN
 from diffagent.civitai.sources.local import LocalFile, record_of
 from diffagent.dabench.catalogue import (
     CHECKPOINT,
@@ -36,6 +37,7 @@ from diffagent.dabench.catalogue import (
 from diffagent.dabench.metadata.prompts import split_prompt
 from diffagent.errors import ConfigError
 from diffagent.render.folders import ModelFolders
+from diffagent.render.recipe import UNKNOWN_BASE_MODEL
 from schemas.api import T2IAPI, ApiError, LoRA, Params, parse_api
 
 log = logging.getLogger(__name__)
@@ -113,28 +115,32 @@ def folder_entries(
         ConfigError: there is no usable model file.
     """
     folders = tuple(folders)
-    entries: dict[str, Entry] = {}
-    refused: dict[Path, str] = {}
-    baseless = []
+    entries: dict[tuple[str, str], Entry] = {}
+    refused, baseless = [], []
     for file in ModelFolders(folders, hashes).files():
         model, version = record_of(file)
+        kinds = [model["type"]]
         if file.refused:
-            refused[file.path] = file.refused
-        if file.refused or model["type"] not in (CHECKPOINT, EMBEDDING, *LORA_TYPES):
-            continue
-        base = version.get("baseModel") or base_model
-        if base is None:
+            refused.append(file)
+            # What names it is a failed row with the reason, whatever it was meant to be.
+            is_unknown = kinds == [UNKNOWN.type] and file.path.suffix.lower() == ".safetensors"
+            kinds = [CHECKPOINT, "LORA"] if is_unknown else kinds
+        if kinds[0] == CHECKPOINT and not (file.refused or version.get("baseModel") or base_model):
             baseless.append(file.path)
-        entries.setdefault(file.sha256, _local_entry(file, model, version, base or "Other"))
+        base = version.get("baseModel") or base_model or UNKNOWN_BASE_MODEL
+        for kind in kinds:
+            if kind in (CHECKPOINT, EMBEDDING, *LORA_TYPES) and not _is_pickle(file):
+                entry = _local_entry(file, {**model, "type": kind}, version, base)
+                entries.setdefault((file.sha256, kind), entry)
     if refused:
-        path, why = next(iter(refused.items()))
         log.warning(
-            "%d files are left out, such as %s: %s; `diffagent models scan` lists them",
-            len(refused), path, why,
+            "%d of the files cannot be drawn with, such as %s: %s; `diffagent models scan` lists "
+            "them",
+            len(refused), refused[0].path, refused[0].refused,
         )  # fmt: skip
     if baseless:
         log.warning(
-            "%d files do not state their base model, such as %s; give it with --base-model",
+            "%d checkpoints do not state their base model, such as %s; --base-model gives it",
             len(baseless), baseless[0],
         )  # fmt: skip
     if not any(entry.is_checkpoint for entry in entries.values()):
@@ -146,16 +152,21 @@ def folder_entries(
     return [replace(entry, model=names[entry.version_id]) for entry in entries.values()]
 
 
+def _is_pickle(file: LocalFile) -> bool:
+    return file.path.suffix.lower() != ".safetensors"
+
+
 def _local_entry(
     file: LocalFile, model: Mapping[str, Any], version: Mapping[str, Any], base_model: str
 ) -> Entry:
     """A file under its own name, with what its record states."""
     ident = synthetic_id(file.sha256)
+    is_guess = bool(file.refused) and model["type"] != file.architecture.type
     known = make_entry(model, {**version, "baseModel": base_model}, version["files"][0])
     return replace(
         known,
         model=file.path.stem[:270],
-        version=LOCAL_VERSION,
+        version=f"{LOCAL_VERSION} {model['type']}" if is_guess else LOCAL_VERSION,
         model_id=ident,
         version_id=ident,
         air=known.air if known.version_id < SYNTHETIC else "",

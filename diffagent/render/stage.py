@@ -24,7 +24,7 @@ from diffagent.render.base import Files, ModelRef, Renderer
 from diffagent.render.pictures import PictureCache
 from diffagent.render.planner import draw
 from diffagent.render.pnginfo import payload_hash, write_png
-from diffagent.render.recipe import Recipe, by_hash, resolve
+from diffagent.render.recipe import UNKNOWN_BASE_MODEL, Recipe, by_hash, resolve
 from diffagent.render.safety import check_pictures
 from diffagent.render.store import ModelStore
 from schemas.api import ApiError, parse_api
@@ -268,7 +268,8 @@ class Album:
         entry = self._models.get(sha256)
         if entry is None:
             raise RenderError(f"the catalogue has no file {sha256!r}", reason="unknown-model")
-        return ModelRef(sha256, entry.model, entry.base_model, entry.file_name)
+        base_model = "" if entry.base_model == UNKNOWN_BASE_MODEL else entry.base_model
+        return ModelRef(sha256, entry.model, base_model, entry.file_name)
 
     def _write(self, recipe: Recipe, image: Image) -> None:
         payloads = {
