@@ -96,7 +96,8 @@ def _usable(
 ) -> dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]]:
     """The factors of the layers that a pipeline has, their strengths multiplied in."""
     strengths, usable = _Strengths(path), {}
-    for translated in _translated(layers, pipeline):
+    factors = [dict(_with_alpha(layer)) for layer in layers]
+    for translated in _translated(factors, pipeline):
         for (component, module), (up, down) in translated.items():
             target = _module(pipeline, component, module)
             if target is None:
@@ -180,7 +181,7 @@ def _pairs(
 
     if not layers:
         return {}
-    tensors = dict(factor for layer in layers for factor in _with_alpha(layer))
+    tensors = {name: tensor for layer in layers for name, tensor in layer.items()}
     if not any(key.startswith((*_KOHYA, *_COMPONENTS)) for key in tensors):
         tensors = {f"unet.{key}": tensor for key, tensor in tensors.items()}  # the U-Net's alone
     state, _ = pipeline.lora_state_dict(tensors, unet_config=pipeline.unet.config)
