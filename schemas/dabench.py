@@ -155,6 +155,7 @@ RENDERS = _schema(
     ("recipe", _text, True),
     ("status", _text, False),  # 'ok' | 'invalid' | 'failed'
     ("reason", _text, True),
+    ("problem", _text, True),  # a failed picture's own message: which file, what is wrong with it
     ("nsfw", _float, True),  # probability by the safety check; null: not checked
 )
 

@@ -247,8 +247,9 @@ def choose_file(
     """The file of a version to download, and why there is none: ``(file, "")`` or ``(None, why)``.
 
     Only safetensors of these ``types`` (the model's own weights; None: any), that passed both scans
-    and have a SHA256, are eligible; the site's own score decides between them (pruned +10,
-    fp16 +1), then its primary flag, then the lowest id.
+    and have a SHA256, are eligible. Whole numbers (fp16, bf16, fp32, or nothing stated) come before
+    float8, and float8 before 4-bit and other packings, which cannot be drawn with; then the site's
+    own score decides (pruned +10, fp16 +1), then its primary flag, then the lowest id.
     """
     weights = [
         f for f in files if isinstance(f, dict) and (types is None or f.get("type") in types)
@@ -289,11 +290,33 @@ def _scans_passed(file: Mapping[str, Any]) -> bool:
     return file.get("pickleScanResult") == file.get("virusScanResult") == "Success"
 
 
-def _file_score(file: Mapping[str, Any]) -> tuple[int, bool, int]:
+def _file_score(file: Mapping[str, Any]) -> tuple[int, int, bool, int]:
     metadata = _metadata(file)
     score = 10 * (metadata.get("size") == "pruned") + (metadata.get("fp") == "fp16")
     ident = file.get("id")
-    return score, file.get("primary") is True, -ident if isinstance(ident, int) else 0
+    primary = file.get("primary") is True
+    return -_packing(file), score, primary, -ident if isinstance(ident, int) else 0
+
+
+def _packing(file: Mapping[str, Any]) -> int:
+    """How far a file is from whole numbers: 0 float16 and wider, 1 float8, 2 anything smaller.
+
+    The name counts too: the site's ``fp`` and ``quantType`` are often empty or wrong.
+    """
+    metadata = _metadata(file)
+    stated = " ".join(str(metadata.get(key) or "") for key in ("fp", "quantType"))
+    text = f"{stated} {str(file.get('name') or '')[:300]}".lower()
+    if _PACKED.search(text):
+        return 2
+    return 1 if _FLOAT8.search(text) else 0
+
+
+#: Marks of weights in four bits, in integers, or in packings of llama.cpp, Nunchaku and others.
+_PACKED = re.compile(
+    r"(?<![a-z0-9])(?:nf4|fp4|nvfp4|mxfp4|mxfp8|int[48]|w[48]a(?:4|8|16)|i?q[2-8](?:_\w+)?|gguf"
+    r"|svdq\w*|nunchaku|gptq|awq|bnb|4bit|8bit)(?![a-z0-9])"
+)
+_FLOAT8 = re.compile(r"(?<![a-z0-9])(?:fp8|f8|float8|e4m3\w*|e5m2\w*)")
 
 
 def describe(model: Mapping[str, Any]) -> str:

@@ -94,7 +94,12 @@ def list_models(config: Config = None, models: Models = None, as_json: AsJSON = 
         typer.echo(json.dumps([asdict(file) for file in files], indent=2))
         return
     for file in files:
-        states = {"pinned": file.pinned, "in use": file.in_use, "unfinished": not file.complete}
+        states = {
+            "pinned": file.pinned,
+            "imported": file.imported,
+            "in use": file.in_use,
+            "unfinished": not file.complete,
+        }
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.used))
         told = ", ".join(name for name, holds in states.items() if holds)
         name = printable(f"{file.model} {file.air}".strip())
@@ -128,9 +133,14 @@ def evict(
     config: Config = None,
     models: Models = None,
     limit_gb: LimitGB = None,
+    imported: Annotated[
+        bool, typer.Option("--imported", help="Also files that were imported.")
+    ] = False,
 ) -> None:
-    """Delete files from the cache: those named, else what was not used for longest until the
-    limit is kept. What is pinned or in use stays."""
+    """Delete files from the cache: those named, else the longest unused until the limit is kept.
+
+    Files that are pinned or in use stay, and imported ones unless named or with --imported.
+    """
     from diffagent.errors import ConfigError
 
     runtime = _runtime(config, models, limit_gb=limit_gb)
@@ -142,7 +152,7 @@ def evict(
         for file in gone:
             cache.remove(file.sha256)
     else:
-        gone = cache.make_room()
+        gone = cache.make_room(imported=imported)
     for file in gone:
         name = printable(file.model)
         typer.echo(f"evicted {file.sha256[:10]} {name}: {file.size / 1e9:.3f} GB")
@@ -161,8 +171,8 @@ def import_models(
     from diffagent.errors import RenderError
 
     cache, refused = _cache(_runtime(config, models)), False
-    found = [model_files(path) if path.is_dir() else [path] for path in paths]
-    for path in chain.from_iterable(found):
+    files = [model_files(path) if path.is_dir() else [path] for path in paths]
+    for path in chain.from_iterable(files):
         try:
             typer.echo(f"{cache.add(path)[0]}  {path}")
         except RenderError as error:
@@ -186,24 +196,37 @@ def scan(
 
     Hashes are kept beside the cache, so that a second look reads nothing.
     """
+    from diffagent.civitai.sources.local import record_of
     from diffagent.render.folders import ModelFolders
 
     runtime = _runtime(config, models)
     for file in ModelFolders(folders, runtime.models_directory / "folders.json").files():
-        base = file.architecture.base_model or "?"
+        model, version = record_of(file)
+        base = version.get("baseModel")
         if as_json:
             row: dict[str, Any] = {
                 "path": str(file.path),
                 "sha256": file.sha256,
                 "refused": file.refused,
+                "undrawable": file.undrawable,
+                "type": model["type"],
+                "base_model": base,
+                "model": model["name"],
+                "version": version["name"],
             }
-            row |= {"type": file.architecture.type, "base_model": file.architecture.base_model}
             typer.echo(json.dumps(row))
         else:
-            told = f"  refused: {file.refused}" if file.refused else ""
+            why = f"  refused: {file.refused}" if file.refused else ""
+            why = f"  not drawn with: {file.undrawable}" if file.undrawable else why
             typer.echo(
-                f"{file.sha256[:10]}  {file.architecture.type:<16}  {base:<8}  {file.path}{told}"
+                f"{file.sha256[:10]}  {model['type']:<16}  {base or '?':<8}  "
+                f"{_printable(str(file.path))}{_printable(why)}"
             )
+
+
+def _printable(text: str) -> str:
+    """A stranger's text without what a terminal would obey."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 def _runtime(

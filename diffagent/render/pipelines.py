@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 #: Raise it when the same recipe gives another picture.
-VERSION = 2
+VERSION = 3
 #: Recipes whose prompts are encoded before the first is drawn: up to 1.2 MB each.
 _WINDOW = 256
 #: Pixels of all rows of a pass, by the kind of device; a picture with guidance is two rows.
@@ -370,7 +370,9 @@ class _Ready:
                 recipe.clip_skip,
             )
             return Sampling(recipe, self.checkpoint.scheduler_config, said, shape, device)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        except RenderError:
+            raise
+        except Exception as error:  # the checkpoint and what is laid over it are strangers'
             raise failure(recipe, error) from error
 
     def picture(self, sampling: Sampling) -> Image | RenderError:

@@ -178,7 +178,7 @@ def _card(
         api=parse_api(api) if api else None,
         picture=renders.file(f"images/{row['recipe']}.png") if drawn else None,
         href=f"{number}.png" if drawn else "",
-        problem=REASONS.get(reason, reason),
+        problem=row.get("problem") or REASONS.get(reason, reason),
         scores={n: told[n] for n in SCORES if told.get(n) is not None} if drawn else {},
     )
 

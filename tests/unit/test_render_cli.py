@@ -178,7 +178,7 @@ def test_calls_are_lines_of_json(tmp_path: Path, models: Path) -> None:
         *("dream_v8", "Toon XL", "dream_v8", None, "nobody"),
     ]
     assert [row["problem"] for row in rows] == [
-        *(None, None, None, "no-answer", "no such checkpoint in the catalogue"),
+        *(None, None, None, "no-answer", "the catalogue has no checkpoint 'nobody', '8'"),
     ]
     page = Page(out / "index.html")
     assert len(page.all("article")) == 5

@@ -315,7 +315,7 @@ def test_a_bad_lora_is_refused_and_leaves_no_trace(world: World, tmp_path: Path)
             for name, value in tensors.items()}  # fmt: skip
     for name, bad, told in (
         ("wide", wide, "does not fit"),
-        ("foreign", {"nothing": torch.zeros(2)}, "nothing for this checkpoint"),
+        ("foreign", {"nothing": torch.zeros(2)}, "holds no LoRA layer, but 'nothing'"),
         ("dora", {**tensors, f"{stem}.dora_scale": torch.ones(1, 32)}, "DoRA"),
         ("loha", {f"{stem}.hada_w1_a": torch.ones(2, 2)}, "LoHa"),
     ):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -58,13 +58,12 @@ class World:
     def add_model(self, name: str, file: Path | None = None, **fields: Any) -> None:
         """Put a model into the catalogue and its file into the cache."""
         number = len(self.entries) + 1
-        sha256 = sha256_file(file) if file else f"{number:064x}"
+        content = file.read_bytes() if file else f"{number}: read by no renderer here".encode()
+        sha256 = hashlib.sha256(content).hexdigest()
         target = self.folder / "models" / sha256[:2] / f"{sha256}.safetensors"
         target.parent.mkdir(parents=True, exist_ok=True)
-        if file:
-            shutil.copy(file, target)
-        elif fields.pop("cached", True):
-            target.write_bytes(b"not read by the renderer of this test")
+        if fields.pop("cached", True):
+            target.write_bytes(content)
         self.entries.append(
             replace(ENTRY, **{"model": name, "version_id": number, "sha256": sha256, **fields})
         )
@@ -208,7 +207,10 @@ def test_every_failure_is_a_row_with_its_reason(world: World, monkeypatch: Any) 
 
     monkeypatch.setattr(render_stage.ModelStore, "fetch", fetch)
     artifact = world.render()
-    told = [(row["status"], row["reason"], row["recipe"] is None) for row in rows(artifact)]
+    renders = rows(artifact)
+    told = [(row["status"], row["reason"], row["recipe"] is None) for row in renders]
+    assert [bool(row["problem"]) for row in renders] == [s == "failed" for s, *_ in told]
+    assert "401: early access" in renders[8]["problem"]
     assert told == [
         ("ok", None, False),
         ("invalid", "unknown-model", True),
@@ -322,10 +324,8 @@ def test_real_pictures_load_each_checkpoint_once(tmp_path: Path) -> None:
         world.add_model(f"checkpoint {seed}", tmp_path / "checkpoint.safetensors")
         tiny_sd.save_kohya_lora(pipeline, tmp_path / "lora.safetensors", seed)
         world.add_model(f"lora {seed}", tmp_path / "lora.safetensors", type="LORA")
-    world.add_model("no checkpoint", tmp_path / "lora.safetensors", sha256="f" * 64)
-    broken = tmp_path / "models" / "ff" / f"{'f' * 64}.safetensors"
-    broken.parent.mkdir()
-    shutil.copy(tmp_path / "lora.safetensors", broken)
+    tiny_sd.save_kohya_lora(pipeline, tmp_path / "lora.safetensors", seed=2)
+    world.add_model("no checkpoint", tmp_path / "lora.safetensors")
     for prompt in range(2):
         for name in ("checkpoint 1", "checkpoint 0", "no checkpoint"):
             for loras in ((), ("lora 0",), ("lora 0", "lora 1")):
@@ -335,6 +335,10 @@ def test_real_pictures_load_each_checkpoint_once(tmp_path: Path) -> None:
     renders = rows(artifact)
     reasons = Counter(row["reason"] for row in renders)
     assert reasons == {None: 12, "bad-model-file": 6}
+    failed = {row["problem"] for row in renders if row["reason"]}
+    assert failed == {
+        "'no checkpoint' is not a Stable Diffusion checkpoint in the single-file layout"
+    }
     digests = {path.stem: path.read_bytes() for path in artifact.glob("images/*")}
     assert len(set(digests.values())) == 12
 
