@@ -144,6 +144,7 @@ RENDERS = _schema(
     ("status", _text, False),  # 'ok' | 'invalid' | 'failed'
     ("reason", _text, True),
     ("nsfw", _float, True),  # probability by the safety check; null: not checked
+    ("note", _text, True),  # how the picture differs from what its call means; null: it does not
 )
 
 #: One row a RENDERS row, in the same order. Rewards are null where there is no picture;

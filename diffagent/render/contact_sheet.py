@@ -35,7 +35,10 @@ SCORES: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Card:
-    """One picture, or why there is none (``problem``)."""
+    """One picture, or why there is none (``problem``).
+
+    ``note``: how the picture differs from what its call means.
+    """
 
     number: str
     prompt: str
@@ -45,6 +48,7 @@ class Card:
     picture: Path | None = None
     href: str = ""
     problem: str = ""
+    note: str = ""
     scores: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -133,6 +137,7 @@ def write_results(path: Path, cards: Sequence[Card]) -> None:
                 "api": json.loads(card.api.to_json()) if card.api else None,
                 "picture": card.href or None,
                 "problem": card.problem or None,
+                "note": card.note or None,
                 "scores": dict(card.scores),
             },
             ensure_ascii=False,

@@ -133,10 +133,14 @@ def compose(prompt: str) -> list[Fragment]:
 
 @dataclass
 class _Edited:
-    """``[before:after:when]``, or with ``options`` an alternation."""
+    """``[before:after:when]``; an alternation of its options where ``when`` is None.
+
+    One option is a bracket that stays: copied into its parent's items, a nest of them would take
+    quadratic time.
+    """
 
     options: list[list[_Item]]
-    when: int | None = None  # None: alternation
+    when: int | None = None
 
     def at(self, step: int) -> list[_Item]:
         """The items that stand here at a step, counted from 1."""
@@ -239,12 +243,12 @@ def _close(group: _Group, steps: int, ends: set[int]) -> list[_Item] | None:
     """The items of a whole group; None where the grammar has no such group."""
     colons, bars = group.separators.count(":"), group.separators.count("|")
     if group.opening == "(":
-        return group.literal(")") if not bars and colons <= 1 else None
+        return [_Edited([group.literal(")")])] if not bars and colons <= 1 else None
     if bars and not colons:
         ends.update(range(1, steps + 1))
         return [_Edited(group.parts)]
     if not group.separators:
-        return group.literal("]")
+        return [_Edited([group.literal("]")])]
     last = group.parts[-1]
     when = _WHEN.fullmatch(last[0]) if len(last) == 1 and isinstance(last[0], str) else None
     if bars or colons > 2 or when is None:

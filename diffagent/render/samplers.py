@@ -39,8 +39,9 @@ class SamplerSpec:
         difference: how diffusers' class differs from what is drawn here; empty when it draws.
         solver: the name without its schedule.
         schedule: the rest of the name; empty when it is uniform in time.
-        sigmas: the formula (`diffagent.render.sigmas.SCHEDULES`) whose sigmas are put in place of
-            the scheduler's own; empty when those are the same.
+        sigmas: the formula of the sigmas, one of `diffagent.render.sigmas.SCHEDULES`; empty where
+            the solver knows no schedules.
+        exact: whether the sigmas of ``scheduler`` are the same, from two steps on.
         discards: whether the next-to-last sigma is left out, as in the WebUI.
         second_order: whether a step evaluates the model twice, so that the WebUI counts twice the
             steps in ``[from:to:when]``.
@@ -55,6 +56,7 @@ class SamplerSpec:
     solver: str = ""
     schedule: str = ""
     sigmas: str = ""
+    exact: bool = True
     discards: bool = False
     second_order: bool = False
 
@@ -246,7 +248,6 @@ def _specs() -> Iterator[SamplerSpec]:
         for schedule, nearest in _SCHEDULES.items():
             if schedule and not solver.scheduled:
                 continue
-            own = solver.scheduled and schedule not in solver.exact
             options = {key: value for key, value in nearest.items() if key in solver.takes}
             yield SamplerSpec(
                 name=f"{name} {schedule}".rstrip(),
@@ -257,7 +258,8 @@ def _specs() -> Iterator[SamplerSpec]:
                 difference=solver.difference,
                 solver=name,
                 schedule=schedule,
-                sigmas=(schedule or "Uniform") if own and solver.scheduler else "",
+                sigmas=(schedule or "Uniform") if solver.scheduled else "",
+                exact=not solver.scheduled or schedule in solver.exact,
                 discards=solver.discards,
                 second_order=solver.second_order,
             )

@@ -146,6 +146,7 @@ def _card(
         picture=renders.file(f"images/{row['recipe']}.png") if drawn else None,
         href=f"{number}.png" if drawn else "",
         problem=REASONS.get(reason, reason),
+        note=row.get("note") or "",
         scores={n: told[n] for n in SCORES if told.get(n) is not None} if drawn else {},
     )
 

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     Draw = Callable[[], torch.Tensor]
 
 _ZERO_SNR = "rescale_betas_zero_snr"
-_DISTILLED = 50  # timesteps that LCM and TCD are distilled for
+#: Timesteps that LCM and TCD are distilled for.
+DISTILLED = 50
 
 
 class Solver(Protocol):
@@ -81,7 +82,7 @@ def solver_for(
     # Euler's scheduler computes the same noise of training as any other, and knows every option.
     model = _model_sigmas(diffusers.EulerDiscreteScheduler.from_config(config))
     values = None
-    if spec.sigmas:
+    if spec.sigmas and (steps == 1 or not spec.exact):
         values = sigmas(spec.sigmas, steps, model, sdxl=sdxl, discard=spec.discards)
     if spec.solver in _LOOPS:
         assert values is not None, "the loops have no sigmas of their own"
@@ -119,8 +120,8 @@ def _set_steps(scheduler: Any, steps: int, values: Array | None, model: Array) -
 
     name = type(scheduler).__name__
     distilled = name in {"LCMScheduler", "TCDScheduler"}
-    scheduler.set_timesteps(min(steps, _DISTILLED) if distilled else steps)
-    if distilled and steps > _DISTILLED:  # between those that it was distilled for, as evenly
+    scheduler.set_timesteps(min(steps, DISTILLED) if distilled else steps)
+    if distilled and steps > DISTILLED:  # between those that it was distilled for, as evenly
         first, last = scheduler.timesteps[0].item(), scheduler.timesteps[-1].item()
         scheduler.timesteps = torch.linspace(first, last, steps).round().long()
         scheduler.num_inference_steps = steps

@@ -21,6 +21,7 @@ from diffagent.dabench.catalogue import Catalogue
 from diffagent.errors import RenderError
 from diffagent.render.backends import open_renderer
 from diffagent.render.base import Files, ModelRef, Renderer
+from diffagent.render.notes import note_on
 from diffagent.render.pictures import PictureCache
 from diffagent.render.planner import draw
 from diffagent.render.pnginfo import payload_hash, write_png
@@ -51,6 +52,7 @@ REASONS: Mapping[str, str] = {
     "no-hash": "the catalogue has no SHA256 of the file",
     "unsupported-sampler": "the backend has nothing like it",
     "unsupported-size": "no multiple of 8 pixels",
+    "prompt-too-long": "a prompt is longer than what is encoded; shorten it",
     "too-large": "more pixels than render.max_pixels",
     "download": "the site does not give the file, or gives another",
     "bad-model-file": "not a safetensors file that diffusers can load",
@@ -79,7 +81,10 @@ REASONS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Job:
-    """One row of the table: a candidate with a seed. ``status`` 'ok' once it has a picture."""
+    """One row of the table: a candidate with a seed. ``status`` 'ok' once it has a picture.
+
+    ``note``: how the picture differs from what the call means.
+    """
 
     row: Mapping[str, Any]
     seed: int
@@ -87,9 +92,10 @@ class Job:
     status: str
     reason: str | None
     nsfw: float | None = None
+    note: str | None = None
 
 
-@stage("render", version=2, config=RenderConfig)
+@stage("render", version=3, config=RenderConfig)
 def render(config: RenderConfig, context: StageContext) -> StageResult:
     """Render the candidates that are valid.
 
@@ -115,11 +121,11 @@ def render(config: RenderConfig, context: StageContext) -> StageResult:
         cache = PictureCache(context.runtime.local_store / "pictures", renderer)
         album = Album(by_hash(catalogue), store, cache, context.out / "images")
         failed = album.fill(wanted.values(), renderer)
-        backend = f"{renderer.name} {renderer.version}"
+        name, backend = renderer.name, f"{renderer.name} {renderer.version}"
     seconds = time.monotonic() - started
     unsafe = album.check_safety(config)
     failed |= dict.fromkeys(unsafe, "unsafe")
-    jobs = [finish(job, failed, album.nsfw) for job in jobs]
+    jobs = [finish(job, failed, album.nsfw, name) for job in jobs]
     check_failures(jobs, config.max_failed_fraction)
     pq.write_table(to_table(jobs), context.out / "renders.parquet", compression="zstd")
     return StageResult(
@@ -133,6 +139,7 @@ def render(config: RenderConfig, context: StageContext) -> StageResult:
             "render_seconds": round(seconds, 3),
             "seconds_per_picture": round(seconds / album.drawn, 4) if album.drawn else None,
             "backend": backend,
+            "renders_noted": sum(job.note is not None for job in jobs),
             "pictures_unsafe": sum(p >= config.safety_threshold for p in album.nsfw.values()),
         },
     )
@@ -282,13 +289,22 @@ class Album:
         return self._payloads[sha256]
 
 
-def finish(job: Job, failed: Mapping[str, str], nsfw: Mapping[str, float]) -> Job:
-    """The job with what became of its recipe, and what the safety check said of its picture."""
+def finish(job: Job, failed: Mapping[str, str], nsfw: Mapping[str, float], backend: str) -> Job:
+    """Complete a job with what became of its recipe, its safety check, and its note.
+
+    Args:
+        job: as `make_jobs` gives it.
+        failed: the reasons of recipes without a picture, by digest.
+        nsfw: probabilities by digest.
+        backend: name of the renderer.
+    """
     if job.recipe is None:
         return job
     done = replace(job, nsfw=nsfw.get(job.recipe.digest))
     reason = failed.get(job.recipe.digest)
-    return replace(done, recipe=None, status="failed", reason=reason) if reason else done
+    if reason:
+        return replace(done, recipe=None, status="failed", reason=reason)
+    return replace(done, note=note_on(job.recipe, backend) or None)
 
 
 def check_failures(jobs: Iterable[Job], limit: float) -> None:
@@ -320,6 +336,7 @@ def to_table(jobs: Iterable[Job]) -> pa.Table:
             "nsfw": job.nsfw,
             "status": job.status,
             "reason": job.reason,
+            "note": job.note,
         }
         for job in jobs
     ]
