@@ -60,7 +60,7 @@ class _Plan:
         return inside
 
 
-@stage("shard", version=2, config=DABenchConfig)
+@stage("shard", version=3, config=DABenchConfig)
 def build_dabench(config: DABenchConfig, context: StageContext) -> StageResult:
     """Make the dataset of the filtered pairs.
 
@@ -258,7 +258,8 @@ def sampler_mapping() -> dict[str, Any]:
             "scheduler": spec.scheduler,
             "options": dict(spec.options),
             "steps_multiplier": spec.steps_multiplier,
-            "note": spec.note,
+            "sigmas": spec.sigmas,
+            "note": "; ".join(filter(None, (spec.note, spec.difference))),
         }
         for name, spec in sorted(renderable_samplers().items())
     }

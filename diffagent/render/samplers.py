@@ -268,6 +268,9 @@ def _specs() -> Iterator[SamplerSpec]:
 #: Canonical name -> how it is run. Immutable.
 SAMPLERS: Mapping[str, SamplerSpec] = MappingProxyType({spec.name: spec for spec in _specs()})
 
+#: Schedule -> what the WebUI calls it, where that is something else.
+WEBUI_LABELS: Mapping[str, str] = MappingProxyType({"": "Uniform", "DDIM Uniform": "DDIM"})
+
 #: What is not a spelling of the canonical name, after `_key`: other programs' names.
 _ALIASES: Mapping[str, str] = {
     "euler ancestral": "Euler a",
@@ -348,21 +351,20 @@ _LONGEST = 5  # words of a schedule
 
 def _words(text: str) -> list[str]:
     """Lower-case words of letters, digits and "++"; other programs' names made the WebUI's."""
-    text = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", " ", text).lower()
+    text = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])|Scheduler(?![a-z])", " ", text).lower()
     text = re.sub(r"[^a-z0-9+]+|(?<!\+)\+(?!\+)", " ", text).strip()
-    text = re.sub(r"^(?:k|sample) (?=[a-z])|\bdiffusion |\bgpu\b", "", text)
+    text = re.sub(r"^sample (?=[a-z])|\b(?:diffusion|gpu|scheduler|sampler)\b", "", text)
     text = re.sub(r"\bdpm ?(?:pp|plus ?plus)", "dpm++", text)
-    text = re.sub(r"\bcfg ?pp\b", "cfg++", text)
-    return re.sub(r" ?(?:scheduler|sampler)$", "", text.strip()).split()
+    return re.sub(r"\bcfg ?pp\b", "cfg++", text).split()
 
 
 def _key(text: str) -> str:
     return "".join(_words(text))
 
 
+_NAMES = {**{name: name for name in _SOLVERS}, **_ALIASES}
 _BY_KEY: Mapping[str, str] = {
-    **{_key(name): name for name in _SOLVERS},
-    **{_key(alias): name for alias, name in _ALIASES.items()},
+    f"{k}{_key(spelling)}": name for k in ("k", "") for spelling, name in _NAMES.items()
 }
 
 
