@@ -343,23 +343,22 @@ _SCHEDULE_KEYS: Mapping[str, str | None] = {
     "uniform": "",
     "normal": "",
 }
-#: ComfyUI writes its schedules in lower case, the WebUI with a capital; these two have one name in
-#: both for two formulae.
-_COMFYUI = {"beta": re.compile("beta"), "kloptimal": re.compile("kl.?optimal")}
-_LONGEST = 5  # words of a schedule
+#: Schedules of one name and two formulae. ComfyUI writes in lower case, the WebUI with a capital.
+_TWO_FORMULAE = frozenset({"beta", "kloptimal"})
+_MOST_WORDS = 16  # of a name
 
 
 def _words(text: str) -> list[str]:
-    """Lower-case words of letters, digits and "++"; other programs' names made the WebUI's."""
-    text = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])|Scheduler(?![a-z])", " ", text).lower()
-    text = re.sub(r"[^a-z0-9+]+|(?<!\+)\+(?!\+)", " ", text).strip()
-    text = re.sub(r"^sample (?=[a-z])|\b(?:diffusion|gpu|scheduler|sampler)\b", "", text)
-    text = re.sub(r"\bdpm ?(?:pp|plus ?plus)", "dpm++", text)
-    return re.sub(r"\bcfg ?pp\b", "cfg++", text).split()
+    """Words of letters, digits and "++", as they are written; other programs' made the WebUI's."""
+    text = re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])|Scheduler(?![a-z])", " ", text)
+    text = re.sub(r"[^A-Za-z0-9+]+|(?<!\+)\+(?!\+)", " ", text).strip()
+    text = re.sub(r"(?i)^sample (?=[a-z])|\b(?:diffusion|gpu|scheduler|sampler)\b", "", text)
+    text = re.sub(r"(?i)\bdpm ?(?:pp|plus ?plus)", "dpm++", text)
+    return re.sub(r"(?i)\bcfg ?pp\b", "cfg++", text).split()
 
 
 def _key(text: str) -> str:
-    return "".join(_words(text))
+    return "".join(_words(text)).lower()
 
 
 _NAMES = {**{name: name for name in _SOLVERS}, **_ALIASES}
@@ -381,34 +380,37 @@ def normalise(raw: str, schedule: str | None = None) -> str | None:
         A key of `SAMPLERS`. None for an unknown solver or schedule: a sampler is never guessed.
     """
     words = _words(raw)
-    name, inside = _BY_KEY.get("".join(words)), schedule or ""
+    name, solver, inside = _BY_KEY.get("".join(words).lower()), "".join(words), schedule or ""
     if name is None:
-        name, inside = _split(words, raw)
+        name, solver, inside = _split(words)
     if name is None or name not in _SOLVERS:  # an alias may name its schedule itself
         return name
+    if solver == "ddim" and inside.islower() and _key(inside) not in {"ddimuniform", "automatic"}:
+        name = "Euler"  # which ComfyUI's ddim is; the WebUI's is capital and knows no schedules
     return _with_schedule(name, inside)
 
 
-def _split(words: list[str], raw: str) -> tuple[str | None, str]:
-    """The solver in a name with a schedule in it, and the schedule as it is spelled there."""
-    for length in range(min(_LONGEST, len(words) - 1), 0, -1):
-        for start in range(len(words) - length, -1, -1):
-            schedule = "".join(words[start : start + length])
-            name = _BY_KEY.get("".join(words[:start] + words[start + length :]))
-            if name is not None and schedule in _SCHEDULE_KEYS:
-                spelled = _COMFYUI[schedule].search(raw) if schedule in _COMFYUI else None
-                return name, spelled.group() if spelled else schedule.capitalize()
-    return None, ""
+def _split(words: list[str]) -> tuple[str | None, str, str]:
+    """(name, solver, schedule): the parts of a name with a schedule in it, as they are spelled."""
+    most = len(words) if len(words) <= _MOST_WORDS else 0
+    for length in range(most - 1, 0, -1):
+        for start in range(most - length, -1, -1):
+            schedule = " ".join(words[start : start + length])
+            solver = "".join(words[:start] + words[start + length :])
+            name = _BY_KEY.get(solver.lower())
+            if name is not None and _key(schedule) in _SCHEDULE_KEYS:
+                return name, solver, schedule
+    return None, "", ""
 
 
 def _with_schedule(solver: str, schedule: str) -> str | None:
     if not _SOLVERS[solver].scheduled or not schedule.strip():
         return solver
     key = _key(schedule)
+    if key in _TWO_FORMULAE and schedule.islower():
+        key = f"{key}comfyui"
     if key not in _SCHEDULE_KEYS:
         return None
-    if key in _COMFYUI and _COMFYUI[key].fullmatch(schedule.strip()):
-        key = f"{key}comfyui"
     suffix = _SCHEDULE_KEYS[key]
     suffix = _SOLVERS[solver].automatic if suffix is None else suffix
     return f"{solver} {suffix}".rstrip()
