@@ -124,6 +124,8 @@ class Sampling:
         Parts of a prompt are summed as in the WebUI (Liu et al. 2022, arXiv 2206.01714):
         ``negative + sum of cfg_scale * weight * (part - negative)``.
         """
+        import torch
+
         weights = [weight for _, weight in self._positive.parts(self._evaluation)]
         own = predictions[: len(weights)]
         if self._guided:
@@ -132,10 +134,9 @@ class Sampling:
                 scale = self.recipe.cfg_scale * weight
                 guided = guided + scale * (prediction.float() - negative)
         else:
-            scales = [self.recipe.cfg_scale * weight for weight in weights]
-            guided = sum(
-                scale * prediction.float() for scale, prediction in zip(scales, own, strict=True)
-            )
+            guided = torch.zeros_like(own[0], dtype=torch.float32)
+            for weight, prediction in zip(weights, own, strict=True):
+                guided = guided + self.recipe.cfg_scale * weight * prediction.float()
         self._solver.advance(guided)
         self._evaluation += 1
 

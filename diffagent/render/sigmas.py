@@ -41,7 +41,8 @@ def _sgm_uniform(n: int, model: Array) -> Array:
 def _karras(n: int, model: Array) -> Array:
     """Karras et al. 2022 (arXiv 2206.00364), equation 5, with rho = 7."""
     least, most = model[0] ** (1 / 7), model[-1] ** (1 / 7)
-    return (most + np.linspace(0, 1, n) * (least - most)) ** 7
+    values: Array = (most + np.linspace(0, 1, n) * (least - most)) ** 7
+    return values
 
 
 def _exponential(n: int, model: Array) -> Array:
@@ -50,7 +51,8 @@ def _exponential(n: int, model: Array) -> Array:
 
 def _simple(n: int, model: Array) -> Array:
     places = (np.arange(n) * (len(model) / n)).astype(int)
-    return model[-1 - places]
+    values: Array = model[-1 - places]
+    return values
 
 
 def _ddim_uniform(n: int, model: Array) -> Array:
@@ -68,21 +70,24 @@ def _quantiles(shares: Array) -> Array:
 
 def _beta(n: int, model: Array) -> Array:
     """The WebUI's and Forge's: the distribution of the sigmas."""
-    return model[0] + _quantiles(1 - np.linspace(0, 1, n)) * (model[-1] - model[0])
+    values: Array = model[0] + _quantiles(1 - np.linspace(0, 1, n)) * (model[-1] - model[0])
+    return values
 
 
 def _beta_comfyui(n: int, model: Array) -> Array:
     """ComfyUI's, as in the paper: the distribution of the timesteps, each once."""
     shares = 1 - np.linspace(0, 1, n, endpoint=False)
     places = np.rint(_quantiles(shares) * (len(model) - 1)).astype(int)
-    return model[np.unique(places)[::-1]]
+    values: Array = model[np.unique(places)[::-1]]
+    return values
 
 
 def _kl_optimal(n: int, model: Array) -> Array:
     """The WebUI's and Forge's: n + 1 values, down to the model's least and not to zero."""
     least, most = np.arctan(model[0]), np.arctan(model[-1])
     shares = np.arange(n + 1) / n
-    return np.tan(shares * least + (1 - shares) * most)
+    values: Array = np.tan(shares * least + (1 - shares) * most)
+    return values
 
 
 def _kl_optimal_comfyui(n: int, model: Array) -> Array:
@@ -99,13 +104,15 @@ def _linear_quadratic(n: int, model: Array) -> Array:
     slope = threshold / straight - 2 * missing / bent**2
     i = np.arange(n, dtype=np.float64)
     parabola = square * i**2 + slope * i + square * straight**2
-    return (1 - np.where(i < straight, i * threshold / straight, parabola)) * model[-1]
+    values: Array = (1 - np.where(i < straight, i * threshold / straight, parabola)) * model[-1]
+    return values
 
 
 def _turbo(n: int, model: Array) -> Array:
     """Forge's."""
     places = np.clip(np.rint(np.arange(n, 0, -1) * (1000 / n) - 1), 0, len(model) - 1)
-    return model[places.astype(int)]
+    values: Array = model[places.astype(int)]
+    return values
 
 
 def _log_linear(values: str, n: int) -> Array:

@@ -104,7 +104,8 @@ def solver_for(
 def _model_sigmas(scheduler: Any) -> Array:
     """(T,), ascending."""
     alphas = scheduler.alphas_cumprod
-    return (((1 - alphas) / alphas) ** 0.5).double().numpy()
+    model: Array = (((1 - alphas) / alphas) ** 0.5).double().numpy()
+    return model
 
 
 def _set_steps(scheduler: Any, steps: int, values: Array | None, model: Array) -> None:
@@ -130,8 +131,8 @@ def _set_steps(scheduler: Any, steps: int, values: Array | None, model: Array) -
             values = np.append(values[:-1], max(values[-1], model[0]))
         nodes = torch.from_numpy(values.astype(np.float32))
         finished = values[-1] == 0
-        times = timestep_of(values[:-1] if finished else values, model)
-        times = torch.from_numpy(times.astype(np.float32))
+        at = timestep_of(values[:-1] if finished else values, model)
+        times = torch.from_numpy(at.astype(np.float32))
         if name == "HeunDiscreteScheduler":  # every node but the first is evaluated twice
             inner = nodes[1:-1] if finished else nodes[1:]
             nodes = torch.cat([nodes[:1], inner.repeat_interleave(2), nodes[-1:]])
