@@ -157,6 +157,7 @@ RENDERS = _schema(
     ("reason", _text, True),
     ("problem", _text, True),  # a failed picture's own message: which file, what is wrong with it
     ("nsfw", _float, True),  # probability by the safety check; null: not checked
+    ("note", _text, True),  # how the picture differs from what its call means; null: it does not
 )
 
 #: One row a RENDERS row, in the same order. Rewards are null where there is no picture;

@@ -299,7 +299,8 @@ def sampler_mapping() -> dict[str, Any]:
             "scheduler": spec.scheduler,
             "options": dict(spec.options),
             "steps_multiplier": spec.steps_multiplier,
-            "note": spec.note,
+            "sigmas": spec.sigmas,
+            "note": "; ".join(filter(None, (spec.note, spec.difference))),
         }
         for name, spec in sorted(renderable_samplers().items())
     }

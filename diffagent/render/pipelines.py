@@ -34,7 +34,7 @@ from diffagent.render.checkpoints import (
     weights_size,
 )
 from diffagent.render.denoise import Denoiser, Sampling, failure, free_memory, is_out_of_memory
-from diffagent.render.prompts import PromptEncoder
+from diffagent.render.prompts import PromptEncoder, check_prompt
 from diffagent.render.recipe import SUPPORTED, Recipe
 from diffagent.render.samplers import SAMPLERS
 
@@ -117,8 +117,8 @@ class DiffusersRenderer:
 
     def check(self, recipe: Recipe, files: Files) -> None:
         """See the protocol; reasons 'unsupported-sampler', 'unsupported-size',
-        'unsupported-base-model', 'lora-base-mismatch', 'embedding-base-mismatch' and
-        'vae-base-mismatch'."""
+        'prompt-too-long', 'unsupported-base-model', 'lora-base-mismatch',
+        'embedding-base-mismatch' and 'vae-base-mismatch'."""
         if recipe.width % 8 or recipe.height % 8:
             raise RenderError(
                 f"{recipe.width}x{recipe.height} is no multiple of 8 pixels",
@@ -126,6 +126,8 @@ class DiffusersRenderer:
             )
         if not SAMPLERS[recipe.sampler].renderable:
             raise RenderError(f"no scheduler for {recipe.sampler!r}", reason="unsupported-sampler")
+        for prompt in (recipe.prompt, recipe.negative_prompt):
+            check_prompt(prompt, SAMPLERS[recipe.sampler].evaluations(recipe.steps))
         base = _ecosystem(files.checkpoint)
         if base is not None and base not in SUPPORTED:
             raise RenderError(
@@ -368,8 +370,12 @@ class _Ready:
                 _with_tokens(recipe.prompt, recipe, negative=False),
                 _with_tokens(recipe.negative_prompt, recipe, negative=True),
                 recipe.clip_skip,
+                SAMPLERS[recipe.sampler].evaluations(recipe.steps),
             )
-            return Sampling(recipe, self.checkpoint.scheduler_config, said, shape, device)
+            checkpoint = self.checkpoint
+            return Sampling(
+                recipe, checkpoint.scheduler_config, said, shape, device, checkpoint.family
+            )
         except RenderError:
             raise
         except Exception as error:  # the checkpoint and what is laid over it are strangers'

@@ -179,6 +179,7 @@ def _card(
         picture=renders.file(f"images/{row['recipe']}.png") if drawn else None,
         href=f"{number}.png" if drawn else "",
         problem=row.get("problem") or REASONS.get(reason, reason),
+        note=row.get("note") or "",
         scores={n: told[n] for n in SCORES if told.get(n) is not None} if drawn else {},
     )
 

@@ -21,6 +21,7 @@ from diffagent.dabench.catalogue import Catalogue
 from diffagent.errors import RenderError
 from diffagent.render.backends import open_renderer
 from diffagent.render.base import Files, ModelRef, Renderer
+from diffagent.render.notes import note_on
 from diffagent.render.pictures import PictureCache
 from diffagent.render.planner import draw
 from diffagent.render.pnginfo import payload_hash, write_png
@@ -51,6 +52,7 @@ REASONS: Mapping[str, str] = {
     "no-hash": "the catalogue has no SHA256 of the file",
     "unsupported-sampler": "the backend has nothing like it",
     "unsupported-size": "no multiple of 8 pixels",
+    "prompt-too-long": "a prompt is longer than what is encoded; shorten it",
     "too-large": "more pixels than render.max_pixels",
     "download": "the site does not give the file, or gives another",
     "no-room": "the file does not fit on the disk, or into runtime.models_max_gb",
@@ -86,6 +88,7 @@ class Job:
     """One row of the table: a candidate with a seed. ``status`` 'ok' once it has a picture.
 
     ``problem``: the message of a failed picture, beside the kind of failure in ``reason``.
+    ``note``: how the picture differs from what the call means.
     """
 
     row: Mapping[str, Any]
@@ -95,6 +98,7 @@ class Job:
     reason: str | None
     nsfw: float | None = None
     problem: str | None = None
+    note: str | None = None
 
 
 @stage("render", version=3, config=RenderConfig)
@@ -123,11 +127,11 @@ def render(config: RenderConfig, context: StageContext) -> StageResult:
         cache = PictureCache(context.runtime.local_store / "pictures", renderer)
         album = Album(by_hash(catalogue), store, cache, context.out / "images")
         failed = album.fill(wanted.values(), renderer)
-        backend = f"{renderer.name} {renderer.version}"
+        name, backend = renderer.name, f"{renderer.name} {renderer.version}"
     seconds = time.monotonic() - started
     unsafe = album.check_safety(config)
     failed |= {digest: RenderError(REASONS["unsafe"], reason="unsafe") for digest in unsafe}
-    jobs = [finish(job, failed, album.nsfw) for job in jobs]
+    jobs = [finish(job, failed, album.nsfw, name) for job in jobs]
     check_failures(jobs, config.max_failed_fraction)
     pq.write_table(to_table(jobs), context.out / "renders.parquet", compression="zstd")
     return StageResult(
@@ -141,6 +145,7 @@ def render(config: RenderConfig, context: StageContext) -> StageResult:
             "render_seconds": round(seconds, 3),
             "seconds_per_picture": round(seconds / album.drawn, 4) if album.drawn else None,
             "backend": backend,
+            "renders_noted": sum(job.note is not None for job in jobs),
             "pictures_unsafe": sum(p >= config.safety_threshold for p in album.nsfw.values()),
         },
     )
@@ -291,15 +296,26 @@ class Album:
         return self._payloads[sha256]
 
 
-def finish(job: Job, failed: Mapping[str, RenderError], nsfw: Mapping[str, float]) -> Job:
-    """The job with what became of its recipe, and what the safety check said of its picture."""
+def finish(
+    job: Job, failed: Mapping[str, RenderError], nsfw: Mapping[str, float], backend: str
+) -> Job:
+    """Complete a job with what became of its recipe, its safety check, and its note.
+
+    Args:
+        job: as `make_jobs` gives it.
+        failed: the errors of recipes without a picture, by digest.
+        nsfw: probabilities by digest.
+        backend: name of the renderer.
+    """
     if job.recipe is None:
         return job
     done = replace(job, nsfw=nsfw.get(job.recipe.digest))
     error = failed.get(job.recipe.digest)
-    if error is None:
-        return done
-    return replace(done, recipe=None, status="failed", reason=error.reason, problem=str(error))
+    if error:
+        return replace(
+            done, recipe=None, status="failed", reason=error.reason, problem=str(error)
+        )
+    return replace(done, note=note_on(job.recipe, backend) or None)
 
 
 def check_failures(jobs: Iterable[Job], limit: float) -> None:
@@ -332,6 +348,7 @@ def to_table(jobs: Iterable[Job]) -> pa.Table:
             "status": job.status,
             "reason": job.reason,
             "problem": job.problem,
+            "note": job.note,
         }
         for job in jobs
     ]

@@ -160,6 +160,19 @@ def test_the_page_needs_nothing_else_and_runs_no_other_script(tmp_path: Path, mo
     assert all(len(a["alt"] or "") > 10 for a in page.all("img"))
 
 
+def test_a_note_is_on_the_sheet(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Painter, "name", "diffusers")
+    text = "a __colour__ cat\na dog\n"
+    out = render(tmp_path, models, "-m", "dream", "--lora", "ink:0,6", text=text)
+    rows = results(out)
+    note = "wildcards like __colour__ are drawn as text"
+    assert [row["note"] for row in rows] == [note, None]
+    assert Page(out / "index.html").texts["p"].count(f"Note: {note}") == 1
+    assert {row["api"]["loras"][0]["weight"] for row in rows} == {0.6}
+
+
 def test_calls_are_lines_of_json(tmp_path: Path, models: Path) -> None:
     call = json.loads(api("dream_v8").to_json())  # version 8 of some catalogue
     lines = [

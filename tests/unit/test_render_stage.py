@@ -234,6 +234,34 @@ def test_every_failure_is_a_row_with_its_reason(world: World, monkeypatch: Any) 
     world.render(max_failed_fraction=0.91)
 
 
+@pytest.mark.parametrize("backend", ["diffusers", "a1111", "comfyui"])
+def test_pictures_say_how_they_differ_from_what_is_meant(
+    world: World, monkeypatch: Any, backend: str
+) -> None:
+    monkeypatch.setattr(Painter, "name", backend)
+    edited = "[a|b] AND c BREAK d"
+    world.answer("A")
+    world.answer("A", sampler="DPM++ 2M SDE Karras")
+    world.answer("A", sampler="LCM", steps=60)
+    world.answer("A", prompt="a __colour__ {red|blue} ball")
+    world.answer("A", prompt=edited)
+    artifact = world.render()
+    plain, noise, distilled, replaced, text = [row["note"] for row in rows(artifact)]
+    assert plain is None
+    assert (noise is None, distilled is None) == (backend != "diffusers",) * 2
+    if backend == "diffusers":
+        assert "Brownian" in noise
+        assert "50 steps" in distilled
+    assert "wildcards like __colour__" in replaced
+    assert "choices like {red|blue}" in replaced
+    assert ("unless an extension" in replaced) == (backend == "a1111")
+    assert (text is None) == (backend != "comfyui")
+    if backend == "comfyui":
+        assert all(word in text for word in ("[a|b]", "AND", "BREAK"))
+    noted = sum(row["note"] is not None for row in rows(artifact))
+    assert artifact.manifest.metrics["renders_noted"] == noted
+
+
 def test_trouble_of_the_site_is_not_a_failed_row(world: World, monkeypatch: Any) -> None:
     world.answer("A")
 
