@@ -223,6 +223,11 @@ class SFTConfig(_Section):
 
 
 Decoding = Literal["unconstrained", "constrained"]
+_MAX_NEW_TOKENS: Any = Field(
+    default=None,
+    ge=8,
+    description="of an answer; null: the room that the agent's max_length leaves after the prompt",
+)
 
 
 class SamplingConfig(_Section):
@@ -244,7 +249,7 @@ class SamplingConfig(_Section):
         description="num_candidates: diverse beam search, one beam a group, instead; 0: sampling",
     )
     diversity_penalty: float = Field(default=1.0, ge=0)
-    max_new_tokens: int = Field(default=256, ge=8)
+    max_new_tokens: int | None = _MAX_NEW_TOKENS
     batch_size: int = Field(default=16, ge=1, description="prompts per generate call")
     engine: Literal["transformers", "vllm"] = Field(
         default="transformers", description="'vllm': for GPUs, with the extra of that name"
@@ -454,7 +459,7 @@ class SelectConfig(_Section):
     selector: Selector
     split: Literal["validation", "test"] = "test"
     num_prompts: int = Field(default=200, ge=1)
-    max_new_tokens: int = Field(default=256, ge=8)
+    max_new_tokens: int | None = _MAX_NEW_TOKENS
     decoding: Decoding = Field(
         default="unconstrained",
         description="of an agent: 'unconstrained' shows what it hallucinates; 'constrained' has "
@@ -475,7 +480,7 @@ class EvaluationConfig(_Section):
     selectors: tuple[Selector, ...] = ("popular", "random", "nearest", "combined", "sft", "rrhf")
     split: Literal["validation", "test"] = "test"
     num_prompts: int = Field(default=200, ge=2)
-    max_new_tokens: int = Field(default=256, ge=8)
+    max_new_tokens: int | None = _MAX_NEW_TOKENS
     decoding: Decoding = Field(default="unconstrained", description="as in SelectConfig")
     encoder: str = Field(default="", description="as in SelectConfig")
     num_shards: int = Field(

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from diffagent.agent.format import encode_example
+from diffagent.agent.format import encode_responses
 from diffagent.agent.llm import AgentInfo, align_special_tokens, read_info, save_agent
+from diffagent.agent.verify import TRUNCATED
 from diffagent.artifacts import Artifact, StageContext, StageResult, stage
 from diffagent.device import resolve_device
 from diffagent.errors import ArtifactError, TrainingError
@@ -191,12 +192,12 @@ def train_rrhf(config: RRHFConfig, context: StageContext) -> StageResult:
 def rank(candidates: Sequence[Artifact], scores: Sequence[Artifact]) -> pl.DataFrame:
     """Every candidate with its reward.
 
-    The reward is the mean unified score over the seeds that were rendered, INVALID_REWARD for an
-    invalid answer, and null where every render failed.
+    The reward is the mean unified score over the seeds that were rendered, INVALID_REWARD for a
+    hallucination, and null where the answer was truncated or every render failed.
 
     Returns:
-        Columns prompt_id, prompt, source, candidate, text, reward; the dataset's own response
-        first within a prompt, then by source and candidate.
+        Columns prompt_id, prompt, source, candidate, text, truncated, reward; the dataset's own
+        response first within a prompt, then by source and candidate.
 
     Raises:
         ArtifactError: a candidate has no score, so the shards do not belong together.
@@ -215,12 +216,14 @@ def rank(candidates: Sequence[Artifact], scores: Sequence[Artifact]) -> pl.DataF
             f"{len(unknown)} candidates have no score, the first of prompt "
             f"{unknown['prompt_id'][0]}; candidates and scores are of different runs"
         )
-    invalid = pl.col("status") == "invalid"
+    truncated = (pl.col("reason") == TRUNCATED).fill_null(False)
+    invalid = (pl.col("status") == "invalid") & ~truncated
     return joined.select(
         *_KEY[:1],
         "prompt",
         *_KEY[1:],
         "text",
+        truncated.alias("truncated"),
         pl.when(invalid).then(INVALID_REWARD).otherwise(pl.col("mean")).alias("reward"),
     ).sort("prompt_id", pl.col("source") != "dabench", "source", "candidate")
 
@@ -230,32 +233,39 @@ def encode_ranked(
 ) -> tuple[list[RankedPrompt], dict[str, int]]:
     """Ranked prompts for the trainer, and counts of what was left out and why.
 
-    A candidate is left out when its render failed or its text does not fit into ``max_length``;
-    a prompt when no valid candidate is left.
+    A candidate is left out when it was truncated, when its render failed, or when its text does
+    not fit into ``max_length``; a prompt when no valid candidate is left. All candidates of a
+    prompt follow the same tokens: see `encode_responses`.
 
     Raises:
         TrainingError: nothing is left to learn from.
     """
     counts: Counter[str] = Counter(
-        candidates=len(ranked), render_failed=0, too_long=0, invalid=0, prompts_dropped=0, pairs=0
+        dict.fromkeys(("truncated", "render_failed", "too_long", "invalid", "pairs"), 0),
+        candidates=len(ranked),
+        prompts_dropped=0,
+        prompts_cut=0,
     )
     prompts = []
     for group in ranked.partition_by("prompt_id", maintain_order=True):
+        judged = group.filter(pl.col("reward").is_not_null())
+        truncated = int(group["truncated"].sum())
+        counts["truncated"] += truncated
+        counts["render_failed"] += group.height - judged.height - truncated
+        texts = judged["text"].to_list()
+        encoded = encode_responses(tokenizer, group["prompt"][0], texts, max_length, template)
         examples, rewards = [], []
-        for row in group.iter_rows(named=True):
-            if row["reward"] is None:
-                counts["render_failed"] += 1
-                continue
-            example = encode_example(tokenizer, row["prompt"], row["text"], max_length, template)
+        for example, reward in zip(encoded, judged["reward"].to_list(), strict=True):
             if example is None:
                 counts["too_long"] += 1
                 continue
-            counts["invalid"] += row["reward"] == INVALID_REWARD
+            counts["invalid"] += reward == INVALID_REWARD
             examples.append(example)
-            rewards.append(float(row["reward"]))
+            rewards.append(float(reward))
         if all(reward == INVALID_REWARD for reward in rewards):
             counts["prompts_dropped"] += 1
             continue
+        counts["prompts_cut"] += examples[0].prompt_tokens_cut > 0
         counts["pairs"] += sum(a < b for a in rewards for b in rewards)
         prompts.append(RankedPrompt(tuple(examples), tuple(rewards)))
     if not prompts:

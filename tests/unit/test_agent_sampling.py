@@ -135,7 +135,8 @@ def test_vllm_is_asked_for_what_the_agent_would_do(
     settings = {"max_new_tokens": 9, "batch_size": 1}
     found = engine.generate(["a star", "a box"], decoding=TopP(2, 0.8, 0.9, 3), **settings)
     assert found == [[Completion('{"model":"x"}', True), Completion('{"model":"x"}', False)]] * 2
-    assert calls[0] == (str(agent_run.agent.path), {"enable_prefix_caching": True})
+    options = {"enable_prefix_caching": True, "trust_remote_code": False}
+    assert calls[0] == (str(agent_run.agent.path), options)
     prompts, params = calls[1]
     template = agent.info.prompt_template
     for prompt, given in zip(["a star", "a box"], prompts, strict=True):
