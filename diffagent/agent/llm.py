@@ -38,6 +38,7 @@ from diffagent.agent.tokenizer import Tokenizer
 from diffagent.dabench.catalogue import Catalogue
 from diffagent.device import resolve_device
 from diffagent.errors import ArtifactError, ConfigError, TrainingError
+from diffagent.pretrained import load_model, load_tokenizer
 from diffagent.train.losses import sequence_logps
 
 log = logging.getLogger(__name__)
@@ -426,13 +427,27 @@ def load_agent(
 
 
 def _load_with_transformers(path: Path, device: torch.device) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model, tokenizer = load_causal_lm(path, dtype)
+    return model.to(device).eval(), tokenizer
+
+
+def load_causal_lm(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Model and tokenizer of an agent's directory, as transformers has them.
+
+    Raises:
+        ArtifactError: transformers cannot read them.
+        ConfigError: they need code of their own, which is not run.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
 
     hide_progress_bars()
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-        local_files_only=True,
-        use_safetensors=True,
-    )
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(path, local_files_only=True)
+    try:
+        tokenizer = load_tokenizer(path, local_files_only=True)
+        return load_model(AutoModelForCausalLM, path, dtype=dtype, local_files_only=True), tokenizer
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ArtifactError(
+            f"the agent in {str(path)!r} cannot be loaded ({type(error).__name__}: {error}); it "
+            "needs config.json, model.safetensors and tokenizer.json of a causal language model"
+        ) from error

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from diffagent.artifacts import sha256_file
 from diffagent.errors import ConfigError, ScoreError
+from diffagent.pretrained import split_revision
 
 if TYPE_CHECKING:
     import torch
@@ -322,6 +323,10 @@ class PromptCache(Generic[T]):
 def hub_or_local(weights: str | Path, filename: str) -> Path:
     """A weights file: a local path as it is, or `filename` out of a Hugging Face repository.
 
+    Args:
+        weights: a path, or the repository's name, perhaps with a revision: NAME@REVISION.
+        filename: of the file in the repository.
+
     Raises:
         ConfigError: it is neither.
     """
@@ -331,8 +336,9 @@ def hub_or_local(weights: str | Path, filename: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    repository, revision = split_revision(weights)
     try:
-        return Path(hf_hub_download(str(weights), filename))
+        return Path(hf_hub_download(repository, filename, revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
             f"scorer weights {str(weights)!r} are neither a file here nor a repository with "

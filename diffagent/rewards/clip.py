@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from diffagent import compat
 from diffagent.errors import ConfigError, ScoreError
+from diffagent.pretrained import no_remote_code
 from diffagent.rewards.base import (
     PixelScorer,
     PromptCache,
@@ -195,15 +196,17 @@ def load_open_clip(
     if sha256:
         check_sha256(Path(open_clip.download_pretrained(tag) if tag else weights), sha256)
     try:
-        network = open_clip.create_model(
-            model,
-            pretrained=str(weights),
-            force_quick_gelu=bool(tag and tag.get("quick_gelu")),
-            weights_only=True,
-        )
+        with no_remote_code(model):
+            network = open_clip.create_model(
+                model,
+                pretrained=str(weights),
+                force_quick_gelu=bool(tag and tag.get("quick_gelu")),
+                weights_only=True,
+            )
+            tokenizer = open_clip.get_tokenizer(model)
     except RuntimeError as error:
         raise ScoreError(f"{str(weights)!r} does not fit {model!r}: {error}") from error
-    return network, open_clip.get_tokenizer(model), f"{model}/{Path(weights).stem}"
+    return network, tokenizer, f"{model}/{Path(weights).stem}"
 
 
 def _load_directory(
@@ -220,7 +223,8 @@ def _load_directory(
         )
     check_sha256(directory / WEIGHTS, sha256)
     try:
-        network = open_clip.create_model(f"local-dir:{directory}")
+        with no_remote_code(directory):
+            network = open_clip.create_model(f"local-dir:{directory}", weights_only=True)
     except RuntimeError as error:
         raise ScoreError(
             f"{WEIGHTS} in {str(directory)!r} does not fit {CONFIG}: {error}"
@@ -235,7 +239,8 @@ def directory_tokenizer(directory: Path) -> Any:
     import open_clip
 
     if not (directory / VOCABULARY).is_file():
-        return open_clip.get_tokenizer(f"local-dir:{directory}")
+        with no_remote_code(directory):
+            return open_clip.get_tokenizer(f"local-dir:{directory}")
     text = json.loads((directory / CONFIG).read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
     return open_clip.SimpleTokenizer(
         bpe_path=str(directory / VOCABULARY), context_length=text["context_length"]

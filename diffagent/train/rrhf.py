@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,13 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from diffagent.agent.format import encode_responses
-from diffagent.agent.llm import AgentInfo, align_special_tokens, read_info, save_agent
+from diffagent.agent.llm import (
+    AgentInfo,
+    align_special_tokens,
+    load_causal_lm,
+    read_info,
+    save_agent,
+)
 from diffagent.agent.verify import TRUNCATED
 from diffagent.artifacts import Artifact, StageContext, StageResult, stage
 from diffagent.device import resolve_device
@@ -60,8 +67,8 @@ class RRHFTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped her
         processing_class: the model's tokenizer.
     """
 
-    #: A mean over the batch: Trainer divides it by the number of accumulation steps.
-    loss_is_scaled_for_ga = False
+    #: ``compute_loss`` divides by the prompts of all batches that make one step.
+    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -91,7 +98,15 @@ class RRHFTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped her
             processing_class=processing_class,
         )
         self.rrhf = rrhf
-        self._terms: dict[str, list[float]] = defaultdict(list)
+        self._terms: defaultdict[str, float] = defaultdict(float)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], Tensor]:
+        """The batches of one optimizer step, and how many prompts all processes have in theirs."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        prompts = torch.tensor(sum(len(batch["rewards"]) for batch in batches), device=device)
+        return batches, self.accelerator.gather(prompts).sum()
 
     def compute_loss(
         self,
@@ -100,19 +115,35 @@ class RRHFTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped her
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The loss of one batch; as outputs, log-probabilities and lengths (P, K)."""
+        """The loss of one batch; as outputs, log-probabilities and lengths (P, K).
+
+        With ``num_items_in_batch``, the prompts of one step, it is this batch's share of their
+        mean, so that a batch of one prompt counts as one, also in a short last window.
+        """
         with self.accelerator.autocast():
             logps, lengths = response_logps(model, inputs)
         loss = batch_loss(logps, lengths, inputs, self.rrhf)
-        self._terms["rank_loss"].append(loss.rank.item())
-        self._terms["sft_loss"].append(loss.sft.item())
-        return (loss.total, {"logps": logps, "lengths": lengths}) if return_outputs else loss.total
+        total, prompts = loss.total, len(inputs["rewards"])
+        if num_items_in_batch is not None:
+            share = prompts * self.accelerator.num_processes / num_items_in_batch
+            total = total * share  # DDP averages over the processes
+            self._terms["prompts"] += prompts
+            self._terms["rank_loss"] += prompts * loss.rank.item()
+            self._terms["sft_loss"] += prompts * loss.sft.item()
+        return (total, {"logps": logps, "lengths": lengths}) if return_outputs else total
+
+    def prediction_step(self, model: Any, inputs: dict[str, Tensor], *_: Any, **__: Any) -> Any:
+        """The loss of one batch of held-out prompts, a mean over them; no outputs."""
+        with torch.no_grad():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's log with the two terms, averaged since the last one."""
-        means = {name: sum(values) / len(values) for name, values in self._terms.items()}
-        self._terms.clear()
-        super().log({**logs, **means}, start_time)
+        """Trainer's log; with a training loss the two terms, averaged over prompts since then."""
+        if "loss" in logs and (prompts := self._terms.pop("prompts", 0)):
+            logs = logs | {name: value / prompts for name, value in self._terms.items()}
+            self._terms.clear()
+        super().log(logs, start_time)
 
 
 def batch_loss(
@@ -154,18 +185,10 @@ def with_reference(
 @stage("rrhf", version=2, config=RRHFConfig)
 def train_rrhf(config: RRHFConfig, context: StageContext) -> StageResult:
     """SFT agent, candidates and their scores -> aligned agent directory."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     agent = context.one("agent")
     device = resolve_device(context.runtime.device)
     info = read_info(agent.path)
-    tokenizer = AutoTokenizer.from_pretrained(agent.path, local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        agent.path,
-        dtype=fit.weights_dtype(config.lora_rank, device),
-        local_files_only=True,
-        use_safetensors=True,
-    )
+    model, tokenizer = load_causal_lm(agent.path, fit.weights_dtype(config.lora_rank, device))
     align_special_tokens(model, tokenizer)
     ranked = rank(context.many("candidates"), context.many("scores"))
     prompts, counts = encode_ranked(tokenizer, ranked, config.max_length, info.prompt_template)

@@ -20,6 +20,7 @@ from diffagent.agent.smollm2 import SMOLLM2, load_smollm2
 from diffagent.artifacts import StageContext, StageResult, named_files, stage
 from diffagent.device import resolve_device
 from diffagent.errors import TrainingError
+from diffagent.pretrained import load_model, load_tokenizer
 from diffagent.train import fit
 from diffagent.train.collate import PackCollator
 from diffagent.train.sandbox_llama import build_model, build_tokenizer
@@ -171,18 +172,16 @@ def load_base(
     elif config.model == SMOLLM2:
         model, tokenizer = load_smollm2(dtype)
     else:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(config.model)
-            model = AutoModelForCausalLM.from_pretrained(
-                config.model, dtype=dtype, use_safetensors=True
-            )
+            tokenizer = load_tokenizer(config.model)
+            model = load_model(AutoModelForCausalLM, config.model, dtype=dtype)
         except (OSError, ValueError) as error:
             raise TrainingError(
                 f"sft.model: cannot load {config.model!r}: {error}; give the name of a causal LM "
-                "on the Hugging Face hub, a local directory with safetensors, 'smollm2-135m' or "
-                "'sandbox-llama'"
+                "on the Hugging Face hub (or NAME@REVISION), a local directory with safetensors, "
+                "'smollm2-135m' or 'sandbox-llama'"
             ) from error
     align_special_tokens(model, tokenizer)
     return model, tokenizer
