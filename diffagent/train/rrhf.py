@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -23,15 +24,18 @@ from diffagent.agent.llm import (
     read_info,
     save_agent,
 )
+from diffagent.agent.prompts import draw_ids
 from diffagent.agent.verify import TRUNCATED
 from diffagent.artifacts import Artifact, StageContext, StageResult, stage
 from diffagent.device import resolve_device
 from diffagent.errors import ArtifactError, TrainingError
 from diffagent.rewards.scores import read_scores
 from diffagent.train import fit
+from diffagent.train.card import CardFacts, write_card
 from diffagent.train.collate import RankedPrompt, RRHFCollator
 from diffagent.train.losses import INVALID_REWARD, RankingLoss, ranking_loss
 from diffagent.train.passes import packs, response_logps
+from diffagent.train.report_to import ReportTo
 from schemas.config import RRHFConfig
 
 log = logging.getLogger(__name__)
@@ -65,6 +69,7 @@ class RRHFTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped her
         rrhf: options of the loss.
         train_dataset: ranked prompts.
         processing_class: the model's tokenizer.
+        eval_dataset: ranked prompts whose loss is measured and not trained on.
     """
 
     #: ``compute_loss`` divides by the prompts of all batches that make one step.
@@ -77,7 +82,10 @@ class RRHFTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped her
         rrhf: RRHFConfig,
         train_dataset: RankedPrompts,
         processing_class: Any,
+        *,
+        eval_dataset: RankedPrompts | None = None,
     ) -> None:
+        fit.place(args)
         model, pad_token_id = model.to(args.device), processing_class.pad_token_id
         # With several processes gradients are gathered by a wrapper, which the packed pass evades.
         self.packed = (
@@ -90,11 +98,14 @@ class RRHFTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped her
         collator = RRHFCollator(pad_token_id, self.packed)
         if rrhf.loss in ("dpo", "gspo"):
             train_dataset = RankedPrompts(with_reference(model, train_dataset.prompts, collator))
+            if eval_dataset is not None:
+                eval_dataset = RankedPrompts(with_reference(model, eval_dataset.prompts, collator))
         super().__init__(
             model=model,
             args=args,
             data_collator=collator,
             train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
         )
         self.rrhf = rrhf
@@ -182,7 +193,7 @@ def with_reference(
     return result
 
 
-@stage("rrhf", version=2, config=RRHFConfig)
+@stage("rrhf", version=3, config=RRHFConfig)
 def train_rrhf(config: RRHFConfig, context: StageContext) -> StageResult:
     """SFT agent, candidates and their scores -> aligned agent directory."""
     agent = context.one("agent")
@@ -190,26 +201,57 @@ def train_rrhf(config: RRHFConfig, context: StageContext) -> StageResult:
     info = read_info(agent.path)
     model, tokenizer = load_causal_lm(agent.path, fit.weights_dtype(config.lora_rank, device))
     align_special_tokens(model, tokenizer)
+    report_to = ReportTo.of(context, "rrhf")
     ranked = rank(context.many("candidates"), context.many("scores"))
+    ranked, held_out = hold_out(ranked, config)
     prompts, counts = encode_ranked(tokenizer, ranked, config.max_length, info.prompt_template)
+    measured = None
+    if held_out.height:
+        measured = RankedPrompts(
+            encode_ranked(tokenizer, held_out, config.max_length, info.prompt_template)[0]
+        )
+        counts["eval_prompts"] = len(measured)
+    args = TrainingArguments(**fit.training_arguments(config, context.out, device))
+    fit.place(args, device)
     trainer = RRHFTrainer(
         model=fit.prepare(model, config),
-        args=TrainingArguments(**fit.training_arguments(config, context.out, device)),
+        args=args,
         rrhf=config,
         train_dataset=RankedPrompts(prompts),
         processing_class=tokenizer,
+        eval_dataset=measured,
     )
-    metrics = fit.fit(trainer)
+    fitted = fit.fit(trainer, report_to)
     aligned = AgentInfo(
         base_model=info.base_model,
         trained_by=(*info.trained_by, "rrhf"),
         prompt_template=info.prompt_template,
         max_length=max(info.max_length, config.max_length),
     )
-    dabench = context.one("dabench").path
-    save_agent(context.out, fit.merged(trainer.model), tokenizer, aligned, dabench)
+    dabench = context.one("dabench")
+    save_agent(context.out, fit.merged(trainer.model), tokenizer, aligned, dabench.path)
+    metrics = {k: v for k, v in fitted.metrics.items() if k != "resumed_at_step"} | counts
+    write_card(
+        context.out, CardFacts("rrhf", aligned, config, dabench, metrics, history=fitted.history)
+    )
     fit.discard_checkpoints(context.out)
-    return StageResult(rows={"prompts": len(prompts)}, metrics={**metrics, **counts})
+    return StageResult(rows={"prompts": len(prompts)}, metrics=fitted.metrics | metrics)
+
+
+def hold_out(ranked: pl.DataFrame, config: RRHFConfig) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The rows of prompts to train on, and those of prompts whose loss is measured.
+
+    The latter are ``eval_fraction`` of all prompts, at least one, drawn by the seed; none without
+    ``eval_steps``.
+
+    Raises:
+        TrainingError: there is only one prompt.
+    """
+    ids = draw_ids(ranked["prompt_id"].unique(), config.seed) if config.eval_steps else []
+    if len(ids) == 1:
+        raise TrainingError("there is one prompt, and none to measure; set rrhf.eval_steps to 0")
+    chosen = pl.col("prompt_id").is_in(ids[: math.ceil(config.eval_fraction * len(ids))])
+    return ranked.filter(~chosen), ranked.filter(chosen)
 
 
 def rank(candidates: Sequence[Artifact], scores: Sequence[Artifact]) -> pl.DataFrame:

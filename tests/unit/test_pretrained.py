@@ -32,8 +32,13 @@ from tests.unit.conftest import AgentRun
 EVIL = """
 import os, pathlib
 pathlib.Path(os.environ["MARK"]).write_text("ran")
-from transformers import LlamaConfig as EvilConfig, LlamaForCausalLM as EvilModel
-from transformers import PreTrainedTokenizerFast as EvilTokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+class EvilConfig(LlamaConfig):
+    model_type = "evil"
+class EvilModel(LlamaForCausalLM):
+    config_class = EvilConfig
+class EvilTokenizer(PreTrainedTokenizerFast):
+    pass
 def generate(model, **kwargs):
     return None
 """
