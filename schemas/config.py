@@ -244,9 +244,9 @@ class _TrainingConfig(_Section):
     def _check_lora(self) -> Self:
         adapter = ("lora_alpha", "lora_dropout", "lora_target_modules")
         fields = type(self).model_fields
-        if idle := [n for n in adapter if getattr(self, n) != fields[n].default]:
-            if not self.lora_rank:
-                raise ValueError(f"{', '.join(idle)}: of adapters, which need a lora_rank above 0")
+        idle = [n for n in adapter if getattr(self, n) != fields[n].default]
+        if idle and not self.lora_rank:
+            raise ValueError(f"{', '.join(idle)}: of adapters, which need a lora_rank above 0")
         if not self.lora_target_modules:
             raise ValueError("lora_target_modules names no module; leave it out for all-linear")
         return self

@@ -59,6 +59,6 @@ class ReportTo:
             if name == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
 
-                yield TensorBoardCallback(SummaryWriter(str(self.directory)))  # type: ignore[no-untyped-call]
+                yield TensorBoardCallback(SummaryWriter(str(self.directory)))
             else:
                 yield {"wandb": WandbCallback, "mlflow": MLflowCallback}[name]()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -305,12 +305,8 @@ def encode_ranked(
     Raises:
         TrainingError: nothing is left to learn from.
     """
-    counts: Counter[str] = Counter(
-        dict.fromkeys(("truncated", "render_failed", "too_long", "invalid", "pairs"), 0),
-        candidates=len(ranked),
-        prompts_dropped=0,
-        prompts_cut=0,
-    )
+    names = ("truncated", "render_failed", "too_long", "invalid", "prompts_dropped", "prompts_cut")
+    counts = {"candidates": len(ranked), **dict.fromkeys((*names, "pairs"), 0)}
     prompts = []
     for group in ranked.partition_by("prompt_id", maintain_order=True):
         judged = group.filter(pl.col("reward").is_not_null())
@@ -336,7 +332,7 @@ def encode_ranked(
     if not prompts:
         raise TrainingError(
             f"no prompt has a valid, rendered candidate that fits into {max_length} tokens: "
-            f"{dict(counts)}; look at the renders' reasons and at rrhf.max_length"
+            f"{counts}; look at the renders' reasons and at rrhf.max_length"
         )
-    log.info("%d prompts to rank: %s", len(prompts), dict(counts))
-    return prompts, dict(counts)
+    log.info("%d prompts to rank: %s", len(prompts), counts)
+    return prompts, counts

@@ -15,7 +15,7 @@ from transformers import Trainer, TrainingArguments
 
 from diffagent.agent.format import response_text
 from diffagent.agent.llm import load_agent
-from diffagent.agent.prompts import read_split
+from diffagent.agent.prompts import draw, read_split
 from diffagent.artifacts import Artifact
 from diffagent.errors import ConfigError, TrainingError
 from diffagent.train import fit, sft
@@ -24,8 +24,8 @@ from diffagent.train.rrhf import RankedPrompts, RRHFTrainer, hold_out, rank, tra
 from schemas.config import ConfigFileError, RRHFConfig, RuntimeConfig, SFTConfig, load_config
 from tests.unit.agent_world import make_world
 from tests.unit.conftest import AgentRun
-from tests.unit.test_train_rrhf import encoded, toy_inputs
 from tests.unit.test_train_rrhf import TINY as TINY_RRHF
+from tests.unit.test_train_rrhf import encoded, toy_inputs
 from tests.unit.test_train_sft import TINY, Killed, kill_at, state
 
 
@@ -45,12 +45,13 @@ def rows(artifact: Artifact) -> list[dict[str, float]]:
 #: It overfits: the lowest loss on validation is not the last.
 OVERFIT = TINY.model_copy(
     update={
-        "eval_steps": 3,
-        "max_steps": 14,
-        "learning_rate": 5e-2,
+        "eval_steps": 15,
+        "max_steps": 70,
+        "learning_rate": 2e-2,
         "lr_scheduler_type": "constant",
     }
 )
+MEASURED = [15, 30, 45, 60, 70]
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +61,15 @@ def best(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 def test_the_checkpoint_with_the_lowest_validation_loss_is_kept(best: Artifact) -> None:
     losses = {int(row["step"]): row["eval_loss"] for row in rows(best) if "eval_loss" in row}
-    assert list(losses) == [3, 6, 9, 12, 14]  # the last step is measured too
+    assert list(losses) == MEASURED  # the last step is measured too
     kept = min(losses, key=lambda step: losses[step])
-    assert kept < 14
+    assert kept < 70
     metrics = best.manifest.metrics
-    assert (metrics["kept_step"], metrics["steps"]) == (kept, 14)
-    assert metrics["best_eval_loss"] == losses[kept] < metrics["eval_loss"] == losses[14]
+    assert (metrics["kept_step"], metrics["steps"]) == (kept, 70)
+    assert metrics["best_eval_loss"] == losses[kept] < metrics["eval_loss"] == losses[70]
     agent = load_agent(best.path, "cpu")
-    pairs = read_split(
-        best.path.parents[1] / "shard" / world(best.path.parents[1]).path.name, "validation"
-    )
+    dabench = world(best.path.parents[1]).path
+    pairs = draw(read_split(dabench, "validation"), OVERFIT.eval_prompts, OVERFIT.seed)
     found = agent.logprobs([p.prompt for p in pairs], [response_text(p.api) for p in pairs])
     by_batch = [found[:4], found[4:]]  # as transformers has it: means of batches, by their rows
     means = [-sum(f.total for f in b if f) / sum(f.tokens for f in b if f) for b in by_batch]
@@ -81,13 +81,13 @@ def test_evaluation_changes_no_weight_unless_the_best_is_wanted(best: Artifact) 
     store = best.path.parents[1]
     measured = train(OVERFIT.model_copy(update={"load_best_model_at_end": False}), store)
     plain = train(OVERFIT.model_copy(update={"eval_steps": 0}), store)
-    assert measured.manifest.metrics["kept_step"] == 14
+    assert measured.manifest.metrics["kept_step"] == 70
     last, unmeasured, chosen = state(measured), state(plain), state(best)
     assert all(torch.equal(last[name], unmeasured[name]) for name in last)
     assert any(not torch.equal(last[name], chosen[name]) for name in last)
 
 
-@pytest.mark.parametrize("step", [5, 13])
+@pytest.mark.parametrize("step", [40, 65])
 def test_a_killed_run_keeps_the_same_best_and_the_same_log(
     best: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
@@ -98,18 +98,19 @@ def test_a_killed_run_keeps_the_same_best_and_the_same_log(
             train(OVERFIT, tmp_path / "killed")
     (tmp_path / "killed").rename(tmp_path / "moved")
     resumed = train(OVERFIT, tmp_path / "moved")
-    assert resumed.manifest.metrics["resumed_at_step"] == step // 3 * 3
+    assert resumed.manifest.metrics["resumed_at_step"] == step // 15 * 15
     assert resumed.content_digest == best.content_digest
 
 
 def test_every_step_is_logged_and_the_curve_drawn(best: Artifact) -> None:
     logged = rows(best)
-    assert [row["step"] for row in logged] == list(range(1, 15))
+    assert [row["step"] for row in logged] == list(range(1, 71))
     assert all(row.keys() <= {"step", *fit.LOGGED} for row in logged)  # no time, no speed
     assert {"loss", "grad_norm", "learning_rate", "mean_token_accuracy"} <= logged[0].keys()
     assert best.file("loss.png").read_bytes().startswith(b"\x89PNG")
     first, last = best.manifest.metrics["first_loss"], best.manifest.metrics["last_loss"]
-    assert first == last == pytest.approx(sum(row["loss"] for row in logged) / 14)
+    assert first == pytest.approx(sum(row["loss"] for row in logged[:20]) / 20)
+    assert last == pytest.approx(sum(row["loss"] for row in logged[-20:]) / 20)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_lora_is_set_as_in_peft(agent_run: AgentRun, tmp_path: Path) -> None:
     assert weights[1].norm() > 2 * weights[0].norm()
     assert not torch.equal(weights[2], weights[0])
     wrong = TINY.model_copy(update={**base, "lora_target_modules": ("c_attn",)})
-    with pytest.raises(TrainingError, match="lora_target_modules.*c_attn"):
+    with pytest.raises(TrainingError, match=r"lora_target_modules.*c_attn"):
         train(wrong, tmp_path)
 
 
@@ -148,7 +149,7 @@ def test_settings_of_adapters_without_adapters_are_refused(tmp_path: Path) -> No
     file = tmp_path / "run.yaml"
     file.write_text("rewards: {scorers: [{name: clip, model: sandbox}], unify: chatgen}\n")
     overrides = {"sft.lora_alpha": 16, "rrhf.lora_target_modules": ["q_proj"]}
-    with pytest.raises(ConfigFileError, match="lora_alpha.*lora_rank") as refused:
+    with pytest.raises(ConfigFileError, match=r"lora_alpha.*lora_rank") as refused:
         load_config(file, overrides)
     assert "lora_target_modules" in str(refused.value)
     config = load_config(file, {**overrides, "sft.lora_rank": 8, "rrhf.lora_rank": 8})
@@ -161,8 +162,9 @@ def test_settings_of_adapters_without_adapters_are_refused(tmp_path: Path) -> No
 def test_tensorboard_gets_each_step_and_the_agent_none_of_it(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    plain = train(OVERFIT, tmp_path / "plain")
-    reported = train(OVERFIT, tmp_path / "reported", report_to=("tensorboard",))
+    config = TINY.model_copy(update={"eval_steps": 4})
+    plain = train(config, tmp_path / "plain")
+    reported = train(config, tmp_path / "reported", report_to=("tensorboard",))
     assert reported.content_digest == plain.content_digest
     assert reported.identity == plain.identity
     assert not (tmp_path / "plain" / "logs").exists()
@@ -170,7 +172,7 @@ def test_tensorboard_gets_each_step_and_the_agent_none_of_it(tmp_path: Path) -> 
     events.Reload()
     losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert losses == [(r["step"], pytest.approx(r["loss"])) for r in rows(plain)]
-    assert [e.step for e in events.Scalars("eval/loss")] == [3, 6, 9, 12, 14]
+    assert [e.step for e in events.Scalars("eval/loss")] == [4, 6]
 
 
 def test_a_receiver_that_is_not_installed_is_named_before_training(tmp_path: Path) -> None:
@@ -286,7 +288,7 @@ def test_the_card_is_true(
     metrics = best.manifest.metrics
     assert f"| best_eval_loss | {metrics['best_eval_loss']:.4f} |" in card
     assert f"those of step {metrics['kept_step']}" in card
-    assert "| learning_rate | 0.05 |" in card
+    assert "| learning_rate | 0.02 |" in card
     assert "![loss by step](loss.png)" in card
     assert agent_run.dabench.content_digest not in card
     assert best.manifest.inputs["dabench"][0].content_digest in card
