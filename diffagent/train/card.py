@@ -128,17 +128,20 @@ def _training(facts: CardFacts) -> str:
         [
             f"## Training\n\n![loss by step]({CURVES})\n\nEvery step is a line of `{LOG}`.{kept}",
             table(("figure", "value"), numbers),
-            table((f"setting of {facts.stage}", "value"), settings.items()),
+            table(
+                (f"setting of {facts.stage}", "value"),
+                [(k, v if isinstance(v, str) else json.dumps(v)) for k, v in settings.items()],
+            ),
         ]
     )
 
 
 def _data(dabench: Artifact) -> str:
     rows = dabench.manifest.rows
-    sizes = ", ".join(f"{count:,} {name}" for name, count in rows.items())
+    splits = [f"{name} {rows[name]:,}" for name in ("train", "validation", "test") if name in rows]
+    sizes = f" (pairs: {', '.join(splits)})" if splits else ""
     return (
-        f"## Data\n\nA DABench with content digest `{dabench.content_digest}`"
-        f"{f' ({sizes})' if sizes else ''}. Its card says where the pairs come from, how they were "
+        f"## Data\n\nA DABench with content digest `{dabench.content_digest}`{sizes}. Its card says where the pairs come from, how they were "
         "chosen and split, and under which terms; its catalogue lies here as `catalogue.parquet`."
     )
 
