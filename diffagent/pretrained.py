@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from diffagent import compat
-from diffagent.errors import ConfigError
+from diffagent.errors import ConfigError, DiffAgentError
 
 
 def split_revision(name: str | Path) -> tuple[str, str | None]:
@@ -41,7 +41,7 @@ def load_model(kind: Any, name: str | Path, **options: Any) -> Any:
     Raises:
         ConfigError: it needs code of its own.
         OSError: there is no such model, or it has no safetensors.
-        ValueError: transformers does not have its architecture.
+        ValueError: transformers does not have its architecture, or a file is damaged.
     """
     return _load(kind, name, use_safetensors=True, **options)
 
@@ -56,10 +56,14 @@ def load_tokenizer(name: str | Path, **options: Any) -> Any:
 
 def _load(kind: Any, name: str | Path, **options: Any) -> Any:
     source, revision = split_revision(name)
+    options |= {"revision": revision or "main", "trust_remote_code": False}
     with no_remote_code(name):
-        return kind.from_pretrained(
-            source, revision=revision or "main", trust_remote_code=False, **options
-        )
+        try:
+            return kind.from_pretrained(source, **options)
+        except (OSError, ValueError, DiffAgentError):
+            raise
+        except Exception as error:  # whatever a stranger's file brings about in a library
+            raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 @contextlib.contextmanager

@@ -384,7 +384,9 @@ class ScorerConfig(_Section):
     model: str = Field(
         description="open_clip name, 'v1.0' (ImageReward), 'v2' or 'v2.1' (HPS), or a directory"
     )
-    weights: str | None = Field(default=None, description="local file, or hub id of the release")
+    weights: str | None = Field(
+        default=None, description="local file, or hub id of the release, ID@REVISION to pin it"
+    )
     sha256: str | None = _SHA256
     weight: float = Field(default=1.0, ge=0, description="weight in the unified score")
 
@@ -407,7 +409,8 @@ class JudgeConfig(_Section):
 
     name: Literal["pick_score", "aesthetic"]
     model: str = Field(
-        description="'pick_score': directory or hub id of a CLIP in transformers' layout; "
+        description="'pick_score': directory or hub id (ID@REVISION pins it) of a CLIP in "
+        "transformers' layout; "
         "'aesthetic': open_clip name or directory of the CLIP under the head"
     )
     weights: str | None = Field(default=None, description="'aesthetic': of a CLIP given by name")
@@ -480,7 +483,9 @@ class FitConfig(_Section):
 
     selector: FittedSelector = "combined"
     encoder: str = Field(
-        default="", description="sentence encoder: 'minilm', a directory, a hub's name, '' for none"
+        default="",
+        description="sentence encoder: 'minilm', a directory, a hub's NAME or NAME@REVISION, '' "
+        "for none",
     )
     seed: int = Field(default=0, ge=0)
 

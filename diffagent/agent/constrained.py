@@ -167,13 +167,13 @@ class Decoder:
             max(0, self.max_length - len(prompt)) if self.budget is None else self.budget
             for prompt in prompts
         ]
-        forced = forced[: min(budgets)]
-        ids = [[*prompt, *forced] for prompt in prompts]
+        ids = [[*prompt, *forced[:budget]] for prompt, budget in zip(prompts, budgets, strict=True)]
         logits = torch.cat(keys.feed(ids, [[len(row) - 1] for row in ids]))
-        self.counts.forced += len(forced) * len(prompts)
+        read = [min(len(forced), budget) for budget in budgets]
+        self.counts.forced += sum(read)
         owners = [p for p in range(len(prompts)) for _ in range(copies)]
         keys.select(owners)
-        rows = [Row(p, state, budgets[p], used=len(forced)) for p in owners]
+        rows = [Row(p, state, budgets[p], used=read[p]) for p in owners]
         for row in rows:
             row.settle()
         return keys, rows, logits[owners]

@@ -439,15 +439,14 @@ def load_causal_lm(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         ArtifactError: transformers cannot read them.
         ConfigError: they need code of their own, which is not run.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     hide_progress_bars()
     try:
         tokenizer = load_tokenizer(path, local_files_only=True)
         return load_model(AutoModelForCausalLM, path, dtype=dtype, local_files_only=True), tokenizer
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(
-            f"the agent in {str(path)!r} cannot be loaded ({type(error).__name__}: {error}); it "
-            "needs config.json, model.safetensors and tokenizer.json of a causal language model"
+            f"the agent in {str(path)!r} cannot be loaded ({error}); it needs config.json, "
+            "model.safetensors and tokenizer.json of a causal language model"
         ) from error

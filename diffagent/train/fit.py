@@ -222,7 +222,7 @@ def fit(trainer: Trainer, report_to: ReportTo | None = None) -> Fit:
 def _history(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, float | int]]:
     rows: dict[int, dict[str, float | int]] = {}
     for entry in log_history:
-        values = {name: entry[name] for name in LOGGED if name in entry}
+        values = {n: entry[n] for n in LOGGED if n in entry and math.isfinite(entry[n])}
         if "loss" in entry or "eval_loss" in entry:
             rows.setdefault(entry["step"], {"step": entry["step"]}).update(values)
     return [rows[step] for step in sorted(rows)]
@@ -277,9 +277,10 @@ class _LogCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
     ) -> None:
         if not logs or not logs.keys() & {"loss", "eval_loss"}:
             return
-        if not math.isfinite(logs.get("loss", 0)):
+        loss = logs.get("loss", logs.get("eval_loss", 0))
+        if not math.isfinite(loss):
             raise TrainingError(
-                f"the loss is {logs['loss']} at step {state.global_step}: training has diverged; "
+                f"the loss is {loss} at step {state.global_step}: training has diverged; "
                 "lower learning_rate"
             )
         if state.global_step % LOGGING_STEPS and "eval_loss" not in logs:

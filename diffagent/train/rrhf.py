@@ -31,7 +31,7 @@ from diffagent.device import resolve_device
 from diffagent.errors import ArtifactError, TrainingError
 from diffagent.rewards.scores import read_scores
 from diffagent.train import fit
-from diffagent.train.card import CardFacts, write_card
+from diffagent.train.agent_card import TrainingFacts, write_card
 from diffagent.train.collate import RankedPrompt, RRHFCollator
 from diffagent.train.losses import INVALID_REWARD, RankingLoss, ranking_loss
 from diffagent.train.passes import packs, response_logps
@@ -232,7 +232,8 @@ def train_rrhf(config: RRHFConfig, context: StageContext) -> StageResult:
     save_agent(context.out, fit.merged(trainer.model), tokenizer, aligned, dabench.path)
     metrics = {k: v for k, v in fitted.metrics.items() if k != "resumed_at_step"} | counts
     write_card(
-        context.out, CardFacts("rrhf", aligned, config, dabench, metrics, history=fitted.history)
+        context.out,
+        TrainingFacts("rrhf", aligned, config, dabench, metrics, history=fitted.history),
     )
     fit.discard_checkpoints(context.out)
     return StageResult(rows={"prompts": len(prompts)}, metrics=fitted.metrics | metrics)

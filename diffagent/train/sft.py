@@ -22,7 +22,7 @@ from diffagent.device import resolve_device
 from diffagent.errors import TrainingError
 from diffagent.pretrained import load_model, load_tokenizer
 from diffagent.train import fit
-from diffagent.train.card import CardFacts, write_card
+from diffagent.train.agent_card import TrainingFacts, write_card
 from diffagent.train.collate import PackCollator
 from diffagent.train.report_to import ReportTo
 from diffagent.train.sandbox_llama import build_model, build_tokenizer
@@ -101,9 +101,8 @@ def train_sft(config: SFTConfig, context: StageContext) -> StageResult:
     counts |= {"eval_examples": len(held_out)} if held_out else {}
     counts["parameters"] = model.num_parameters()
     metrics = {k: v for k, v in fitted.metrics.items() if k != "resumed_at_step"} | counts
-    write_card(
-        context.out, CardFacts("sft", info, config, dabench, metrics, history=fitted.history)
-    )
+    facts = TrainingFacts("sft", info, config, dabench, metrics, fitted.history)
+    write_card(context.out, facts)
     fit.discard_checkpoints(context.out)
     return StageResult(
         rows={"pairs": len(pairs), "examples": len(examples)}, metrics=fitted.metrics | metrics

@@ -180,6 +180,31 @@ def test_pickles_are_refused(agent_run: AgentRun, tmp_path: Path) -> None:
         PickScoreScorer.load(str(judge))
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.json", "{"),
+        ("config.json", "[]"),
+        ("config.json", '{"model_type": "llama", "hidden_size": "many"}'),
+        ("config.json", '{"model_type": "no-such-architecture"}'),
+        ("config.json", '{"model_type": "clip_vision_model"}'),
+        ("tokenizer.json", "[]"),
+        ("tokenizer_config.json", "7"),
+        ("model.safetensors", "version https://git-lfs.github.com/spec/v1"),
+    ],
+)
+def test_a_damaged_agent_is_one_error(
+    agent_run: AgentRun, tmp_path: Path, name: str, content: str
+) -> None:
+    path = tmp_path / "agent"
+    shutil.copytree(agent_run.agent.path, path)
+    (path / name).write_text(content)
+    with pytest.raises(ArtifactError, match="cannot be loaded"):
+        load_agent(path, "cpu")
+    with pytest.raises(TrainingError, match="cannot load"):
+        load_base(SFTConfig(model=str(path)), [], torch.float32)
+
+
 def test_a_chat_template_cannot_leave_its_sandbox(agent_run: AgentRun, tmp_path: Path) -> None:
     from jinja2.exceptions import SecurityError
 

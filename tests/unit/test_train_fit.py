@@ -310,7 +310,7 @@ def test_a_card_names_the_model_on_the_hub_and_no_path(agent_run: AgentRun, tmp_
     import yaml
 
     from diffagent.agent.llm import AgentInfo
-    from diffagent.train.card import CardFacts, write_card
+    from diffagent.train.agent_card import TrainingFacts, write_card
 
     for base, expected in (
         (
@@ -322,7 +322,7 @@ def test_a_card_names_the_model_on_the_hub_and_no_path(agent_run: AgentRun, tmp_
     ):
         info = AgentInfo(base_model=base, trained_by=("sft",), max_length=512)
         config = SFTConfig(model=str(tmp_path))
-        write_card(tmp_path, CardFacts("sft", info, config, agent_run.dabench, {}, []))
+        write_card(tmp_path, TrainingFacts("sft", info, config, agent_run.dabench, {}, []))
         card = (tmp_path / "README.md").read_text()
         front = yaml.safe_load(card.split("---\n")[1])
         assert {k: front.get(k) for k in ("license", "base_model") if k in front} == expected

@@ -51,7 +51,7 @@ _LIMITS = """## Limits
 
 
 @dataclass(frozen=True)
-class CardFacts:
+class TrainingFacts:
     """What a card reports.
 
     Attributes:
@@ -71,7 +71,7 @@ class CardFacts:
     history: Sequence[Mapping[str, float | int]]
 
 
-def write_card(out: Path, facts: CardFacts) -> None:
+def write_card(out: Path, facts: TrainingFacts) -> None:
     """Write README.md, training_log.jsonl and loss.png into ``out``."""
     log = "".join(json.dumps(row) + "\n" for row in facts.history)
     (out / LOG).write_text(log, encoding="utf-8")
@@ -101,7 +101,7 @@ def _front_matter(info: AgentInfo) -> str:
     return f"---\n{text}---"
 
 
-def _summary(facts: CardFacts) -> str:
+def _summary(facts: TrainingFacts) -> str:
     how = ", then ".join(_TITLES.get(stage, stage) for stage in facts.info.trained_by)
     return (
         f"# A DiffAgent after {' and '.join(s.upper() for s in facts.info.trained_by)}\n\n"
@@ -112,7 +112,7 @@ def _summary(facts: CardFacts) -> str:
     )
 
 
-def _training(facts: CardFacts) -> str:
+def _training(facts: TrainingFacts) -> str:
     settings = facts.config.model_dump(mode="json")
     if "model" in settings:
         settings["model"] = facts.info.base_model  # a path would name this machine
@@ -141,8 +141,9 @@ def _data(dabench: Artifact) -> str:
     splits = [f"{name} {rows[name]:,}" for name in ("train", "validation", "test") if name in rows]
     sizes = f" (pairs: {', '.join(splits)})" if splits else ""
     return (
-        f"## Data\n\nA DABench with content digest `{dabench.content_digest}`{sizes}. Its card says where the pairs come from, how they were "
-        "chosen and split, and under which terms; its catalogue lies here as `catalogue.parquet`."
+        f"## Data\n\nA DABench with content digest `{dabench.content_digest}`{sizes}. Its card "
+        "states where the pairs come from, how they were chosen and split, and under which terms; "
+        "its catalogue lies here as `catalogue.parquet`."
     )
 
 
