@@ -87,6 +87,16 @@ def test_diverse_beams_are_an_option(agent_run: AgentRun) -> None:
     assert table(artifact).filter(pl.col("source") == "sft")["prompt_id"].n_unique() > 0
 
 
+def test_answers_that_are_cut_are_counted_apart(agent_run: AgentRun) -> None:
+    artifact = run(agent_run, 1, max_new_tokens=20)
+    outcomes = artifact.manifest.metrics["outcomes"]
+    assert set(outcomes) == {"truncated", "valid"}  # those of the dataset are whole
+    rows = table(artifact).filter(source="sft")
+    assert set(rows["reason"]) == {"truncated"} and rows["api"].null_count() == rows.height
+    room = run(agent_run, 1, max_new_tokens=None).manifest.metrics["outcomes"]
+    assert "truncated" not in room
+
+
 def test_constrained_candidates_are_all_valid(agent_run: AgentRun) -> None:
     changes = {"temperature": 3.0, "top_p": 1.0, "max_new_tokens": 256}
     found = {
