@@ -212,46 +212,105 @@ _BF16 = (
     "products of matrices in bfloat16 (autocast), weights in float32; null: on a GPU that has it. "
     "Worth its while on a CPU with AMX, too"
 )
+_CHECKPOINTING = (
+    "share of the layers, the first ones, whose activations are made again in the backward pass: "
+    "less memory for more time; true: all"
+)
 
 
-class SFTConfig(_Section):
+LRScheduler = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+]
+
+
+class _TrainingConfig(_Section):
+    """What SFT and training on ranked candidates share; names as in transformers and PEFT."""
+
+    lora_rank: int = Field(default=0, ge=0, le=512, description="0 trains all parameters")
+    lora_alpha: float | None = Field(
+        default=None, gt=0, description="scale of an adapter is alpha / rank; null: twice the rank"
+    )
+    lora_dropout: float = Field(default=0, ge=0, lt=1, description="of an adapter's input")
+    lora_target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
+        default="all-linear", description="modules that get an adapter: [q_proj, v_proj], ..."
+    )
+    bf16: bool | None = Field(default=None, description=_BF16)
+    num_train_epochs: float = Field(default=3, gt=0)
+    max_steps: int = Field(default=-1, ge=-1, description="-1: by epochs")
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    learning_rate: float = Field(default=2e-5, gt=0)
+    lr_scheduler_type: LRScheduler = Field(
+        default="linear", description="course of the learning rate after the warm-up"
+    )
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="share of the steps")
+    max_length: int = Field(default=512, ge=32, description="tokens of prompt + response")
+    save_steps: int = Field(
+        default=200,
+        ge=1,
+        description="steps between checkpoints to resume from; with eval_steps they are written "
+        "after each evaluation",
+    )
+    eval_steps: int = Field(
+        default=0,
+        ge=0,
+        description="steps between measurements of the loss on prompts that are not trained on; "
+        "the last step is measured too; 0: none",
+    )
+    load_best_model_at_end: bool = Field(
+        default=True,
+        description="with eval_steps: the agent is the checkpoint with the lowest loss there, "
+        "else the last",
+    )
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _check_lora(self) -> Self:
+        adapter = ("lora_alpha", "lora_dropout", "lora_target_modules")
+        fields = type(self).model_fields
+        idle = [n for n in adapter if getattr(self, n) != fields[n].default]
+        if idle and not self.lora_rank:
+            raise ValueError(f"{', '.join(idle)}: of adapters, which need a lora_rank above 0")
+        if not self.lora_target_modules:
+            raise ValueError("lora_target_modules names no module; leave it out for all-linear")
+        return self
+
+
+class SFTConfig(_TrainingConfig):
     """Supervised fine-tuning on (prompt, API) pairs."""
 
     model: str = Field(
         default="sandbox-llama",
-        description="any causal LM by name or path; 'sandbox-llama' is built from config, "
-        "'smollm2-135m' is in a package (extra smollm2)",
+        description="any causal LM by path or by name, NAME@REVISION to pin it; 'sandbox-llama' "
+        "is built from config, 'smollm2-135m' is in a package (extra smollm2)",
     )
     hidden_size: int = Field(default=128, ge=16, description="sandbox-llama only")
     num_hidden_layers: int = Field(default=4, ge=1, description="sandbox-llama only")
     vocab_size: int = Field(default=2048, ge=300, description="sandbox-llama only: byte-level BPE")
-    lora_rank: int = Field(default=0, ge=0, le=512, description="0 trains all parameters")
-    bf16: bool | None = Field(default=None, description=_BF16)
-    gradient_checkpointing: float = Field(
-        default=0,
-        ge=0,
-        le=1,
-        description="share of the layers, the first ones, whose activations are made again in the "
-        "backward pass: less memory for more time; true: all",
-    )
-    num_train_epochs: float = Field(default=3, gt=0)
-    max_steps: int = Field(default=-1, ge=-1, description="-1: by epochs")
+    gradient_checkpointing: float = Field(default=0, ge=0, le=1, description=_CHECKPOINTING)
     per_device_train_batch_size: int = Field(default=16, ge=1)
-    gradient_accumulation_steps: int = Field(default=1, ge=1)
-    learning_rate: float = Field(default=2e-5, gt=0)
-    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
-    max_length: int = Field(default=512, ge=32, description="tokens of prompt + response")
     batching: Literal["random", "by_length", "packed"] = Field(
         default="random",
         description="'by_length': rows of one batch are about equally long; 'packed': a row of the "
         "batch holds as many examples as fit into max_length, and none sees another",
     )
-    save_steps: int = Field(default=200, ge=1)
-    seed: int = Field(default=0, ge=0)
+    eval_prompts: int = Field(
+        default=1000, ge=1, description="of the validation split, drawn by the seed"
+    )
 
 
 Decoding = Literal["unconstrained", "constrained"]
+_MAX_NEW_TOKENS: Any = Field(
+    default=None,
+    ge=8,
+    description="of an answer; null: the room that the agent's max_length leaves after the prompt",
+)
 
 
 class SamplingConfig(_Section):
@@ -273,7 +332,7 @@ class SamplingConfig(_Section):
         description="num_candidates: diverse beam search, one beam a group, instead; 0: sampling",
     )
     diversity_penalty: float = Field(default=1.0, ge=0)
-    max_new_tokens: int = Field(default=256, ge=8)
+    max_new_tokens: int | None = _MAX_NEW_TOKENS
     batch_size: int = Field(default=16, ge=1, description="prompts per generate call")
     engine: Literal["transformers", "vllm"] = Field(
         default="transformers", description="'vllm': for GPUs, with the extra of that name"
@@ -354,7 +413,9 @@ class ScorerConfig(_Section):
     model: str = Field(
         description="open_clip name, 'v1.0' (ImageReward), 'v2' or 'v2.1' (HPS), or a directory"
     )
-    weights: str | None = Field(default=None, description="local file, or hub id of the release")
+    weights: str | None = Field(
+        default=None, description="local file, or hub id of the release, ID@REVISION to pin it"
+    )
     sha256: str | None = _SHA256
     weight: float = Field(default=1.0, ge=0, description="weight in the unified score")
 
@@ -377,7 +438,8 @@ class JudgeConfig(_Section):
 
     name: Literal["pick_score", "aesthetic"]
     model: str = Field(
-        description="'pick_score': directory or hub id of a CLIP in transformers' layout; "
+        description="'pick_score': directory or hub id (ID@REVISION pins it) of a CLIP in "
+        "transformers' layout; "
         "'aesthetic': open_clip name or directory of the CLIP under the head"
     )
     weights: str | None = Field(default=None, description="'aesthetic': of a CLIP given by name")
@@ -399,7 +461,7 @@ class JudgesConfig(_Section):
     batch_size: int = Field(default=32, ge=1)
 
 
-class RRHFConfig(_Section):
+class RRHFConfig(_TrainingConfig):
     """Training on ranked candidates: RRHF, equations 1 to 4 of arXiv 2304.05302, and others."""
 
     loss: Literal["rrhf", "dpo", "simpo", "gspo"] = Field(
@@ -412,21 +474,14 @@ class RRHFConfig(_Section):
         description="'packed': the candidates of a prompt share one pass over it, where the model "
         "can; 'padded': one row a candidate. The loss is the same",
     )
-    lora_rank: int = Field(default=0, ge=0, le=512, description="0 trains all parameters")
-    bf16: bool | None = Field(default=None, description=_BF16)
-    gradient_checkpointing: float = Field(
-        default=0.3,
-        ge=0,
-        le=1,
-        description="share of the layers, the first ones, whose activations are made again in the "
-        "backward pass: less memory for more time; true: all",
-    )
-    num_train_epochs: float = Field(default=3, gt=0)
-    max_steps: int = Field(default=-1, ge=-1)
+    gradient_checkpointing: float = Field(default=0.3, ge=0, le=1, description=_CHECKPOINTING)
     per_device_train_batch_size: int = Field(default=4, ge=1, description="prompts per step")
-    gradient_accumulation_steps: int = Field(default=1, ge=1)
-    learning_rate: float = Field(default=2e-5, gt=0)
-    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    eval_fraction: float = Field(
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="with eval_steps: share of the ranked prompts that is measured, not trained on",
+    )
     rank_weight: float = Field(default=1.0, ge=0, description="weight of the ranking term")
     sft_weight: float = Field(default=1.0, ge=0, description="weight of L_ft")
     length_normalization: bool = Field(
@@ -438,9 +493,6 @@ class RRHFConfig(_Section):
     margin: float = Field(default=0.0, ge=0, description="0 as in the paper; 'simpo': its gamma")
     beta: float = Field(default=0.1, gt=0, description="'dpo', 'simpo': sharpness; 2 in SimPO")
     clip: float = Field(default=0.2, gt=0, description="'gspo': bound of the likelihood ratio")
-    max_length: int = Field(default=512, ge=32)
-    save_steps: int = Field(default=200, ge=1)
-    seed: int = Field(default=0, ge=0)
 
 
 class RatingsConfig(_Section):
@@ -460,7 +512,9 @@ class FitConfig(_Section):
 
     selector: FittedSelector = "combined"
     encoder: str = Field(
-        default="", description="sentence encoder: 'minilm', a directory, a hub's name, '' for none"
+        default="",
+        description="sentence encoder: 'minilm', a directory, a hub's NAME or NAME@REVISION, '' "
+        "for none",
     )
     seed: int = Field(default=0, ge=0)
 
@@ -483,7 +537,7 @@ class SelectConfig(_Section):
     selector: Selector
     split: Literal["validation", "test"] = "test"
     num_prompts: int = Field(default=200, ge=1)
-    max_new_tokens: int = Field(default=256, ge=8)
+    max_new_tokens: int | None = _MAX_NEW_TOKENS
     decoding: Decoding = Field(
         default="unconstrained",
         description="of an agent: 'unconstrained' shows what it hallucinates; 'constrained' has "
@@ -504,7 +558,7 @@ class EvaluationConfig(_Section):
     selectors: tuple[Selector, ...] = ("popular", "random", "nearest", "combined", "sft", "rrhf")
     split: Literal["validation", "test"] = "test"
     num_prompts: int = Field(default=200, ge=2)
-    max_new_tokens: int = Field(default=256, ge=8)
+    max_new_tokens: int | None = _MAX_NEW_TOKENS
     decoding: Decoding = Field(default="unconstrained", description="as in SelectConfig")
     encoder: str = Field(default="", description="as in SelectConfig")
     num_shards: int = Field(
@@ -614,6 +668,11 @@ class RuntimeConfig(_Section):
     compile_scorers: bool = Field(
         default=False, description="torch.compile: a minute at the start, faster batches after it"
     )
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        default=(),
+        description="where training logs its steps as it goes, beside the log in the agent; "
+        "'tensorboard' (extra tensorboard) writes to logs/STAGE/IDENTITY in the local store",
+    )
     stage_timeout_seconds: float = Field(default=6 * 3600, gt=0)
 
     @field_validator("*", mode="before")
@@ -633,6 +692,11 @@ class RuntimeConfig(_Section):
     def models_max_bytes(self) -> int | None:
         """The limit of that cache."""
         return None if self.models_max_gb is None else round(self.models_max_gb * 1e9)
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @field_validator("store")
     @classmethod

@@ -140,7 +140,7 @@ CANDIDATES = _schema(
     ("text", _text, False),  # what was answered, verbatim
     ("api", _text, True),  # compact JSON when valid
     ("status", _text, False),  # 'valid' | 'invalid'
-    ("reason", _text, True),  # kind of hallucination: see diffagent.agent.verify.KINDS
+    ("reason", _text, True),  # 'truncated', or the kind of hallucination: agent.verify.KINDS
     ("logprob", _float, True),  # length-normalised, of the sampled tokens
 )
 
@@ -161,7 +161,7 @@ RENDERS = _schema(
 )
 
 #: One row a RENDERS row, in the same order. Rewards are null where there is no picture;
-#: ``unified`` is the floor for an invalid call and null for a failed render.
+#: ``unified`` is the floor for a hallucination and null for a truncated answer or a failed render.
 SCORES = _schema(
     ("prompt_id", _int, False),
     ("source", _text, False),
@@ -195,7 +195,7 @@ JUDGEMENTS = _schema(
 EVALUATION = _schema(
     ("selector", _text, False),
     ("prompt_id", _int, False),
-    ("reason", _text, True),  # kind of hallucination; null: valid
+    ("reason", _text, True),  # 'truncated', or the kind of hallucination; null: valid
     ("unified", _float, True),
     ("unified_valid", _float, True),
     ("clip", _float, True),
@@ -204,6 +204,7 @@ EVALUATION = _schema(
     ("pick_score", _float, True),  # held-out judges: null where they were not asked
     ("aesthetic", _float, True),
     ("hallucinated", _float, False),
+    ("truncated", _float, False),
     ("render_failed", _float, True),
     ("model", _float, False),
     ("model_version", _float, False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +51,11 @@ def draw(pairs: list[Pair], num_prompts: int, seed: int) -> list[Pair]:
     reshuffle the others.
     """
     return sorted(pairs, key=lambda pair: _rank(seed, pair.id))[:num_prompts]
+
+
+def draw_ids(ids: Iterable[int], seed: int) -> list[int]:
+    """Ids in the order of `draw`."""
+    return sorted(ids, key=lambda ident: _rank(seed, ident))
 
 
 def _rank(seed: int, ident: int) -> bytes:

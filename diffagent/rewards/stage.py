@@ -19,6 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diffagent.agent.verify import TRUNCATED
 from diffagent.artifacts import Artifact, StageContext, StageResult, stage
 from diffagent.device import resolve_device
 from diffagent.rewards.base import Scorer
@@ -72,13 +73,13 @@ class Judged:
         }
 
 
-@stage("score", version=2, config=RewardsConfig, files=reward_files)
+@stage("score", version=3, config=RewardsConfig, files=reward_files)
 def score(config: RewardsConfig, context: StageContext) -> StageResult:
     """Score the pictures of a ``render`` artefact.
 
     Input: ``renders``. File: scores.parquet (``schemas.dabench.SCORES``), one row a row of
-    renders.parquet in the same order. The unified score of an invalid answer is
-    ``invalid_floor``; of a failed picture it is null, and so are its rewards.
+    renders.parquet in the same order. The unified score of a hallucination is
+    ``invalid_floor``; of a truncated answer and a failed picture it is null.
 
     Raises:
         ConfigError: the scorers or their reference are not usable.
@@ -252,7 +253,7 @@ def _rows(
         result = {name: row.get(name) for name in schema.names}
         pair = row["prompt"], row["recipe"]
         if row["status"] == "invalid":
-            result.update(floor)
+            result.update({} if row["reason"] == TRUNCATED else floor)
         elif pair in failed:
             result.update(status="failed", reason=failed[pair])
         elif row["status"] == "ok":

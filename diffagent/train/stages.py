@@ -9,7 +9,7 @@ from diffagent.artifacts import StageContext, StageResult, named_files, stage
 from schemas.config import RRHFConfig, SFTConfig
 
 
-@stage("sft", version=2, config=SFTConfig, files=lambda config: named_files(config.model))
+@stage("sft", version=3, config=SFTConfig, files=lambda config: named_files(config.model))
 def train_sft(config: SFTConfig, context: StageContext) -> StageResult:
     """DABench's train split -> agent directory."""
     from diffagent.train import sft
@@ -17,7 +17,7 @@ def train_sft(config: SFTConfig, context: StageContext) -> StageResult:
     return sft.train(config, context)
 
 
-@stage("rrhf", version=2, config=RRHFConfig)
+@stage("rrhf", version=3, config=RRHFConfig)
 def train_rrhf(config: RRHFConfig, context: StageContext) -> StageResult:
     """SFT agent, candidates and their scores -> aligned agent directory."""
     from diffagent.train import rrhf

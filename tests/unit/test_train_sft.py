@@ -72,19 +72,22 @@ def test_an_agent_directory_is_whole_and_names_no_place(agent_run: AgentRun) -> 
     path = agent_run.agent.path
     files = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
     assert files == {
+        "README.md",
         "agent.json",
         "calls.parquet",
         "catalogue.parquet",
         "config.json",
         "generation_config.json",
+        "loss.png",
         "manifest.json",
         "mapping/samplers.json",
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
+        "training_log.jsonl",
     }
     for name in files - {"manifest.json"}:
-        if name.endswith((".parquet", ".safetensors")):
+        if name.endswith((".parquet", ".safetensors", ".png")):
             continue
         assert str(path.parents[1]) not in (path / name).read_text(encoding="utf-8")
     info = json.loads((path / "agent.json").read_text())
