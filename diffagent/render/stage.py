@@ -312,9 +312,7 @@ def finish(
     done = replace(job, nsfw=nsfw.get(job.recipe.digest))
     error = failed.get(job.recipe.digest)
     if error:
-        return replace(
-            done, recipe=None, status="failed", reason=error.reason, problem=str(error)
-        )
+        return replace(done, recipe=None, status="failed", reason=error.reason, problem=str(error))
     return replace(done, note=note_on(job.recipe, backend) or None)
 
 
