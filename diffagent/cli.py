@@ -218,17 +218,19 @@ def select(
 ) -> None:
     """Print the APIs that an agent, or a selector fitted on a DABench, chooses, one a line.
 
-    With '-' the selector is loaded once; each prompt is answered when its line has been read, and
-    where an unconstrained agent has no valid API the line is {"error": ...}.
+    A line is JSON: the prompt, the API, and the SHA256 of its files, so that `diffagent render`
+    draws it. With '-' the selector is loaded once and each prompt is answered when its line has
+    been read; blank lines are skipped. Where an unconstrained agent has no valid API, the line is
+    {"prompt": ..., "error": ...}.
     """
     from diffagent.agent.opening import open_selector
-    from diffagent.agent.selector import valid_apis
+    from diffagent.agent.selector import call_line, valid_apis
     from diffagent.errors import ConfigError, SchemaError
 
     if not prompt.strip():
         raise ConfigError("the prompt is empty; say what the picture should show, '-' reads stdin")
 
-    found = open_selector(
+    chooser = open_selector(
         agent,
         dabench,
         selector,
@@ -239,16 +241,23 @@ def select(
         constrained=not unconstrained,
         negative_prompts="free" if free_negative_prompt else "known",
     )
+
+    def answer(text: str) -> None:
+        for api in valid_apis(chooser, text, n):
+            typer.echo(printable_json(call_line(text, api, chooser.catalogue)))
+
     if prompt != "-":
-        for api in valid_apis(found, prompt, n):
-            typer.echo(printable_json(api.to_json()))
+        answer(prompt)
         return
     for line in typer.get_text_stream("stdin", "utf-8", "replace"):
+        text = line.strip()
+        if not text:
+            continue
         try:
-            for api in valid_apis(found, line.rstrip("\r\n"), n):
-                typer.echo(printable_json(api.to_json()))
+            answer(text)
         except SchemaError as error:
-            typer.echo(json.dumps({"error": str(error)}, ensure_ascii=False))
+            problem = {"prompt": text, "error": str(error)}
+            typer.echo(printable_json(json.dumps(problem, ensure_ascii=False)))
 
 
 @app.command(

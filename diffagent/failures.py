@@ -127,8 +127,8 @@ def reading(path: Path) -> Iterator[None]:
         if not is_failure(error) or isinstance(error, MemoryError):
             raise
         raise ArtifactError(
-            f"cannot read {str(path)!r}: {_reason(error)}; the file is damaged: 'diffagent artifact "
-            "verify' lists what is; copy it again, or run the stage that wrote it again"
+            f"cannot read {str(path)!r}: {_reason(error)}; the file is damaged: 'diffagent "
+            "artifact verify' lists what is; copy it again, or run the stage that wrote it again"
         ) from error
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from diffagent import cache, latest
-from diffagent.artifacts import MANIFEST, read_manifest
+from diffagent.artifacts import MANIFEST, PREVIOUS, read_manifest
 from diffagent.errors import ArtifactError, DamagedArtifact
 from diffagent.remote import list_manifests, list_pointers
 from schemas.config import RuntimeConfig
@@ -183,8 +183,9 @@ def _by_content(entries: Sequence[Entry]) -> Contents:
 
 
 def _parents(entry: Entry, contents: Contents) -> Iterator[tuple[str, InputRef, Entry | None]]:
+    """Inputs by name; earlier versions of an artefact are not what it needs (`PREVIOUS`)."""
     for name, refs in entry.manifest.inputs.items() if entry.manifest else ():
-        for ref in refs:
+        for ref in refs if name != PREVIOUS else ():
             yield name, ref, contents.get((ref.stage, ref.identity, ref.content_digest))
 
 

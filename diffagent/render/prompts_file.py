@@ -221,12 +221,12 @@ def _spellings(entry: Entry) -> set[str]:
 
 
 def read_lines(text: str, name: str) -> list[str]:
-    """The lines that are not blank; only a line feed ends a line (U+2028 is part of a prompt).
+    """The lines that are not blank; LF, CR LF or CR ends one (U+2028 is part of a prompt).
 
     Raises:
         ConfigError: there are none.
     """
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    lines = [line.strip() for line in re.split(r"\r\n?|\n", text) if line.strip()]
     if not lines:
         raise ConfigError(f"{name} holds no line")
     return lines

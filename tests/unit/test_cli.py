@@ -16,11 +16,12 @@ import yaml
 from typer.testing import CliRunner
 
 from diffagent import cli, pipeline
-from diffagent.agent.selector import Choice
+from diffagent.agent.selector import Choice, call_line
 from diffagent.agent.verify import Verdict
 from diffagent.artifacts import StageContext, StageResult, stage
+from diffagent.dabench.catalogue import Catalogue
 from diffagent.errors import ArtifactError, ConfigError, SchemaError
-from schemas.api import T2IAPI, Params, parse_api
+from schemas.api import T2IAPI, Params
 from schemas.config import CrawlConfig, FilterConfig, PipelineConfig
 from schemas.manifest import Funnel, FunnelStep
 
@@ -204,6 +205,7 @@ class Chooses:
     """An LLM that has one answer, and none to 'nothing'."""
 
     made: ClassVar[list[tuple[Any, ...]]] = []
+    catalogue = Catalogue([])
 
     def __init__(self, agent: Any, **options: Any) -> None:
         self.made.append((agent, options))
@@ -223,8 +225,10 @@ def chooses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 def test_select_prints_the_api(chooses: list[tuple[Any, ...]]) -> None:
-    assert invoke("select", "a red circle", "--agent", "here") == API.to_json() + "\n"
-    assert invoke("select", "a ring", "--agent", "here", "-n", 2) == 2 * (API.to_json() + "\n")
+    line = call_line("a ring", API, Catalogue([])) + "\n"
+    assert json.loads(line) == {"prompt": "a ring", **json.loads(API.to_json()), "hashes": {}}
+    assert invoke("select", "a ring", "--agent", "here") == line
+    assert invoke("select", "a ring", "--agent", "here", "-n", 2) == 2 * line
     ((where, device, quantization), options), *_ = chooses
     assert (str(where), device, quantization) == ("here", "auto", "none")
     assert options == {"constrained": True, "negative_prompts": "known"}
@@ -238,9 +242,11 @@ def test_select_prints_the_api(chooses: list[tuple[Any, ...]]) -> None:
 
 def test_select_answers_line_by_line(chooses: list[tuple[Any, ...]]) -> None:
     result = runner.invoke(cli.app, ["select", "-", "--agent", "x"], b"a\nnothing\r\n\xff\n\n")
-    lines = result.output.splitlines()
-    assert [line == API.to_json() for line in lines] == [True, False, True, True]
-    assert "no valid API for 'nothing'" in json.loads(lines[1])["error"]
+    lines = [json.loads(line) for line in result.output.splitlines()]
+    assert [(line["prompt"], "model" in line) for line in lines] == [  # the blank one is skipped
+        *(("a", True), ("nothing", False), ("\ufffd", True)),
+    ]
+    assert "no valid API for 'nothing'" in lines[1]["error"]
     assert len(chooses) == 1
 
 
@@ -250,7 +256,8 @@ def test_select_fits_on_a_dabench_once(tmp_path: Path) -> None:
     dabench = make_world(tmp_path, train=40, test=4)
     options = ("--dabench", dabench.path, "--store", tmp_path, "--selector", "neighbours", "--n", 3)
     lines = invoke("select", "a red star, line art", *options).splitlines()
-    assert len({parse_api(line).model for line in lines}) == 3
+    assert len({json.loads(line)["model"] for line in lines}) == 3
+    assert all(len(json.loads(line)["hashes"]["model"]) == 64 for line in lines)
     with pytest.raises(ConfigError, match="is none of neighbours"):
         invoke("select", "a red star", "--dabench", dabench.path, "--selector", "llm")
     with pytest.raises(ConfigError, match="--agent DIR, or --dabench DIR"):
