@@ -269,8 +269,12 @@ def artifact_directory(text: str) -> Path:
 
 
 def _open_remote(uri: str) -> Artifact:
-    *store, stage, name = uri.rstrip("/").split("/")
-    runtime = RuntimeConfig(store="/".join(store))
+    *store, stage, name = ["", "", *uri.rstrip("/").split("/")]
+    runtime = RuntimeConfig(store="/".join(store).lstrip("/"))
+    if not runtime.remote or runtime.remote.endswith(":"):
+        raise ArtifactError(
+            f"{uri!r} names no artefact; give STORE/STAGE/NAME, as the runs print it"
+        )
     if latest.is_pointer(name):
         name = read_pointer(f"{runtime.remote}/{stage}/{name}")
     found = find_in_store(runtime.local_store / stage / name, f"{runtime.remote}/{stage}/{name}")

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from diffagent import errors
 from diffagent.errors import (
     ArtifactError,
@@ -32,7 +34,7 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 #: Libraries in Rust and C++ keep the error number in their text at best.
 _FULL_TEXT = re.compile(
     r"no space left on device|file too large|disk quota exceeded|os error (?:27|28|122)\b"
-    r"|PytorchStreamWriter failed writing|file write failed",
+    r"|PytorchStreamWriter failed writing|file write failed|inline_container.*unexpected pos",
     re.IGNORECASE,
 )
 _MEMORY_TEXT = re.compile(
@@ -61,6 +63,13 @@ def as_error(error: BaseException, doing: str, store: Path | None = None) -> Dif
         return error
     if isinstance(error, ConfigFileError):
         return ConfigError(str(error))
+    if isinstance(error, ValidationError):
+        faults = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        return ConfigError(f"{doing}: {printable('; '.join(faults)):.{_LINE}}")
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        return ConfigError(f"{doing}: a path holds a NUL character; leave it out")
+    if isinstance(error, UnicodeError):
+        return SchemaError(f"{doing}: text in no encoding that fits: {_reason(error)}; use UTF-8")
     if isinstance(error, ApiError):
         return SchemaError(f"{doing}: no API call: {_reason(error)}", field=error.field)
     if (full := _full_disk(error)) is not None:
@@ -77,8 +86,8 @@ def as_error(error: BaseException, doing: str, store: Path | None = None) -> Dif
         )
     if isinstance(error, OSError) and error.filename is not None:
         return ArtifactError(
-            f"{doing}: cannot use {_place(error, store)}: {_reason(error)}; check that path "
-            "(-v shows the traceback)"
+            f"{doing}: cannot use {_place(error, store)}: {_reason(error)}; check that path, "
+            "or name another place (runtime.store, --store, --out); -v shows the traceback"
         )
     if _is_memory(error):
         return UnexpectedError(
@@ -164,7 +173,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _place(error: OSError, store: Path | None) -> str:
-    return repr(str(error.filename or store or "a file"))
+    return f"{str(error.filename or store or 'a file')!r:.300}"
 
 
 def _full_disk(error: BaseException) -> BaseException | None:
