@@ -7,6 +7,7 @@ operator's machine. Here the same application stands behind ``diffagent.webguard
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import socket
@@ -59,7 +60,8 @@ def main(
             f"Reports, data    http://127.0.0.1:{store_port}  ({store})\n"
             f"For flows and workers: export PREFECT_API_URL=http://{host}:{port}/api"
         )
-        _server(api).run([api_socket])
+        with contextlib.suppress(KeyboardInterrupt):  # it has ended orderly by then
+            _server(api).run([api_socket])
 
 
 def create_api_app(hosts: list[str], *, shared: bool) -> ASGIApp:
