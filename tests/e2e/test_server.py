@@ -103,7 +103,7 @@ def scheduled_run(
     prefect_server.command("diffagent", "deployment", "resume", "build-dabench")
     runs = until(lambda: scheduled_runs(prefect_server, "COMPLETED", "FAILED", "CRASHED"), 120)
     prefect_server.command("diffagent", "deployment", "pause", "build-dabench")
-    until(lambda: not scheduled_runs(prefect_server, "PENDING", "RUNNING"), 120)
+    until(lambda: not scheduled_runs(prefect_server, "SCHEDULED", "PENDING", "RUNNING"), 120)
     return runs[-1]
 
 
