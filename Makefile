@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STORE ?= store
-PORT ?= 4200
+API_PORT ?= 4200
 STORE_PORT ?= 4201
 CONFIG ?= configs/sandbox.yaml
 
@@ -47,7 +47,7 @@ bench: install
 
 # Prefect's UI and API, and the reports and data of the store; to this machine's browsers alone.
 serve-dashboard: install
-	$(BIN)/python -m flows.serve_dashboard --store "$(STORE)" --port $(PORT) --store-port $(STORE_PORT)
+	$(BIN)/python -m flows.serve_dashboard --store "$(STORE)" --port $(API_PORT) --store-port $(STORE_PORT)
 
 # Hours of CPU. The weights are committed; diffagent/sandbox/README.md has their logs and numbers.
 sandbox: install

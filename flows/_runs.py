@@ -10,6 +10,7 @@ first; one that shows none for ``runtime.lost_after_seconds`` is marked Crashed.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,17 +43,20 @@ def pipeline_flow(name: str) -> Callable[[Body], Flow[..., State[None]]]:
 
     def wrap(body: Body) -> Flow[..., State[None]]:
         @functools.wraps(body)
-        def run(config: str, overrides: dict[str, Any] | None = None, *others: Any) -> State[None]:
+        def run(*args: Any, **options: Any) -> State[None]:
+            call = inspect.signature(body).bind(*args, **options)
+            call.apply_defaults()
             ident = UUID(flow_run.id)
             with get_client(sync_client=True) as client:
                 current = client.read_flow_run(ident)
                 client.update_flow_run(ident, tags={*current.tags, *_tags()})
                 if current.deployment_id is None:  # by hand, or a part of another flow
-                    return body(config, overrides, *others)
-                lost_after = configure(config, overrides).runtime.lost_after_seconds
+                    return body(*call.args)
+                settings = configure(call.arguments["config"], call.arguments["overrides"])
+                lost_after = settings.runtime.lost_after_seconds
                 with heartbeat(ident, lost_after):
                     blocked = _blocked(client, current, lost_after)
-                    return blocked or body(config, overrides, *others)
+                    return blocked or body(*call.args)
 
         return flow(name=name, persist_result=False, flow_run_name=run_name)(run)
 
@@ -67,8 +71,9 @@ def run_name() -> str:
 
 def _tags() -> list[str]:
     """The configuration of the current run, and 'refresh' where it asks the site for news."""
-    parameters = flow_run.parameters
-    return [Path(parameters["config"]).stem] + ["refresh"] * bool(parameters.get("refresh"))
+    parameters = flow_run.parameters  # without what the flow's signature has by default
+    config = [Path(parameters["config"]).stem] if "config" in parameters else []
+    return config + ["refresh"] * bool(parameters.get("refresh"))
 
 
 def _blocked(

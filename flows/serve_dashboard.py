@@ -7,6 +7,7 @@ operator's machine. Here the same application stands behind ``diffagent.webguard
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import socket
@@ -19,7 +20,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from diffagent.store_server import create_app as create_store_app
-from diffagent.webguard import LOOPBACK, WebGuard
+from diffagent.webguard import WebGuard
 
 #: No other page shows the UI in a frame, where a click could be led astray.
 _HEADERS = {
@@ -46,7 +47,7 @@ def main(
     os.environ.setdefault("PREFECT_HOME", str(store.resolve() / "prefect"))
     os.environ["PREFECT_SERVER_API_HOST"] = host
     os.environ["PREFECT_SERVER_API_PORT"] = str(port)
-    names = [*(allow_host or ()), *([] if _is_any(host) else [host])]
+    names = [*(allow_host or ()), host]
     with (
         _listen("127.0.0.1", store_port, "--store-port") as store_socket,
         _listen(host, port, "--port") as api_socket,
@@ -59,7 +60,8 @@ def main(
             f"Reports, data    http://127.0.0.1:{store_port}  ({store})\n"
             f"For flows and workers: export PREFECT_API_URL=http://{host}:{port}/api"
         )
-        _server(api).run([api_socket])
+        with contextlib.suppress(KeyboardInterrupt):  # it has ended orderly by then
+            _server(api).run([api_socket])
 
 
 def create_api_app(hosts: list[str], *, shared: bool) -> ASGIApp:
@@ -112,18 +114,10 @@ def _listen(host: str, port: int, option: str) -> socket.socket:
 
 
 def _is_loopback(host: str) -> bool:
-    return f"[{host}]" in LOOPBACK or host in LOOPBACK or _address(host).is_loopback
-
-
-def _is_any(host: str) -> bool:
-    return _address(host).is_unspecified
-
-
-def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     try:
-        return ipaddress.ip_address(host)
-    except ValueError:  # a name; it counts as another machine's
-        return ipaddress.ip_address("192.0.2.1")
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from schemas.manifest import Funnel, Manifest
 
 #: Where a browser reaches the store (``make serve-dashboard`` serves it beside Prefect's UI).
 STORE_URL = os.environ.get("DIFFAGENT_STORE_URL", "http://127.0.0.1:4201")
+#: Descriptions of the evaluation's tables.
 _EVALUATION = {
     "selectors": "Rewards, validity and selection accuracy of each selector",
     "comparisons": "Each selector against others on the same prompts",
@@ -158,7 +159,8 @@ def report_evaluation(
         description="All selectors, held-out prompts",
     )
     for name, rows in tables.items():
-        _show_table(rows, key=f"evaluation-{name}", description=_EVALUATION[name])
+        key = f"evaluation-{name}".replace("_", "-")
+        _show_table(rows, key=key, description=_EVALUATION.get(name, name))
     link_result(artifact, "report.html", "Report with pictures", key="evaluation-report")
 
 

@@ -103,7 +103,7 @@ def scheduled_run(
     prefect_server.command("diffagent", "deployment", "resume", "build-dabench")
     runs = until(lambda: scheduled_runs(prefect_server, "COMPLETED", "FAILED", "CRASHED"), 120)
     prefect_server.command("diffagent", "deployment", "pause", "build-dabench")
-    until(lambda: not scheduled_runs(prefect_server, "PENDING", "RUNNING"), 120)
+    until(lambda: not scheduled_runs(prefect_server, "SCHEDULED", "PENDING", "RUNNING"), 120)
     return runs[-1]
 
 
@@ -194,7 +194,7 @@ def test_a_run_in_the_way_is_named_and_a_lost_one_is_not_waited_for(
     tmp_path: Path,
     silent_site: str,
 ) -> None:
-    soon = {"runtime.lost_after_seconds": 6}
+    soon = {"runtime.lost_after_seconds": 12}
     stuck = {**soon, "crawl.site": silent_site, "runtime.store": str(tmp_path)}
     first = prefect_server.submit("build-dabench", config=str(config), overrides=stuck)
     first_name = prefect_server.wait(first, 60, "RUNNING")["name"]
@@ -405,7 +405,7 @@ def test_make_serves_a_store_with_a_space_in_its_name(tmp_path: Path) -> None:
     card = store / "shard/abc/README.md"
     port, store_port = free_port(), free_port()
     command = ["make", "serve-dashboard", f"STORE={store}", f"VENV={environment}"]
-    command += [f"PYTHON={sys.executable}", f"PORT={port}", f"STORE_PORT={store_port}"]
+    command += [f"PYTHON={sys.executable}", f"API_PORT={port}", f"STORE_PORT={store_port}"]
     card.parent.mkdir(parents=True)
     without_home = {k: v for k, v in os.environ.items() if k != "PREFECT_HOME"}
     with (tmp_path / "log.txt").open("w") as log:

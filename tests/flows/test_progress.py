@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import time
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
     ArtifactFilter,
+    ArtifactFilterFlowRunId,
     ArtifactFilterKey,
     LogFilter,
     LogFilterFlowRunId,
@@ -69,6 +72,49 @@ def test_a_crawl_shows_how_far_it_is(config_file: Path, monkeypatch: pytest.Monk
         (artifact,) = client.read_artifacts(artifact_filter=wanted)
     assert (artifact.type, artifact.data) == ("progress", 25.0)
     assert artifact.description == "pages: 3"
+
+
+CHANGES = {
+    "models": {"added": 2, "changed": 0, "removed": 0, "returned": 0},
+    "versions": {"added": 2, "changed": 1_000, "removed": 0, "returned": 0},
+    "images": {"added": 0, "changed": 0, "removed": 31, "returned": 0},
+}
+
+
+@stage("toy-source", version=1, config=Number)
+def changing_source(config: Number, context: StageContext) -> StageResult:
+    """Reports what a refresh does, and the words of a stranger."""
+    result = source.body(config, context)
+    drift = {f"field {i}": "a\n# heading ![x](http://x.example/y) | <b>" for i in range(30)}
+    metrics = {"changes": CHANGES, "schema_drift": drift} if context.previous else {}
+    return dataclasses.replace(result, metrics=metrics)
+
+
+@pytest.mark.usefixtures("toy_plan")
+def test_a_refresh_shows_all_of_its_changes(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(toy_stages, "source", changing_source)
+    number = tmp_path / "number"
+    monkeypatch.setenv("TOY_SOURCE", str(number))
+    number.write_text("1")
+    build_dabench(str(config_file))
+    number.write_text("2")
+    state = build_dabench(str(config_file), refresh=True, return_state=True)
+    run = ArtifactFilterFlowRunId(any_=[state.state_details.flow_run_id])
+    with get_client(sync_client=True) as client:
+        rows = client.read_artifacts(artifact_filter=ArtifactFilter(flow_run_id=run))
+    shown = {row.key: row for row in rows}
+    table = json.loads(shown["crawl-changes"].data)
+    assert table == [{"items": kind, **counts} for kind, counts in CHANGES.items()]
+    assert shown["crawl-changes"].description == (
+        "2 models added, 2 versions added, 1,000 versions changed, 31 images removed"
+    )
+    summary = shown["crawl-summary"].data
+    assert "There is news" in summary
+    assert all(f"field {i} |" in summary for i in range(30)), "nothing is cut"
+    assert "\n# heading" not in summary and "![" not in summary and "<b>" not in summary
+    assert all(row.description for row in rows)
 
 
 def test_a_dashboard_that_is_away_stops_nothing(

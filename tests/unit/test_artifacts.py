@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
-from diffagent import cache
+from diffagent import artifacts, cache
 from diffagent.artifacts import (
     Artifact,
     StageContext,
@@ -224,6 +224,23 @@ def test_child_process(runtime: RuntimeConfig) -> None:
     with pytest.raises(ArtifactError, match="ended with code -9") as crashed:
         run_in_child(entry, Words(fail="crash"), {}, runtime)
     assert crashed.value.retryable, "killed from outside: the next try resumes"
+
+
+def test_lines_of_a_child_keep_their_level(caplog: pytest.LogCaptureFixture) -> None:
+    """A warning of a child, such as a retry, is a warning in the log of a flow's run too."""
+    caplog.set_level("INFO", "diffagent")
+    lines = ["WARNING diffagent.x: try 2 of 8", "INFO diffagent.x: fine", "ERROR x: no", "words"]
+    program = "import sys; print(*sys.argv[1:], sep='\\n')"
+    code, _ = artifacts._run_logged(
+        [sys.executable, "-c", program, *lines], name="child", timeout=60
+    )
+    assert code == 0
+    assert [(r.levelname, r.message) for r in caplog.records] == [
+        ("WARNING", f"child | {lines[0]}"),
+        ("INFO", f"child | {lines[1]}"),
+        ("ERROR", f"child | {lines[2]}"),
+        ("INFO", f"child | {lines[3]}"),
+    ]
 
 
 def test_child_timeout(runtime: RuntimeConfig, caplog: pytest.LogCaptureFixture) -> None:
