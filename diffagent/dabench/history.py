@@ -29,20 +29,23 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from diffagent.artifacts import PREVIOUS, Artifact, Inputs, canonical_json, read_manifest
+from diffagent.dabench.dataset import open_dataset
 from diffagent.dabench.neighbours import Ints
 from diffagent.dabench.splits import NO_SPLIT, SPLITS, Assignment, Codes, Decisions, Prints
-from diffagent.dabench.tables import read_batches, write_table
+from diffagent.dabench.tables import write_table
 from diffagent.errors import ArtifactError
 from diffagent.remote import list_remote, read_remote
 from schemas.config import DABenchConfig, RuntimeConfig
 from schemas.dabench import DECISIONS
-from schemas.manifest import InputRef, Manifest
+from schemas.manifest import SCHEMA_VERSION, InputRef, Manifest
 
 log = logging.getLogger(__name__)
 
 #: The file of a dataset that holds what was decided.
 SPLITS_FILE = "splits.parquet"
 _STAGE = "shard"
+#: Of the stage ``shard``: an older one's answer is an earlier version, not the answer.
+VERSION = 3
 _SPLIT_SETTINGS = (
     "validation_fraction",
     "test_fraction",
@@ -81,14 +84,23 @@ def find_previous(config: DABenchConfig, inputs: Inputs, runtime: RuntimeConfig)
     (filtered,) = inputs["filtered"]
     history = history_of(filtered.manifest, config.model_dump(mode="json"), store_of(filtered))
     versions = _versions(_runtime_store(runtime), history)
-    wanted = config.model_dump(mode="json"), [filtered.content_digest]
     for manifest, place in versions:
-        digests = [ref.content_digest for ref in manifest.inputs.get("filtered", ())]
-        if PREVIOUS in manifest.inputs and (manifest.config, digests) == wanted:
+        if _answers(manifest, config, filtered):
             known = {_ref(m): _artifact(m, p) for m, p in versions}
             return [known.get(r) or _handle_of(r, place) for r in manifest.inputs[PREVIOUS]]
     continued = {ref for manifest, _ in versions for ref in manifest.inputs.get(PREVIOUS, ())}
     return [_artifact(m, place) for m, place in versions if _ref(m) not in continued]
+
+
+def _answers(manifest: Manifest, config: DABenchConfig, filtered: Artifact) -> bool:
+    """Whether a version is what this code made of the same config and records."""
+    digests = [ref.content_digest for ref in manifest.inputs.get("filtered", ())]
+    return (
+        (manifest.stage_version, manifest.schema_version) == (VERSION, SCHEMA_VERSION)
+        and manifest.config == config.model_dump(mode="json")
+        and digests == [filtered.content_digest]
+        and PREVIOUS in manifest.inputs
+    )
 
 
 def version_before(dabench: Artifact) -> Artifact | None:
@@ -188,23 +200,13 @@ def read_splits(dabench: Path) -> tuple[Ints, Codes]:
     """The ids of all rows of a dataset and their splits, read from its shards.
 
     Raises:
-        ArtifactError: a shard is damaged.
+        ArtifactError: there is no dataset, or a shard is damaged.
     """
     ids, splits = [np.zeros(0, np.int64)], [np.zeros(0, np.int8)]
-    for code, batch in _shard_rows(dabench, ["id"]):
-        ids.append(batch["id"].to_numpy())
-        splits.append(np.full(len(batch), code, np.int8))
+    for batch in open_dataset(dabench).batches(["id"]):
+        ids.append(batch.data["id"].to_numpy())
+        splits.append(np.full(len(batch.data), SPLITS.index(batch.split), np.int8))
     return np.concatenate(ids), np.concatenate(splits)
-
-
-def _shard_rows(dabench: Path, columns: list[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
-    for code, split in enumerate(SPLITS):
-        for path in sorted(dabench.glob(f"data/{split}-*.parquet")):
-            try:
-                for batch in read_batches(path, columns):
-                    yield code, batch
-            except (OSError, pa.ArrowException) as error:
-                raise _damaged(path, error) from None
 
 
 def _read_file(artifact: Artifact) -> Decisions:
@@ -235,8 +237,12 @@ def _read_file(artifact: Artifact) -> Decisions:
 def _from_shards(dabench: Path) -> Decisions:
     """What a dataset of before there was a memory tells: the marks of its records are not known."""
     parts = [
-        (batch["id"].to_numpy(), np.full(len(batch), code, np.int8), batch["group"].to_numpy())
-        for code, batch in _shard_rows(dabench, ["id", "group"])
+        (
+            batch.data["id"].to_numpy(),
+            np.full(len(batch.data), SPLITS.index(batch.split), np.int8),
+            batch.data["group"].to_numpy(),
+        )
+        for batch in open_dataset(dabench).batches(["id", "group"])
     ]
     if not parts:
         return Decisions()
@@ -283,7 +289,7 @@ def site_of(filtered: Manifest, store: str) -> str | None:
     for ref in filtered.inputs.get("snapshot", ()):
         crawl = _manifest(f"{store}/{ref.stage}/{ref.identity[:16]}")
         if crawl and (site := crawl.config.get("site")):
-            return str(site)
+            return str(site).rstrip("/")
     return None
 
 

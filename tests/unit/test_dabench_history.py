@@ -375,6 +375,16 @@ def test_the_splits_of_an_existing_store_are_kept(site: Site) -> None:
     assert verify_dabench(dabench.path).problems == []
 
 
+def test_an_answer_of_older_code_is_the_version_before(site: Site) -> None:
+    source = site.crawl()
+    old = site.build(source)
+    edit_manifest(old.path, lambda m: m.update(stage_version=2, identity="f" * 64))
+    renamed = open_artifact(old.path.rename(old.path.with_name("f" * 16)))
+    again = site.build(source)
+    assert again.path != renamed.path and splits_of(again) == splits_of(renamed)
+    assert again.manifest.inputs[PREVIOUS][0].identity == "f" * 64
+
+
 def test_an_old_store_is_compared_with_the_version_before(site: Site) -> None:
     first = site.build()
     old = as_before_there_was_a_history(first)
