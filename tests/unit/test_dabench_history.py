@@ -59,7 +59,7 @@ def by_id(rows: Mapping[int, Row]) -> list[Row]:
     return [{**rows[ident], "id": ident} for ident in sorted(rows)]
 
 
-@settings(max_examples=70, deadline=None)
+@settings(max_examples=70, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(CRAWLS, st.sampled_from([2, ENOUGH_GROUPS]), st.data())
 def test_no_record_ever_moves_and_nothing_straddles(
     crawls: list[dict[int, Row]], enough: int, data: st.DataObject
@@ -96,7 +96,7 @@ def grow(crawls: list[dict[int, Row]], data: st.DataObject) -> None:
         before = after
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.integers(0, 60), ROW, min_size=1, max_size=16))
 def test_decided_crawl_by_crawl_is_decided_at_once(rows: dict[int, Row]) -> None:
     """A clone that begins with today's snapshot decides what its refreshes would have."""
