@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -82,12 +82,14 @@ def find_previous(config: DABenchConfig, inputs: Inputs, runtime: RuntimeConfig)
     if len(inputs.get("filtered", ())) != 1:
         return []  # the stage complains
     (filtered,) = inputs["filtered"]
-    history = history_of(filtered.manifest, config.model_dump(mode="json"), store_of(filtered))
-    versions = _versions(_runtime_store(runtime), history)
-    for manifest, place in versions:
+    store = _runtime_store(runtime)
+    every = _in_store(store)
+    for manifest, place in every:
         if _answers(manifest, config, filtered):
-            known = {_ref(m): _artifact(m, p) for m, p in versions}
+            known = {_ref(m): _artifact(m, p) for m, p in every}
             return [known.get(r) or _handle_of(r, place) for r in manifest.inputs[PREVIOUS]]
+    history = history_of(filtered.manifest, config.model_dump(mode="json"), store_of(filtered))
+    versions = _versions(every, store, history)
     continued = {ref for manifest, _ in versions for ref in manifest.inputs.get(PREVIOUS, ())}
     return [_artifact(m, place) for m, place in versions if _ref(m) not in continued]
 
@@ -116,7 +118,7 @@ def version_before(dabench: Artifact) -> Artifact | None:
         return None
     if (history := _history_of_version(manifest, place.store)) is None:
         return None
-    versions = _versions(place.store, history)
+    versions = _versions(_in_store(place.store), place.store, history)
     older = [(m, p) for m, p in versions if m.created_at < manifest.created_at]
     return _artifact(*older[0]) if older else None
 
@@ -306,6 +308,9 @@ class _Place:
         return self.remote.rsplit("/", 2)[0] if self.remote else str(self.path.parents[1])
 
 
+_Version = tuple[Manifest, _Place]
+
+
 def store_of(artifact: Artifact) -> str:
     """The directory or the URI of the store that an artefact lies in."""
     return _Place(artifact.path, artifact.remote).store
@@ -315,10 +320,10 @@ def _runtime_store(runtime: RuntimeConfig) -> str:
     return runtime.remote or str(runtime.local_store)
 
 
-def _versions(store: str, history: str) -> list[tuple[Manifest, _Place]]:
-    """The versions of a dataset in a store, the newest first."""
+def _versions(every: Sequence[_Version], store: str, history: str) -> list[_Version]:
+    """Those that are versions of one dataset."""
     versions = []
-    for manifest, place in _in_store(store):
+    for manifest, place in every:
         own = _history_of_version(manifest, store)
         if own is None:
             log.warning(
@@ -328,24 +333,27 @@ def _versions(store: str, history: str) -> list[tuple[Manifest, _Place]]:
             )
         elif own == history:
             versions.append((manifest, place))
-    return sorted(versions, key=_rank, reverse=True)
+    return versions
 
 
-def _rank(version: tuple[Manifest, _Place]) -> tuple[bool, datetime, str]:
+def _rank(version: _Version) -> tuple[bool, datetime, str]:
     """Later versions have a higher one; any that knows its history, than any that does not."""
     manifest, _ = version
     return PREVIOUS in manifest.inputs, manifest.created_at, manifest.content_digest
 
 
-def _in_store(store: str) -> Iterator[tuple[Manifest, _Place]]:
-    """All datasets of a store."""
+def _in_store(store: str) -> list[_Version]:
+    """All datasets of a store, the newest first."""
     folder = f"{store}/{_STAGE}"
     remote = "://" in store
     local = RuntimeConfig(store=store).local_store / _STAGE
-    names = list_remote(folder) if remote else sorted(p.name for p in local.glob("[!.]*/"))
-    for name in names:
-        if manifest := _manifest(f"{folder}/{name}"):
-            yield manifest, _Place(local / name, f"{folder}/{name}" if remote else None)
+    names = list_remote(folder) if remote else [path.name for path in local.glob("[!.]*/")]
+    versions = [
+        (manifest, _Place(local / name, f"{folder}/{name}" if remote else None))
+        for name in names
+        if (manifest := _manifest(f"{folder}/{name}"))
+    ]
+    return sorted(versions, key=_rank, reverse=True)
 
 
 def _manifest(location: str) -> Manifest | None:
