@@ -109,7 +109,8 @@ PRINTS = _schema(
 )
 
 #: One row a pair of DABench. ``group``: the id that names all that is tied to it by near-duplicate
-#: prompts, posts and series, and lies in one split; the smallest id of its first generation.
+#: prompts, posts and series, and lies in one split; the smallest id of those that were new when it
+#: was decided (its complement, below 0, where another group has that name by now).
 #: ``random_split``: where a hash of its own id would have put it, leaks and all.
 DABENCH = pa.schema(
     [

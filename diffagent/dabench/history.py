@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -30,20 +30,23 @@ import pyarrow.parquet as pq
 
 from diffagent import latest
 from diffagent.artifacts import PREVIOUS, Artifact, Inputs, canonical_json, read_manifest
+from diffagent.dabench.dataset import open_dataset
 from diffagent.dabench.neighbours import Ints
 from diffagent.dabench.splits import NO_SPLIT, SPLITS, Assignment, Codes, Decisions, Prints
-from diffagent.dabench.tables import read_batches, write_table
+from diffagent.dabench.tables import write_table
 from diffagent.errors import ArtifactError
 from diffagent.remote import list_remote, read_remote
 from schemas.config import DABenchConfig, RuntimeConfig
 from schemas.dabench import DECISIONS
-from schemas.manifest import InputRef, Manifest
+from schemas.manifest import SCHEMA_VERSION, InputRef, Manifest
 
 log = logging.getLogger(__name__)
 
 #: The file of a dataset that holds what was decided.
 SPLITS_FILE = "splits.parquet"
 _STAGE = "shard"
+#: Of the stage ``shard``: an older one's answer is an earlier version, not the answer.
+VERSION = 3
 _SPLIT_SETTINGS = (
     "validation_fraction",
     "test_fraction",
@@ -80,16 +83,27 @@ def find_previous(config: DABenchConfig, inputs: Inputs, runtime: RuntimeConfig)
     if len(inputs.get("filtered", ())) != 1:
         return []  # the stage complains
     (filtered,) = inputs["filtered"]
-    history = history_of(filtered.manifest, config.model_dump(mode="json"), store_of(filtered))
-    versions = _versions(_runtime_store(runtime), history)
-    wanted = config.model_dump(mode="json"), [filtered.content_digest]
-    for manifest, place in versions:
-        digests = [ref.content_digest for ref in manifest.inputs.get("filtered", ())]
-        if PREVIOUS in manifest.inputs and (manifest.config, digests) == wanted:
-            known = {_ref(m): _artifact(m, p) for m, p in versions}
+    store = _runtime_store(runtime)
+    every = _in_store(store)
+    for manifest, place in every:
+        if _answers(manifest, config, filtered):
+            known = {_ref(m): _artifact(m, p) for m, p in every}
             return [known.get(r) or _handle_of(r, place) for r in manifest.inputs[PREVIOUS]]
+    history = history_of(filtered.manifest, config.model_dump(mode="json"), store_of(filtered))
+    versions = _versions(every, store, history)
     continued = {ref for manifest, _ in versions for ref in manifest.inputs.get(PREVIOUS, ())}
     return [_artifact(m, place) for m, place in versions if _ref(m) not in continued]
+
+
+def _answers(manifest: Manifest, config: DABenchConfig, filtered: Artifact) -> bool:
+    """Whether a version is what this code made of the same config and records."""
+    digests = [ref.content_digest for ref in manifest.inputs.get("filtered", ())]
+    return (
+        (manifest.stage_version, manifest.schema_version) == (VERSION, SCHEMA_VERSION)
+        and manifest.config == config.model_dump(mode="json")
+        and digests == [filtered.content_digest]
+        and PREVIOUS in manifest.inputs
+    )
 
 
 def version_before(dabench: Artifact) -> Artifact | None:
@@ -105,7 +119,7 @@ def version_before(dabench: Artifact) -> Artifact | None:
         return None
     if (history := _history_of_version(manifest, place.store)) is None:
         return None
-    versions = _versions(place.store, history)
+    versions = _versions(_in_store(place.store), place.store, history)
     older = [(m, p) for m, p in versions if m.created_at < manifest.created_at]
     return _artifact(*older[0]) if older else None
 
@@ -189,23 +203,13 @@ def read_splits(dabench: Path) -> tuple[Ints, Codes]:
     """The ids of all rows of a dataset and their splits, read from its shards.
 
     Raises:
-        ArtifactError: a shard is damaged.
+        ArtifactError: there is no dataset, or a shard is damaged.
     """
     ids, splits = [np.zeros(0, np.int64)], [np.zeros(0, np.int8)]
-    for code, batch in _shard_rows(dabench, ["id"]):
-        ids.append(batch["id"].to_numpy())
-        splits.append(np.full(len(batch), code, np.int8))
+    for batch in open_dataset(dabench).batches(["id"]):
+        ids.append(batch.data["id"].to_numpy())
+        splits.append(np.full(len(batch.data), SPLITS.index(batch.split), np.int8))
     return np.concatenate(ids), np.concatenate(splits)
-
-
-def _shard_rows(dabench: Path, columns: list[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
-    for code, split in enumerate(SPLITS):
-        for path in sorted(dabench.glob(f"data/{split}-*.parquet")):
-            try:
-                for batch in read_batches(path, columns):
-                    yield code, batch
-            except (OSError, pa.ArrowException) as error:
-                raise _damaged(path, error) from None
 
 
 def _read_file(artifact: Artifact) -> Decisions:
@@ -236,8 +240,12 @@ def _read_file(artifact: Artifact) -> Decisions:
 def _from_shards(dabench: Path) -> Decisions:
     """What a dataset of before there was a memory tells: the marks of its records are not known."""
     parts = [
-        (batch["id"].to_numpy(), np.full(len(batch), code, np.int8), batch["group"].to_numpy())
-        for code, batch in _shard_rows(dabench, ["id", "group"])
+        (
+            batch.data["id"].to_numpy(),
+            np.full(len(batch.data), SPLITS.index(batch.split), np.int8),
+            batch.data["group"].to_numpy(),
+        )
+        for batch in open_dataset(dabench).batches(["id", "group"])
     ]
     if not parts:
         return Decisions()
@@ -284,7 +292,7 @@ def site_of(filtered: Manifest, store: str) -> str | None:
     for ref in filtered.inputs.get("snapshot", ()):
         crawl = _manifest(f"{store}/{ref.stage}/{ref.identity[:16]}")
         if crawl and (site := crawl.config.get("site")):
-            return str(site)
+            return str(site).rstrip("/")
     return None
 
 
@@ -301,6 +309,9 @@ class _Place:
         return self.remote.rsplit("/", 2)[0] if self.remote else str(self.path.parents[1])
 
 
+_Version = tuple[Manifest, _Place]
+
+
 def store_of(artifact: Artifact) -> str:
     """The directory or the URI of the store that an artefact lies in."""
     return _Place(artifact.path, artifact.remote).store
@@ -310,10 +321,10 @@ def _runtime_store(runtime: RuntimeConfig) -> str:
     return runtime.remote or str(runtime.local_store)
 
 
-def _versions(store: str, history: str) -> list[tuple[Manifest, _Place]]:
-    """The versions of a dataset in a store, the newest first."""
+def _versions(every: Sequence[_Version], store: str, history: str) -> list[_Version]:
+    """Those that are versions of one dataset."""
     versions = []
-    for manifest, place in _in_store(store):
+    for manifest, place in every:
         own = _history_of_version(manifest, store)
         if own is None:
             log.warning(
@@ -323,24 +334,27 @@ def _versions(store: str, history: str) -> list[tuple[Manifest, _Place]]:
             )
         elif own == history:
             versions.append((manifest, place))
-    return sorted(versions, key=_rank, reverse=True)
+    return versions
 
 
-def _rank(version: tuple[Manifest, _Place]) -> tuple[bool, datetime, str]:
+def _rank(version: _Version) -> tuple[bool, datetime, str]:
     """Later versions have a higher one; any that knows its history, than any that does not."""
     manifest, _ = version
     return PREVIOUS in manifest.inputs, manifest.created_at, manifest.content_digest
 
 
-def _in_store(store: str) -> Iterator[tuple[Manifest, _Place]]:
-    """All datasets of a store."""
+def _in_store(store: str) -> list[_Version]:
+    """All datasets of a store, the newest first."""
     folder = f"{store}/{_STAGE}"
     remote = "://" in store
     local = RuntimeConfig(store=store).local_store / _STAGE
-    names = list_remote(folder) if remote else sorted(p.name for p in local.glob("[!.]*/"))
-    for name in names:
-        if not latest.is_pointer(name) and (manifest := _manifest(f"{folder}/{name}")):
-            yield manifest, _Place(local / name, f"{folder}/{name}" if remote else None)
+    names = list_remote(folder) if remote else [path.name for path in local.glob("[!.]*/")]
+    versions = [
+        (manifest, _Place(local / name, f"{folder}/{name}" if remote else None))
+        for name in names
+        if not latest.is_pointer(name) and (manifest := _manifest(f"{folder}/{name}"))
+    ]
+    return sorted(versions, key=_rank, reverse=True)
 
 
 def _manifest(location: str) -> Manifest | None:

@@ -22,6 +22,7 @@ from diffagent.dabench.dataset import DISTRIBUTIONS, damaged
 from diffagent.dabench.funnel import FunnelCounter
 from diffagent.dabench.history import (
     SPLITS_FILE,
+    VERSION,
     check_kept,
     find_previous,
     history_of,
@@ -76,7 +77,7 @@ class _Plan:
         return inside
 
 
-@stage("shard", version=3, config=DABenchConfig, history=find_previous)
+@stage("shard", version=VERSION, config=DABenchConfig, history=find_previous)
 def build_dabench(config: DABenchConfig, context: StageContext) -> StageResult:
     """Make the dataset of the filtered pairs, with the splits that earlier versions decided.
 

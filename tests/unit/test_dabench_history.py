@@ -59,7 +59,7 @@ def by_id(rows: Mapping[int, Row]) -> list[Row]:
     return [{**rows[ident], "id": ident} for ident in sorted(rows)]
 
 
-@settings(max_examples=70, deadline=None)
+@settings(max_examples=70, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(CRAWLS, st.sampled_from([2, ENOUGH_GROUPS]), st.data())
 def test_no_record_ever_moves_and_nothing_straddles(
     crawls: list[dict[int, Row]], enough: int, data: st.DataObject
@@ -96,7 +96,7 @@ def grow(crawls: list[dict[int, Row]], data: st.DataObject) -> None:
         before = after
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.integers(0, 60), ROW, min_size=1, max_size=16))
 def test_decided_crawl_by_crawl_is_decided_at_once(rows: dict[int, Row]) -> None:
     """A clone that begins with today's snapshot decides what its refreshes would have."""
@@ -373,6 +373,16 @@ def test_the_splits_of_an_existing_store_are_kept(site: Site) -> None:
     assert first.items() <= splits_of(dabench).items()
     assert dabench.manifest.inputs[PREVIOUS][0].content_digest == old.content_digest
     assert verify_dabench(dabench.path).problems == []
+
+
+def test_an_answer_of_older_code_is_the_version_before(site: Site) -> None:
+    source = site.crawl()
+    old = site.build(source)
+    edit_manifest(old.path, lambda m: m.update(stage_version=2, identity="f" * 64))
+    renamed = open_artifact(old.path.rename(old.path.with_name("f" * 16)))
+    again = site.build(source)
+    assert again.path != renamed.path and splits_of(again) == splits_of(renamed)
+    assert again.manifest.inputs[PREVIOUS][0].identity == "f" * 64
 
 
 def test_an_old_store_is_compared_with_the_version_before(site: Site) -> None:
