@@ -69,6 +69,7 @@ T = TypeVar("T")
 _MAX_REDIRECTS = 4
 _MAX_CURSOR = 2_000  # characters: an address that is longer no server takes
 _HASHES = 10_000  # a request to by-hash/ids
+_LAST_TRY = 1.0  # seconds that the last try has, so that it fails for its own reason
 #: Seconds between two warnings of failed tries: of different calls, and of one.
 _NEXT_WARNING, _WARN_AGAIN = 5.0, 30.0
 
@@ -440,7 +441,8 @@ class CivitaiClient:
         if is_file:
             deadline = Deadline(patience.budget, patience.slowest)
         else:
-            deadline = Deadline(min(patience.answer, budget.left() if budget else math.inf))
+            left = budget.left() if budget else math.inf
+            deadline = Deadline(min(patience.answer, max(left, _LAST_TRY)))
         response = self._session().ask(
             "GET" if body is None else "POST",
             url,
@@ -471,14 +473,13 @@ class CivitaiClient:
 
     def _patiently(self, call: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
         """Call until it succeeds, fails for good, or gets nowhere for the whole budget."""
-        outer, seconds = self._budget(), self.patience.budget
-        if outer:
-            seconds = min(seconds, outer.left())
-        budget = self._local.budget = Deadline(seconds, self.patience.slowest)
+        if self._budget():  # a step of a call that is tried again as a whole
+            return call()
+        budget = self._local.budget = Deadline(self.patience.budget, self.patience.slowest)
         try:
             return self._try(call, progress, budget)
         finally:
-            self._local.budget = outer
+            self._local.budget = None
 
     def _try(self, call: Callable[[], T], progress: Callable[[], int], budget: Deadline) -> T:
         failures, reached = 0, progress()
@@ -603,8 +604,8 @@ def _failure(response: requests.Response, body: bytes, *, cursor: bool) -> Civit
 
 def _is_out_of_range(path: str) -> bool:
     """Whether a path names an id above the site's 32 bits, for which it answers 400, not 404."""
-    ident = re.fullmatch(r"/api/v1/model(?:s|-versions)/([0-9]+)", path)
-    return bool(ident) and int(ident[1]) >= 2**31
+    ident = re.fullmatch(r"/api/v1/model(?:s|-versions)/([0-9]{1,30})", path)
+    return ident is not None and int(ident[1]) >= 2**31
 
 
 def _error_text(body: bytes) -> str:
