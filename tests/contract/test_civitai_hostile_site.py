@@ -582,3 +582,18 @@ def test_commands_say_it_without_being_asked_to(tmp_path: Path, command: list[st
     finally:
         process.kill()
         process.communicate()
+
+
+def test_flows_reach_prefect_s_server_on_this_machine_behind_a_proxy(recorder: Any) -> None:
+    """The demo's flow talks to a server of its own, with httpx."""
+    code = "import sys, flows, httpx; print(httpx.get(sys.argv[1]).text)"
+    dead = dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
+    done = subprocess.run(
+        [sys.executable, "-c", code, recorder.url],
+        env={**os.environ, **dead, "NO_PROXY": "other.example", "no_proxy": "other.example"},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    assert done.stdout == "{}\n"
