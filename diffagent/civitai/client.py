@@ -68,6 +68,7 @@ T = TypeVar("T")
 
 _MAX_REDIRECTS = 4
 _MAX_CURSOR = 2_000  # characters: an address that is longer no server takes
+_MAX_ITEMS = 1_000  # on a page
 _HASHES = 10_000  # a request to by-hash/ids
 _LAST_TRY = 1.0  # seconds that the last try has, so that it fails for its own reason
 #: Seconds between two warnings of failed tries: of different calls, and of one.
@@ -319,12 +320,19 @@ class CivitaiClient:
         return address._replace(origin=self.origin).url
 
     def _page(self, path: str, cursor: str | None, params: Params) -> Page:
-        asked = {**params, "cursor": cursor} if cursor else dict(params)
-        body = self._object(path, asked)
+        query = {**params, "cursor": cursor} if cursor else dict(params)
+        return self._patiently(lambda: self._one_page(path, query))
+
+    def _one_page(self, path: str, query: Params) -> Page:
+        body: dict[str, Any] = self._json(path, query, dict)
         items, metadata = body.get("items"), body.get("metadata")
         if not isinstance(items, list):
             raise CivitaiError(
                 f"{path} answered without a list of items but with {list(body)[:9]!r}"
+            )
+        if len(items) > _MAX_ITEMS:
+            raise ServerError(
+                f"{path}: {len(items)} items on a page, and 200 are the most there are"
             )
         metadata = metadata if isinstance(metadata, dict) else {}
         return Page.of(items, next_cursor(metadata), metadata.get("dropped"))
@@ -499,9 +507,11 @@ class CivitaiClient:
             pause = max(self.patience.pause(failures, self._rng), problem.retry_after or 0.0)
             failures += 1
             if pause > budget.left():
+                wait = problem.retry_after or 0.0
+                why = f" (the site asks for {wait:.0f} s of patience)" if wait >= pause else ""
                 raise type(problem)(
                     f"{self.origin}: gave up after {failures} tries in {budget.seconds:.0f} s: "
-                    f"{problem}",
+                    f"{problem}{why}",
                     retry_after=problem.retry_after,
                 ) from None
             if problem.retry_after:  # it was said to all of this process
@@ -562,7 +572,7 @@ def next_cursor(metadata: Mapping[str, Any]) -> str | None:
     if cursor in (None, ""):
         return None
     if type(cursor) not in (str, int, float) or len(str(cursor)) > _MAX_CURSOR:
-        raise ServerError(f"a cursor that is none: {str(cursor)[:100]!r}")
+        raise ServerError(f"a cursor that is none, or too long: {type(cursor).__name__}")
     return str(cursor)
 
 
