@@ -68,7 +68,9 @@ T = TypeVar("T")
 
 _MAX_REDIRECTS = 4
 _MAX_CURSOR = 2_000  # characters: an address that is longer no server takes
+_MAX_ITEMS = 1_000  # on a page
 _HASHES = 10_000  # a request to by-hash/ids
+_LAST_TRY = 1.0  # seconds that the last try has, so that it fails for its own reason
 #: Seconds between two warnings of failed tries: of different calls, and of one.
 _NEXT_WARNING, _WARN_AGAIN = 5.0, 30.0
 
@@ -318,12 +320,19 @@ class CivitaiClient:
         return address._replace(origin=self.origin).url
 
     def _page(self, path: str, cursor: str | None, params: Params) -> Page:
-        asked = {**params, "cursor": cursor} if cursor else dict(params)
-        body = self._object(path, asked)
+        query = {**params, "cursor": cursor} if cursor else dict(params)
+        return self._patiently(lambda: self._one_page(path, query))
+
+    def _one_page(self, path: str, query: Params) -> Page:
+        body: dict[str, Any] = self._json(path, query, dict)
         items, metadata = body.get("items"), body.get("metadata")
         if not isinstance(items, list):
             raise CivitaiError(
                 f"{path} answered without a list of items but with {list(body)[:9]!r}"
+            )
+        if len(items) > _MAX_ITEMS:
+            raise ServerError(
+                f"{path}: {len(items)} items on a page, and 200 are the most there are"
             )
         metadata = metadata if isinstance(metadata, dict) else {}
         return Page.of(items, next_cursor(metadata), metadata.get("dropped"))
@@ -440,7 +449,8 @@ class CivitaiClient:
         if is_file:
             deadline = Deadline(patience.budget, patience.slowest)
         else:
-            deadline = Deadline(min(patience.answer, budget.left() if budget else math.inf))
+            left = budget.left() if budget else math.inf
+            deadline = Deadline(min(patience.answer, max(left, _LAST_TRY)))
         response = self._session().ask(
             "GET" if body is None else "POST",
             url,
@@ -471,14 +481,13 @@ class CivitaiClient:
 
     def _patiently(self, call: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
         """Call until it succeeds, fails for good, or gets nowhere for the whole budget."""
-        outer, seconds = self._budget(), self.patience.budget
-        if outer:
-            seconds = min(seconds, outer.left())
-        budget = self._local.budget = Deadline(seconds, self.patience.slowest)
+        if self._budget():  # a step of a call that is tried again as a whole
+            return call()
+        budget = self._local.budget = Deadline(self.patience.budget, self.patience.slowest)
         try:
             return self._try(call, progress, budget)
         finally:
-            self._local.budget = outer
+            self._local.budget = None
 
     def _try(self, call: Callable[[], T], progress: Callable[[], int], budget: Deadline) -> T:
         failures, reached = 0, progress()
@@ -498,9 +507,11 @@ class CivitaiClient:
             pause = max(self.patience.pause(failures, self._rng), problem.retry_after or 0.0)
             failures += 1
             if pause > budget.left():
+                wait = problem.retry_after or 0.0
+                why = f" (the site asks for {wait:.0f} s of patience)" if wait >= pause else ""
                 raise type(problem)(
                     f"{self.origin}: gave up after {failures} tries in {budget.seconds:.0f} s: "
-                    f"{problem}",
+                    f"{problem}{why}",
                     retry_after=problem.retry_after,
                 ) from None
             if problem.retry_after:  # it was said to all of this process
@@ -561,7 +572,7 @@ def next_cursor(metadata: Mapping[str, Any]) -> str | None:
     if cursor in (None, ""):
         return None
     if type(cursor) not in (str, int, float) or len(str(cursor)) > _MAX_CURSOR:
-        raise ServerError(f"a cursor that is none: {str(cursor)[:100]!r}")
+        raise ServerError(f"a cursor that is none, or too long: {type(cursor).__name__}")
     return str(cursor)
 
 
@@ -603,8 +614,8 @@ def _failure(response: requests.Response, body: bytes, *, cursor: bool) -> Civit
 
 def _is_out_of_range(path: str) -> bool:
     """Whether a path names an id above the site's 32 bits, for which it answers 400, not 404."""
-    ident = re.fullmatch(r"/api/v1/model(?:s|-versions)/([0-9]+)", path)
-    return bool(ident) and int(ident[1]) >= 2**31
+    ident = re.fullmatch(r"/api/v1/model(?:s|-versions)/([0-9]{1,30})", path)
+    return ident is not None and int(ident[1]) >= 2**31
 
 
 def _error_text(body: bytes) -> str:

@@ -230,8 +230,9 @@ class Replay:
         kinds = ("likeCount", "heartCount", "laughCount", "cryCount")
         self.image_reactions.append(sum(_count(stats, kind) for kind in kinds))
         self.image_comments.append(_count(stats, "commentCount"))
-        for version_id in set(map(whole_number, _list(image["modelVersionIds"]))) - {None}:
-            self.images_of_version.setdefault(version_id, []).append(index)
+        for version_id in set(map(whole_number, _list(image["modelVersionIds"]))):
+            if version_id is not None:
+                self.images_of_version.setdefault(version_id, []).append(index)
         if isinstance(image.get("postId"), int):
             self.images_of_post.setdefault(image["postId"], []).append(index)
         if username := _text(image.get("username")):

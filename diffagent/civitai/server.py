@@ -515,7 +515,8 @@ def _rest_version(
 def model_page(site: LocalCivitai, request: Request) -> Response:
     """The page of a model: what its Next.js state holds, with hardly any HTML around."""
     text = request.path_params["id"]
-    index = site.replay.model_index.get(whole_number(text))
+    ident = whole_number(text)
+    index = None if ident is None else site.replay.model_index.get(ident)
     if index is None:
         return HTMLResponse("<!doctype html><title>404</title><h1>404</h1>", 404)
     model = site.replay.model(index)

@@ -268,7 +268,7 @@ class Walks:
             # An empty page in the middle says nothing.
             quiet = 0 if news else reached.quiet + bool(page.items)
             last = page.cursor is None or self._reaches_limit(kind, page, new, maximum)
-            state = {
+            state: dict[str, Any] = {
                 "listing": key,
                 "asked": walk.asked,
                 "cursor": page.cursor,

@@ -14,6 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from tests.contract.conftest import FILE_SHA256, synthetic_image
+
 _MARK = "the poison goes here"
 
 POISONS: dict[str, str] = {
@@ -71,23 +73,61 @@ def poisoned(record: dict[str, Any], place: tuple[Any, ...], poison: str) -> str
     return json.dumps(copy).replace(f'"{_MARK}"', poison)
 
 
+def full_image(number: int) -> dict[str, Any]:
+    """A picture of version 1001 with all that its metadata may say."""
+    digest = FILE_SHA256[:10]
+    meta = {
+        "prompt": f"a cat {number} on a mat",
+        "negativePrompt": "bad",
+        "sampler": "Euler a",
+        "steps": 20,
+        "cfgScale": 7,
+        "seed": number,
+        "Size": "512x512",
+        "clipSkip": 2,
+        "Model": "x",
+        "Model hash": digest,
+        "hashes": {"model": digest, "lora:y": "abcdef123456"},
+        "resources": [
+            {"type": "model", "name": "x", "hash": digest},
+            {"type": "lora", "name": "y", "weight": 0.5, "hash": "abcdef123456"},
+        ],
+        "civitaiResources": [
+            {"type": "checkpoint", "modelVersionId": 1001},
+            {"type": "lora", "modelVersionId": 1004, "weight": 0.5},
+        ],
+    }
+    return {
+        **{key: value for key, value in synthetic_image(8).items() if key[0] != "_"},
+        **{"id": 20_000 + number, "modelVersionIds": [1001], "nsfw": False, "browsingLevel": 1},
+        **{"nsfwLevel": "None", "postId": 5, "meta": meta},
+    }
+
+
 @contextmanager
 def site_of(models: list[str], images: list[str]) -> Iterator[str]:
-    """A site whose listings are these JSON texts, two pages each and in one order only."""
+    """A site whose listings are these JSON texts, two pages each and in one order only.
+
+    A model is also given by its id when its text begins with that.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             parts = urlsplit(self.path)
             kind = parts.path.rpartition("/")[2]
             items = {"models": models, "images": images}.get(kind)
-            if items is None:
+            single = [text for text in models if text.startswith(f'{{"id": {kind},')]
+            if items is not None:
+                half = len(items) // 2
+                second = "cursor" in parse_qs(parts.query)
+                page = ",".join(items[half:] if second else items[:half])
+                cursor = "" if second else '"nextCursor": "2"'
+                body = f'{{"items": [{page}], "metadata": {{{cursor}}}}}'.encode()
+            elif single and "/models/" in parts.path:
+                body = single[0].encode()
+            else:
                 self.send_error(404)
                 return
-            half = len(items) // 2
-            second = "cursor" in parse_qs(parts.query)
-            page = ",".join(items[half:] if second else items[:half])
-            cursor = "" if second else '"nextCursor": "2"'
-            body = f'{{"items": [{page}], "metadata": {{{cursor}}}}}'.encode()
             self.send_response(200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))

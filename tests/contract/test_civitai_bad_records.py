@@ -27,7 +27,7 @@ from diffagent.dabench.filters import filter_records
 from schemas.civitai import MAX_DEPTH, flaw
 from schemas.config import CrawlConfig, FilterConfig, RuntimeConfig
 from tests.conftest import ROOT
-from tests.contract.bad_records import POISONS, places, poisoned, site_of
+from tests.contract.bad_records import POISONS, full_image, places, poisoned, site_of
 from tests.contract.conftest import synthetic_image, synthetic_model
 from tests.contract.test_civitai_crawl import ALL, rows
 
@@ -138,12 +138,13 @@ def test_whatever_stands_wherever_the_crawl_and_the_filters_go_on(
             yield poisoned(record, rng.choice(list(places(record))), rng.choice(poisons))
         yield json.dumps(plain(make, 1))
 
-    models, images = list(records(synthetic_model)), list(records(synthetic_image))
+    models, images = list(records(synthetic_model)), list(records(full_image))
     with site_of(models, images) as url:
         direct = run(url, tmp_path / "site")
     runtime = RuntimeConfig(store=str(tmp_path / "site"))
     filtered = filter_records.run(FilterConfig(), {"snapshot": [direct]}, runtime)
     assert filtered.manifest.rows["catalogue"] > 20
+    assert filtered.manifest.rows["records"] > 20
     for kind, lines in (("models", models), ("images", images)):
         (tmp_path / f"{kind}.jsonl").write_text("\n".join(lines))
     with embedded_site(f"dump:{tmp_path}") as url:
@@ -156,6 +157,18 @@ def test_whatever_stands_wherever_the_crawl_and_the_filters_go_on(
                 answer = requests.get(f"{url}/{path}/{model['id']}", timeout=30)
                 assert answer.status_code in (200, 400, 404), (path, model["id"])
     assert dumped.manifest.funnels == direct.manifest.funnels
+
+
+def test_a_known_record_that_goes_bad_stays_as_it_was(tmp_path: Path) -> None:
+    good = [json.dumps(plain(synthetic_model, n)) for n in (1, 2, 3)]
+    bad = poisoned(plain(synthetic_model, 2), ("description",), POISONS["arrays 250 deep"])
+    with site_of(good, []) as url:
+        first = run(url, tmp_path)
+    with site_of([good[0], bad, good[2]], []) as url:
+        second = run(url, tmp_path, refresh=True)
+    assert rows(second, "models") == rows(first, "models")
+    assert second.content_digest == first.content_digest
+    assert not rows(second, "gone")
 
 
 def test_a_picture_of_a_showcase_and_a_page_may_be_bad_too(tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ import itertools
 import logging
 import os
 import re
+import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -129,7 +131,14 @@ def test_a_gzip_bomb_takes_no_memory(layers: int, status: str) -> None:
     said, grown = done.stdout.splitlines()
     assert int(grown) < 200 << 10, "kilobytes; the bomb unpacks to 300 MB"
     if status.startswith("200"):
-        assert "more than 64 MB" in said
+        assert "more than 32 MB" in said
+
+
+def test_a_page_of_too_many_items_is_refused() -> None:
+    body = b'{"items": [' + b"{}," * 2_000 + b"{}]}"
+    too_many = pytest.raises(ServerError, match="2001 items on a page")
+    with talker(raw(answer(body, JSON))) as url, client_of(url) as client, too_many:
+        client.get_images()
 
 
 def test_a_file_of_no_stated_size_ends_somewhere(
@@ -582,3 +591,78 @@ def test_commands_say_it_without_being_asked_to(tmp_path: Path, command: list[st
     finally:
         process.kill()
         process.communicate()
+
+
+def test_flows_reach_prefect_s_server_on_this_machine_behind_a_proxy(recorder: Any) -> None:
+    """The demo's flow talks to a server of its own, with httpx."""
+    code = "import sys, flows, httpx; print(httpx.get(sys.argv[1]).text)"
+    dead = dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
+    done = subprocess.run(
+        [sys.executable, "-c", code, recorder.url],
+        env={**os.environ, **dead, "NO_PROXY": "other.example", "no_proxy": "other.example"},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    assert done.stdout == "{}\n"
+
+
+# --- https ---
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate of mirror.example, with its key in the same file."""
+    if not shutil.which("openssl"):
+        pytest.skip("makes a certificate with openssl, which is not here")
+    path = tmp_path_factory.mktemp("tls") / "mirror.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=mirror.example"
+    names = ["-addext", "subjectAltName=DNS:mirror.example", "-keyout", f"{path}.key", "-out", path]
+    subprocess.run([*command.split(), *names], check=True, capture_output=True)
+    path.write_bytes(path.read_bytes() + Path(f"{path}.key").read_bytes())
+    return path
+
+
+@pytest.fixture
+def tunnel(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Talk], None]]:
+    """A proxy behind which https://mirror.example is: call it with how that talks."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate)
+    talks: list[Talk] = []
+
+    def connect(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        with context.wrap_socket(connection, server_side=True) as secure:
+            secure.recv(65536)
+            talks[-1](secure)
+
+    with talker(connect) as url:
+        for name in ("https_proxy", "HTTPS_PROXY"):
+            monkeypatch.setenv(name, url)
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificate))
+        yield talks.append
+
+
+def test_bounds_hold_over_https_and_through_a_proxy(tunnel: Callable[[Talk], None]) -> None:
+    sent = itertools.count()
+
+    def trickle(connection: socket.socket) -> None:
+        connection.sendall(SLOW_HEAD + b"Content-Length: 10000\r\n\r\n")
+        for _ in range(400):
+            connection.sendall(b"[")
+            next(sent)
+            time.sleep(0.05)
+
+    with client_of("https://mirror.example", requests_per_second=99, token=TOKEN) as client:
+        tunnel(raw(answer(b'{"id": 5}', JSON)))
+        assert client.get_model(5) == {"id": 5}
+        tunnel(raw(answer(b"", "Location: http://mirror.example/x", status="302 Found")))
+        with pytest.raises(CivitaiError, match="not https; not followed"):
+            client.get_model(5)
+        tunnel(trickle)
+        with pytest.raises(ServerError, match="gave up"):
+            client.get_model(5)
+    assert next(sent) < 200
