@@ -463,6 +463,7 @@ def test_conditionings_that_are_mixed() -> None:
 PATTERNS = [
     *("(a|a)*b", "(a+)+b", "(?:a*)*b", "a*a*a*a*b", "(a|aa)+$", r"(a)\1*b", "(?P<x>a*)*", "["),
     *("a{0,9}" * 30, "(a?)" * 40 + "a" * 40, "(a|b|ab)" * 20, "(?=a*a*a*)b", "(", "a**", "\\"),
+    *("[[a]]", "[a--b]", "[a||b]"),
 ]
 
 
@@ -475,7 +476,8 @@ def test_patterns_that_may_take_long_are_not_tried(pattern: str) -> None:
 FORMULAS = [
     *("", "a", "1e999", "2**1000", "9" * 400, "[1]*9", "'a'*9", "lambda: 1", "(1).real", "1 if"),
     *("-" * 490, "round(1, 0-10**9)", "max()", "int('9')", "a.b.c", "1 < 2 < 3", "1 << 99"),
-    *("(-8)**0.5", "f(x for x in 1)", "0/0", "1 and 2", "a[0]"),
+    *("(-8)**0.5", "f(x for x in 1)", "0/0", "1 and 2", "a[0]", "1if 1else 2"),
+    *(r"'\d'", "f'{1}'"),
 ]
 
 

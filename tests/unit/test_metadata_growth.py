@@ -14,6 +14,7 @@ from diffagent.agent.terms import clean, ngrams
 from diffagent.dabench.metadata import (
     Generation,
     Reference,
+    a1111,
     clean_prompt,
     parse_generation,
     read_parameters,
@@ -190,6 +191,21 @@ def test_time_grows_no_faster_than_the_text(name: str) -> None:
             fast = min(_seconds(read, small) for _ in range(3))
             slow = min(slow, _seconds(read, large))
             assert slow < 3 * _TIMES * max(fast, 0.001), (before, unit, after, fast, slow)
+
+
+def test_broken_json_in_settings_is_read_a_few_times_only(monkeypatch: Any) -> None:
+    tries = 0
+    decode = a1111._DECODER.raw_decode
+
+    def counted(line: str, at: int) -> Any:
+        nonlocal tries
+        tries += 1
+        return decode(line, at)
+
+    monkeypatch.setattr(a1111._DECODER, "raw_decode", counted)
+    fields = list(read_fields("ab: [1," * 5000 + 'last: {"a": 1}'))
+    assert (tries, len(fields)) == (20, 5001)
+    assert list(read_fields("ab: [1," * 9 + 'last: {"a": 1}'))[-1] == ("last", {"a": 1})
 
 
 def test_hostile_text_of_a_usual_size_is_read_at_once() -> None:

@@ -22,6 +22,8 @@ _MAX_PATTERN = 300  # characters
 _MAX_STEPS = 30_000_000  # of one regular expression, a fraction of a second
 _LARGEST = 2.0**70  # of a number; seeds have 64 bits
 
+#: What arithmetic does not need, and what Python's parser warns of: ``1if x else 2``.
+_NO_FORMULA = re.compile(r"""["'\\]|\d(?:and|or|if|else|in|is|not|for)\b""")
 _BINARY: Mapping[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -72,8 +74,8 @@ def evaluate(formula: str, variables: Callable[[str], Number]) -> Number:
     Raises:
         NotKnownError: it is no such formula, has no value, or is too long.
     """
-    if len(formula) > _MAX_FORMULA:
-        raise NotKnownError("a long formula")
+    if len(formula) > _MAX_FORMULA or _NO_FORMULA.search(formula):
+        raise NotKnownError("a long formula, or one with more than arithmetic")
     try:
         tree = ast.parse(" ".join(formula.split()), mode="eval")
         return _bounded(_Formula(variables).visit(tree.body))
@@ -167,6 +169,7 @@ def _compile(text: str, pattern: str, flags: int) -> re.Pattern[str]:
         raise NotKnownError("a wrong regular expression") from None
 
 
+_DOUBTFUL_SET = re.compile(r"\A\[\^?\[|--|&&|~~|\|\|")
 _TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*+\]|\(\?(?:[:=!]|<[=!])?|.", re.S)
 
 
@@ -189,6 +192,8 @@ def _steps(pattern: str, length: int) -> float:
             steps *= 1 if before in ("*", "+", "?", "}") else 2
         elif token == "|":
             alternatives = alternatives * 2 if grouped else alternatives + 1
+        elif token[0] == "[" and _DOUBTFUL_SET.search(token):
+            return math.inf  # Python warns that it may read such a set in another way one day
         elif token == "(?" or (token[0] == "\\" and token[1:].isdigit()):
             return math.inf  # flags, names, conditions; a reference
         before = token
