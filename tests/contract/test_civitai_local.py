@@ -328,6 +328,20 @@ def test_the_manager_s_notes_name_what_the_site_does_not_know(tmp_path: Path) ->
     assert named["modelVersions"][0]["baseModel"] == "SD 1.5"
 
 
+def test_stability_matrix_notes_name_the_model(tmp_path: Path) -> None:
+    sha = put(tmp_path / "a.safetensors", safetensors({"x": (4,)}))
+    notes: dict[str, Any] = {"ModelId": 5, "VersionId": 6, "ModelName": "Theirs", "Nsfw": False}
+    notes |= {"VersionName": "v2", "BaseModel": "Pony", "ModelType": "LORA", "TrainedWords": ["x"]}
+    put(tmp_path / "a.cm-info.json", {**notes, "Hashes": {"SHA256": sha.upper()}})
+    put(tmp_path / "b.safetensors", safetensors({"y": (4,)}))
+    put(tmp_path / "b.cm-info.json", {**notes, "Hashes": {"SHA256": "0" * 64}})
+    known, other = sorted(open_source(f"local:{tmp_path}").models, key=lambda m: m["id"])
+    (version,) = known["modelVersions"]
+    assert (known["id"], known["name"], known["type"]) == (5, "Theirs", "LORA")
+    assert (version["id"], version["baseModel"], version["trainedWords"]) == (6, "Pony", ["x"])
+    assert other["name"] == "b", "notes of another file"
+
+
 def test_an_empty_folder_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no model file"):
         open_source(f"local:{tmp_path}")
