@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 if TYPE_CHECKING:
     from diffagent.civitai.client import CivitaiClient
+    from diffagent.dabench.catalogue import Entry
+    from diffagent.errors import DiffAgentError
     from diffagent.render.cache import CachedModel, ModelCache
     from diffagent.render.store import ModelStore
     from schemas.config import RuntimeConfig
+
+A, B = TypeVar("A"), TypeVar("B")
 
 app = typer.Typer(
     help="Model files: fetch, list, pin, evict, import; look at folders of them.",
@@ -70,17 +74,38 @@ def fetch(
     """Print the local file of each model, downloaded and verified where it is not there."""
     from diffagent.render.references import find
 
+    def look_up(reference: str) -> Entry | Path:
+        local = _local(store, reference)
+        return local or find(client, reference, require_scans=not allow_unscanned)
+
+    def bring(entry: Entry | Path) -> Path:
+        return entry if isinstance(entry, Path) else store.fetch(entry)
+
+    errors: list[DiffAgentError] = []
     with _open_store(config, models, folders, site, limit_gb) as (store, client):
-        found = [
-            _local(store, reference) or find(client, reference, require_scans=not allow_unscanned)
-            for reference in references
-        ]
-        store.prefetch(entry for entry in found if not isinstance(entry, Path))
-        for entry in found:
-            path = entry if isinstance(entry, Path) else store.fetch(entry)
+        entries = list(_without_errors(look_up, references, errors))
+        store.prefetch(entry for entry in entries if not isinstance(entry, Path))
+        for path in _without_errors(bring, entries, errors):
             if pin and path.is_relative_to(store.cache.directory):
                 store.cache.pin(path.stem)
             typer.echo(path)
+    for error in errors[1:]:
+        typer.echo(f"error: {_printable(str(error))}", err=True)
+    if errors:
+        raise errors[0]
+
+
+def _without_errors(
+    action: Callable[[A], B], items: Iterable[A], errors: list[DiffAgentError]
+) -> Iterator[B]:
+    """What an action makes of each item; errors are collected, so that the others are tried."""
+    from diffagent.errors import DiffAgentError
+
+    for item in items:
+        try:
+            yield action(item)
+        except DiffAgentError as error:
+            errors.append(error)
 
 
 @app.command("list")
@@ -100,7 +125,7 @@ def list_models(config: Config = None, models: Models = None, as_json: AsJSON = 
         }
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.used))
         told = ", ".join(name for name, holds in states.items() if holds)
-        name = f"{file.model} {file.air}".strip()
+        name = _printable(f"{file.model} {file.air}".strip())
         typer.echo(f"{file.sha256[:10]}  {file.size / 1e9:8.3f} GB  {used}  {told:<10}  {name}")
     limit = f" of {runtime.models_max_gb:g}" if runtime.models_max_gb else ""
     total = sum(file.size for file in files) / 1e9
@@ -113,7 +138,7 @@ def pin(which: Which, config: Config = None, models: Models = None) -> None:
     cache = _cache(_runtime(config, models))
     for file in _chosen(cache, which):
         cache.pin(file.sha256)
-        typer.echo(f"pinned {file.sha256[:10]} {file.model}")
+        typer.echo(f"pinned {file.sha256[:10]} {_printable(file.model)}")
 
 
 @app.command()
@@ -122,7 +147,7 @@ def unpin(which: Which, config: Config = None, models: Models = None) -> None:
     cache = _cache(_runtime(config, models))
     for file in _chosen(cache, which):
         cache.pin(file.sha256, pinned=False)
-        typer.echo(f"unpinned {file.sha256[:10]} {file.model}")
+        typer.echo(f"unpinned {file.sha256[:10]} {_printable(file.model)}")
 
 
 @app.command()
@@ -152,7 +177,7 @@ def evict(
     else:
         gone = cache.make_room(imported=imported)
     for file in gone:
-        typer.echo(f"evicted {file.sha256[:10]} {file.model}: {file.size / 1e9:.3f} GB")
+        typer.echo(f"evicted {file.sha256[:10]} {_printable(file.model)}: {file.size / 1e9:.3f} GB")
 
 
 @app.command("import")
@@ -171,10 +196,10 @@ def import_models(
     files = [model_files(path) if path.is_dir() else [path] for path in paths]
     for path in chain.from_iterable(files):
         try:
-            typer.echo(f"{cache.add(path)[0]}  {path}")
+            typer.echo(f"{cache.add(path)[0]}  {_printable(str(path))}")
         except RenderError as error:
             refused = True
-            typer.echo(f"refused  {path}: {error}", err=True)
+            typer.echo(f"refused  {_printable(f'{path}: {error}')}", err=True)
     if refused:
         raise typer.Exit(1)
 

@@ -685,3 +685,14 @@ def test_odd_references_are_refused_in_a_line(text: str) -> None:
     with pytest.raises(ConfigError, match=r"is no address|is not an AIR"):
         parse_reference(text)
     assert parse_reference("https://civitai.com/models/1?modelVersionId=\u00b2").version is None
+
+
+def test_one_bad_reference_stops_no_other(site: str, tmp_path: Path) -> None:
+    references = ["1001", "nonsense", "1004", "1002"]
+    arguments = ["models", "fetch", *references, "--models", str(tmp_path), "--site", site]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, ConfigError) and "'nonsense'" in str(result.exception)
+    assert "has disabled downloads" in result.output
+    assert kept(tmp_path) == sorted(
+        f"{sha256(content)}.{end}" for content in (GOOD, PRUNED) for end in ("json", "safetensors")
+    )
