@@ -316,7 +316,7 @@ _PACKED = re.compile(
     r"(?<![a-z0-9])(?:nf4|fp4|nvfp4|mxfp4|mxfp8|int[48]|w[48]a(?:4|8|16)|i?q[2-8](?:_\w+)?|gguf"
     r"|svdq\w*|nunchaku|gptq|awq|bnb|4bit|8bit)(?![a-z0-9])"
 )
-_FLOAT8 = re.compile(r"(?<![a-z0-9])(?:fp8|f8|float8|e4m3\w*|e5m2\w*)")
+_FLOAT8 = re.compile(r"(?<![a-z0-9])(?:fp8|f8|float8|e4m3\w*|e5m2\w*)(?![a-z0-9])")
 
 
 def describe(model: Mapping[str, Any]) -> str:

@@ -83,11 +83,11 @@ def read_lora(path: Path, pipeline: Any) -> LoRA:
         lora = _usable(path, layers, pipeline)
     if len(lora) < len(layers):
         log.warning(
-            "%s: %d of its %d layers are not in this checkpoint and are left out",
+            "%r: %d of its %d layers are not in this checkpoint and are left out",
             path.name, len(layers) - len(lora), len(layers),
         )  # fmt: skip
     if rest:
-        log.warning("%s: tensors that are no LoRA layers are left out: %s", path.name, _names(rest))
+        log.warning("%r: tensors that are no LoRA layers are left out: %s", path.name, _names(rest))
     return lora
 
 
@@ -221,18 +221,32 @@ class _Strengths:
             settings = json.loads(text) if text else {}
         if not isinstance(settings, dict):
             raise _unfit(path, "its lora_adapter_metadata is no JSON object")
-        self._settings: dict[str, Any] = settings
+        self._settings = {name: self._of_component(settings, name) for name in _COMPONENTS}
+        self._patterns = {
+            (name, key): self._by_name(stated.get(key) or {})
+            for name, stated in self._settings.items()
+            for key in ("rank_pattern", "alpha_pattern")
+        }
 
     def of(self, component: str, module: str, rank: int) -> float:
         """Alpha / rank of a module, alpha / sqrt(rank) for rsLoRA; 1 where nothing is stated."""
+        stated = self._settings[component]
+        if not stated:
+            return 1.0
+        r = self._matching(component, "rank_pattern", module, stated.get("r", rank))
+        alpha = self._matching(component, "alpha_pattern", module, stated.get("lora_alpha", rank))
+        if r != rank or rank == 0:
+            raise _unfit(self._path, f"{module} has rank {rank}, and {r:g} by its metadata")
+        return alpha / (rank**0.5 if stated.get("use_rslora") else rank)
+
+    def _of_component(self, settings: Mapping[str, Any], component: str) -> dict[str, Any]:
+        """The settings of a component, which stand under its prefix or under none."""
         prefix = f"{component}."
         stated = {
             key.removeprefix(prefix): value
-            for key, value in self._settings.items()
+            for key, value in settings.items()
             if key.startswith(prefix) or not key.startswith(_COMPONENTS)
         }
-        if not stated:
-            return 1.0
         start = str(stated.get("init_lora_weights")).lower()
         for wrong, kind in (
             (stated.get("use_dora"), "a DoRA"),
@@ -241,33 +255,34 @@ class _Strengths:
         ):
             if wrong:
                 raise _unfit(self._path, f"it is {kind}, which is not supported")
-        ranks, alphas = stated.get("rank_pattern") or {}, stated.get("alpha_pattern") or {}
-        r = self._number("r", self._matching(ranks, module, stated.get("r", rank)))
-        alpha = self._matching(alphas, module, stated.get("lora_alpha", rank))
-        if r != rank or rank == 0:
-            raise _unfit(self._path, f"{module} has rank {rank}, and {r:g} by its metadata")
-        root = rank**0.5 if stated.get("use_rslora") else rank
-        return self._number("lora_alpha", alpha) / root
+        return stated
 
-    def _matching(self, pattern: Any, module: str, default: Any) -> Any:
-        """The value of the first name in a pattern that means a module.
+    def _by_name(self, pattern: Any) -> dict[str, tuple[int, Any]]:
+        """The place and the value of each name in a pattern.
 
         PEFT takes these names for regular expressions; a stranger's would run here, so that only
         plain names are read: a whole name after '^', else the end of one.
         """
         if not isinstance(pattern, dict):
             raise _unfit(self._path, f"its metadata has {pattern!r:.80} for a pattern")
-        for key, value in pattern.items():
-            name = key.removeprefix("^").replace("\\.", ".")
-            if not re.fullmatch(r"[\w.-]+", name):
+        names = {}
+        for place, (key, value) in enumerate(pattern.items()):
+            name = key.replace("\\.", ".")
+            if not re.fullmatch(r"\^?[\w.-]+", name):
                 raise _unfit(self._path, f"its metadata names layers by {key!r:.80}")
-            if module == name or (not key.startswith("^") and module.endswith(f".{name}")):
-                return value
-        return default
+            names[name] = (place, value)
+        return names
 
-    def _number(self, name: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e6:
-            raise _unfit(self._path, f"its metadata has {value!r:.80} for {name}")
+    def _matching(self, component: str, pattern: str, module: str, default: Any) -> float:
+        """The value of the first name in a pattern that means a module."""
+        names = self._patterns[component, pattern]
+        parts = module.split(".")
+        spellings = [f"^{module}", *(".".join(parts[start:]) for start in range(len(parts)))]
+        matches = sorted((names[name] for name in spellings if name in names), key=lambda m: m[0])
+        value = matches[0][1] if matches else default
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not abs(value) <= 1e6:
+            raise _unfit(self._path, f"its metadata has {value!r:.80} for a rank or an alpha")
         return float(value)
 
 
@@ -383,7 +398,9 @@ class Inversions:
         if rest and parts[0][0] not in {"emb_params", "clip_l"}:
             raise ValueError(f"one tensor is expected, it holds {_names(sorted(vectors))}")
         if rest:
-            log.warning("%s: tensors that are no embedding are left out: %s", path.name, rest)
+            log.warning(
+                "%r: tensors that are no embedding are left out: %s", path.name, _names(rest)
+            )
         for name, encoder, tokenizer in parts:
             pipeline.load_textual_inversion(
                 vectors[name], token=token(sha256), text_encoder=encoder, tokenizer=tokenizer

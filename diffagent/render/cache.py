@@ -123,9 +123,8 @@ class ModelCache:
             self._uses[sha256] += 1
             if self._uses[sha256] == 1:
                 self._write_uses()
-            about = target.with_suffix(".json")
-            if about.exists():
-                os.utime(about)
+            if "model" in self._about(sha256):
+                os.utime(target.with_suffix(".json"))
             else:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 self._note(sha256, model=model, air=air, size=size)

@@ -160,7 +160,7 @@ def load_checkpoint(file: ModelRef, configs: Sequence[Path], dtype: torch.dtype)
         _check_whole(path.name, pipeline)
         if family == "sdxl" and pipeline.vae.config.force_upcast:
             pipeline.vae.float()
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:  # all that `reading` lets through
         raise RenderError(
             f"{path.name!r} does not fit into main memory", reason="out-of-memory"
         ) from error

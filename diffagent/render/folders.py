@@ -67,7 +67,7 @@ class ModelFolders:
                     try:
                         yield look(path, self._hashes)
                     except OSError as error:
-                        log.warning("%s is left out: %s", path, error.strerror)
+                        log.warning("%r is left out: %s", str(path), error.strerror)
                     more(1)
         finally:
             self._hashes.save()
@@ -91,5 +91,5 @@ class ModelFolders:
         try:
             return self._hashes.of(path)["SHA256"].lower() == sha256
         except OSError as error:
-            log.warning("%s cannot be read: %s", path, error.strerror)
+            log.warning("%r cannot be read: %s", str(path), error.strerror)
             return False

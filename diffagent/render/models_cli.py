@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -17,9 +17,13 @@ from schemas.printable import printable
 
 if TYPE_CHECKING:
     from diffagent.civitai.client import CivitaiClient
+    from diffagent.dabench.catalogue import Entry
+    from diffagent.errors import DiffAgentError
     from diffagent.render.cache import CachedModel, ModelCache
     from diffagent.render.store import ModelStore
     from schemas.config import RuntimeConfig
+
+A, B = TypeVar("A"), TypeVar("B")
 
 app = typer.Typer(
     help="Model files: fetch, list, pin, evict, import; look at folders of them.",
@@ -72,17 +76,38 @@ def fetch(
     """Print the local file of each model, downloaded and verified where it is not there."""
     from diffagent.render.references import find
 
+    def look_up(reference: str) -> Entry | Path:
+        local = _local(store, reference)
+        return local or find(client, reference, require_scans=not allow_unscanned)
+
+    def bring(entry: Entry | Path) -> Path:
+        return entry if isinstance(entry, Path) else store.fetch(entry)
+
+    errors: list[DiffAgentError] = []
     with _open_store(config, models, folders, site, limit_gb) as (store, client):
-        found = [
-            _local(store, reference) or find(client, reference, require_scans=not allow_unscanned)
-            for reference in references
-        ]
-        store.prefetch(entry for entry in found if not isinstance(entry, Path))
-        for entry in found:
-            path = entry if isinstance(entry, Path) else store.fetch(entry)
+        entries = list(_without_errors(look_up, references, errors))
+        store.prefetch(entry for entry in entries if not isinstance(entry, Path))
+        for path in _without_errors(bring, entries, errors):
             if pin and path.is_relative_to(store.cache.directory):
                 store.cache.pin(path.stem)
             typer.echo(path)
+    for error in errors[1:]:
+        typer.echo(f"error: {printable(str(error))}", err=True)
+    if errors:
+        raise errors[0]
+
+
+def _without_errors(
+    action: Callable[[A], B], items: Iterable[A], errors: list[DiffAgentError]
+) -> Iterator[B]:
+    """What an action makes of each item; errors are collected, so that the others are tried."""
+    from diffagent.errors import DiffAgentError
+
+    for item in items:
+        try:
+            yield action(item)
+        except DiffAgentError as error:
+            errors.append(error)
 
 
 @app.command("list")
@@ -174,10 +199,10 @@ def import_models(
     files = [model_files(path) if path.is_dir() else [path] for path in paths]
     for path in chain.from_iterable(files):
         try:
-            typer.echo(f"{cache.add(path)[0]}  {path}")
+            typer.echo(f"{cache.add(path)[0]}  {printable(str(path))}")
         except RenderError as error:
             refused = True
-            typer.echo(f"refused  {path}: {error}", err=True)
+            typer.echo(f"refused  {printable(f'{path}: {error}')}", err=True)
     if refused:
         raise typer.Exit(1)
 
@@ -220,13 +245,8 @@ def scan(
             why = f"  not drawn with: {file.undrawable}" if file.undrawable else why
             typer.echo(
                 f"{file.sha256[:10]}  {model['type']:<16}  {base or '?':<8}  "
-                f"{_printable(str(file.path))}{_printable(why)}"
+                f"{printable(str(file.path))}{printable(why)}"
             )
-
-
-def _printable(text: str) -> str:
-    """A stranger's text without what a terminal would obey."""
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 def _runtime(

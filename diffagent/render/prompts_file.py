@@ -135,14 +135,14 @@ def folder_entries(
                 entries.setdefault((file.sha256, kind), entry)
     if refused:
         log.warning(
-            "%d of the files cannot be drawn with, such as %s: %s; `diffagent models scan` lists "
+            "%d of the files cannot be drawn with, such as %r: %s; `diffagent models scan` lists "
             "them",
-            len(refused), refused[0].path, refused[0].refused,
+            len(refused), str(refused[0].path), refused[0].refused,
         )  # fmt: skip
     if baseless:
         log.warning(
-            "%d checkpoints do not state their base model, such as %s; --base-model gives it",
-            len(baseless), baseless[0],
+            "%d checkpoints do not state their base model, such as %r; --base-model gives it",
+            len(baseless), str(baseless[0]),
         )  # fmt: skip
     if not any(entry.is_checkpoint for entry in entries.values()):
         raise ConfigError(

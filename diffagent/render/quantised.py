@@ -94,7 +94,7 @@ def load_tensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, torc
 
     has_scales = check_quantisation(path)
     with reading(path.name, "cannot be read"):
-        tensors = load_file(path)
+        tensors: dict[str, torch.Tensor] = load_file(path)
     if not has_scales:
         return tensors
     for name in [name for name in tensors if name.rpartition(".")[2] in _SCALES]:

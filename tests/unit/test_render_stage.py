@@ -156,6 +156,32 @@ def rows(artifact: Artifact, name: str = "renders") -> list[dict[str, Any]]:
     return pq.read_table(artifact.file(f"{name}.parquet")).to_pylist()
 
 
+def test_a_damaged_file_is_never_drawn_from(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reader(Painter):
+        def prepare(self, files: Files) -> None:
+            assert files.checkpoint.path
+            assert sha256_file(files.checkpoint.path) == files.checkpoint.sha256
+
+    def download(_: Any, url: str, path: Path, *, sha256: str, **__: Any) -> None:
+        calls.append(sha256)
+        path.write_bytes(good)
+
+    calls: list[str] = []
+    world.answer("A")
+    path = (
+        world.folder / f"models/{world.entries[0].sha256[:2]}/{world.entries[0].sha256}.safetensors"
+    )
+    good = path.read_bytes()
+    monkeypatch.setattr(render_stage, "open_renderer", Reader)
+    monkeypatch.setattr("diffagent.civitai.client.CivitaiClient.download", download)
+    monkeypatch.setattr("diffagent.render.store.check_weights", lambda path: None)
+    world.entries[0] = replace(world.entries[0], download_path="/api/download/models/1")
+    path.write_bytes(bytes([good[0] ^ 1]) + good[1:])
+    (row,) = rows(world.render())
+    assert (row["status"], calls) == ("ok", [world.entries[0].sha256])
+    assert path.read_bytes() == good
+
+
 def test_equal_answers_share_a_picture(world: World) -> None:
     world.answer("B", seed=5)
     world.answer("A")

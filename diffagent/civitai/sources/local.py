@@ -5,6 +5,7 @@ What a file is comes from the sidecars beside it, and where these say nothing fr
 * ``NAME.civitai.info`` (Civitai Helper): the answer of /model-versions/by-hash;
 * ``NAME.metadata.json`` (ComfyUI-Lora-Manager): ``civitai`` in it is such an answer, and it has a
   name, base model and tags of its own for what Civitai does not know;
+* ``NAME.cm-info.json`` (StabilityMatrix): the same facts under names of its own;
 * ``NAME.json`` (A1111): description, "sd version", "activation text", notes;
 * the header of a safetensors file: kohya's ``ss_*``, ``modelspec.*``, tensor names and shapes.
 
@@ -80,7 +81,9 @@ _EXTRA_PATHS = "extra_model_paths.yaml"
 _MAX_EXTRA_PATHS = 1 << 20
 _CHUNK = 1 << 20
 _SAVE_SECONDS = 30.0
-_SD_VERSIONS = {"SD1": "SD 1.5", "SD2": "SD 2.1", "SDXL": "SDXL 1.0"}
+_SD_VERSIONS = {
+    "SD1": "SD 1.5", "SD2": "SD 2.1", "SDXL": "SDXL 1.0", "SD3": "SD 3", "Flux": "Flux.1 D",
+}  # fmt: skip
 #: A folder with ``models`` and one of these is an installation: A1111, Forge, SD.Next, ComfyUI.
 _PROGRAMS = ("webui.py", "launch.py", "main.py")
 #: What the folders of A1111 and ComfyUI hold, in lower case: for files whose tensors do not tell.
@@ -418,11 +421,31 @@ def _type_by_folder(path: Path) -> str:
 def record_of(file: LocalFile) -> tuple[Row, Row]:
     """The model without versions, and its version with this file, in the API's shape."""
     managed = _read_json(Path(f"{file.stem}.metadata.json"))
-    for answer in (_read_json(Path(f"{file.stem}.civitai.info")), _dict(managed.get("civitai"))):
+    answers = (
+        _read_json(Path(f"{file.stem}.civitai.info")),
+        _dict(managed.get("civitai")),
+        _of_stability_matrix(_read_json(Path(f"{file.stem}.cm-info.json"))),
+    )
+    for answer in answers:
         known = _known_file(answer, file)
         if known is not None:
             return _of_answer(answer, known, file)
     return _of_header(file, managed, _read_json(Path(f"{file.stem}.json")))
+
+
+def _of_stability_matrix(info: Row) -> Row:
+    """StabilityMatrix' notes in the shape of the site's answer."""
+    names = {"id": "VersionId", "modelId": "ModelId", "name": "VersionName",
+             "baseModel": "BaseModel", "trainedWords": "TrainedWords"}  # fmt: skip
+    answer = {name: info[key] for name, key in names.items() if key in info}
+    answer["model"] = {
+        name: info[key]
+        for name, key in {"name": "ModelName", "type": "ModelType", "nsfw": "Nsfw"}.items()
+        if key in info
+    }
+    if hashes := _dict(info.get("Hashes")):
+        answer["files"] = [{"hashes": hashes}]
+    return answer
 
 
 def _read_json(path: Path) -> Row:
