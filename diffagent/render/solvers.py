@@ -1,4 +1,4 @@
-"""From noise to latents, one evaluation of the model at a time: what a sampler's name means.
+"""Solvers: from noise to latents, one evaluation of the model at a time.
 
 A solver is asked for the model's `input`, and given its answer by `advance`, until nothing is
 `left`. Most are schedulers of diffusers. Those of which diffusers has no equal are here, as

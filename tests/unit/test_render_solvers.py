@@ -174,15 +174,15 @@ def dpmpp_sde(r: Reference, x: torch.Tensor) -> torch.Tensor:
         t, t_next = -math.log(sigma), -math.log(following)
         middle = math.exp(-(t + t_next) / 2)
         # Increments of a Brownian motion in sigma: from sigma to the middle, and on from there.
-        one = r.noise() * math.sqrt(sigma - middle)
-        two = r.noise() * math.sqrt(middle - following)
+        upper = r.noise() * math.sqrt(sigma - middle)
+        lower = r.noise() * math.sqrt(middle - following)
         down, up = ancestral_step(sigma, middle)
         halfway = down / sigma * x - math.expm1(t + math.log(down)) * denoised
-        halfway = halfway + one / math.sqrt(sigma - middle) * up
+        halfway = halfway + upper / math.sqrt(sigma - middle) * up
         denoised = r.denoised(halfway, middle)
         down, up = ancestral_step(sigma, following)
         x = down / sigma * x - math.expm1(t + math.log(down)) * denoised
-        x = x + (one + two) / math.sqrt(sigma - following) * up
+        x = x + (upper + lower) / math.sqrt(sigma - following) * up
     return x
 
 
@@ -318,41 +318,41 @@ def naive(schedule: str, n: int) -> list[float]:  # noqa: PLR0912  one a schedul
     least, most = float(MODEL[0]), float(MODEL[-1])
     match schedule:
         case "Uniform":
-            found = [at(999 - 999 * i / max(n - 1, 1)) for i in range(n)]
+            values = [at(999 - 999 * i / max(n - 1, 1)) for i in range(n)]
         case "SGM Uniform":
-            found = [at(999 - 999 * i / n) for i in range(n)]
+            values = [at(999 - 999 * i / n) for i in range(n)]
         case "Simple":
-            found = [float(MODEL[-(1 + int(i * (1000 / n)))]) for i in range(n)]
+            values = [float(MODEL[-(1 + int(i * (1000 / n)))]) for i in range(n)]
         case "DDIM Uniform":
-            found, place = [], 1
+            values, place = [], 1
             while place < 1000:
-                found.insert(0, float(MODEL[place]))
+                values.insert(0, float(MODEL[place]))
                 place += max(1000 // n, 1)
         case "Karras":
             ends = most ** (1 / 7), least ** (1 / 7)
             shares = [i / max(n - 1, 1) for i in range(n)]
-            found = [(ends[0] + share * (ends[1] - ends[0])) ** 7 for share in shares]
+            values = [(ends[0] + share * (ends[1] - ends[0])) ** 7 for share in shares]
         case "Exponential":
-            found = [most * (least / most) ** (i / max(n - 1, 1)) for i in range(n)]
+            values = [most * (least / most) ** (i / max(n - 1, 1)) for i in range(n)]
         case "Beta":
             quantiles = [quantile(1 - i / max(n - 1, 1)) for i in range(n)]
-            found = [least + share * (most - least) for share in quantiles]
+            values = [least + share * (most - least) for share in quantiles]
         case "Beta (ComfyUI)":
             places = [round(quantile(1 - i / n) * 999) for i in range(n)]
-            found = [float(MODEL[place]) for place in dict.fromkeys(places)]
+            values = [float(MODEL[place]) for place in dict.fromkeys(places)]
         case "KL Optimal":
             ends = math.atan(most), math.atan(least)
             return [math.tan(ends[0] + i / n * (ends[1] - ends[0])) for i in range(n + 1)]
         case "KL Optimal (ComfyUI)":
             ends = math.atan(most), math.atan(least)
-            found = [math.tan(ends[0] + i / max(n - 1, 1) * (ends[1] - ends[0])) for i in range(n)]
+            values = [math.tan(ends[0] + i / max(n - 1, 1) * (ends[1] - ends[0])) for i in range(n)]
         case "Linear Quadratic":
-            found = [most * (1 - value) for value in mochi(n)]
+            values = [most * (1 - value) for value in mochi(n)]
         case "Turbo":
-            found = [float(MODEL[round((n - i) * 1000 / n - 1)]) for i in range(n)]
+            values = [float(MODEL[round((n - i) * 1000 / n - 1)]) for i in range(n)]
         case _:
             raise AssertionError(schedule)
-    return [*found, 0.0]
+    return [*values, 0.0]
 
 
 def quantile(share: float) -> float:
