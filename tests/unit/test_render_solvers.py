@@ -70,9 +70,10 @@ def draw(item: Sampling) -> torch.Tensor:
 class Reference:
     """k-diffusion's denoiser around `unet`, its loops, and the noise that a picture draws."""
 
-    def __init__(self, values: np.ndarray[Any, Any], rounded: bool) -> None:
+    def __init__(self, values: np.ndarray[Any, Any], as_comfyui: bool) -> None:
+        """``as_comfyui``: with its scale of the first noise, and whole timesteps."""
         self.values = [float(value) for value in values]
-        self.rounded = rounded
+        self.as_comfyui = as_comfyui
         self.generator = torch.Generator().manual_seed(5)
         self.first = torch.randn(SHAPE, generator=self.generator)
 
@@ -83,13 +84,13 @@ class Reference:
         below = min(max(int(np.searchsorted(MODEL, sigma, side="right")) - 1, 0), 998)
         low, high = math.log(MODEL[below]), math.log(MODEL[below + 1])
         timestep = below + min(max((math.log(sigma) - low) / (high - low), 0), 1)
-        timestep = round(timestep) if self.rounded else timestep
+        timestep = round(timestep) if self.as_comfyui else timestep
         return x - sigma * unet((x / math.sqrt(sigma**2 + 1)).float(), timestep).double()
 
-    def draw(self, loop: Callable[[Reference, torch.Tensor], torch.Tensor], vp: bool) -> Any:
-        start, end = self.values[0], self.values[-1]
-        scale = math.hypot(start, 1) if vp and start > MODEL[-1] * 0.9999 else start
-        return loop(self, self.first.double() * scale) / (math.hypot(end, 1) if vp else 1)
+    def draw(self, loop: Callable[[Reference, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        start = self.values[0]
+        scale = math.hypot(start, 1) if self.as_comfyui else start
+        return loop(self, self.first.double() * scale)
 
 
 def ancestral_step(sigma: float, following: float) -> tuple[float, float]:
@@ -277,9 +278,11 @@ def test_pictures_are_those_of_k_diffusion(name: str) -> None:
         n = steps + (spec.solver in {"DPM2", "DPM2 a", "DPM++ 3M SDE"})
         values = formulae.sigmas(spec.schedule or "Uniform", n, MODEL, sdxl=False)
         values = values if n == steps else np.delete(values, -2)
-        reference = Reference(values, rounded=multistep and spec.schedule == "Karras")
-        expected = reference.draw(LOOPS[spec.solver], vp=multistep)
+        reference = Reference(values, as_comfyui=multistep and spec.exact and steps > 1)
+        expected = reference.draw(LOOPS[spec.solver])
         drawn = draw(sampling(name, steps)).double()
+        if multistep:  # latents of unit variance
+            drawn = drawn * math.hypot(values[-1], 1)
         error = ((drawn - expected).abs().max() / expected.abs().max()).item()
         assert error < (2e-4 if spec.solver == "LMS" else 1e-5), (steps, error)
 
