@@ -111,12 +111,12 @@ class Sampling:
         return len(self._positive.parts(0)) + self._guided
 
     def rows(self) -> list[Row]:
-        """What the next evaluation asks the U-Net: the parts of the positive prompt first."""
+        """Give the U-Net's inputs for the next evaluation, the positive prompt's parts first."""
         latents, timestep = self._solver.input()
-        said = [guide for guide, _ in self._positive.parts(self._evaluation)]
+        guides = [guide for guide, _ in self._positive.parts(self._evaluation)]
         if self._guided:
-            said.append(self._negative.parts(self._evaluation)[0][0])
-        return [Row(latents, timestep, conditioning) for conditioning in said]
+            guides.append(self._negative.parts(self._evaluation)[0][0])
+        return [Row(latents, timestep, guide) for guide in guides]
 
     def advance(self, predictions: Sequence[torch.Tensor]) -> None:
         """Take the step with the U-Net's answers to `rows`, each (1, C, H, W).

@@ -1,8 +1,8 @@
-"""What a picture is not, although it is drawn: how it differs from what its recipe's words mean.
+"""Notes on pictures that differ from their recipe's meaning.
 
-A sampler's stand-in, a piece of prompt syntax that a backend takes for text: pictures with such a
-difference say so in their row and on the contact sheet. What is the same for all pictures of a
-backend is in docs/rendering.md.
+Examples are a sampler's stand-in and prompt syntax that a backend takes for text. The note goes
+into the picture's row and onto the contact sheet. docs/rendering.md has the differences that all
+pictures of a backend share.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _BREAK = re.compile(r"\bBREAK\b")
 
 
 def note_on(recipe: Recipe, backend: str) -> str:
-    """How the picture of a recipe differs from its meaning; empty when it does not.
+    """Describe how the picture of a recipe differs from its meaning; empty when it does not.
 
     Args:
         recipe: of the picture.

@@ -157,14 +157,14 @@ _CLOSES = {")": "(", "]": "["}
 
 @dataclass
 class _Group:
-    """What stands behind a bracket that is not closed yet, cut at its colons and bars."""
+    """A bracket that is not closed yet, with its content cut at colons and bars."""
 
     opening: str = ""
     parts: list[list[_Item]] = field(default_factory=lambda: [[]])
     separators: list[str] = field(default_factory=list)
 
     def literal(self, closing: str = "") -> list[_Item]:
-        """The same as text, its brackets and separators included."""
+        """Return the content as text, with its brackets and separators."""
         items: list[_Item] = [self.opening] if self.opening else []
         for i, part in enumerate(self.parts):
             items += part
@@ -289,7 +289,7 @@ _AS_TEXT = {
 
 
 def drawn_as_text(prompt: str) -> Iterator[str]:
-    """What extensions of the WebUI would replace in a prompt, one sentence a kind."""
+    """Name the parts of a prompt that extensions of the WebUI would replace, by kind."""
     for kind, pattern in _AS_TEXT.items():
         if (match := pattern.search(prompt)) is not None:
             yield f"{kind.format(match[1])} are drawn as text"

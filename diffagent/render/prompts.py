@@ -29,7 +29,7 @@ _MAX_WORK = 500_000
 
 
 class Guide(Protocol):
-    """What leads the U-Net from evaluation to evaluation."""
+    """A prompt as the U-Net is given it: one or several conditionings, at each evaluation."""
 
     def parts(self, evaluation: int) -> Sequence[tuple[Conditioning, float]]:
         """Conditionings with their weights, always as many and of one length."""
@@ -61,7 +61,7 @@ class Composed:
     def parts(self, evaluation: int) -> Sequence[tuple[Conditioning, float]]:
         """See the protocol."""
         return [
-            (next((said for end, said in spans if evaluation <= end), spans[-1][1]), weight)
+            (next((item for end, item in spans if evaluation <= end), spans[-1][1]), weight)
             for weight, spans in self.timelines
         ]
 

@@ -277,7 +277,7 @@ def _lora(tag: str, entries: Sequence[Entry]) -> LoRA:
     """``NAME`` or ``NAME:WEIGHT``"""
     name, colon, weight = tag.rpartition(":")
     try:
-        strength = float(weight.replace(",", ".")) if colon else 1.0  # 0,6 as in a tag
+        strength = float(weight.replace(",", ".")) if colon else 1.0  # 0,6 is 0.6
     except ValueError:
         name, strength = tag, 1.0
     entry = find_entry(entries, name if colon else tag, LORA_TYPES)

@@ -1,4 +1,4 @@
-"""From noise to latents, one evaluation of the model at a time: what a sampler's name means.
+"""Solvers: from noise to latents, one evaluation of the model at a time.
 
 A solver is asked for the model's `input`, and given its answer by `advance`, until nothing is
 `left`. Most are schedulers of diffusers. Those of which diffusers has no equal are here, as
@@ -98,7 +98,7 @@ def solver_for(
         )
     scheduler = cls.from_config(config, **spec.options)
     _set_steps(scheduler, steps, values, model)
-    return _Diffusers(scheduler, values, model, noise, generator)
+    return _Diffusers(scheduler, values, noise, generator)
 
 
 def _model_sigmas(scheduler: Any) -> Array:
@@ -151,7 +151,6 @@ class _Diffusers:
         self,
         scheduler: Any,
         values: Array | None,
-        model: Array,
         noise: torch.Tensor,
         generator: torch.Generator,
     ) -> None:
@@ -160,8 +159,7 @@ class _Diffusers:
         takes = inspect.signature(scheduler.step).parameters
         self._options = {"generator": generator} if "generator" in takes else {}
         scale = float(scheduler.init_noise_sigma)
-        if values is not None and scale == 1 and values[0] < model[-1] * (1 - 1e-5):
-            # Latents of unit variance under less noise than at the beginning.
+        if values is not None and scale == 1:  # latents that are kept at unit variance
             scale = values[0] / math.hypot(values[0], 1)
         self.latents = noise * scale
 

@@ -212,15 +212,15 @@ def shown_at_each_evaluation(renderer: DiffusersRenderer, **changes: Any) -> Any
         recipe = RECIPE.model_copy(
             update={**changes, "prompt": prompt, "negative_prompt": negative_prompt}
         )
-        known = {
+        contexts = {
             color[0]: ready._encoder.encode(f"a {color} circle", 1).context
             for color in ("red", "blue")
         }
         sampling, shown = ready.begin(recipe, renderer.device), ""
         while not sampling.done:
             rows = sampling.rows()
-            said = rows[-1 if negative_prompt else 0].said.context
-            shown += next(letter for letter, context in known.items() if torch.equal(said, context))
+            asked = rows[-1 if negative_prompt else 0].said.context
+            shown += next(color for color, item in contexts.items() if torch.equal(asked, item))
             sampling.advance([torch.tanh(row.latents) for row in rows])
         return shown
 

@@ -108,7 +108,7 @@ def test_brackets_need_not_nest() -> None:
     assert window == [("a ", 1.1), ("b", pytest.approx(1)), (" c", 1 / 1.1), (" d", 1.0)]
 
 
-def test_what_extensions_replace_is_told() -> None:
+def test_what_extensions_replace_is_named() -> None:
     assert list(drawn_as_text("a __colour__ {red|blue} <lora:ink:0,6> thing")) == [
         "wildcards like __colour__ are drawn as text",
         "choices like {red|blue} are drawn as text",
@@ -191,13 +191,13 @@ def test_a_huge_prompt_is_read_and_refused(kind: str) -> None:
 
 
 def test_prompts_that_would_take_minutes_are_refused() -> None:
-    for prompt, told in (
+    for prompt, reason in (
         (" AND ".join("abcdefghijklmnopqrst"), "20 parts between AND"),
         ("[a] b " * 1_600, "weakened words"),
         ("".join(f"[a:b:{n}]" for n in range(1, 151)) + "y" * 4_000, "so many texts"),
     ):
         assert len(prompt) <= MAX_CHARACTERS
-        with pytest.raises(RenderError, match=told) as refused:
+        with pytest.raises(RenderError, match=reason) as refused:
             check_prompt(prompt, 150)
         assert refused.value.reason == "prompt-too-long"
     check_prompt("a red circle, (blue:0.8), [c:d:0.5] " * 40, 150)

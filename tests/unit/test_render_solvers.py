@@ -70,9 +70,10 @@ def draw(item: Sampling) -> torch.Tensor:
 class Reference:
     """k-diffusion's denoiser around `unet`, its loops, and the noise that a picture draws."""
 
-    def __init__(self, values: np.ndarray[Any, Any], rounded: bool) -> None:
+    def __init__(self, values: np.ndarray[Any, Any], as_comfyui: bool) -> None:
+        """``as_comfyui``: with its scale of the first noise, and whole timesteps."""
         self.values = [float(value) for value in values]
-        self.rounded = rounded
+        self.as_comfyui = as_comfyui
         self.generator = torch.Generator().manual_seed(5)
         self.first = torch.randn(SHAPE, generator=self.generator)
 
@@ -83,13 +84,13 @@ class Reference:
         below = min(max(int(np.searchsorted(MODEL, sigma, side="right")) - 1, 0), 998)
         low, high = math.log(MODEL[below]), math.log(MODEL[below + 1])
         timestep = below + min(max((math.log(sigma) - low) / (high - low), 0), 1)
-        timestep = round(timestep) if self.rounded else timestep
+        timestep = round(timestep) if self.as_comfyui else timestep
         return x - sigma * unet((x / math.sqrt(sigma**2 + 1)).float(), timestep).double()
 
-    def draw(self, loop: Callable[[Reference, torch.Tensor], torch.Tensor], vp: bool) -> Any:
-        start, end = self.values[0], self.values[-1]
-        scale = math.hypot(start, 1) if vp and start > MODEL[-1] * 0.9999 else start
-        return loop(self, self.first.double() * scale) / (math.hypot(end, 1) if vp else 1)
+    def draw(self, loop: Callable[[Reference, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        start = self.values[0]
+        scale = math.hypot(start, 1) if self.as_comfyui else start
+        return loop(self, self.first.double() * scale)
 
 
 def ancestral_step(sigma: float, following: float) -> tuple[float, float]:
@@ -174,15 +175,15 @@ def dpmpp_sde(r: Reference, x: torch.Tensor) -> torch.Tensor:
         t, t_next = -math.log(sigma), -math.log(following)
         middle = math.exp(-(t + t_next) / 2)
         # Increments of a Brownian motion in sigma: from sigma to the middle, and on from there.
-        one = r.noise() * math.sqrt(sigma - middle)
-        two = r.noise() * math.sqrt(middle - following)
+        upper = r.noise() * math.sqrt(sigma - middle)
+        lower = r.noise() * math.sqrt(middle - following)
         down, up = ancestral_step(sigma, middle)
         halfway = down / sigma * x - math.expm1(t + math.log(down)) * denoised
-        halfway = halfway + one / math.sqrt(sigma - middle) * up
+        halfway = halfway + upper / math.sqrt(sigma - middle) * up
         denoised = r.denoised(halfway, middle)
         down, up = ancestral_step(sigma, following)
         x = down / sigma * x - math.expm1(t + math.log(down)) * denoised
-        x = x + (one + two) / math.sqrt(sigma - following) * up
+        x = x + (upper + lower) / math.sqrt(sigma - following) * up
     return x
 
 
@@ -277,9 +278,11 @@ def test_pictures_are_those_of_k_diffusion(name: str) -> None:
         n = steps + (spec.solver in {"DPM2", "DPM2 a", "DPM++ 3M SDE"})
         values = formulae.sigmas(spec.schedule or "Uniform", n, MODEL, sdxl=False)
         values = values if n == steps else np.delete(values, -2)
-        reference = Reference(values, rounded=multistep and spec.schedule == "Karras")
-        expected = reference.draw(LOOPS[spec.solver], vp=multistep)
+        reference = Reference(values, as_comfyui=multistep and spec.exact and steps > 1)
+        expected = reference.draw(LOOPS[spec.solver])
         drawn = draw(sampling(name, steps)).double()
+        if multistep:  # latents of unit variance
+            drawn = drawn * math.hypot(values[-1], 1)
         error = ((drawn - expected).abs().max() / expected.abs().max()).item()
         assert error < (2e-4 if spec.solver == "LMS" else 1e-5), (steps, error)
 
@@ -318,41 +321,41 @@ def naive(schedule: str, n: int) -> list[float]:  # noqa: PLR0912  one a schedul
     least, most = float(MODEL[0]), float(MODEL[-1])
     match schedule:
         case "Uniform":
-            found = [at(999 - 999 * i / max(n - 1, 1)) for i in range(n)]
+            values = [at(999 - 999 * i / max(n - 1, 1)) for i in range(n)]
         case "SGM Uniform":
-            found = [at(999 - 999 * i / n) for i in range(n)]
+            values = [at(999 - 999 * i / n) for i in range(n)]
         case "Simple":
-            found = [float(MODEL[-(1 + int(i * (1000 / n)))]) for i in range(n)]
+            values = [float(MODEL[-(1 + int(i * (1000 / n)))]) for i in range(n)]
         case "DDIM Uniform":
-            found, place = [], 1
+            values, place = [], 1
             while place < 1000:
-                found.insert(0, float(MODEL[place]))
+                values.insert(0, float(MODEL[place]))
                 place += max(1000 // n, 1)
         case "Karras":
             ends = most ** (1 / 7), least ** (1 / 7)
             shares = [i / max(n - 1, 1) for i in range(n)]
-            found = [(ends[0] + share * (ends[1] - ends[0])) ** 7 for share in shares]
+            values = [(ends[0] + share * (ends[1] - ends[0])) ** 7 for share in shares]
         case "Exponential":
-            found = [most * (least / most) ** (i / max(n - 1, 1)) for i in range(n)]
+            values = [most * (least / most) ** (i / max(n - 1, 1)) for i in range(n)]
         case "Beta":
             quantiles = [quantile(1 - i / max(n - 1, 1)) for i in range(n)]
-            found = [least + share * (most - least) for share in quantiles]
+            values = [least + share * (most - least) for share in quantiles]
         case "Beta (ComfyUI)":
             places = [round(quantile(1 - i / n) * 999) for i in range(n)]
-            found = [float(MODEL[place]) for place in dict.fromkeys(places)]
+            values = [float(MODEL[place]) for place in dict.fromkeys(places)]
         case "KL Optimal":
             ends = math.atan(most), math.atan(least)
             return [math.tan(ends[0] + i / n * (ends[1] - ends[0])) for i in range(n + 1)]
         case "KL Optimal (ComfyUI)":
             ends = math.atan(most), math.atan(least)
-            found = [math.tan(ends[0] + i / max(n - 1, 1) * (ends[1] - ends[0])) for i in range(n)]
+            values = [math.tan(ends[0] + i / max(n - 1, 1) * (ends[1] - ends[0])) for i in range(n)]
         case "Linear Quadratic":
-            found = [most * (1 - value) for value in mochi(n)]
+            values = [most * (1 - value) for value in mochi(n)]
         case "Turbo":
-            found = [float(MODEL[round((n - i) * 1000 / n - 1)]) for i in range(n)]
+            values = [float(MODEL[round((n - i) * 1000 / n - 1)]) for i in range(n)]
         case _:
             raise AssertionError(schedule)
-    return [*found, 0.0]
+    return [*values, 0.0]
 
 
 def quantile(share: float) -> float:
