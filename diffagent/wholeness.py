@@ -155,6 +155,11 @@ def set_aside(directory: Path) -> Path:
     return aside
 
 
+def is_aside(directory: Path) -> bool:
+    """Whether a directory has the name of a damaged artefact that was set aside."""
+    return ".damaged-" in directory.name
+
+
 def damaged_copies(directory: Path) -> list[Path]:
     """Damaged artefacts that were set aside of ``directory``, the oldest first."""
     return sorted(directory.parent.glob(f"{directory.name}.damaged-*"), key=_number)

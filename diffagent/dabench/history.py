@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from diffagent import latest
+from diffagent import latest, wholeness
 from diffagent.artifacts import PREVIOUS, Artifact, Inputs, canonical_json, read_manifest
 from diffagent.dabench.dataset import open_dataset
 from diffagent.dabench.neighbours import Ints
@@ -87,12 +87,22 @@ def find_previous(config: DABenchConfig, inputs: Inputs, runtime: RuntimeConfig)
     every = _in_store(store)
     for manifest, place in every:
         if _answers(manifest, config, filtered):
-            known = {_ref(m): _artifact(m, p) for m, p in every}
-            return [known.get(r) or _handle_of(r, place) for r in manifest.inputs[PREVIOUS]]
+            whole = {_ref(m): _artifact(m, p) for m, p in every if not p.is_damaged}
+            return [whole.get(r) or _handle_of(r, place) for r in manifest.inputs[PREVIOUS]]
     history = history_of(filtered.manifest, config.model_dump(mode="json"), store_of(filtered))
     versions = _versions(every, store, history)
     continued = {ref for manifest, _ in versions for ref in manifest.inputs.get(PREVIOUS, ())}
-    return [_artifact(m, place) for m, place in versions if _ref(m) not in continued]
+    whole = [_ref(m) for m, place in versions if not place.is_damaged]
+    heads = [(m, place) for m, place in versions if _ref(m) not in continued]
+    for manifest, place in heads:
+        if place.is_damaged and _ref(manifest) not in whole:
+            raise ArtifactError(
+                "a new version of this dataset would not know what the newest one decided, which "
+                f"is damaged and was set aside as {str(place.path)!r}: put the right file back "
+                "and rename it, or run what made it again; or delete it, to go on from an older "
+                "version, or to decide anew"
+            )
+    return [_artifact(m, place) for m, place in heads if not place.is_damaged]
 
 
 def _answers(manifest: Manifest, config: DABenchConfig, filtered: Artifact) -> bool:
@@ -307,6 +317,11 @@ class _Place:
     def store(self) -> str:
         """The directory or the URI of its store."""
         return self.remote.rsplit("/", 2)[0] if self.remote else str(self.path.parents[1])
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether it was set aside because it is damaged."""
+        return wholeness.is_aside(self.path)
 
 
 _Version = tuple[Manifest, _Place]

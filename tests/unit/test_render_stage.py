@@ -20,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffagent.artifacts import Artifact
+from diffagent.artifacts import Artifact, sha256_file
 from diffagent.dabench.catalogue import Catalogue, Entry
 from diffagent.errors import Forbidden, RenderError, ServerError
 from diffagent.render import stage as render_stage
