@@ -253,7 +253,8 @@ def _from_shards(dabench: Path) -> Decisions:
         (
             batch.data["id"].to_numpy(),
             np.full(len(batch.data), SPLITS.index(batch.split), np.int8),
-            batch.data["group"].to_numpy(),
+            # Before there were groups, a record is one of its own.
+            batch.data["group" if "group" in batch.data.schema.names else "id"].to_numpy(),
         )
         for batch in open_dataset(dabench).batches(["id", "group"])
     ]
