@@ -23,7 +23,7 @@ from diffagent.civitai.sources import SOURCES, SYNTHETIC
 from diffagent.dabench import columns
 from diffagent.dabench.base_models import base_model_of
 from diffagent.dabench.catalogue import Catalogue
-from diffagent.dabench.layout import printable
+from diffagent.dabench.layout import one_line
 from schemas.config import DABenchConfig
 from schemas.dabench import CATALOGUE, DABENCH
 from schemas.manifest import Funnel
@@ -137,7 +137,7 @@ def literal(value: object) -> str:
 
     Line breaks become spaces; longer texts are cut at 100 characters.
     """
-    return html.escape(_SPECIAL.sub(r"\\\g<0>", printable(value, _MAX_NAME)), quote=False)
+    return html.escape(_SPECIAL.sub(r"\\\g<0>", one_line(value, _MAX_NAME)), quote=False)
 
 
 def front_matter(rows: Iterable[tuple[str, int]]) -> dict[str, Any]:
@@ -418,7 +418,7 @@ def _plot(path: Path, title: str, distribution: Mapping[str, Any]) -> None:
     shown, rest = items[:_MAX_BARS], items[_MAX_BARS:]
     if rest:
         shown.append((f"{len(rest)} others", sum(count for _, count in rest)))
-    labels = [printable(label, _MAX_LABEL) for label, _ in reversed(shown)]
+    labels = [one_line(label, _MAX_LABEL) for label, _ in reversed(shown)]
     values = [count for _, count in reversed(shown)]
     figure = Figure(figsize=(7, 1.2 + 0.3 * len(shown)), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)

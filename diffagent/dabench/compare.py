@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffagent.dabench.dataset import Dataset
-from diffagent.dabench.layout import aligned, paragraphs, printable
+from diffagent.dabench.layout import aligned, one_line, paragraphs
 from diffagent.dabench.splits import SPLITS
 from diffagent.errors import ArtifactError, SchemaError
 
@@ -357,11 +357,11 @@ def _changes_text(title: str, changes: Mapping[str, Any]) -> list[str]:
 
 def _example_lines(item: Any) -> list[str]:
     if not isinstance(item, dict):
-        return [printable(item, 120)]
+        return [one_line(item, 120)]
     columns = item["columns"]
     key = next(name for name in item if name != "columns")
     return [f"{key} {item[key]}"] + [
-        f"  {name}: {printable(repr(old), 70)} -> {printable(repr(new), 70)}"
+        f"  {name}: {one_line(repr(old), 70)} -> {one_line(repr(new), 70)}"
         for name, (old, new) in columns.items()
     ]
 
@@ -369,7 +369,7 @@ def _example_lines(item: Any) -> list[str]:
 def _keys_text(title: str, keys: Mapping[str, Any]) -> list[str]:
     lines = [f"  {kind}: {', '.join(keys[kind])}" for kind in ("added", "removed") if keys[kind]]
     lines += [
-        f"  changed: {name}: {printable(old, 70)} -> {printable(new, 70)}"
+        f"  changed: {name}: {one_line(old, 70)} -> {one_line(new, 70)}"
         for name, (old, new) in keys["changed"].items()
     ]
     return [title, *lines] if lines else []

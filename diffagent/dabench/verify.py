@@ -33,7 +33,7 @@ from diffagent.dabench.history import (
     read_decisions,
     version_before,
 )
-from diffagent.dabench.layout import harmless, printable
+from diffagent.dabench.layout import one_line
 from diffagent.dabench.leaks import Chunk, Leak, chunk, find_leaks
 from diffagent.dabench.shards import model_mapping, sampler_mapping
 from diffagent.dabench.splits import SPLITS, Codes, Split
@@ -41,6 +41,7 @@ from diffagent.errors import ArtifactError, DiffAgentError
 from schemas.api import T2IAPI, ApiError, parse_api
 from schemas.dabench import CATALOGUE, DABENCH
 from schemas.manifest import Manifest
+from schemas.printable import printable
 
 log = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ class Verdict:
     ) -> None:
         """Count a problem."""
         if self.totals[kind] < self.limit:
-            self.problems.append(Problem(kind, file, row, printable(value, 120), message))
+            self.problems.append(Problem(kind, file, row, one_line(value, 120), message))
         self.totals[kind] += 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -644,7 +645,7 @@ def verdict_text(verdict: Verdict) -> str:
             row = "" if problem.row is None else f" row {problem.row}"
             where = f"{problem.file}{row}: " if problem.file else ""
             value = f"{problem.value!r}: " if problem.value else ""
-            lines.append(f"  {where}{value}{printable(problem.message, 300)}")
+            lines.append(f"  {where}{value}{one_line(problem.message, 300)}")
         if total > len(shown):
             lines.append(f"  ... and {total - len(shown):,} more")
-    return "\n".join(map(harmless, lines))
+    return "\n".join(map(printable, lines))

@@ -21,7 +21,7 @@ from diffagent.dabench import columns
 from diffagent.dabench.base_models import base_model_of, families
 from diffagent.dabench.card import Source, literal, size_category, source_of
 from diffagent.dabench.filters import filter_records
-from diffagent.dabench.layout import printable
+from diffagent.dabench.layout import one_line
 from diffagent.dabench.shards import build_dabench
 from diffagent.dabench.splits import SPLITS
 from diffagent.dabench.verify import verify_dabench
@@ -112,7 +112,7 @@ def test_names_of_strangers_are_shown_as_text(made: Artifact, tmp_path: Path) ->
         assert not any(k[0] == kind for k in found)
     cells = cells_of(card)
     for name in names:
-        assert printable(name) in cells
+        assert one_line(name) in cells
     assert "\x1b" not in card and "\u202e" not in card and "\u2028" not in card
     assert not re.search(r"(?<!\\)https?://evil|www\.evil", card), "no address that links itself"
     for plot in hostile.glob("plots/*.png"):
@@ -124,7 +124,7 @@ def test_names_of_strangers_are_shown_as_text(made: Artifact, tmp_path: Path) ->
 def test_literal_text_is_what_a_reader_sees(text: str) -> None:
     (inline,) = MarkdownIt("commonmark").parseInline(literal(text)) or [None]
     assert {t.type for t in inline.children or ()} <= {"text", "text_special"}
-    assert "".join(t.content for t in inline.children or ()) == printable(text)
+    assert "".join(t.content for t in inline.children or ()) == one_line(text)
 
 
 def test_metadata_is_what_the_hub_reads(made: Artifact) -> None:

@@ -338,7 +338,7 @@ def test_a_damaged_memory_is_named(site: Site, tmp_path: Path) -> None:
         )
     assert set(verify_dabench(copy).totals) == {"file digest", "file unreadable"}
     site.post(2000, "something new")
-    with pytest.raises(ArtifactError, match=r"splits.parquet'.*of the version before"):
+    with pytest.raises(ArtifactError, match=r"splits.parquet' is damaged"):
         site.build()
 
 
@@ -467,6 +467,25 @@ def test_older_versions_may_be_deleted(site: Site) -> None:
     assert site.build() == second, "cached"
     site.images[held_out] = picture
     assert splits_of(site.build()) == decided, "the newest one remembers"
+
+
+def test_a_damaged_newest_version_is_not_passed_over(site: Site) -> None:
+    """What it decided is not known to an older one: nothing is decided anew in silence."""
+    site.build()
+    site.post(2000, "something new")
+    source = site.crawl()
+    newest = site.build(source)
+    (shard,) = newest.path.glob("data/train-*")
+    good = shard.read_bytes()
+    shard.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    assert site.build(source).content_digest == newest.content_digest, "what made it makes it again"
+    shutil.rmtree(newest.path)  # only the damaged copy is left
+    site.post(2001, "newer still")
+    with pytest.raises(ArtifactError, match=r"set aside as .*\.damaged-1.* or delete it"):
+        site.build()
+    (aside,) = newest.path.parent.glob("*.damaged-1")
+    shutil.rmtree(aside)
+    assert site.build().path.exists(), "a person has said that it may"
 
 
 def test_a_killed_build_is_resumed_with_the_same_history(site: Site) -> None:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from diffagent.artifacts import MANIFEST, Artifact
 from diffagent.dabench.compare import compare, comparison_text
 from diffagent.dabench.dataset import open_dataset
-from diffagent.dabench.layout import aligned, printable
+from diffagent.dabench.layout import aligned, one_line
 from diffagent.dabench.shards import read_split
 from diffagent.dabench.splits import SPLITS
 from diffagent.dabench.summary import PERCENTILES, Lengths, summarise, summary_text
@@ -193,8 +193,8 @@ def test_percentiles(batches: list[list[int]]) -> None:
 
 
 def test_foreign_text_cannot_write_to_the_terminal() -> None:
-    assert printable("a\x1b[2Jb\n c") == "a\\x1b[2Jb c"
-    assert printable("abcdef", 4) == "abc…"
+    assert one_line("a\x1b[2Jb\n c") == "a\\x1b[2Jb c"
+    assert one_line("abcdef", 4) == "abc…"
 
 
 def test_no_line_of_a_report_can_write_to_the_terminal(made: Artifact, tmp_path: Path) -> None:
