@@ -552,9 +552,7 @@ class Stage(Generic[C]):
     def _run(self, config: C, context: StageContext, directory: Path, refresh: bool) -> Artifact:
         """``run`` with the lock of ``directory``."""
         runtime, inputs = context.runtime, list(_all(context.inputs))
-        previous = self._cached(directory, runtime, contextlib.nullcontext) or self._unsent(
-            directory, runtime
-        )
+        previous = self._cached(directory, runtime, _held) or self._unsent(directory, runtime)
         if previous and not refresh:
             log.info("%s: cached in %s", self.name, previous.location)
             return previous
@@ -580,7 +578,7 @@ class Stage(Generic[C]):
         if artifact and artifact.remote:
             _bring(artifact)
         if artifact and self.salvages and not self._verified(artifact):
-            again = self._cached(directory, runtime, contextlib.nullcontext)
+            again = self._cached(directory, runtime, _held)
             return self._previous(again, directory, runtime)
         return artifact
 
@@ -606,7 +604,7 @@ class Stage(Generic[C]):
 
     def _unsent(self, directory: Path, runtime: RuntimeConfig) -> Artifact | None:
         """What was built here whole and never reached the remote store is sent there now."""
-        if runtime.remote and (built := self._open(directory, contextlib.nullcontext)):
+        if runtime.remote and (built := self._open(directory, _held)):
             return self._send(built, runtime)
         return None
 
@@ -663,6 +661,11 @@ class Stage(Generic[C]):
             peak_memory_bytes=peak_memory_bytes(),
             versions=_library_versions(),
         )
+
+
+def _held(directory: Path) -> _Held:
+    """In place of ``locked``, for a caller that has the lock."""
+    return contextlib.nullcontext()
 
 
 def _trim(runtime: RuntimeConfig) -> None:

@@ -408,13 +408,13 @@ def main() -> None:
     try:
         app()
     except BaseException as error:
-        from diffagent.failures import as_error, is_failure, printable
+        from diffagent.failures import as_error, is_failure, shown
 
         if not is_failure(error):
             raise
         log.info("the traceback of this error", exc_info=True)
         failure = as_error(error, f"diffagent {' '.join(sys.argv[1:2])}".strip())
-        typer.echo(f"error: {printable(str(failure))}", err=True)
+        typer.echo(f"error: {shown(failure)}", err=True)
         raise SystemExit(1) from None
 
 

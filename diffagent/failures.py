@@ -39,7 +39,8 @@ _FULL_TEXT = re.compile(
 _MEMORY_TEXT = re.compile(
     r"out of memory|cannot allocate memory|DefaultCPUAllocator", re.IGNORECASE
 )
-_LINE = 400
+#: Characters of another library's message, and of a line on a terminal.
+_LINE, _LONG = 400, 1200
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -169,6 +170,14 @@ def unpack(packed: dict[str, Any]) -> DiffAgentError:
 def printable(text: str) -> str:
     """``text`` without control characters other than line ends and tabs: they are escaped."""
     return _CONTROL.sub(lambda match: repr(match[0])[1:-1], text)
+
+
+def shown(error: DiffAgentError) -> str:
+    """The message of an error for a terminal: printable, each line of it short enough to read."""
+    lines = printable(str(error)).split("\n")
+    return "\n".join(
+        s if len(s) <= _LONG else f"{s[: _LONG // 2]} ... {s[-_LONG // 2 :]}" for s in lines
+    )
 
 
 def _reason(error: BaseException) -> str:
