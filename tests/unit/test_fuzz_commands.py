@@ -181,7 +181,7 @@ def test_hostile_artefacts(seed: int, run: Run, world: Path, tmp_path: Path) -> 
         damage(directory, rng)
         if rng.random() < 0.6:  # a stranger's manifest fits its files
             reseal_if_possible(directory)
-        fitted = ("--selector", rng.choice(["popular", "neighbours"]), "--store", tmp_path / "s")
+        fitted = ("--selector", rng.choice(["bm25", "neighbours"]), "--store", tmp_path / "s")
         for arguments in (
             ("artifact", "show", directory),
             ("artifact", "verify", directory),
