@@ -527,8 +527,8 @@ class Stage(Generic[C]):
                 again), the disk is full, the store cannot be reached, the funnel does not add
                 up, or the body failed, whatever it raised.
         """
-        directory = self.directory(config, inputs, runtime)
-        with explained(f"stage {self.name!r}", directory.parent):
+        with explained(f"stage {self.name!r}", runtime.local_store / self.name):
+            directory = self.directory(config, inputs, runtime)
             if not refresh and (artifact := self.cached(config, inputs, runtime)):
                 log.info("%s: cached in %s", self.name, artifact.location)
                 return artifact  # no lock is taken: a store that cannot be written will do
@@ -697,7 +697,7 @@ def _here(artifact: Artifact, runtime: RuntimeConfig) -> Artifact:
 
 def _in_store(directory: Path, runtime: RuntimeConfig) -> bool:
     """Whether ``directory`` is an artefact of this run's store, which its stages can make again."""
-    return directory.resolve().parents[1] == runtime.local_store.resolve()
+    return directory.resolve().parent.parent == runtime.local_store.resolve()
 
 
 def _check_input(artifact: Artifact, runtime: RuntimeConfig) -> None:
@@ -729,7 +729,11 @@ def _check_input(artifact: Artifact, runtime: RuntimeConfig) -> None:
     if not _in_store(path, runtime):
         raise DamagedArtifact(f"{damage}; it lies outside of this store: get a whole copy of it")
     with locked(path):
-        aside = wholeness.set_aside(path) if path.exists() else None
+        try:  # another shard may have set it aside, and another run may have made it again
+            wholeness.check(path, read_manifest(path), "unread")
+            return
+        except DamagedArtifact:
+            aside = wholeness.set_aside(path) if path.exists() else None
     raise DamagedArtifact(
         f"{damage}; set aside{f' as {str(aside)!r}' if aside else ''}: run the same command again, "
         f"and the stage {artifact.stage!r} makes it again"

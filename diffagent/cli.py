@@ -298,9 +298,8 @@ def verify_artifact(directory: ArtifactDir, verbose: Verbose = 0) -> None:
 
     artifact = artifacts.open_artifact(directory)
     artifacts.verify_artifact(artifact, stored="://" in directory)
-    typer.echo(
-        f"{artifact.location}: all {len(artifact.manifest.files)} files are as they were made"
-    )
+    files = [entry for entry in artifact.manifest.files if not entry.for_people]
+    typer.echo(f"{artifact.location}: all {len(files)} files are as they were made")
 
 
 Store = Annotated[str, typer.Argument(metavar="[STORE]", help="Directory or URI of a store.")]
