@@ -537,9 +537,9 @@ class Stage(Generic[C]):
                 again), the disk is full, the store cannot be reached, the funnel does not add
                 up, or the body failed, whatever it raised.
         """
-        inputs = self._with_history(config, inputs, runtime)
-        directory = self.directory(config, inputs, runtime)
-        with explained(f"stage {self.name!r}", directory.parent):
+        with explained(f"stage {self.name!r}", runtime.local_store / self.name):
+            inputs = self._with_history(config, inputs, runtime)
+            directory = self.directory(config, inputs, runtime)
             if not refresh and (artifact := self.cached(config, inputs, runtime)):
                 log.info("%s: cached in %s", self.name, artifact.location)
                 return artifact  # no lock is taken: a store that cannot be written will do
@@ -563,9 +563,7 @@ class Stage(Generic[C]):
     def _run(self, config: C, context: StageContext, directory: Path, refresh: bool) -> Artifact:
         """``run`` with the lock of ``directory``."""
         runtime, inputs = context.runtime, list(_all(context.inputs))
-        previous = self._cached(directory, runtime, contextlib.nullcontext) or self._unsent(
-            directory, runtime
-        )
+        previous = self._cached(directory, runtime, _held) or self._unsent(directory, runtime)
         if previous and not refresh:
             log.info("%s: cached in %s", self.name, previous.location)
             return previous
@@ -591,7 +589,7 @@ class Stage(Generic[C]):
         if artifact and artifact.remote:
             _bring(artifact)
         if artifact and self.salvages and not self._verified(artifact):
-            again = self._cached(directory, runtime, contextlib.nullcontext)
+            again = self._cached(directory, runtime, _held)
             return self._previous(again, directory, runtime)
         return artifact
 
@@ -617,7 +615,7 @@ class Stage(Generic[C]):
 
     def _unsent(self, directory: Path, runtime: RuntimeConfig) -> Artifact | None:
         """What was built here whole and never reached the remote store is sent there now."""
-        if runtime.remote and (built := self._open(directory, contextlib.nullcontext)):
+        if runtime.remote and (built := self._open(directory, _held)):
             return self._send(built, runtime)
         return None
 
@@ -680,6 +678,11 @@ class Stage(Generic[C]):
         )
 
 
+def _held(directory: Path) -> _Held:
+    """In place of ``locked``, for a caller that has the lock."""
+    return contextlib.nullcontext()
+
+
 def _trim(runtime: RuntimeConfig) -> None:
     """Keep the local side of a remote store within its bound."""
 
@@ -709,7 +712,7 @@ def _here(artifact: Artifact, runtime: RuntimeConfig) -> Artifact:
 
 def _in_store(directory: Path, runtime: RuntimeConfig) -> bool:
     """Whether ``directory`` is an artefact of this run's store, which its stages can make again."""
-    return directory.resolve().parents[1] == runtime.local_store.resolve()
+    return directory.resolve().parent.parent == runtime.local_store.resolve()
 
 
 def _check_input(artifact: Artifact, runtime: RuntimeConfig) -> None:
@@ -741,7 +744,11 @@ def _check_input(artifact: Artifact, runtime: RuntimeConfig) -> None:
     if not _in_store(path, runtime):
         raise DamagedArtifact(f"{damage}; it lies outside of this store: get a whole copy of it")
     with locked(path):
-        aside = wholeness.set_aside(path) if path.exists() else None
+        try:  # another shard may have set it aside, and another run may have made it again
+            wholeness.check(path, read_manifest(path), "unread")
+            return
+        except DamagedArtifact:
+            aside = wholeness.set_aside(path) if path.exists() else None
     raise DamagedArtifact(
         f"{damage}; set aside{f' as {str(aside)!r}' if aside else ''}: run the same command again, "
         f"and the stage {artifact.stage!r} makes it again"

@@ -310,9 +310,8 @@ def verify_artifact(directory: ArtifactDir, verbose: Verbose = 0) -> None:
 
     artifact = artifacts.open_artifact(directory)
     artifacts.verify_artifact(artifact, stored="://" in directory)
-    typer.echo(
-        f"{artifact.location}: all {len(artifact.manifest.files)} files are as they were made"
-    )
+    files = [entry for entry in artifact.manifest.files if not entry.for_people]
+    typer.echo(f"{artifact.location}: all {len(files)} files are as they were made")
 
 
 Store = Annotated[str, typer.Argument(metavar="[STORE]", help="Directory or URI of a store.")]
@@ -420,13 +419,13 @@ def main() -> None:
     try:
         app()
     except BaseException as error:
-        from diffagent.failures import as_error, is_failure
+        from diffagent.failures import as_error, is_failure, shown
 
         if not is_failure(error):
             raise
         log.info("the traceback of this error", exc_info=True)
         failure = as_error(error, f"diffagent {' '.join(sys.argv[1:2])}".strip())
-        typer.echo(f"error: {printable(failure, lines=True)}", err=True)
+        typer.echo(f"error: {shown(failure)}", err=True)
         raise SystemExit(1) from None
 
 

@@ -40,7 +40,8 @@ _FULL_TEXT = re.compile(
 _MEMORY_TEXT = re.compile(
     r"out of memory|cannot allocate memory|DefaultCPUAllocator", re.IGNORECASE
 )
-_LINE = 400
+#: Characters of another library's message, and of a line on a terminal.
+_LINE, _LONG = 400, 1200
 
 
 def is_failure(error: BaseException) -> bool:
@@ -164,6 +165,14 @@ def unpack(packed: dict[str, Any]) -> DiffAgentError:
     failure.args = (packed["message"],)
     vars(failure).update(packed["fields"])
     return failure
+
+
+def shown(error: DiffAgentError) -> str:
+    """The message of an error for a terminal: printable, each line of it short enough to read."""
+    lines = printable(error, lines=True).split("\n")
+    return "\n".join(
+        s if len(s) <= _LONG else f"{s[: _LONG // 2]} ... {s[-_LONG // 2 :]}" for s in lines
+    )
 
 
 def _reason(error: BaseException) -> str:

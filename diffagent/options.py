@@ -75,7 +75,7 @@ def parse_overrides(settings: list[str] | None) -> dict[str, Any]:
     for text in settings or ():
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            raise ConfigError(f"--set needs SECTION.KEY=VALUE, got {text!r}")
+            raise ConfigError(f"--set needs SECTION.KEY=VALUE, got {text!r:.100}")
         try:
             overrides[key.strip()] = parse_yaml(value)
         except YamlError as error:

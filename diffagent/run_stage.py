@@ -25,6 +25,7 @@ from diffagent.failures import explained, pack
 from schemas.config import RuntimeConfig
 
 log = logging.getLogger("diffagent.run_stage")
+_PROGRESS_SECONDS = 0.5
 
 
 def main(request: str) -> int:
@@ -45,7 +46,7 @@ def main(request: str) -> int:
                 },
                 RuntimeConfig.model_validate(run["runtime"]),
                 site_url=run["site_url"],
-                progress=_print_progress,
+                progress=_ProgressLines(),
             )
     except DiffAgentError as error:
         log.info("the traceback of this error", exc_info=True)
@@ -55,9 +56,17 @@ def main(request: str) -> int:
     return 0
 
 
-def _print_progress(fraction: float | None, text: str) -> None:
-    sys.stdout.write(f"{PROGRESS_MARK}{json.dumps([fraction, text])}\n")
-    sys.stdout.flush()
+class _ProgressLines:
+    """Passes progress on to the parent, not more often than a person can follow."""
+
+    def __init__(self) -> None:
+        self._last = -_PROGRESS_SECONDS
+
+    def __call__(self, fraction: float | None, text: str) -> None:
+        if time.monotonic() - self._last >= _PROGRESS_SECONDS or fraction == 1:
+            self._last = time.monotonic()
+            sys.stdout.write(f"{PROGRESS_MARK}{json.dumps([fraction, text])}\n")
+            sys.stdout.flush()
 
 
 def _end_with(parent: int) -> None:

@@ -23,6 +23,7 @@ from diffagent.dabench.dataset import Dataset
 from diffagent.dabench.layout import aligned, one_line, paragraphs
 from diffagent.dabench.splits import SPLITS
 from diffagent.errors import ArtifactError, SchemaError
+from diffagent.failures import reading
 
 _RANGE = 50_000  # ids compared at once
 _SPLIT = "\0split"  # no column has this name
@@ -159,11 +160,13 @@ def _read_ids(dataset: Dataset) -> tuple[_Ids, dict[Path, _File]]:
 
 def _rows_between(files: Mapping[Path, _File], low: int, high: int) -> pl.DataFrame:
     inside = pl.col("id").is_between(low, high)
-    return pl.concat(
-        pl.scan_parquet(path).filter(inside).with_columns(pl.lit(split).alias(_SPLIT)).collect()
-        for path, (split, least, most) in files.items()
-        if least <= high and low <= most
-    )
+    tables = []
+    for path, (split, least, most) in files.items():
+        if least <= high and low <= most:
+            rows = pl.scan_parquet(path).filter(inside).with_columns(pl.lit(split).alias(_SPLIT))
+            with reading(path):
+                tables.append(rows.collect())
+    return pl.concat(tables)
 
 
 def _join(a: pl.DataFrame, b: pl.DataFrame, key: str) -> pl.DataFrame:
