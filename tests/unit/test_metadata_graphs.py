@@ -246,6 +246,11 @@ COMPUTED: dict[str, tuple[dict[str, Any], object]] = {
     "essentials round": (node("SimpleMath+", value="a*0.4+0.5", a=["30", 0]), 7),
     "power": (node("SimpleMath+", value="2**4 + min(a, 3)", a=["30", 0]), 19),
     "a missing input is 0": (node("SimpleMath+", value="a+b", a=["30", 0]), 16),
+    "core": (
+        node("ComfyMathExpression", **{"expression": "a // 3", "values.a": ["30", 0]}),
+        5,
+    ),
+    "core": (node("ComfyMathExpression", **{"expression": "a // 3", "values.a": ["30", 0]}), 5),
     "comparison": (node("MathExpression|pysssss", expression="iif(a > 10, 20, 30)", a=["30", 0]),
                    20),
     "width": (node("MathExpression|pysssss", expression="a.width / 16", a=["5", 0]), 32),
