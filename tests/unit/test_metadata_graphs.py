@@ -250,7 +250,6 @@ COMPUTED: dict[str, tuple[dict[str, Any], object]] = {
         node("ComfyMathExpression", **{"expression": "a // 3", "values.a": ["30", 0]}),
         5,
     ),
-    "core": (node("ComfyMathExpression", **{"expression": "a // 3", "values.a": ["30", 0]}), 5),
     "comparison": (node("MathExpression|pysssss", expression="iif(a > 10, 20, 30)", a=["30", 0]),
                    20),
     "width": (node("MathExpression|pysssss", expression="a.width / 16", a=["5", 0]), 32),

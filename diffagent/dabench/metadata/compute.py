@@ -352,9 +352,9 @@ def _lines(inputs: Inputs, name: str, *, without_empty: bool = False) -> str:
 
 def _replaced(inputs: Inputs, name: str) -> Outputs:
     text = inputs.text(name)
-    for number_ in "123":
+    for slot in "123":
         text = replace_text(
-            text, inputs.text(f"find{number_}", ""), inputs.text(f"replace{number_}", "")
+            text, inputs.text(f"find{slot}", ""), inputs.text(f"replace{slot}", "")
         )
     return (text,)
 

@@ -74,7 +74,7 @@ _SETTINGS = re.compile(
 )
 _HANDS_ON = re.compile(  # nodes that hand their one input on as it is
     r"reroute|^[gs]etnode$|show ?text|show ?anything|preview ?any|display ?any|display ?text"
-    r"|^(?:string|text) to (?:string|text|console)|clean ?(?:v|gpu)|purge ?vram|anything ?everywhere",
+    r"|^(?:string|text) to (?:string|text|console)|clean ?(?:v|gpu)|purge ?vram",
     re.I,
 )
 #: Nodes that change a latent and not its size.
