@@ -353,9 +353,7 @@ def _lines(inputs: Inputs, name: str, *, without_empty: bool = False) -> str:
 def _replaced(inputs: Inputs, name: str) -> Outputs:
     text = inputs.text(name)
     for slot in "123":
-        text = replace_text(
-            text, inputs.text(f"find{slot}", ""), inputs.text(f"replace{slot}", "")
-        )
+        text = replace_text(text, inputs.text(f"find{slot}", ""), inputs.text(f"replace{slot}", ""))
     return (text,)
 
 

@@ -26,8 +26,32 @@ _AB = re.compile(  # WAS Suite's
     r" Input Switch\Z"
 )
 _NUMBERED = re.compile(r"CR .*Switch|ImpactSwitch\Z|LatentSwitch\Z|easy (?:text|\w+Index)Switch\Z")
-_FIRST = frozenset({"Any Switch (rgthree)", "Context Switch (rgthree)"})
+_FIRST = frozenset({"Any Switch (rgthree)"})
+#: rgthree's bundles of links: an output is the input of the same name, or the bundle's before it.
+_CONTEXTS = frozenset({"Context (rgthree)", "Context Big (rgthree)"})
+_CONTEXT_SWITCHES = frozenset({"Context Switch (rgthree)", "Context Switch Big (rgthree)"})
+_CONTEXT = (
+    *("base_ctx", "model", "clip", "vae", "positive", "negative", "latent", "images", "seed"),
+    *("steps", "step_refiner", "cfg", "ckpt_name", "sampler", "scheduler", "clip_width"),
+    *("clip_height", "text_pos_g", "text_pos_l", "text_neg_g", "text_neg_l", "mask", "control_net"),
+)
 _SELECTORS = ("select", "Input", "input", "index")
+
+
+def context_link(node: Node, slot: int) -> object:
+    """Where an output of a bundle comes from; None for the bundle itself and for other nodes."""
+    if not 0 < slot < len(_CONTEXT):
+        return None
+    behind: object = None
+    if node.kind in _CONTEXTS:
+        link = node.inputs.get(_CONTEXT[slot])
+        if link is not None:
+            return link
+        behind = node.inputs.get("base_ctx")
+    elif node.kind in _CONTEXT_SWITCHES:
+        names = (name for name, link in node.inputs.items() if is_link(link))
+        behind = next((node.inputs[name] for name in names if name.startswith("ctx_")), None)
+    return [behind[0], slot] if is_link(behind) else None
 
 
 def is_switch(node: Node) -> bool:
@@ -50,7 +74,7 @@ def chosen(node: Node, inputs: Inputs, slot: int) -> str | None:
     raw = node.inputs
     if node.kind in _FIRST:
         for name in raw:
-            if name.startswith(("any_", "ctx_")) and is_link(raw[name]):
+            if name.startswith("any_") and is_link(raw[name]):
                 return name
         raise NotKnownError("a switch without inputs")
     if _NUMBERED.match(node.kind):

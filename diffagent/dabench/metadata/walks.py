@@ -29,7 +29,7 @@ from diffagent.dabench.metadata.compute import (
 from diffagent.dabench.metadata.expression import NotKnownError
 from diffagent.dabench.metadata.generation import Reference
 from diffagent.dabench.metadata.graph import Node, Nodes, is_link
-from diffagent.dabench.metadata.switches import chosen, is_switch
+from diffagent.dabench.metadata.switches import chosen, context_link, is_switch
 from diffagent.dabench.metadata.values import (
     air,
     integer,
@@ -137,6 +137,10 @@ class Walks:
                 return None
             if node.kind == "Subgraph":
                 link = node.inputs.get(f"output_{slot}")
+                continue
+            bundled = context_link(node, slot)
+            if bundled is not None:
+                link = bundled
                 continue
             name = self._handed_on(key, node, slot)
             if name is None:
