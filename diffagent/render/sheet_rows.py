@@ -120,6 +120,8 @@ def pictures_config(
 def _api(made: Generation) -> T2IAPI | None:
     """What a picture says as an API call; None when it does not say enough."""
     checkpoint = made.checkpoints[0] if made.checkpoints else None
+    if made.not_known:
+        return None
     try:
         return T2IAPI(
             model=(checkpoint and checkpoint.name) or "",

@@ -182,6 +182,28 @@ def test_of_several_saved_pictures_only_what_they_share_is_known() -> None:
     assert (made.width, made.height, made.negative_prompt) == (512, 640, "noise")
 
 
+def test_bundles_of_links_that_hand_values_on() -> None:
+    bundle = node("Context Big (rgthree)", model=["4", 0], clip=["4", 1], positive=["6", 0],
+                  negative=["7", 0], latent=["5", 0], steps=["21", 0], seed=9,
+                  ckpt_name="wrong.safetensors")  # fmt: skip
+    made = read(
+        graph(
+            **{
+                "20": bundle,
+                "21": node("PrimitiveInt", value=12),
+                "22": node("Context Big (rgthree)", base_ctx=["20", 0], cfg=5.5),
+                "23": node("Context Switch Big (rgthree)", ctx_01=["22", 0], ctx_02=["99", 0]),
+                "3": sampler(model=["23", 1], positive=["23", 4], negative=["23", 5],
+                             latent_image=["23", 6], seed=["23", 8], steps=["23", 9],
+                             cfg=["23", 11]),
+                "9": SAVE,
+            }
+        )
+    )  # fmt: skip
+    assert (seen(made), made.width, made.negative_prompt) == (OURS, 512, "noise")
+    assert made.checkpoints == (Reference(name="sd/shapes_v1"),)
+
+
 def test_an_unconnected_node_sets_nothing() -> None:
     loose = {
         "20": node("CLIPSetLastLayer", stop_at_clip_layer=-2, clip=["4", 1]),
@@ -246,6 +268,10 @@ COMPUTED: dict[str, tuple[dict[str, Any], object]] = {
     "essentials round": (node("SimpleMath+", value="a*0.4+0.5", a=["30", 0]), 7),
     "power": (node("SimpleMath+", value="2**4 + min(a, 3)", a=["30", 0]), 19),
     "a missing input is 0": (node("SimpleMath+", value="a+b", a=["30", 0]), 16),
+    "core": (
+        node("ComfyMathExpression", **{"expression": "a // 3", "values.a": ["30", 0]}),
+        5,
+    ),
     "comparison": (node("MathExpression|pysssss", expression="iif(a > 10, 20, 30)", a=["30", 0]),
                    20),
     "width": (node("MathExpression|pysssss", expression="a.width / 16", a=["5", 0]), 32),

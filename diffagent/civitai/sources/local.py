@@ -627,13 +627,13 @@ def _beside(file: LocalFile) -> Iterator[Path]:
 
 
 def _picture(path: Path, base: Row) -> Row | None:
-    """The record of a picture file; None when it does not say how it was made."""
+    """The record of a picture file; None when it does not say all of how it was made."""
     from PIL import Image
 
     from diffagent.dabench.metadata import read_image_metadata, write_parameters
 
     generation = read_image_metadata(path)
-    if not generation.prompt:
+    if not generation.prompt or generation.not_known:
         return None
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()

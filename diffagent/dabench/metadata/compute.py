@@ -148,8 +148,9 @@ def _formula(inputs: Inputs, name: str, default: Any = _REQUIRED) -> int | float
             return inputs.size(source)[side == "height"]
         if dot or word == name:
             raise NotKnownError(f"the variable {word!r}")
-        grown = f"variables.{word}"  # as the newer kind of node names its variables
-        return inputs.number(grown if grown in inputs.raw else word, default)
+        # The newer kind of node has its variables in a group.
+        grown = (f"{group}.{word}" for group in ("values", "variables"))
+        return inputs.number(next((name for name in grown if name in inputs.raw), word), default)
 
     return evaluate(inputs.text(name), variable)
 
@@ -231,6 +232,7 @@ def _compared(inputs: Inputs) -> Outputs:
 
 _NUMBERS: dict[str, Compute] = {
     "MathExpression|pysssss": lambda i: _int_float(_formula(i, "expression")),
+    "ComfyMathExpression": lambda i: _int_float(_formula(i, "expression"))[::-1],
     "SimpleMath+": lambda i: _rounded(_formula(i, "value", 0.0)),
     "SimpleMathDual+": lambda i: (
         *_rounded(_formula(i, "value_1", 0.0)),
@@ -350,10 +352,8 @@ def _lines(inputs: Inputs, name: str, *, without_empty: bool = False) -> str:
 
 def _replaced(inputs: Inputs, name: str) -> Outputs:
     text = inputs.text(name)
-    for number_ in "123":
-        text = replace_text(
-            text, inputs.text(f"find{number_}", ""), inputs.text(f"replace{number_}", "")
-        )
+    for slot in "123":
+        text = replace_text(text, inputs.text(f"find{slot}", ""), inputs.text(f"replace{slot}", ""))
     return (text,)
 
 
@@ -408,20 +408,23 @@ def _mtb_replace(inputs: Inputs) -> Outputs:
     return (replace_text(text, old, new),)
 
 
+_CASES: Mapping[str, Callable[[str], str]] = {
+    "uppercase": str.upper,
+    "lowercase": str.lower,
+    "capitalize": str.capitalize,
+    "title case": str.title,
+    "invert_case": str.swapcase,
+    "trim": str.strip,
+    "both": str.strip,
+    "left": str.lstrip,
+    "right": str.rstrip,
+    "reverse": lambda text: text[::-1],
+    "remove_spaces": lambda text: text.replace(" ", ""),
+}
+
+
 def _case(inputs: Inputs, name: str, mode: str) -> Outputs:
-    change = {
-        "uppercase": str.upper,
-        "lowercase": str.lower,
-        "capitalize": str.capitalize,
-        "title case": str.title,
-        "invert_case": str.swapcase,
-        "trim": str.strip,
-        "both": str.strip,
-        "left": str.lstrip,
-        "right": str.rstrip,
-        "reverse": lambda text: text[::-1],
-        "remove_spaces": lambda text: text.replace(" ", ""),
-    }.get(inputs.text(mode).casefold())
+    change = _CASES.get(inputs.text(mode).casefold())
     if change is None:
         raise NotKnownError("an unknown change of case")
     return (change(inputs.text(name)),)

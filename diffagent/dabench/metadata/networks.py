@@ -45,7 +45,7 @@ class _Networks:
     def __init__(self, tags: Mapping[str, Reference]) -> None:
         self._tags = tags
         self._found = dict(tags)
-        self._keys = {_key(name): name for name in reversed(tags)}
+        self._keys = {_key(name): name for name in reversed(list(tags))}
         self._hashes = {_digest(use.hash) for use in tags.values() if use.hash}
 
     def add(self, reference: Reference) -> None:

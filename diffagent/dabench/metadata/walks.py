@@ -29,6 +29,7 @@ from diffagent.dabench.metadata.compute import (
 from diffagent.dabench.metadata.expression import NotKnownError
 from diffagent.dabench.metadata.generation import Reference
 from diffagent.dabench.metadata.graph import Node, Nodes, is_link
+from diffagent.dabench.metadata.switches import chosen, context_link, is_switch
 from diffagent.dabench.metadata.values import (
     air,
     integer,
@@ -72,8 +73,8 @@ _SETTINGS = re.compile(
     re.I,
 )
 _HANDS_ON = re.compile(  # nodes that hand their one input on as it is
-    r"reroute|[gs]etnode|show ?text|show ?anything|preview ?any|display ?any|display ?text"
-    r"|^(?:string|text) to (?:string|text|console)|clean ?vram|purge ?vram|anything ?everywhere",
+    r"reroute|^[gs]etnode$|show ?text|show ?anything|preview ?any|display ?any|display ?text"
+    r"|^(?:string|text) to (?:string|text|console)|clean ?(?:v|gpu)|purge ?vram",
     re.I,
 )
 #: Nodes that change a latent and not its size.
@@ -137,6 +138,10 @@ class Walks:
             if node.kind == "Subgraph":
                 link = node.inputs.get(f"output_{slot}")
                 continue
+            bundled = context_link(node, slot)
+            if bundled is not None:
+                link = bundled
+                continue
             name = self._handed_on(key, node, slot)
             if name is None:
                 return Source(key, node, slot)
@@ -148,12 +153,10 @@ class Walks:
         if _HANDS_ON.search(node.kind) or node.kind == "Bypassed":
             linked = [name for name, value in node.inputs.items() if is_link(value)]
             return linked[0] if len(linked) == 1 else None
-        if not _is_switch(node):
+        if not is_switch(node):
             return None
         try:
-            return self._once(
-                ("switch", key, slot), lambda: _chosen(node, self._inputs(node), slot)
-            )
+            return self._once(("switch", key, slot), lambda: chosen(node, self._inputs(node), slot))
         except NotKnownError:
             return None
 
@@ -470,7 +473,7 @@ class Walks:
         checkpoints: list[str] = []
         ahead: list[Any] = [_model_link(self._nodes[key])]
         if ahead == [None]:  # a sampler that nothing is linked to has the models that there are
-            ahead = [[other, 0] for other in reversed(self._nodes)]
+            ahead = [[other, 0] for other in reversed(list(self._nodes))]
         seen: set[str] = set()
         while ahead and len(seen) < _MAX_LINKS:
             source = self.source(ahead.pop())
@@ -699,78 +702,3 @@ def _only_link(node: Node) -> object:
     """The link of a node that has one, such as a reroute."""
     links = [value for value in node.inputs.values() if is_link(value)]
     return links[0] if len(links) == 1 else None
-
-
-# --- switches -------------------------------------------------------------------------------
-
-#: Switches between two inputs by a boolean: its name, and the inputs when it is on and off.
-_BRANCHES = (
-    ("boolean", "on_true", "on_false"),
-    ("switch", "on_true", "on_false"),
-    ("cond", "tt_value", "ff_value"),
-    ("ANY", "IF_TRUE", "IF_FALSE"),
-)
-_BRANCHING = frozenset(
-    {"easy ifElse", "ComfySwitchNode", "LazySwitchKJ", "ImpactConditionalBranch"}
-    | {"If ANY return A else B"}
-)
-_AB = re.compile(  # WAS Suite's
-    r"(?:Text|Number|Latent|Image|Model|CLIP|VAE|Conditioning|Control Net Model|Upscale Model)"
-    r" Input Switch\Z"
-)
-_NUMBERED = re.compile(r"CR .*Switch|ImpactSwitch\Z|LatentSwitch\Z|easy (?:text|\w+Index)Switch\Z")
-_FIRST = frozenset({"Any Switch (rgthree)", "Context Switch (rgthree)"})
-_SELECTORS = ("select", "Input", "input", "index")
-
-
-def _is_switch(node: Node) -> bool:
-    kind = node.kind
-    return (
-        kind in _BRANCHING
-        or kind in _FIRST
-        or "[Crystools]" in kind
-        or bool(_AB.match(kind) or _NUMBERED.match(kind))
-        or kind == "easy imageSwitch"
-    )
-
-
-def _chosen(node: Node, inputs: Inputs, slot: int) -> str | None:
-    """The name of the input that a switch hands on; None where it is no switch.
-
-    Raises:
-        NotKnownError: it is not known which.
-    """
-    raw = node.inputs
-    if node.kind in _FIRST:
-        for name in raw:
-            if name.startswith(("any_", "ctx_")) and is_link(raw[name]):
-                return name
-        raise NotKnownError("a switch without inputs")
-    if _NUMBERED.match(node.kind):
-        return _numbered(raw, inputs, slot)
-    if _AB.match(node.kind) or node.kind == "easy imageSwitch":
-        ends = "_a" if inputs.flag("boolean") else "_b"
-        return _single(name for name in raw if name.endswith(ends))
-    for selector, on, off in _BRANCHES:
-        if selector in raw and (on in raw or off in raw):
-            return _single([on if inputs.flag(selector) else off])
-    return None
-
-
-def _numbered(raw: Any, inputs: Inputs, slot: int) -> str:
-    """The input whose name ends in the number that is selected, from 0 or 1 as the names do."""
-    selector = next((name for name in _SELECTORS if name in raw), "")
-    chosen = str(inputs.whole(selector))
-    names = [
-        name for name in raw if name != selector and re.fullmatch(rf"[A-Za-z_]+{chosen}", name)
-    ]
-    if len(names) == 2 and {name.rstrip("0123456789") for name in names} == {"model", "clip"}:
-        return sorted(names, reverse=True)[slot == 1]
-    return _single(names)
-
-
-def _single(names: Iterable[str]) -> str:
-    found = list(names)
-    if len(found) != 1:
-        raise NotKnownError("a switch of another kind")
-    return found[0]
