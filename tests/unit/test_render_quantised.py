@@ -166,7 +166,7 @@ def test_a_scaled_checkpoint_draws_the_right_picture(tmp_path: Path, leaf: str) 
     assert without is None or np.abs(without - right).mean() > 10, "the scales matter here"
 
 
-def test_a_scaled_vae_and_4_bit_checkpoints_are_told(tmp_path: Path) -> None:
+def test_a_4_bit_checkpoint_is_refused_by_its_kind(tmp_path: Path) -> None:
     pipeline = tiny_sd.build(tmp_path / "config")
     path = tmp_path / "nf4.safetensors"
     tiny_sd.save_single_file(pipeline, path)
