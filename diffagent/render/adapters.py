@@ -95,6 +95,14 @@ def _usable(
     path: Path, layers: Sequence[Mapping[str, torch.Tensor]], pipeline: Any
 ) -> dict[tuple[str, str], tuple[torch.Tensor, torch.Tensor]]:
     """The factors of the layers that a pipeline has, their strengths multiplied in."""
+    for layer in layers:
+        (down_name, down), (up_name, up), *alphas = layer.items()
+        for name, tensor in ((down_name, down), (up_name, up)):
+            if tensor.ndim < 2:
+                raise _unfit(path, f"tensor {name!r} has shape {tuple(tensor.shape)}")
+        for name, tensor in alphas:
+            if tensor.numel() != 1:
+                raise _unfit(path, f"{name!r} holds {tensor.numel()} numbers instead of one")
     strengths, usable = _Strengths(path), {}
     factors = [dict(_with_alpha(layer)) for layer in layers]
     for translated in _translated(factors, pipeline):
@@ -394,9 +402,17 @@ class Inversions:
             parts = [(name, pipeline.text_encoder, pipeline.tokenizer)]
         rest = sorted(vectors.keys() - {name for name, _, _ in parts})
         if missing := [name for name, _, _ in parts if name not in vectors]:
-            raise ValueError(f"it lacks {_names(missing)} and holds {_names(rest)}")
+            raise _no_embedding(
+                path, f"it holds {_names(rest) or 'nothing'}, not {_names(missing)}"
+            )
         if rest and parts[0][0] not in {"emb_params", "clip_l"}:
-            raise ValueError(f"one tensor is expected, it holds {_names(sorted(vectors))}")
+            raise _no_embedding(path, f"one tensor is expected, it holds {_names(sorted(vectors))}")
+        for name, encoder, _ in parts:
+            shape, width = tuple(vectors[name].shape), encoder.get_input_embeddings().embedding_dim
+            if len(shape) not in {1, 2} or shape[-1] != width or 0 in shape:
+                raise _no_embedding(
+                    path, f"{name!r} has shape {shape}, vectors have {width} numbers"
+                )
         if rest:
             log.warning(
                 "%r: tensors that are no embedding are left out: %s", path.name, _names(rest)
@@ -416,6 +432,12 @@ class Inversions:
                 text_encoder=pipeline.text_encoder_2, tokenizer=pipeline.tokenizer_2
             )
         self._loaded = ()
+
+
+def _no_embedding(path: Path, problem: str) -> RenderError:
+    return RenderError(
+        f"{path.name!r} is no embedding for the checkpoint: {problem}", reason="bad-embedding"
+    )
 
 
 def token(sha256: str) -> str:

@@ -7,12 +7,13 @@ whether it predicts velocity from what is known of it: see `scheduler_overrides`
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -150,7 +151,7 @@ def load_checkpoint(file: ModelRef, configs: Sequence[Path], dtype: torch.dtype)
     components |= _tokenizers(config)
     name = "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline"
     try:
-        with reading(path.name, "cannot be loaded by diffusers"):
+        with _loading(path.name, "cannot be loaded by diffusers"):
             if has_scales:
                 components |= _models(load_tensors(path, dtype), config, dtype)
             pipeline = getattr(diffusers, name).from_single_file(
@@ -184,7 +185,7 @@ def load_vae(file: ModelRef, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """
     path = local_path(file)
     diffusers = quiet_diffusers()
-    with reading(path.name, f"is no VAE for a checkpoint of {checkpoint.family}", "bad-vae"):
+    with _loading(path.name, f"is no VAE for a checkpoint of {checkpoint.family}", "bad-vae"):
         vae = diffusers.AutoencoderKL.from_single_file(
             load_tensors(path, dtype),
             config=str(checkpoint.config),
@@ -217,6 +218,23 @@ def quiet_diffusers() -> Any:
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     return diffusers
+
+
+@contextlib.contextmanager
+def _loading(name: str, problem: str, reason: str = "bad-model-file") -> Iterator[None]:
+    """`reading`, and the words for how diffusers fails over tensors that a file lacks."""
+    with reading(name, problem, reason):
+        try:
+            yield
+        except KeyError as error:
+            raise RenderError(
+                f"{name!r} {problem}: it lacks tensor {error}", reason=reason
+            ) from error
+        except NotImplementedError as error:  # of a parameter that got no data
+            raise RenderError(
+                f"{name!r} {problem}: it lacks tensors of the architecture; get the whole file",
+                reason=reason,
+            ) from error
 
 
 def _models(tensors: dict[str, Any], config: Path, dtype: torch.dtype) -> dict[str, Any]:

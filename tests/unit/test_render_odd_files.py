@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -13,9 +15,16 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from diffagent import cli
-from diffagent.errors import ConfigError
+from diffagent.civitai.sources.local import Hashes, look
+from diffagent.errors import ConfigError, RenderError
+from diffagent.render.base import Files, ModelRef
+from diffagent.render.pipelines import DiffusersRenderer
 from diffagent.render.prompts_file import folder_entries
+from diffagent.render.recipe import LoRAUse
+from diffagent.render.stage import REASONS
 from diffagent.sandbox import files as sandbox_files
+from tests.unit import tiny_sd
+from tests.unit.test_render_pipelines import RECIPE
 
 
 def with_notes(content: bytes, notes: Any) -> bytes:
@@ -169,3 +178,74 @@ def test_a_folder_of_many_odd_files_warns_once(
     (tmp_path / "none").mkdir()
     with pytest.raises(ConfigError, match="models scan"):
         folder_entries([tmp_path / "none"], tmp_path / "hashes.json")
+
+
+ODD_NAMES = ("", ".", "weight", "x" * 900, "\u043a\u043b\u044e\u0447", "lora_unet_",
+             ".lora_down.weight", "unet.lora_A.weight", "lora_unet_input_blocks_x_y.lora_down.weight")  # fmt: skip
+TYPES = (torch.float64, torch.bfloat16, torch.int8, torch.uint8, torch.int64, torch.bool,
+         torch.float8_e4m3fn, torch.complex64)  # fmt: skip
+
+
+def mutated(tensors: dict[str, torch.Tensor], random: Random) -> dict[str, torch.Tensor]:
+    """The tensors with a few odd types, shapes, names and gaps."""
+    result = dict(tensors)
+    for _ in range(random.choice((1, 1, 2, 5))):
+        name = random.choice(list(result))
+        tensor = result[name]
+        other = random.choice(list(result))
+        changes = (
+            {name: tensor.to(random.choice(TYPES))},
+            {name: tensor.flatten()},
+            {name: tensor[:0] if tensor.ndim else tensor},
+            {name: torch.zeros(())},
+            {name: tensor.unsqueeze(0)},
+            {random.choice(ODD_NAMES): tensor},
+            {name: result[other], other: tensor},
+            {f"{name}{random.choice(('.weight', '.alpha', '_scale', '.scale_weight'))}": tensor},
+        )
+        result |= random.choice(changes)
+        if random.random() < 0.3 and len(result) > 1:
+            del result[name]
+    return {name: tensor.clone() for name, tensor in result.items()}
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "vae", "lora", "embedding"])
+def test_whatever_a_file_holds_is_drawn_or_refused(tmp_path: Path, kind: str) -> None:
+    pipeline = tiny_sd.build(tmp_path / "config")
+    whole, path = tmp_path / "whole.safetensors", tmp_path / "odd.safetensors"
+    tiny_sd.save_single_file(pipeline, whole)
+    tiny_sd.save_kohya_lora(pipeline, path)
+    tensors = load_file(whole)
+    sources = {
+        "checkpoint": tensors,
+        "lora": load_file(path),
+        "embedding": {"x": torch.ones(2, 32)},
+    }
+    start = "first_stage_model."
+    sources["vae"] = {n[len(start) :]: t for n, t in tensors.items() if n.startswith(start)}
+    renderer = DiffusersRenderer(torch.device("cpu"), [tmp_path / "config"])
+    base = ModelRef("base", "base", path=whole)
+    outcomes = Counter[str]()
+    for seed in range(25):
+        save_file(mutated(sources[kind], Random(seed)), path)
+        odd = ModelRef(f"{seed:064x}", "odd", path=path)
+        files = {
+            "checkpoint": Files(odd),
+            "vae": Files(base, vae=odd),
+            "lora": Files(base, loras=(odd,)),
+            "embedding": Files(base, embeddings=(odd,)),
+        }[kind]
+        assert look(path, Hashes(None)).sha256
+        try:
+            renderer.prepare(files)
+        except RenderError as error:
+            assert error.reason in REASONS and "odd" in str(error)
+            outcomes["refused"] += 1
+            continue
+        uses = (LoRAUse(sha256=odd.sha256, weight=1),) if kind == "lora" else ()
+        (drawn,) = renderer.render([RECIPE.model_copy(update={"loras": uses, "steps": 1})])
+        outcomes["failed" if isinstance(drawn, RenderError) else "drawn"] += 1
+    assert outcomes["refused"] and outcomes.total() == 25
+    renderer.prepare(Files(base))
+    (drawn,) = renderer.render([RECIPE])
+    assert not isinstance(drawn, RenderError), "the renderer stays usable"

@@ -14,6 +14,7 @@ from safetensors.torch import save_file as save_tensors
 
 from diffagent.errors import RenderError
 from diffagent.render.base import Files, ModelRef
+from diffagent.render.checkpoints import load_checkpoint, shipped_configs
 from diffagent.render.pipelines import DiffusersRenderer
 from diffagent.render.quantised import check_quantisation, load_tensors
 from tests.unit import tiny_sd
@@ -166,7 +167,34 @@ def test_a_scaled_checkpoint_draws_the_right_picture(tmp_path: Path, leaf: str) 
     assert without is None or np.abs(without - right).mean() > 10, "the scales matter here"
 
 
-def test_a_scaled_vae_and_4_bit_checkpoints_are_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+def test_other_families_load_with_scales_too(tmp_path: Path, family: str) -> None:
+    released = next(config for config in shipped_configs() if config.name == family)
+    pipeline = tiny_sd.build_like(released, tmp_path / "config")
+    path = tmp_path / "scaled.safetensors"
+    tiny_sd.save_single_file(pipeline, path)
+    tensors: Tensors = {}
+    for name, tensor in load_file(path).items():
+        tensors[name] = tensor
+        if name.endswith(".weight") and tensor.ndim == 2 and ".proj.weight" in name:
+            scale = tensor.float().abs().amax(1, keepdim=True) / 448
+            tensors[name] = (tensor.float() / scale).to(FP8)
+            tensors[f"{name}_scale"] = scale
+    assert len(tensors) > len(load_file(path))
+    save_file(tensors, path)
+    file = ModelRef("a", "a", path=path)
+    loaded = load_checkpoint(file, [tmp_path / "config"], torch.float32).pipeline
+    for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        if not hasattr(pipeline, part):
+            continue
+        right = getattr(pipeline, part).state_dict()
+        for name, tensor in getattr(loaded, part).state_dict().items():
+            if tensor.is_floating_point():
+                step = float(right[name].abs().max()) * 2**-4
+                assert (tensor - right[name]).abs().max() <= step, name
+
+
+def test_a_4_bit_checkpoint_is_refused_by_its_kind(tmp_path: Path) -> None:
     pipeline = tiny_sd.build(tmp_path / "config")
     path = tmp_path / "nf4.safetensors"
     tiny_sd.save_single_file(pipeline, path)
