@@ -126,8 +126,9 @@ class DiffusersRenderer:
             )
         if not SAMPLERS[recipe.sampler].renderable:
             raise RenderError(f"no scheduler for {recipe.sampler!r}", reason="unsupported-sampler")
-        for prompt in (recipe.prompt, recipe.negative_prompt):
-            check_prompt(prompt, SAMPLERS[recipe.sampler].evaluations(recipe.steps))
+        evaluations = SAMPLERS[recipe.sampler].evaluations(recipe.steps)
+        check_prompt(recipe.prompt, evaluations)
+        check_prompt(recipe.negative_prompt, evaluations, negative=True)
         base = _ecosystem(files.checkpoint)
         if base is not None and base not in SUPPORTED:
             raise RenderError(

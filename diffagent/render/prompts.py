@@ -7,6 +7,7 @@ both, not equal. Longer prompts take several windows of CLIP's 77 tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -70,7 +71,7 @@ class Composed:
 _Timelines = list[tuple[float, list[tuple[int, str]]]]
 
 
-def check_prompt(prompt: str, evaluations: int) -> None:
+def check_prompt(prompt: str, evaluations: int, *, negative: bool = False) -> None:
     """Refuse a prompt that would take too long.
 
     Raises:
@@ -78,7 +79,7 @@ def check_prompt(prompt: str, evaluations: int) -> None:
     """
     if len(prompt) > MAX_CHARACTERS:
         raise _too_long(f"{len(prompt)} characters, more than {MAX_CHARACTERS}")
-    timelines = _timelines(prompt, evaluations)
+    timelines = _timelines(prompt, evaluations, negative=negative)
     if len(timelines) > _MAX_PARTS:
         raise _too_long(f"{len(timelines)} parts between AND, more than {_MAX_PARTS}")
     texts = {text for _, spans in timelines for _, text in spans}
@@ -150,15 +151,14 @@ class PromptEncoder:
         import torch
 
         windows = parse(prompt)
-        if len(windows) > _MAX_WINDOWS:
-            raise _too_long(f"{len(windows)} windows, more than {_MAX_WINDOWS}")
+        number = sum(map(self._windows_of, windows))
+        if number > _MAX_WINDOWS:
+            raise _too_long(f"{number} windows of tokens, more than {_MAX_WINDOWS}")
         contexts = [
             torch.cat([self._window(*encoder, window, clip_skip) for window in windows], dim=1)
             for encoder in self._encoders
         ]
         length = max(context.shape[1] for context in contexts)
-        if length > _MAX_WINDOWS * self._encoders[0][0].model_max_length:
-            raise _too_long(f"{length} tokens with its breaks, more than {_MAX_WINDOWS} windows")
         contexts = [
             self._padded(number, context, length, clip_skip)
             for number, context in enumerate(contexts)
@@ -202,6 +202,13 @@ class PromptEncoder:
             zeros = torch.zeros_like
             negative = Conditioning(zeros(empty.context), zeros(empty.pooled))
         return positive, negative
+
+    def _windows_of(self, fragments: Sequence[Fragment]) -> int:
+        """Count the windows that fragments take at least."""
+        tokenizer, _ = self._encoders[0]
+        text = "".join(text for text, _ in fragments)
+        tokens = len(tokenizer(text, add_special_tokens=False).input_ids)
+        return max(1, math.ceil(tokens / (tokenizer.model_max_length - 2)))
 
     def _window(
         self, tokenizer: Any, encoder: Any, window: Sequence[Fragment], clip_skip: int

@@ -436,9 +436,10 @@ def test_failures_have_reasons(world: World, tmp_path: Path) -> None:
     failed = outcome(renderer, clip_skip=3)
     assert isinstance(failed, RenderError)
     assert failed.reason == "clip-skip"
-    failed = outcome(renderer, prompt="a BREAK " * 100)
-    assert isinstance(failed, RenderError)
-    assert failed.reason == "prompt-too-long"
+    for prompt in ("a BREAK " * 100, "😀" * 9_000):  # few characters, many windows of tokens
+        failed = outcome(renderer, prompt=prompt)
+        assert isinstance(failed, RenderError)
+        assert failed.reason == "prompt-too-long"
     good = RECIPE.model_copy(update={"seed": 3})
     mixed = list(renderer.render([RECIPE.model_copy(update={"clip_skip": 3}), good]))
     assert [isinstance(drawn, RenderError) for drawn in mixed] == [True, False]
