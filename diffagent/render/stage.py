@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffagent.artifacts import StageContext, StageResult, stage
+from diffagent.artifacts import Progress, StageContext, StageResult, stage
 from diffagent.civitai.client import client_for
 from diffagent.dabench.catalogue import Catalogue
 from diffagent.errors import RenderError
@@ -114,7 +114,7 @@ def render(config: RenderConfig, context: StageContext) -> StageResult:
     ):
         cache = PictureCache(context.runtime.local_store / "pictures", renderer)
         album = Album(by_hash(catalogue), store, cache, context.out / "images")
-        failed = album.fill(wanted.values(), renderer)
+        failed = album.fill(wanted.values(), renderer, context.progress)
         backend = f"{renderer.name} {renderer.version}"
     seconds = time.monotonic() - started
     unsafe = album.check_safety(config)
@@ -202,7 +202,12 @@ class Album:
         self._images = images
         self._payloads: dict[str, str] = {}
 
-    def fill(self, recipes: Iterable[Recipe], renderer: Renderer) -> dict[str, str]:
+    def fill(
+        self,
+        recipes: Iterable[Recipe],
+        renderer: Renderer,
+        progress: Progress = lambda fraction, text: None,
+    ) -> dict[str, str]:
         """Write the pictures of recipes; the reasons of those that failed, by digest."""
         shutil.rmtree(self._images, ignore_errors=True)  # of an interrupted run: all is cached
         self._images.mkdir()
@@ -222,7 +227,8 @@ class Album:
             fetch=lambda ref: self._store.fetch(self._models[ref.sha256]),
             release=lambda ref: self._store.release(self._models[ref.sha256]),
         )
-        for recipe, outcome in drawn:
+        for number, (recipe, outcome) in enumerate(drawn, start=1):
+            progress(number / len(missing), f"{number} of {len(missing)} pictures")
             if isinstance(outcome, RenderError):
                 log.warning("%s: %s", recipe.digest[:12], outcome)
                 failed[recipe.digest] = outcome.reason
