@@ -388,8 +388,8 @@ def rewards(folder: Path) -> RewardsConfig:
 
 
 def test_render_and_score_show_how_far_they_are(world: World, scorers: list[Brightness]) -> None:
-    for name in ("A", "B", "C"):
-        world.answer(name)
+    for prompt in ("a red circle", "a blue star", "a ring"):
+        world.answer("A", prompt=prompt)
     shown: list[tuple[float | None, str]] = []
     options: dict[str, Any] = {"progress": lambda fraction, text: shown.append((fraction, text))}
     runtime = world.runtime.model_copy(update={"store": str(world.folder / "store")})
