@@ -57,7 +57,7 @@ def check(
         if _digest(path, looks[entry.path], again=read == "all") != entry.sha256:
             raise DamagedArtifact(
                 f"{str(path)!r} is damaged (its SHA256 is not its manifest's); put the right file "
-                f"back, or delete {str(directory)!r} and run the stage {manifest.stage!r} again"
+                f"back, or run the stage {manifest.stage!r} again, which makes it again"
             )
     if entries:
         _write_note(directory, {**noted, **{e.path: _note(e, looks) for e in entries}})
@@ -91,14 +91,14 @@ def _look(directory: Path, entry: FileEntry, stage: str) -> Look:
     try:
         stat = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        found = "missing"
+        state = "missing"
     else:
         if stat.st_size == entry.size and path.is_file():
             return _look_of(stat)
-        found = f"{stat.st_size} bytes long"
+        state = f"{stat.st_size} bytes long"
     raise DamagedArtifact(
-        f"{str(path)!r} is {found}, its manifest has {entry.size} bytes; put the right file back, "
-        f"or delete {str(directory)!r} and run the stage {stage!r} again"
+        f"{str(path)!r} is {state}, its manifest has {entry.size} bytes; put the right file back, "
+        f"or run the stage {stage!r} again, which makes it again"
     )
 
 

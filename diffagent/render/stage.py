@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffagent.artifacts import StageContext, StageResult, stage
+from diffagent.artifacts import Progress, StageContext, StageResult, stage
 from diffagent.civitai.client import client_for
 from diffagent.dabench.catalogue import Catalogue
 from diffagent.errors import RenderError
@@ -126,7 +126,7 @@ def render(config: RenderConfig, context: StageContext) -> StageResult:
     ):
         cache = PictureCache(context.runtime.local_store / "pictures", renderer)
         album = Album(by_hash(catalogue), store, cache, context.out / "images")
-        failed = album.fill(wanted.values(), renderer)
+        failed = album.fill(wanted.values(), renderer, context.progress)
         name, backend = renderer.name, f"{renderer.name} {renderer.version}"
     seconds = time.monotonic() - started
     unsafe = album.check_safety(config)
@@ -215,7 +215,12 @@ class Album:
         self._images = images
         self._payloads: dict[str, str] = {}
 
-    def fill(self, recipes: Iterable[Recipe], renderer: Renderer) -> dict[str, RenderError]:
+    def fill(
+        self,
+        recipes: Iterable[Recipe],
+        renderer: Renderer,
+        progress: Progress = lambda fraction, text: None,
+    ) -> dict[str, RenderError]:
         """Write the pictures of recipes; returns the errors of those that failed, by digest."""
         shutil.rmtree(self._images, ignore_errors=True)  # of an interrupted run: all is cached
         self._images.mkdir()
@@ -235,7 +240,8 @@ class Album:
             fetch=lambda ref: self._store.fetch(self._models[ref.sha256]),
             release=lambda ref: self._store.release(self._models[ref.sha256]),
         )
-        for recipe, outcome in drawn:
+        for number, (recipe, outcome) in enumerate(drawn, start=1):
+            progress(number / len(missing), f"{number} of {len(missing)} pictures")
             if isinstance(outcome, RenderError):
                 log.warning("%s: %s", recipe.digest[:12], outcome)
                 failed[recipe.digest] = outcome

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffagent.agent.verify import TRUNCATED
-from diffagent.artifacts import Artifact, StageContext, StageResult, stage
+from diffagent.artifacts import Artifact, Progress, StageContext, StageResult, stage
 from diffagent.device import resolve_device
 from diffagent.rewards.base import Scorer
 from diffagent.rewards.load import judge_files, load_judges, load_scorers, reward_files
@@ -143,6 +143,7 @@ def _judge_renders(
         [renders.file(f"images/{recipe}.png") for _, recipe in pairs],
         batch_size=batch_size,
         threads=context.runtime.decode_threads,
+        progress=context.progress,
     )
     return rows, pairs, judged
 
@@ -154,6 +155,7 @@ def score_pictures(
     *,
     batch_size: int = 32,
     threads: int = 4,
+    progress: Progress = lambda fraction, text: None,
 ) -> Judged:
     """Score picture i against prompt i with every scorer.
 
@@ -167,6 +169,7 @@ def score_pictures(
         pictures: files, or pictures in memory.
         batch_size: pictures at a time.
         threads: that decode.
+        progress: called after each batch.
 
     Returns:
         Scores in the order of the pictures; one that cannot be read is a failure.
@@ -175,6 +178,7 @@ def score_pictures(
     scores: dict[str, list[Any]] = {scorer.name: [] for scorer in scorers}
     cut: dict[str, set[str]] = {scorer.name: set() for scorer in scorers}
     failures: dict[int, str] = {}
+    done = 0
     for batch in load_pictures(
         pictures,
         [scorer.preparation for scorer in scorers],
@@ -195,6 +199,8 @@ def score_pictures(
             rewards, truncated = scorer.score_pixels(texts, pixels[scorer.preparation])
             scores[scorer.name].append(rewards)
             cut[scorer.name] |= {texts[row] for row in np.flatnonzero(truncated)}
+        done += len(batch.numbers)
+        progress(done / len(pictures), f"{done} of {len(pictures)} pictures")
     metrics = {name: _to_numpy(parts) for name, parts in scores.items()}
     for number, reason in failures.items():
         log.warning("picture %s cannot be read: %s", pictures[number], reason)

@@ -445,6 +445,19 @@ def rewards(folder: Path) -> RewardsConfig:
     )  # fmt: skip
 
 
+def test_render_and_score_show_how_far_they_are(world: World, scorers: list[Brightness]) -> None:
+    for prompt in ("a red circle", "a blue star", "a ring"):
+        world.answer("A", prompt=prompt)
+    shown: list[tuple[float | None, str]] = []
+    options: dict[str, Any] = {"progress": lambda fraction, text: shown.append((fraction, text))}
+    runtime = world.runtime.model_copy(update={"store": str(world.folder / "store")})
+    renders = render.run(RenderConfig(), world.inputs(), runtime, site_url=NOWHERE, **options)
+    assert shown == [(n / 3, f"{n} of 3 pictures") for n in (1, 2, 3)]
+    shown.clear()
+    score.run(rewards(world.folder), {"renders": [renders]}, runtime, **options)
+    assert shown[-1] == (1, "3 of 3 pictures")
+
+
 def test_scores_follow_the_rows(world: World, scorers: list[Brightness]) -> None:
     world.answer("A")
     world.answer("A", status="invalid")
