@@ -379,7 +379,7 @@ def test_a_cursor_that_is_none_is_an_error(cursor: object) -> None:
     ids=lambda text: text[:20],
 )
 def test_references_that_are_none_are_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="is not an AIR"):
+    with pytest.raises(ConfigError, match="an AIR"):
         parse_reference(text)
     assert parse_reference("http://x/models/5?modelVersionId=\u00b2").version is None
 
