@@ -62,23 +62,32 @@ def flaw(item: Any) -> str:
 
 def json_flaw(value: Any) -> str:
     """Why a JSON value cannot be kept: its depth or its size; '' when it can."""
+    try:
+        text = orjson.dumps(value)
+    except TypeError as error:  # too deep for the writer, or what a table has and JSON has not
+        return _TOO_DEEP if _is_too_deep(value) else f"no JSON ({error})"
+    if len(text) > MAX_RECORD_BYTES:
+        return f"larger than {MAX_RECORD_BYTES >> 20} MB"
+    # Most records have fewer brackets than levels are allowed: those need no walk.
+    brackets = text.count(b"[") + text.count(b"{")
+    return _TOO_DEEP if brackets > MAX_DEPTH and _is_too_deep(value) else ""
+
+
+_TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
+
+
+def _is_too_deep(value: Any) -> bool:
     level = [value]
     for _ in range(MAX_DEPTH + 1):
-        nested = [part for part in level if isinstance(part, dict | list)]
-        if not nested:
-            break
         level = [
             child
-            for part in nested
+            for part in level
+            if isinstance(part, dict | list)
             for child in (part.values() if isinstance(part, dict) else part)
         ]
-    else:
-        return f"nested deeper than {MAX_DEPTH} levels"
-    try:
-        size = len(orjson.dumps(value))
-    except TypeError as error:  # what no JSON reader gives, but a table may
-        return f"no JSON ({error})"
-    return f"larger than {MAX_RECORD_BYTES >> 20} MB" if size > MAX_RECORD_BYTES else ""
+        if not level:
+            return False
+    return True
 
 
 def level_of(value: Any) -> int | None:

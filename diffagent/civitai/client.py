@@ -68,6 +68,7 @@ T = TypeVar("T")
 
 _MAX_REDIRECTS = 4
 _MAX_CURSOR = 2_000  # characters: an address that is longer no server takes
+_MAX_PARTS = 4_000_000  # arrays and objects of an answer: each takes a hundred bytes or more
 _MAX_ITEMS = 1_000  # on a page
 _HASHES = 10_000  # a request to by-hash/ids
 _LAST_TRY = 1.0  # seconds that the last try has, so that it fails for its own reason
@@ -347,7 +348,10 @@ class CivitaiClient:
             kind = response.headers.get("Content-Type", "").lower()
             if "json" not in kind:
                 raise ServerError(f"{path}: {kind!r} instead of JSON")
-            value = parse_json(self._body(response, path), path)
+            text = self._body(response, path)
+            if text.count(b"[") + text.count(b"{") > _MAX_PARTS:
+                raise CivitaiError(f"{path}: JSON of more than {_MAX_PARTS:,} parts; not read")
+            value = parse_json(text, path)
         if not isinstance(value, form):
             raise ServerError(f"{path}: JSON of type {type(value).__name__}, not {form.__name__}")
         return value

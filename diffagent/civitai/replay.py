@@ -249,8 +249,8 @@ _UNDATED = "9999"
 
 def _versions(model: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
     """Versions of a model that have an id, each with it."""
-    found = (v for v in _list(model.get("modelVersions")) if isinstance(v, dict))
-    numbered = ((whole_number(version.get("id")), version) for version in found)
+    versions = (v for v in _list(model.get("modelVersions")) if isinstance(v, dict))
+    numbered = ((whole_number(version.get("id")), version) for version in versions)
     return [(number, version) for number, version in numbered if number is not None]
 
 

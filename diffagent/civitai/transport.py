@@ -26,9 +26,9 @@ from diffagent.errors import CivitaiError, ServerError
 
 log = logging.getLogger(__name__)
 
-#: The largest answer, unpacked: 100 of the longest models of 7,500 are 12 MB, 200 pictures 3 MB.
-#: Parsed, the worst JSON of that size takes a gigabyte.
-MAX_BODY = 32 << 20
+#: The largest answer, unpacked: 100 of the longest models of 7,500 are 12 MB, 200 pictures 3 MB,
+#: and a page with one record that is much too long is read, so that the others are kept.
+MAX_BODY = 64 << 20
 #: Enough of an error to say what it is.
 MAX_ERROR_BODY = 64 << 10
 _CHUNK = 1 << 16

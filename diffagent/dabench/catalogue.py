@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import quote
 
 import orjson
 import pyarrow as pa
@@ -41,6 +41,7 @@ AIR_TYPES = {CHECKPOINT: "checkpoint", **LORA_TYPES, EMBEDDING: "embedding"}
 #: Files of a version that hold the weights of the model itself.
 WEIGHT_TYPES = ("Model", "Pruned Model", "UNet", "Diffusion Model")
 
+_QUERY = "%&=+,;:@/?!$'()*~"  # what has a meaning in a query, or is encoded already
 _MAX_DESCRIPTION = 300
 _MAX_HTML = 10_000  # descriptions of megabytes exist; the first sentences are at the beginning
 
@@ -454,8 +455,9 @@ def _download_path(version_id: int, file: Mapping[str, Any]) -> str:
     file_id = int64(file.get("id"))
     if file_id is not None:
         return f"{path}?fileId={file_id}"
-    query = urlsplit(str(file.get("downloadUrl") or "")).query
-    return f"{path}?{query}" if query else path
+    # The record's text, whatever it is: no parser refuses it, and no odd character is sent.
+    query = str(file.get("downloadUrl") or "").partition("?")[2].partition("#")[0]
+    return f"{path}?{quote(query, safe=_QUERY)}" if query else path
 
 
 def first_sentences(text: str, limit: int = _MAX_DESCRIPTION) -> str:

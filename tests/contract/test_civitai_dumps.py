@@ -18,7 +18,7 @@ from diffagent.artifacts import Artifact
 from diffagent.civitai.crawl import crawl
 from diffagent.civitai.replay import Replay
 from diffagent.civitai.site import embedded_site
-from diffagent.civitai.sources import open_source
+from diffagent.civitai.sources import dump, open_source
 from diffagent.dabench.dataset import open_dataset
 from diffagent.dabench.export import export_dabench
 from diffagent.dabench.filters import filter_records
@@ -90,6 +90,41 @@ def test_a_dump_in_parquet_is_the_same_site(plain: Artifact, tmp_path: Path, nes
     assert [i["meta"]["prompt"] for i in rows(made, "images")] == [
         i["meta"]["prompt"] for i in rows(plain, "images")
     ]
+
+
+def test_nested_values_of_lines_may_be_text_with_json(plain: Artifact, tmp_path: Path) -> None:
+    def nested(model: dict[str, Any]) -> dict[str, Any]:
+        versions = [{**v, "files": json.dumps(v["files"])} for v in model["modelVersions"]]
+        return {**model, "modelVersions": json.dumps(versions), "tags": json.dumps(model["tags"])}
+
+    for kind, records in (("models", map(nested, MODELS)), ("images", iter(texts(IMAGES)))):
+        lines = (orjson.dumps({k: v for k, v in r.items() if k[0] != "_"}) for r in records)
+        (tmp_path / f"{kind}.jsonl").write_bytes(b"\n".join(lines))
+    assert site_of(f"dump:{tmp_path}", tmp_path / "store").content_digest == plain.content_digest
+
+
+def test_odd_parts_of_a_record_are_kept_as_the_site_would_send_them(tmp_path: Path) -> None:
+    parts: list[Any] = [[None], [{"name": "no id"}], None, "text", [{"id": 2, "files": [None]}]]
+    models = [{"id": n, "name": "x", "modelVersions": part} for n, part in enumerate(parts, 1)]
+    (tmp_path / "models.jsonl").write_bytes(b"\n".join(map(orjson.dumps, models)))
+    found = rows(site_of(f"dump:{tmp_path}", tmp_path / "store"), "models")
+    assert len(found) == 5
+    assert [m["modelVersions"] for m in found][:2] == [
+        [None],
+        [{"name": "no id", "_generation": 0}],
+    ]
+    assert found[4]["modelVersions"][0]["files"] == [None]
+
+
+def test_a_line_without_end_takes_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dump, "_MAX_LINE", 1_000)
+    lines = [b'{"id": 1}', b'{"id": 2, "name": "' + b"x" * 5_000 + b'"}', b'{"id": 3}']
+    (tmp_path / "models.jsonl").write_bytes(b"\n".join(lines))
+    replay = Replay.load(open_source(f"dump:{tmp_path}").models, [])
+    assert [row.id for row in replay.models] == [1, 3]
+    assert replay.drops == {"models": {"a line of more than 1000 bytes": 1}}
 
 
 def test_a_table_of_pandas_is_read_too(tmp_path: Path) -> None:

@@ -30,7 +30,9 @@ from diffagent.civitai.address import Address
 from diffagent.civitai.client import CivitaiClient, Patience, next_cursor
 from diffagent.civitai.crawl import crawl
 from diffagent.civitai.transport import Deadline
+from diffagent.dabench.catalogue import make_entry
 from diffagent.errors import CivitaiError, ConfigError, ServerError
+from diffagent.render.references import parse_reference
 from schemas.config import ConfigFileError, CrawlConfig, RuntimeConfig, configure
 from tests.conftest import ROOT
 from tests.contract.conftest import FILE_SHA256, MODEL_FILE
@@ -131,13 +133,22 @@ def test_a_gzip_bomb_takes_no_memory(layers: int, status: str) -> None:
     said, grown = done.stdout.splitlines()
     assert int(grown) < 200 << 10, "kilobytes; the bomb unpacks to 300 MB"
     if status.startswith("200"):
-        assert "more than 32 MB" in said
+        assert "more than 64 MB" in said
 
 
 def test_a_page_of_too_many_items_is_refused() -> None:
     body = b'{"items": [' + b"{}," * 2_000 + b"{}]}"
     too_many = pytest.raises(ServerError, match="2001 items on a page")
     with talker(raw(answer(body, JSON))) as url, client_of(url) as client, too_many:
+        client.get_images()
+    body = b'{"items": [' + b"[]," * 4_000_000 + b"[]]}"
+    too_many = pytest.raises(CivitaiError, match="more than 4,000,000 parts")
+    patient = Patience()
+    with (
+        talker(raw(answer(body, JSON))) as url,
+        client_of(url, patience=patient) as client,
+        too_many,
+    ):
         client.get_images()
 
 
@@ -357,6 +368,28 @@ def test_a_next_page_that_is_none_ends_the_listing(metadata: dict[str, Any]) -> 
 def test_a_cursor_that_is_none_is_an_error(cursor: object) -> None:
     with pytest.raises(ServerError, match="a cursor that is none"):
         next_cursor({"nextCursor": cursor})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("http://[", "http://[::1/models/5", "http://x/models/" + "9" * 5_000),
+        *("urn:air:sdxl:lora:civitai:" + "9" * 5_000, "civitai:1@" + "9" * 5_000, "\x00", ""),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_references_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="an AIR"):
+        parse_reference(text)
+    assert parse_reference("http://x/models/5?modelVersionId=\u00b2").version is None
+
+
+@pytest.mark.parametrize("link", ["http://[?type=VAE", "\\?type=VAE#x", "?type=VAE", "x?type=VAE"])
+def test_a_download_address_of_a_record_is_never_parsed(link: str) -> None:
+    model = {"id": 1, "type": "LORA", "name": "x"}
+    file = {"name": "x.safetensors", "downloadUrl": link}
+    entry = make_entry(model, {"id": 2, "baseModel": "SD 1.5"}, file)
+    assert entry.download_path == "/api/download/models/2?type=VAE"
 
 
 # --- addresses ---
