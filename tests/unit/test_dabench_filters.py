@@ -179,7 +179,11 @@ def dropped(found: object) -> tuple[str, str]:
             "parameters_parsed",
             "loras not known",
         ),
-        (image(1, comfy=UNKNOWN_NEGATIVE), "parameters_parsed", "negative_prompt not known"),
+        (
+            image(1, comfy=UNKNOWN_NEGATIVE, negativePrompt="noise"),
+            "parameters_parsed",
+            "negative_prompt not known",
+        ),
         (image(1, steps=0), "parameters_in_range", "steps"),
         (image(1, cfgScale=99), "parameters_in_range", "cfg_scale"),
         (image(1, Size="8x512"), "parameters_in_range", "width"),
