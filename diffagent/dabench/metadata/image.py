@@ -157,20 +157,18 @@ def _exif_texts(image: Any) -> dict[str, str]:
     """
     exif = image.getexif()
     comment = exif.get_ifd(_EXIF_IFD).get(_USER_COMMENT) or exif.get(_USER_COMMENT)
+    comment = decode_comment(comment) if isinstance(comment, bytes | str) else ""
+    fields = [_repaired(value) for value in exif.values() if isinstance(value, str)]
+    fields += [_explorer(exif[tag]) for tag in _EXPLORER if tag in exif]
     texts: dict[str, str] = {}
-    others = [_repaired(value) for value in exif.values() if isinstance(value, str)]
-    others += [_explorer(exif[tag]) for tag in _EXPLORER if tag in exif]
-    found = decode_comment(comment) if isinstance(comment, bytes | str) else ""
-    for value in (found, *others):
-        kind, colon, rest = value.partition(":")
+    for number, field in enumerate((comment, *fields)):
+        kind, colon, rest = field.partition(":")
         if colon and kind.strip().lower() in ("prompt", "workflow"):
             texts.setdefault(kind.strip().lower(), rest.strip("\0 "))
-        elif value is found and found:
-            texts["parameters"] = found
-        elif value.lstrip()[:1] == "{":
-            texts.setdefault("parameters", value.strip("\0 "))
-        elif "Steps:" in value:
-            texts.setdefault("fields", value.strip("\0 "))
+        elif (number == 0 and comment) or field.lstrip()[:1] == "{":
+            texts.setdefault("parameters", field.strip("\0 "))
+        elif "Steps:" in field:
+            texts.setdefault("fields", field.strip("\0 "))
     return texts
 
 
