@@ -31,6 +31,7 @@ _CHUNKS = (
 #: Texts that may be about anything: only settings in them count, not a text without.
 _OTHERS = ("comment", "description", "fields")
 _MAX_STEALTH = 1 << 20  # bytes in the alpha channel, and of what they unfold to
+_MAX_PIXELS = 1 << 24  # of a picture whose alpha channel is looked at
 _MAX_TEXT = 1 << 24  # characters of one text; longer ones are not read
 
 
@@ -82,7 +83,7 @@ def _texts(file: Any, name: str) -> tuple[dict[str, str], tuple[int, int] | tupl
             elif texts.keys().isdisjoint({*_CHUNKS, "prompt", "workflow"}):
                 image.load()  # chunks may follow the pixels
                 texts = {**_other_texts(image), **_strings(image.info)}
-            if not texts and image.mode == "RGBA":
+            if not texts and image.mode == "RGBA" and image.width * image.height <= _MAX_PIXELS:
                 texts = _stealth(image)
             return {key: text for key, text in texts.items() if len(text) <= _MAX_TEXT}, image.size
     except Exception as error:  # a damaged file makes Pillow raise almost anything

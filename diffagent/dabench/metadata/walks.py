@@ -91,6 +91,9 @@ _LANGUAGE_MODEL = re.compile(
     re.I,
 )
 
+_STYLE = re.compile(r"style|template|preset|artist", re.I)
+_NO_STYLE = frozenset({"none", "no style", "base", "false", "off", ""})
+
 T = TypeVar("T")
 
 
@@ -635,10 +638,10 @@ class Walks:
             return ""
         if "TextEncode" in node.kind or not _LANGUAGE_MODEL.search(node.kind):
             given = next((inputs[name] for name in _ENCODED if name in inputs), None)
-            if given is not None:
+            if given is not None and not _is_styled(node):
                 return self._string(given)
             link = _first_link(node, _HANDED_ON) or _only_link(node)
-            if link is not None:
+            if given is None and link is not None:
                 return self._text(link, role)
         raise NotKnownError(f"the text of {node.kind!r}")
 
@@ -688,6 +691,12 @@ def _makes_latent(node: Node) -> bool:
     if node.kind in SIZES or "empty_latent_width" in node.inputs or "Empty" in node.kind:
         return True
     return {"width", "height", "batch_size"} <= node.inputs.keys() and not _pictures(node)
+
+
+def _is_styled(node: Node) -> bool:
+    """Whether a node may put its text into a style or a template, which lie in files."""
+    styles = (value for name, value in node.inputs.items() if _STYLE.match(name))
+    return any(str(value).casefold() not in _NO_STYLE for value in styles)
 
 
 def _first_link(node: Node, names: tuple[str, ...]) -> object:
