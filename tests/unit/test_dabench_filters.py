@@ -26,6 +26,7 @@ from schemas.config import FilterConfig, RuntimeConfig
 from schemas.dabench import CATALOGUE, PRINTS, RECORDS
 from schemas.manifest import Funnel
 from tests.unit.dabench_records import hashes, image, model, snapshot, version
+from tests.unit.test_metadata_comfy import graph, node
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
@@ -41,6 +42,15 @@ def patched(base: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
     )
 
 
+#: A graph whose negative prompt comes from a node that nobody knows.
+UNKNOWN_NEGATIVE = {
+    "prompt": graph(
+        **{
+            "7": node("CLIPTextEncode", text=["20", 0], clip=["4", 1]),
+            "20": node("Random Negative", text="noise", seed=1),
+        }
+    )
+}
 FILES = patched(version(1)["files"][0])
 VERSIONS = st.lists(
     patched(version(1)) | FILES.map(lambda file: version(1, files=[file])), max_size=3
@@ -164,6 +174,16 @@ def dropped(found: object) -> tuple[str, str]:
         ),
         (image(1, steps="many"), "parameters_parsed", "no steps"),
         (image(1, cfgScale=None), "parameters_parsed", "no cfg_scale"),
+        (
+            image(1, prompt="a blue star on sand <lora:x:0.0.8>"),
+            "parameters_parsed",
+            "loras not known",
+        ),
+        (
+            image(1, comfy=UNKNOWN_NEGATIVE, negativePrompt="noise"),
+            "parameters_parsed",
+            "negative_prompt not known",
+        ),
         (image(1, steps=0), "parameters_in_range", "steps"),
         (image(1, cfgScale=99), "parameters_in_range", "cfg_scale"),
         (image(1, Size="8x512"), "parameters_in_range", "width"),

@@ -474,6 +474,13 @@ def test_a_negative_prompt_that_is_not_known_is_no_empty_one() -> None:
     assert (made.negative_prompt_raw, made.not_known) == (None, ("negative_prompt",))
 
 
+def test_an_encoder_with_a_style_says_more_than_its_text() -> None:
+    for style, prompt in (("anime", ""), ("None", "a cat"), ("", "a cat")):
+        encoder = node("Styled Text Encode", text="a cat", style=style, clip=["4", 1])
+        made = read(graph(**{"6": encoder}))
+        assert (made.prompt, made.not_known) == (prompt, () if prompt else ("prompt",))
+
+
 def test_conditionings_that_are_mixed() -> None:
     average = node("ConditioningAverage", conditioning_to=["6", 0], conditioning_from=["7", 0],
                    conditioning_to_strength=0.5)  # fmt: skip

@@ -627,7 +627,7 @@ def _beside(file: LocalFile) -> Iterator[Path]:
 
 
 def _picture(path: Path, base: Row) -> Row | None:
-    """The record of a picture file; None when it does not say all of how it was made."""
+    """The record of a picture file; None when that lacks how it was made."""
     from PIL import Image
 
     from diffagent.dabench.metadata import read_image_metadata, write_parameters

@@ -142,11 +142,11 @@ def _sampler_reading(walks: Walks, key: str, *, plain: bool) -> Reading:
     except NotKnownError:
         if not plain:  # else the size of the picture is that of the sampler
             unknown.append("size")
-    names, loras, known = walks.models(key)
+    names, loras, complete = walks.models(key)
     if not names:
         names = walks.all_checkpoints()
-        known = known and bool(names) and (bool(loras) or not walks.loads_loras())
-    if not known:
+        complete = complete and bool(names) and (bool(loras) or not walks.loads_loras())
+    if not complete:
         unknown.append("loras")
     before = walks.before(key)
     denoise = number(keys.pop("denoise", None))

@@ -32,7 +32,7 @@ _REQUIRED: Any = object()
 
 
 class Inputs:
-    """A node's inputs, each evaluated when it is asked for; all raise `NotKnownError`.
+    """A node's inputs, each evaluated when it is read; all raise `NotKnownError`.
 
     Args:
         node: whose inputs.
@@ -67,10 +67,10 @@ class Inputs:
     def number(self, name: str, default: Any = _REQUIRED) -> int | float:
         """A finite number; the text of one counts."""
         value = self.value(name, default)
-        found = number(value) if isinstance(value, str) else value
-        if isinstance(found, str) or found is None or not math.isfinite(found):
+        given = number(value) if isinstance(value, str) else value
+        if isinstance(given, str) or given is None or not math.isfinite(given):
             raise NotKnownError(f"{name!r} is no number")
-        return found
+        return given
 
     def whole(self, name: str, default: Any = _REQUIRED) -> int:
         """A whole number."""

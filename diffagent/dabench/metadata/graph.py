@@ -157,7 +157,7 @@ class _Editor:
     ) -> None:
         kind, key = str(node.get("type")), f"{prefix}{node.get('id')}"
         if node.get("mode") == _MUTED:
-            return  # it did not run, and what it would have fed had no such input
+            return  # it did not run, and nothing is linked to it
         linked = {
             str(item.get("name") or slot): link
             for slot, item in enumerate(items(node.get("inputs")))

@@ -31,6 +31,7 @@ _CHUNKS = (
 #: Texts that may be about anything: only settings in them count, not a text without.
 _OTHERS = ("comment", "description", "fields")
 _MAX_STEALTH = 1 << 20  # bytes in the alpha channel, and of what they unfold to
+_MAX_PIXELS = 1 << 24  # of a picture whose alpha channel is looked at
 _MAX_TEXT = 1 << 24  # characters of one text; longer ones are not read
 
 
@@ -82,7 +83,7 @@ def _texts(file: Any, name: str) -> tuple[dict[str, str], tuple[int, int] | tupl
             elif texts.keys().isdisjoint({*_CHUNKS, "prompt", "workflow"}):
                 image.load()  # chunks may follow the pixels
                 texts = {**_other_texts(image), **_strings(image.info)}
-            if not texts and image.mode == "RGBA":
+            if not texts and image.mode == "RGBA" and image.width * image.height <= _MAX_PIXELS:
                 texts = _stealth(image)
             return {key: text for key, text in texts.items() if len(text) <= _MAX_TEXT}, image.size
     except Exception as error:  # a damaged file makes Pillow raise almost anything
@@ -157,20 +158,18 @@ def _exif_texts(image: Any) -> dict[str, str]:
     """
     exif = image.getexif()
     comment = exif.get_ifd(_EXIF_IFD).get(_USER_COMMENT) or exif.get(_USER_COMMENT)
+    comment = decode_comment(comment) if isinstance(comment, bytes | str) else ""
+    fields = [_repaired(value) for value in exif.values() if isinstance(value, str)]
+    fields += [_explorer(exif[tag]) for tag in _EXPLORER if tag in exif]
     texts: dict[str, str] = {}
-    others = [_repaired(value) for value in exif.values() if isinstance(value, str)]
-    others += [_explorer(exif[tag]) for tag in _EXPLORER if tag in exif]
-    found = decode_comment(comment) if isinstance(comment, bytes | str) else ""
-    for value in (found, *others):
-        kind, colon, rest = value.partition(":")
+    for number, field in enumerate((comment, *fields)):
+        kind, colon, rest = field.partition(":")
         if colon and kind.strip().lower() in ("prompt", "workflow"):
             texts.setdefault(kind.strip().lower(), rest.strip("\0 "))
-        elif value is found and found:
-            texts["parameters"] = found
-        elif value.lstrip()[:1] == "{":
-            texts.setdefault("parameters", value.strip("\0 "))
-        elif "Steps:" in value:
-            texts.setdefault("fields", value.strip("\0 "))
+        elif (number == 0 and comment) or field.lstrip()[:1] == "{":
+            texts.setdefault("parameters", field.strip("\0 "))
+        elif "Steps:" in field:
+            texts.setdefault("fields", field.strip("\0 "))
     return texts
 
 

@@ -383,7 +383,7 @@ def _known_embeddings(bag: Bag) -> tuple[tuple[str, str | None], ...]:
 def _site_embeddings(
     bag: Bag, negative_prompt: str | None, *, negative: bool
 ) -> tuple[Reference, ...]:
-    """Embeddings of the on-site generator's list, which does not say of which prompt they are."""
+    """Embeddings of the on-site generator's list, which does not name their prompt."""
     if "civitaiResources" not in bag:
         return ()
     words = (negative_prompt or "").casefold()

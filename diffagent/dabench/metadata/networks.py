@@ -44,7 +44,7 @@ def merge_networks(
 class _Networks:
     def __init__(self, tags: Mapping[str, Reference]) -> None:
         self._tags = tags
-        self._found = dict(tags)
+        self._networks = dict(tags)
         self._keys = {_key(name): name for name in reversed(list(tags))}
         self._hashes = {_digest(use.hash) for use in tags.values() if use.hash}
 
@@ -59,32 +59,32 @@ class _Networks:
 
     def _add_to_known(self, reference: Reference) -> bool:
         name = _name(reference)
-        known = name.casefold() if name.casefold() in self._found else self._keys.get(_key(name))
-        if known is not None:
-            self.complete(known, reference)
-        return known is not None or not name or _digest(reference.hash) in self._hashes
+        same = name.casefold() if name.casefold() in self._networks else self._keys.get(_key(name))
+        if same is not None:
+            self.complete(same, reference)
+        return same is not None or not name or _digest(reference.hash) in self._hashes
 
     def complete(self, name: str, reference: Reference) -> None:
         """Give a network the hash that another place has of it."""
-        use = self._found[name]
+        use = self._networks[name]
         if use.hash is None and reference.hash:  # the tag has the weight, the list the hash
-            self._found[name] = use._replace(hash=reference.hash)
+            self._networks[name] = use._replace(hash=reference.hash)
         if reference.hash:
             self._hashes.add(_digest(reference.hash))
 
     def insert(self, reference: Reference) -> None:
         """Take in a network that no other place has, unless its hash is there by now."""
         name = _name(reference).casefold()
-        if name in self._found or _digest(reference.hash) in self._hashes:
+        if name in self._networks or _digest(reference.hash) in self._hashes:
             return
-        self._found[name] = reference
+        self._networks[name] = reference
         self._keys.setdefault(_key(name), name)
         if reference.hash:
             self._hashes.add(_digest(reference.hash))
 
     def free_tags(self) -> list[str]:
         """Tags that no hash belongs to yet."""
-        return [name for name in self._tags if self._found[name].hash is None]
+        return [name for name in self._tags if self._networks[name].hash is None]
 
     def pair_similar(self, reference: Reference) -> bool:
         """Whether one free tag has a similar name; it gets the hash."""
@@ -98,16 +98,16 @@ class _Networks:
 
     def references(self) -> tuple[Reference, ...]:
         """All of them."""
-        return tuple(self._found.values())
+        return tuple(self._networks.values())
 
 
 def _name(reference: Reference) -> str:
     return reference.name or reference.hash or str(reference.version_id or "")
 
 
-def _overlap(one: str, other: str) -> bool:
+def _overlap(name: str, other: str) -> bool:
     """Whether a name begins or ends with the other."""
-    short, long = sorted((one, other), key=len)
+    short, long = sorted((name, other), key=len)
     return len(short) >= 3 and (long.startswith(short) or long.endswith(short))
 
 

@@ -140,7 +140,7 @@ def _misread(key: str, keys: Bag, graph: Reading) -> bool:
 
 
 def _other_model(keys: Bag, graph: Reading) -> bool:
-    """Whether the site names the model of another loader than the one that the picture had."""
+    """Whether the site names the model of another loader than that of the picture."""
     name, ours = keys.get("Model"), graph.checkpoints[0].name
     if graph.literals is None or not isinstance(name, str) or not ours:
         return False

@@ -322,7 +322,7 @@ def _one_or_more(value: object) -> list[Any]:
 
 
 def _stability_matrix(bag: Bag) -> Reading | None:
-    """Stability Matrix's own chunk, beside the WebUI's text that it writes too."""
+    """Stability Matrix's own chunk; it writes the WebUI's text too."""
     if "PositivePrompt" not in bag:
         return None
     found = _renamed(

@@ -71,9 +71,9 @@ def split_prompt(
         for kind, arguments in _TAG.findall(raw):
             found = kind.lower()
             if found in _LORA:
-                reference, known_weight = _tag(arguments)
+                reference, is_number = _tag(arguments)
                 loras.append(reference)
-                weights_known = weights_known and known_weight
+                weights_known = weights_known and is_number
             elif found in _HYPERNET:
                 hypernetworks.append(_tag(arguments)[0])
             elif found in _EMBED:
@@ -138,9 +138,10 @@ def _tag(arguments: str) -> tuple[Reference, bool]:
     named = dict(part.partition("=")[::2] for part in rest if "=" in part)
     positional = next((part for part in rest if "=" not in part), None)
     given = named.get("unet", named.get("te")) if positional is None else positional
-    match = _NUMBER.match(given) if given else None
-    known = not (given or "").strip() or bool(match and not _WORD.search(given or "", match.end()))
-    return Reference(name=text(name), weight=weight(match.group(1) if match else None)), known
+    given = (given or "").strip()
+    number = _NUMBER.match(given)
+    is_number = not given or bool(number and not _WORD.search(given, number.end()))
+    return Reference(name=text(name), weight=weight(number and number.group(1))), is_number
 
 
 def _is_setting(part: str) -> bool:

@@ -101,7 +101,7 @@ def _numbered(raw: Bag, inputs: Inputs, slot: int) -> str:
 
 
 def _single(names: Iterable[str]) -> str:
-    found = list(names)
-    if len(found) != 1:
+    inputs = list(names)
+    if len(inputs) != 1:
         raise NotKnownError("a switch of another kind")
-    return found[0]
+    return inputs[0]

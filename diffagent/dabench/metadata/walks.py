@@ -91,6 +91,9 @@ _LANGUAGE_MODEL = re.compile(
     re.I,
 )
 
+_STYLE = re.compile(r"style|template|preset|artist", re.I)
+_NO_STYLE = frozenset({"none", "no style", "base", "false", "off", ""})
+
 T = TypeVar("T")
 
 
@@ -123,8 +126,8 @@ class Walks:
 
     def source(self, link: object) -> Source | None:
         """The node that an input comes from, through all that only hands it on."""
-        found = self._resolve(link)
-        return found if isinstance(found, Source) else None
+        end = self._resolve(link)
+        return end if isinstance(end, Source) else None
 
     def _resolve(self, link: object) -> object:
         """`source`, or the value at the end of nodes that hand it on, or None."""
@@ -183,14 +186,14 @@ class Walks:
 
     def value(self, value: object) -> Scalar:
         """A number or a text, which a node may hold or compute. Raises `NotKnownError`."""
-        found = self._resolve(value)
-        if isinstance(found, dict):  # a widget with a preview
-            found = found.get("content", found.get("name"))
-        if isinstance(found, str | int | float):
-            return found
-        if not isinstance(found, Source):
+        held = self._resolve(value)
+        if isinstance(held, dict):  # a widget with a preview
+            held = held.get("content", held.get("name"))
+        if isinstance(held, str | int | float):
+            return held
+        if not isinstance(held, Source):
             raise NotKnownError("a link to nothing")
-        return self._once(("value", found.key, found.slot), lambda: self._node_value(found))
+        return self._once(("value", held.key, held.slot), lambda: self._node_value(held))
 
     def _node_value(self, source: Source) -> Scalar:
         node, inputs = source.node, self._inputs(source.node)
@@ -209,7 +212,7 @@ class Walks:
             raise NotKnownError(f"the node {node.kind!r}")
         return held
 
-    def known(self, value: object) -> Scalar | None:
+    def value_or_none(self, value: object) -> Scalar | None:
         """`value`, or None where it is not known or there is none."""
         try:
             return None if value is None else self.value(value)
@@ -218,7 +221,7 @@ class Walks:
 
     def name(self, value: object) -> str | None:
         """The text of a name."""
-        return text(self.known(value))
+        return text(self.value_or_none(value))
 
     # --- which sampler ----------------------------------------------------------------------
 
@@ -307,7 +310,7 @@ class Walks:
             return {key}
         return self._once(
             ("first", key),
-            lambda: {one for other in before for one in self._first(other, after | {key})},
+            lambda: {first for other in before for first in self._first(other, after | {key})},
         )
 
     def before(self, key: str) -> Origin:
@@ -321,8 +324,8 @@ class Walks:
         inputs = node.inputs
         if "start_at_step" in inputs:
             added = inputs.get("add_noise", "enable") in ("enable", True)
-            return added and number(self.known(inputs["start_at_step"])) == 0
-        denoise = number(self.known(inputs.get("denoise")))
+            return added and number(self.value_or_none(inputs["start_at_step"])) == 0
+        denoise = number(self.value_or_none(inputs.get("denoise")))
         return denoise is not None and denoise >= 1
 
     # --- settings ---------------------------------------------------------------------------
@@ -333,22 +336,22 @@ class Walks:
 
     def _sampling(self, sampler: Node, depth: int) -> dict[str, object]:
         inputs = sampler.inputs
-        found: dict[str, object] = {
-            "steps": self.known(inputs.get("steps")),
-            "cfgScale": self.known(inputs.get("cfg")),
+        settings: dict[str, object] = {
+            "steps": self.value_or_none(inputs.get("steps")),
+            "cfgScale": self.value_or_none(inputs.get("cfg")),
             "sampler": self.name(inputs.get("sampler_name")),
             "scheduler": self.name(inputs.get("scheduler")),
-            "seed": self.known(inputs.get("seed", inputs.get("noise_seed"))),
-            "denoise": self.known(inputs.get("denoise")),
+            "seed": self.value_or_none(inputs.get("seed", inputs.get("noise_seed"))),
+            "denoise": self.value_or_none(inputs.get("denoise")),
         }
         for part in ("sampler", "sigmas", "guider", "noise"):
             node = self._part(inputs.get(part))
             for name, value in self._custom(part, node).items() if node else ():
-                found[name] = value if found.get(name) is None else found[name]
+                settings[name] = value if settings.get(name) is None else settings[name]
         piped = self._part(_first_link(sampler, _PIPES)) if depth < _MAX_PIPES else None
-        if piped is not None and found["steps"] is None and "steps" not in inputs:
-            return found | self._sampling(piped, depth + 1)
-        return found
+        if piped is not None and settings["steps"] is None and "steps" not in inputs:
+            return settings | self._sampling(piped, depth + 1)
+        return settings
 
     def _part(self, link: object) -> Node | None:
         """The node that makes a part, through nodes that only change it."""
@@ -377,15 +380,15 @@ class Walks:
             schedule = "Align Your Steps" if "AlignYourSteps" in kind else kind
             implied = schedule if kind in kinds or schedule != kind else None
             return {
-                "steps": self.known(inputs.get("steps")),
+                "steps": self.value_or_none(inputs.get("steps")),
                 "scheduler": self.name(inputs["scheduler"]) if "scheduler" in inputs else implied,
-                "denoise": self.known(inputs.get("denoise")),
+                "denoise": self.value_or_none(inputs.get("denoise")),
             }
         if part == "guider":
             cfg = inputs.get("cfg", inputs.get("cfg_conds"))
             # Without a negative prompt there is no guidance, which is what a scale of 1 means.
-            return {"cfgScale": 1 if node.kind == "BasicGuider" else self.known(cfg)}
-        return {"seed": self.known(inputs.get("noise_seed", inputs.get("seed")))}
+            return {"cfgScale": 1 if node.kind == "BasicGuider" else self.value_or_none(cfg)}
+        return {"seed": self.value_or_none(inputs.get("noise_seed", inputs.get("seed")))}
 
     # --- size -------------------------------------------------------------------------------
 
@@ -447,17 +450,17 @@ class Walks:
 
     def _plain_size(self, node: Node) -> Size:
         """The size of an empty latent of any author, if nothing else on the node may change it."""
-        inputs, kept = node.inputs, self._inputs(node)
+        inputs, values = node.inputs, self._inputs(node)
         if "empty_latent_width" in inputs:
             preset = inputs.get("resolution", inputs.get("empty_latent_aspect", ""))
             if isinstance(preset, str) and (
                 match := re.search(r"(\d{3,5})\s?x\s?(\d{3,5})", preset)
             ):
                 return sized(int(match.group(1)), int(match.group(2)))
-            return sized(kept.number("empty_latent_width"), kept.number("empty_latent_height"))
+            return sized(values.number("empty_latent_width"), values.number("empty_latent_height"))
         makes = "Empty" in node.kind or "batch_size" in inputs
         if makes and "width" in inputs and PLAIN_LATENT.issuperset(inputs):
-            return sized(kept.number("width"), kept.number("height"))
+            return sized(values.number("width"), values.number("height"))
         raise NotKnownError(f"the size of {node.kind!r}")
 
     # --- models -----------------------------------------------------------------------------
@@ -466,10 +469,10 @@ class Walks:
         """Checkpoints of a sampler's model, LoRAs in the order in which they are applied.
 
         Returns:
-            Also whether all LoRAs and their strengths are known.
+            Also whether all LoRAs and their strengths are complete.
         """
         loras: list[list[Reference]] = []
-        known = True
+        complete = True
         checkpoints: list[str] = []
         ahead: list[Any] = [_model_link(self._nodes[key])]
         if ahead == [None]:  # a sampler that nothing is linked to has the models that there are
@@ -484,13 +487,13 @@ class Walks:
             try:
                 loras.append(self._stack(node, set()))
             except NotKnownError:
-                known = False
+                complete = False
             if any(name in node.inputs for name in _CHECKPOINTS):
                 checkpoints.append(self._checkpoint(node) or "")
                 continue
             merged = [node.inputs.get(name) for name in ("model1", "model2")]
             ahead.extend(merged if all(merged) else [_model_link(node) or _only_link(node)])
-        return checkpoints, [use for uses in reversed(loras) for use in uses], known
+        return checkpoints, [use for uses in reversed(loras) for use in uses], complete
 
     def all_checkpoints(self) -> list[str]:
         """Those of all nodes, when no path leads from the sampler to a checkpoint."""
@@ -507,13 +510,13 @@ class Walks:
 
     def _stack(self, node: Node, seen: set[str]) -> list[Reference]:
         """A node's LoRAs, after those of the stacks that are linked to it."""
-        found: list[Reference] = []
+        uses: list[Reference] = []
         for name in ("lora_stack", "optional_lora_stack", "LORA_STACK"):
             source = self.source(node.inputs.get(name))
             if source is not None and source.key not in seen and len(seen) < _MAX_DEPTH:
                 seen.add(source.key)
-                found += self._stack(source.node, seen)
-        return found + list(self._loras(node))
+                uses += self._stack(source.node, seen)
+        return uses + list(self._loras(node))
 
     def _loras(self, node: Node) -> Iterator[Reference]:
         """LoRAs that a node loads: one, or a stack of them in the manner of several authors."""
@@ -592,12 +595,12 @@ class Walks:
         return _first_link(guider.node if guider else sampler, (*names, *_PIPES))
 
     def _text(self, value: object, role: str) -> str:
-        found = self._resolve(value)
-        if isinstance(found, str):
-            return found
-        if not isinstance(found, Source):
+        end = self._resolve(value)
+        if isinstance(end, str):
+            return end
+        if not isinstance(end, Source):
             raise NotKnownError("a link to nothing")
-        key, node, slot = found
+        key, node, slot = end
         if node.kind in COMPUTED or concatenation(node) or constant(node) is not None:
             return self._string(value)
         if _PAIRED.match(node.kind):
@@ -605,10 +608,10 @@ class Walks:
         return self._once(("text", key, role), lambda: self._node_text(node, role))
 
     def _string(self, value: object) -> str:
-        found = self.value(value)
-        if not isinstance(found, str):
+        string = self.value(value)
+        if not isinstance(string, str):
             raise NotKnownError("a number for a text")
-        return found
+        return string
 
     def _node_text(self, node: Node, role: str) -> str:
         """The text of a node that makes a conditioning, or hands one on."""
@@ -635,10 +638,10 @@ class Walks:
             return ""
         if "TextEncode" in node.kind or not _LANGUAGE_MODEL.search(node.kind):
             given = next((inputs[name] for name in _ENCODED if name in inputs), None)
-            if given is not None:
+            if given is not None and not _is_styled(node):
                 return self._string(given)
             link = _first_link(node, _HANDED_ON) or _only_link(node)
-            if link is not None:
+            if given is None and link is not None:
                 return self._text(link, role)
         raise NotKnownError(f"the text of {node.kind!r}")
 
@@ -688,6 +691,12 @@ def _makes_latent(node: Node) -> bool:
     if node.kind in SIZES or "empty_latent_width" in node.inputs or "Empty" in node.kind:
         return True
     return {"width", "height", "batch_size"} <= node.inputs.keys() and not _pictures(node)
+
+
+def _is_styled(node: Node) -> bool:
+    """Whether a node may put its text into a style or a template, which lie in files."""
+    styles = (value for name, value in node.inputs.items() if _STYLE.match(name))
+    return any(str(value).casefold() not in _NO_STYLE for value in styles)
 
 
 def _first_link(node: Node, names: tuple[str, ...]) -> object:
