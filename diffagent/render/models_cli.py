@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from diffagent.render.store import ModelStore
     from schemas.config import RuntimeConfig
 
-A, B = TypeVar("A"), TypeVar("B")
+A = TypeVar("A")
+B = TypeVar("B")
 
 app = typer.Typer(
     help="Model files: fetch, list, pin, evict, import; look at folders of them.",
@@ -189,7 +190,7 @@ def import_models(
     models: Models = None,
 ) -> None:
     """Copy files into the cache, checked; what is refused is told, and exit code 1 at the end."""
-    from diffagent.civitai.sources.local import model_files
+    from diffagent.civitai.sources.local import model_files, undrawable
     from diffagent.errors import RenderError
 
     cache, refused = _cache(_runtime(config, models)), False
@@ -197,6 +198,8 @@ def import_models(
     for path in chain.from_iterable(files):
         try:
             typer.echo(f"{cache.add(path)[0]}  {_printable(str(path))}")
+            if why := undrawable(path):
+                typer.echo(f"not drawn with  {_printable(f'{path}: {why}')}", err=True)
         except RenderError as error:
             refused = True
             typer.echo(f"refused  {_printable(f'{path}: {error}')}", err=True)
