@@ -400,6 +400,20 @@ def test_a_cache_that_cannot_be_written_is_told_in_a_line(tmp_path: Path) -> Non
             ModelCache(directory).files()
 
 
+def test_a_disk_without_room_for_notes_is_a_file_s_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    cache = ModelCache(tmp_path)
+    monkeypatch.setattr(cache, "_note", full)
+    with pytest.raises(RenderError, match="No space left") as refused:
+        cache.use(digest(1))
+    assert refused.value.reason == "no-room"
+    assert cache.files() == [], "nor is it in use"
+
+
 # --- verification -----------------------------------------------------------------------------
 
 

@@ -308,11 +308,17 @@ class Hashes:
             self._saved = time.monotonic()
             if not self._cache or not self._changed:
                 return
-            self._cache.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{self._cache}.lock"), atomic_file(self._cache) as file:
-                self._known = {**self._read(), **self._known}
-                file.write_bytes(orjson.dumps(self._known))
             self._changed = False
+            try:
+                self._cache.parent.mkdir(parents=True, exist_ok=True)
+                with FileLock(f"{self._cache}.lock"), atomic_file(self._cache) as file:
+                    self._known = {**self._read(), **self._known}
+                    file.write_bytes(orjson.dumps(self._known))
+            except OSError as error:
+                log.warning(
+                    "hashes cannot be kept in %r (%s): the next run computes them again",
+                    str(self._cache), error.strerror or error,
+                )  # fmt: skip
 
     def _read(self) -> dict[str, list[Any]]:
         if self._cache and self._cache.exists():
