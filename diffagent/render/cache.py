@@ -170,12 +170,12 @@ class ModelCache:
         target = self.path(sha256)
         try:
             stamp = _stamp(target)
-        except FileNotFoundError:
+            if self._about(sha256).get("verified") == stamp:
+                return target
+            log.info("verifying %s: its size or time has changed, or it never was", target.name)
+            actual = sha256_file(target)
+        except FileNotFoundError:  # or another thread or process has just deleted it
             return None
-        if self._about(sha256).get("verified") == stamp:
-            return target
-        log.info("verifying %s: its size or time has changed, or it never was", target.name)
-        actual = sha256_file(target)
         with self._locked():
             if actual == sha256:
                 self._note(sha256, verified=stamp)

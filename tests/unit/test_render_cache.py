@@ -455,6 +455,20 @@ def test_a_damaged_file_is_none(
     assert f"{len(damaged)} bytes with SHA256" in caplog.text
 
 
+def test_a_damaged_file_may_go_while_it_is_hashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, sha256, path = imported(tmp_path)
+    os.utime(path, ns=(5, 5))
+
+    def gone(target: Path) -> str:
+        target.unlink()  # by another thread that was faster
+        return hashlib.sha256(target.read_bytes()).hexdigest()
+
+    monkeypatch.setattr(cache_module, "sha256_file", gone)
+    assert cache.verified(sha256) is None
+
+
 def test_a_file_of_an_older_store_is_hashed_before_it_is_used(tmp_path: Path) -> None:
     cache = ModelCache(tmp_path)
     content = b"of an older store"
