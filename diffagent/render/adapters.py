@@ -385,7 +385,7 @@ class Inversions:
                 self._loaded = (*self._loaded, (sha256, path))
                 with reading(path.name, "is no embedding for the checkpoint", "bad-embedding"):
                     self._load(sha256, path)
-        except RenderError:
+        except BaseException:
             self._unload()
             raise
         return True

@@ -17,6 +17,7 @@ lives, so that what a killed one has used is free again. Using and evicting happ
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -120,14 +121,14 @@ class ModelCache:
         """
         target = self.path(sha256)
         with self._locked():
-            self._uses[sha256] += 1
-            if self._uses[sha256] == 1:
-                self._write_uses()
             if "model" in self._about(sha256):
                 os.utime(target.with_suffix(".json"))
             else:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 self._note(sha256, model=model, air=air, size=size)
+            self._uses[sha256] += 1
+            if self._uses[sha256] == 1:
+                self._write_uses()
         return target
 
     def release(self, sha256: str) -> None:
@@ -169,12 +170,12 @@ class ModelCache:
         target = self.path(sha256)
         try:
             stamp = _stamp(target)
-        except FileNotFoundError:
+            if self._about(sha256).get("verified") == stamp:
+                return target
+            log.info("verifying %s: its size or time has changed, or it never was", target.name)
+            actual = sha256_file(target)
+        except FileNotFoundError:  # or another thread or process has just deleted it
             return None
-        if self._about(sha256).get("verified") == stamp:
-            return target
-        log.info("verifying %s: its size or time has changed, or it never was", target.name)
-        actual = sha256_file(target)
         with self._locked():
             if actual == sha256:
                 self._note(sha256, verified=stamp)
@@ -344,20 +345,19 @@ class ModelCache:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        lock = FileLock(self.directory / "cache.lock")
         with self._mutex:
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
-                lock.acquire()
+                with FileLock(self.directory / "cache.lock"):
+                    yield
             except OSError as error:
-                raise ConfigError(
+                problem = (
                     f"the model cache {str(self.directory)!r} cannot be written: "
                     f"{error.strerror or error}; name a directory with --models or runtime.models"
-                ) from error
-            try:
-                yield
-            finally:
-                lock.release()
+                )
+                if error.errno == errno.ENOSPC:  # of one file: the others may be there already
+                    raise RenderError(problem, reason="no-room") from error
+                raise ConfigError(problem) from error
 
     def _about(self, sha256: str) -> dict[str, Any]:
         """The notes of a file; {} when there are none."""

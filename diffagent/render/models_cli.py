@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from diffagent.render.store import ModelStore
     from schemas.config import RuntimeConfig
 
-A, B = TypeVar("A"), TypeVar("B")
+A = TypeVar("A")
+B = TypeVar("B")
 
 app = typer.Typer(
     help="Model files: fetch, list, pin, evict, import; look at folders of them.",
@@ -192,7 +193,7 @@ def import_models(
     models: Models = None,
 ) -> None:
     """Copy files into the cache, checked; what is refused is told, and exit code 1 at the end."""
-    from diffagent.civitai.sources.local import model_files
+    from diffagent.civitai.sources.local import model_files, undrawable
     from diffagent.errors import RenderError
 
     cache, refused = _cache(_runtime(config, models)), False
@@ -200,6 +201,8 @@ def import_models(
     for path in chain.from_iterable(files):
         try:
             typer.echo(f"{cache.add(path)[0]}  {printable(str(path))}")
+            if why := undrawable(path):
+                typer.echo(f"not drawn with  {printable(f'{path}: {why}')}", err=True)
         except RenderError as error:
             refused = True
             typer.echo(f"refused  {printable(f'{path}: {error}')}", err=True)

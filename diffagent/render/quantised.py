@@ -42,8 +42,12 @@ _KINDS = {
     ".weight_s_rel": "4-bit (asym_w4a8)",
     ".weight_scale_2": "4-bit float (nvfp4)",
 }  # fmt: skip
-_FORMATS = frozenset({"float8_e4m3fn", "float8_e5m2", "int8_tensorwise"})
-_SETTINGS = frozenset({"format", "full_precision_matrix_mult"})
+#: ComfyUI's formats that are a weight times a scale, whose shape tells what it is of.
+_FORMATS = frozenset({
+    "float8_e4m3fn", "float8_e5m2", "float8_e4m3fn_rowwise", "float8_e4m3fn_blockwise",
+    "int8_tensorwise", "int8_blockwise",
+})  # fmt: skip
+_SETTINGS = frozenset({"format", "full_precision_matrix_mult", "group_size"})
 _SMALL = frozenset({"F8_E4M3", "F8_E5M2", "I8"})
 _FLOATS = frozenset({"F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64"})
 _MARKER_BYTES = 10_000

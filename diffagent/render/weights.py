@@ -24,7 +24,7 @@ from diffagent.errors import DiffAgentError, RenderError
 
 #: Bounds on a header, far above real files (SDXL: 0.4 MB, 2,515 tensors, names of 110 characters;
 #: trainers' notes of up to some MB). The format allows 100 MB, which take 2.6 GB when parsed.
-MAX_HEADER = 32 << 20  # bytes
+MAX_HEADER = 16 << 20  # bytes
 MAX_TENSORS = 100_000
 MAX_NAME = 1_000  # characters
 _MAX_RANK = 16
@@ -197,6 +197,8 @@ def _parse(path: Path, size: int, *_times: int) -> _Header:
         raw = stream.read(length)
     if len(raw) < length:
         _refuse(path, f"cut off after {size} bytes, inside of its header; {_AGAIN}")
+    if raw.count(b"[") + raw.count(b"{") > 6 * MAX_TENSORS:  # a tensor has two lists, an object
+        _refuse(path, f"a header of more lists and objects than {MAX_TENSORS} tensors have")
     try:
         entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_Entries().unique)
     except (ValueError, RecursionError) as error:

@@ -230,6 +230,17 @@ def test_what_two_processes_have_hashed_is_merged(tmp_path: Path) -> None:
     assert Hashes(cache).flaw(paths[0]) == "" and cache.stat().st_mtime_ns == before
 
 
+def test_hashes_that_cannot_be_kept_are_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "a.safetensors"
+    put(path, safetensors({"x": (4,)}))
+    hashes = Hashes(path / "below" / "hashes.json")
+    assert hashes.of(path) == hash_file(path)
+    hashes.save()
+    assert "cannot be kept" in caplog.text
+
+
 def test_a_whole_installation_is_its_model_folders(tmp_path: Path) -> None:
     for name in ("launch.py", "models/Lora/a.safetensors", "embeddings/b.pt", "venv/c.safetensors"):
         put(tmp_path / name, b"")

@@ -687,6 +687,15 @@ def test_odd_references_are_refused_in_a_line(text: str) -> None:
     assert parse_reference("https://civitai.com/models/1?modelVersionId=\u00b2").version is None
 
 
+def test_import_tells_what_cannot_be_drawn_with(tmp_path: Path) -> None:
+    path = tmp_path / "packed.safetensors"
+    path.write_bytes(save({"x.weight": np.zeros((4, 4), np.uint8)}))
+    arguments = ["models", "import", str(path), "--models", str(tmp_path / "cache")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0
+    assert "not drawn with" in result.output and "packed or quantised as U8" in result.output
+
+
 def test_one_bad_reference_stops_no_other(site: str, tmp_path: Path) -> None:
     references = ["1001", "nonsense", "1004", "1002"]
     arguments = ["models", "fetch", *references, "--models", str(tmp_path), "--site", site]

@@ -400,6 +400,20 @@ def test_a_cache_that_cannot_be_written_is_told_in_a_line(tmp_path: Path) -> Non
             ModelCache(directory).files()
 
 
+def test_a_disk_without_room_for_notes_is_a_file_s_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    cache = ModelCache(tmp_path)
+    monkeypatch.setattr(cache, "_note", full)
+    with pytest.raises(RenderError, match="No space left") as refused:
+        cache.use(digest(1))
+    assert refused.value.reason == "no-room"
+    assert cache.files() == [], "nor is it in use"
+
+
 # --- verification -----------------------------------------------------------------------------
 
 
@@ -439,6 +453,20 @@ def test_a_damaged_file_is_none(
     assert cache.verified(sha256) is None
     assert not path.exists()
     assert f"{len(damaged)} bytes with SHA256" in caplog.text
+
+
+def test_a_damaged_file_may_go_while_it_is_hashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, sha256, path = imported(tmp_path)
+    os.utime(path, ns=(5, 5))
+
+    def gone(target: Path) -> str:
+        target.unlink()  # by another thread that was faster
+        return hashlib.sha256(target.read_bytes()).hexdigest()
+
+    monkeypatch.setattr(cache_module, "sha256_file", gone)
+    assert cache.verified(sha256) is None
 
 
 def test_a_file_of_an_older_store_is_hashed_before_it_is_used(tmp_path: Path) -> None:

@@ -180,8 +180,10 @@ def test_a_folder_of_many_odd_files_warns_once(
         folder_entries([tmp_path / "none"], tmp_path / "hashes.json")
 
 
-ODD_NAMES = ("", ".", "weight", "x" * 900, "\u043a\u043b\u044e\u0447", "lora_unet_",
-             ".lora_down.weight", "unet.lora_A.weight", "lora_unet_input_blocks_x_y.lora_down.weight")  # fmt: skip
+ODD_NAMES = (
+    *("", ".", "weight", "x" * 900, "\u043a\u043b\u044e\u0447", "lora_unet_", ".lora_down.weight"),
+    *("unet.lora_A.weight", "lora_unet_input_blocks_x_y.lora_down.weight"),
+)
 TYPES = (torch.float64, torch.bfloat16, torch.int8, torch.uint8, torch.int64, torch.bool,
          torch.float8_e4m3fn, torch.complex64)  # fmt: skip
 

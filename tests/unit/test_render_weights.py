@@ -240,6 +240,9 @@ def test_headers_are_bounded_before_they_are_read(tmp_path: Path) -> None:
     path.write_bytes(_file(f"{{{many}}}".encode()))
     with pytest.raises(RenderError, match=f"more than {MAX_TENSORS} tensors"):
         read_header(path)
+    path.write_bytes(_file(b'{"a":[' + b"[]," * 700_000 + b"0]}"))
+    with pytest.raises(RenderError, match="more lists and objects"):
+        read_header(path)
     path.write_bytes(_file({"a": _entry(0, 0, shape=[9_999_999_999] * 100_000)}))
     with pytest.raises(RenderError, match="of shape"):
         read_header(path)

@@ -19,10 +19,10 @@ Symbolic links are followed, since A1111 and ComfyUI are set up with them; each 
 and links that lead around the folder or nowhere are skipped with a word. A ComfyUI's
 ``extra_model_paths.yaml`` is read. Parts of a diffusers pipeline and shards are no checkpoints.
 
-Files are not trusted: headers are bounded and checked, pickles are hashed and never opened. What is
-refused is listed all the same, with the reason where the
-site has the result of its scan and without a way to download it. Nothing is written beside the
-files; hashes are kept in a file of the store, by size and time.
+Files are not trusted: headers are bounded and checked, pickles are hashed and never opened. A
+refused file is listed all the same, with the reason where the site has the result of its scan and
+without a way to download it. Nothing is written beside the files; hashes are kept in a file of the
+store, by size and time.
 """
 
 from __future__ import annotations
@@ -176,11 +176,10 @@ def model_files(*directories: Path) -> Iterator[Path]:
     seen: set[tuple[int, int]] = set()
     for directory in directories:
         for top in _tops(directory):
+            if not _is_new(top.stat(), seen):
+                continue
             for folder, folders, names in os.walk(top, followlinks=True, onerror=_warn_unreadable):
-                if not _is_new(Path(folder).stat(), seen):
-                    folders.clear()
-                    continue
-                folders[:] = sorted(n for n in folders if not _leads_around(Path(folder, n), top))
+                folders[:] = sorted(n for n in folders if _is_to_enter(Path(folder, n), top, seen))
                 yield from (p for n in sorted(names) if _is_model(p := Path(folder, n), seen))
 
 
@@ -196,12 +195,16 @@ def _is_new(status: os.stat_result, seen: set[tuple[int, int]]) -> bool:
     return is_new
 
 
-def _leads_around(path: Path, top: Path) -> bool:
-    """Whether a link leads to the folder that is searched, or to one around it."""
-    if not path.is_symlink() or not top.resolve().is_relative_to(path.resolve()):
+def _is_to_enter(path: Path, top: Path, seen: set[tuple[int, int]]) -> bool:
+    """Whether a folder below ``top`` was not seen yet; a link to one around ``top`` is not new."""
+    try:
+        if path.is_symlink() and top.resolve().is_relative_to(path.resolve()):
+            log.warning("%r is a link to a folder around it; not followed", str(path))
+            return False
+        return _is_new(path.stat(), seen)
+    except OSError as error:
+        _warn_unreadable(error)
         return False
-    log.warning("%r is a link to a folder around it; not followed", str(path))
-    return True
 
 
 def _is_model(path: Path, seen: set[tuple[int, int]]) -> bool:
@@ -306,11 +309,17 @@ class Hashes:
             self._saved = time.monotonic()
             if not self._cache or not self._changed:
                 return
-            self._cache.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{self._cache}.lock"), atomic_file(self._cache) as file:
-                self._known = {**self._read(), **self._known}
-                file.write_bytes(orjson.dumps(self._known))
             self._changed = False
+            try:
+                self._cache.parent.mkdir(parents=True, exist_ok=True)
+                with FileLock(f"{self._cache}.lock"), atomic_file(self._cache) as file:
+                    self._known = {**self._read(), **self._known}
+                    file.write_bytes(orjson.dumps(self._known))
+            except OSError as error:
+                log.warning(
+                    "hashes cannot be kept in %r (%s): the next run computes them again",
+                    str(self._cache), error.strerror or error,
+                )  # fmt: skip
 
     def _read(self) -> dict[str, list[Any]]:
         if self._cache and self._cache.exists():
@@ -379,12 +388,18 @@ def look(path: Path, hashes: Hashes) -> LocalFile:
     if kind == CHECKPOINT and (part := _part(path, tensors, architecture.type)):
         kind, file.undrawable = UNKNOWN.type, part
     else:
-        try:
-            check_quantisation(path)
-        except RenderError as error:
-            file.undrawable = str(error)
+        file.undrawable = undrawable(path)
     file.architecture = replace(architecture, type=kind)
     return file
+
+
+def undrawable(path: Path) -> str:
+    """Why the weights of a sound file cannot be drawn with; '' when nothing is against them."""
+    try:
+        check_quantisation(path)
+    except RenderError as error:
+        return str(error)
+    return ""
 
 
 def _part(path: Path, tensors: Mapping[str, Tensor], kind: str) -> str:
