@@ -208,7 +208,8 @@ class PromptEncoder:
         tokenizer, _ = self._encoders[0]
         text = "".join(text for text, _ in fragments)
         tokens = len(tokenizer(text, add_special_tokens=False).input_ids)
-        return max(1, math.ceil(tokens / (tokenizer.model_max_length - 2)))
+        room: int = tokenizer.model_max_length - 2
+        return max(1, math.ceil(tokens / room))
 
     def _window(
         self, tokenizer: Any, encoder: Any, window: Sequence[Fragment], clip_skip: int
