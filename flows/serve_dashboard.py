@@ -44,7 +44,8 @@ def main(
     ] = None,
 ) -> None:
     """Serve Prefect's API and UI, and the store's reports, data cards, datasets and pictures."""
-    os.environ.setdefault("PREFECT_HOME", str(store.resolve() / "prefect"))
+    home = os.environ.setdefault("PREFECT_HOME", str(store.resolve() / "prefect"))
+    Path(home).mkdir(parents=True, exist_ok=True)  # Prefect makes the last folder alone
     os.environ["PREFECT_SERVER_API_HOST"] = host
     os.environ["PREFECT_SERVER_API_PORT"] = str(port)
     names = [*(allow_host or ()), host]

@@ -402,11 +402,9 @@ def test_make_serves_a_store_with_a_space_in_its_name(tmp_path: Path) -> None:
     (environment / "bin/python").chmod(0o755)
     (environment / ".installed").touch()
     store = tmp_path / "my store"
-    card = store / "shard/abc/README.md"
     port, store_port = free_port(), free_port()
     command = ["make", "serve-dashboard", f"STORE={store}", f"VENV={environment}"]
     command += [f"PYTHON={sys.executable}", f"API_PORT={port}", f"STORE_PORT={store_port}"]
-    card.parent.mkdir(parents=True)
     without_home = {k: v for k, v in os.environ.items() if k != "PREFECT_HOME"}
     with (tmp_path / "log.txt").open("w") as log:
         process = subprocess.Popen(
