@@ -183,12 +183,15 @@ def named_files(*names: str | Path | None) -> list[Path]:
     """The local files that values of a config name.
 
     Args:
-        names: a file, a directory (all files in it), or anything else (nothing), such as the
-            name of a model on a hub.
+        names: a file, a directory (all files in it, but hidden ones and README.md, which people
+            edit), or anything else (nothing), such as the name of a model on a hub.
     """
     files: list[Path] = []
     for path in (Path(name) for name in names if name):
-        files += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
+        inside = path.rglob("*") if path.is_dir() else ()
+        files += sorted(
+            p for p in inside if p.is_file() and p.name[0] != "." and p.name != "README.md"
+        )
         files += [path] if path.is_file() else []
     return files
 

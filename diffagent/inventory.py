@@ -7,18 +7,21 @@ pointer the newest is. It is *needed* when a latest one was made from it, direct
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from diffagent import cache, latest
-from diffagent.artifacts import MANIFEST, PREVIOUS, read_manifest
+from diffagent.artifacts import PREVIOUS, read_manifest
 from diffagent.errors import ArtifactError, DamagedArtifact
 from diffagent.remote import list_manifests, list_pointers
 from schemas.config import RuntimeConfig
 from schemas.manifest import InputRef, Manifest
 
+#: How the directories of artefacts, and what belongs to them, are called.
+_NAME = re.compile(r"\.?[0-9a-f]{16}(\.|$)")
 Kind = Literal["whole", "damaged", "unfinished"]
 
 
@@ -126,6 +129,8 @@ def _local_entries(store: Path) -> Iterator[Entry]:
     for stage in sorted(path for path in store.iterdir() if path.is_dir()):
         pointers = _local_pointers(stage)
         for path in sorted(p for p in stage.iterdir() if p.is_dir() and not p.is_symlink()):
+            if not _NAME.match(path.name):
+                continue  # a folder of something else: of models, of pictures
             if path.name.startswith("."):
                 if path.name.endswith((".partial", ".removed", ".incoming")):
                     size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
@@ -134,10 +139,9 @@ def _local_entries(store: Path) -> Iterator[Entry]:
             try:
                 manifest = read_manifest(path)
             except DamagedArtifact:
-                if (path / MANIFEST).exists() or ".damaged-" in path.name:
-                    size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-                    yield Entry(stage.name, path.name, str(path), "damaged", size, None)
-                continue  # else a folder of something else: of models, of pictures
+                size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+                yield Entry(stage.name, path.name, str(path), "damaged", size, None)
+                continue
             kind: Kind = "damaged" if ".damaged-" in path.name else "whole"
             names = tuple(sorted(p for p, name in pointers.items() if name == path.name))
             size = sum(entry.size for entry in manifest.files)

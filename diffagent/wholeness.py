@@ -26,6 +26,8 @@ from schemas.manifest import FileEntry, Manifest
 
 log = logging.getLogger(__name__)
 
+#: Bytes that take a while to read: worth a message.
+_LARGE = 2**30
 #: How a file looked when it was read: size, mtime and ctime in ns, inode.
 Look = tuple[int, int, int, int]
 
@@ -52,6 +54,9 @@ def check(
         entries = [e for e in entries if e.path in noted and noted[e.path] != _note(e, looks)]
     elif read == "unread":
         entries = [e for e in entries if noted.get(e.path) != _note(e, looks)]
+    size = sum(entry.size for entry in entries)
+    if size > _LARGE:
+        log.info("reading %.1f GB of %s, once, to verify it", size / 1e9, directory)
     for entry in entries:
         path = directory / entry.path
         if _digest(path, looks[entry.path], again=read == "all") != entry.sha256:

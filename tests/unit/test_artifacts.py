@@ -112,6 +112,8 @@ def test_identity_is_of_the_files_that_the_config_names(tmp_path: Path) -> None:
     weights.write_bytes(b"two!")
     assert reader.identity(config, {}) != first, "other weights under the same name"
     weights.write_bytes(b"one")
+    weights.with_name("README.md").write_text("a note")
+    weights.with_name(".DS_Store").write_text("of a file manager")
     assert reader.identity(config, {}) == first, "when they were written does not matter"
 
 

@@ -277,3 +277,37 @@ def test_civitai_gets_its_arguments_untouched(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "diffagent.civitai", types.ModuleType("diffagent.civitai"))
     invoke("civitai", "serve", "--dump", "DIR", "--help")
     assert given["args"] == ["serve", "--dump", "DIR", "--help"]
+
+
+def test_every_command_has_the_short_help_and_v_and_q() -> None:
+    def walk(node: Any, path: tuple[str, ...]) -> None:
+        children = getattr(node, "commands", {})
+        for name, child in children.items():
+            walk(child, (*path, name))
+        if path != ("civitai",):  # hands its arguments on
+            shown = invoke(*path, "-h")
+            assert shown == invoke(*path, "--help")
+            assert children or ("--verbose" in shown and "--quiet" in shown), path
+
+    walk(typer.main.get_command(cli.app), ())
+
+
+@pytest.mark.parametrize("prompt", ["", "  ", "\n"])
+def test_an_empty_prompt_is_an_error(prompt: str, chooses: list[tuple[Any, ...]]) -> None:
+    with pytest.raises(ConfigError, match="the prompt is empty"):
+        invoke("select", prompt, "--agent", "here")
+    assert chooses == [], "nothing is loaded"
+
+
+def test_a_directory_of_another_kind_is_called_what_it_is(tmp_path: Path) -> None:
+    from tests.unit.agent_world import make_world
+
+    dabench = make_world(tmp_path, train=12, test=4).path
+    with pytest.raises(ArtifactError, match="it is an artefact of the stage 'shard'"):
+        invoke("select", "a star", "--agent", dabench)
+    with pytest.raises(ArtifactError, match=f"did you mean '{dabench.parent}/latest'"):
+        invoke("select", "a star", "--agent", dabench.parent)
+    with pytest.raises(ArtifactError, match=f"did you mean '{dabench.parent}/latest'"):
+        invoke("select", "a star", "--dabench", dabench.parent)
+    with pytest.raises(ArtifactError, match="no such directory"):
+        invoke("select", "a star", "--agent", tmp_path / "nothing")

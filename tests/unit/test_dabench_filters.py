@@ -25,6 +25,7 @@ from schemas.api import parse_api
 from schemas.config import FilterConfig, RuntimeConfig
 from schemas.dabench import CATALOGUE, PRINTS, RECORDS
 from schemas.manifest import Funnel
+from tests.conftest import reseal
 from tests.unit.dabench_records import hashes, image, model, snapshot, version
 from tests.unit.test_metadata_comfy import graph, node
 
@@ -457,6 +458,7 @@ def test_disorder_and_damage_are_errors(tmp_path: Path) -> None:
     source = snapshot(tmp_path / "b", [model(1)], [image(1)])
     path = source.path / "images" / "00000.jsonl.gz"
     path.write_bytes(path.read_bytes()[:-12] + bytes(12))
+    reseal(source)
     with pytest.raises(ArtifactError, match="crawl again"):
         filter_records.run(
             FilterConfig(), {"snapshot": [source]}, RuntimeConfig(store=str(tmp_path / "store"))

@@ -146,7 +146,10 @@ def test_prune_keeps_the_latest_and_what_they_need(runtime: RuntimeConfig) -> No
     first, second = week(runtime, "one"), week(runtime, "two")
     other = week(runtime, "three", Words(words=("other",)))
     damaged = second.path.with_name(f"{second.path.name}.damaged-1")
-    first.path.with_name(".x.partial").mkdir()
+    partial = first.path.with_name(f".{first.path.name}.partial")
+    partial.mkdir()
+    (first.path.parent / "someone's").mkdir()
+    (first.path.parent / "someone's" / "manifest.json").write_text("{}")
     damaged.mkdir()
     (damaged / "pairs").write_text("TWI")
     found = states(runtime.store)
@@ -168,7 +171,8 @@ def test_prune_keeps_the_latest_and_what_they_need(runtime: RuntimeConfig) -> No
     assert len(before - left()) == 2
     assert len(lineage_lines(second)) == 2 and "not in" not in lineage_lines(second)[1]
     invoke("artifact", "prune", runtime.store, "--yes", "--damaged", "--unfinished")
-    assert not damaged.exists() and not first.path.with_name(".x.partial").exists()
+    assert not damaged.exists() and not partial.exists()
+    assert (first.path.parent / "someone's").exists(), "no artefact, by its name"
     invoke("artifact", "prune", runtime.store, "--yes", "--other-configs")
     assert not second.path.exists() and open_artifact(other.path) == other
     assert set(states(runtime.store).values()) == {"latest", "latest, needed by toy-shard"}
