@@ -282,6 +282,7 @@ COMPUTED: dict[str, tuple[dict[str, Any], object]] = {
     "was": (node("Number Operation", number_a=["30", 0], number_b=2, operation="multiplication"),
             32),
     "comfyroll": (node("CR Integer Multiple", integer=["30", 0], multiple=2), 32),
+    "slider": (node("mxSlider", Xi=16, Xf=16.5, isfloatX=0), 16),
     "reroute": (node("Reroute", **{"": ["30", 0]}), 16),
     "switch": (node("ImpactSwitch", select=2, input1=["5", 1], input2=["30", 0]), 16),
     "branch": (node("easy ifElse", boolean=False, on_true=3, on_false=["30", 0]), 16),

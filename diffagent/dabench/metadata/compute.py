@@ -110,6 +110,7 @@ _CONSTANT_WORDS = frozenset(
     | {"sampler", "scheduler", "cfg", "steps", "width", "height", "size", "denoise", "clip", "skip"}
     | {"ckpt", "checkpoint", "model", "lora", "name", "simple", "plain", "raw", "everywhere"}
     | {"cr", "df", "jw", "tt", "n", "ttn", "kep", "easy", "was", "impact", "rgthree", "crystools"}
+    | {"manager", "jjk", "layer", "utility", "mx"}
     | {"mtb", "kj", "essentials", "image", "saver", "eff", "inspire", "pysssss", "a", "the", "for"}
 )
 #: Settings of the editor, which no output depends on.
@@ -273,6 +274,7 @@ _NUMBERS: dict[str, Compute] = {
     "Number to Int": lambda i: (int(i.number("number")),),
     "Number to Float": lambda i: (float(i.number("number")),),
     "Seed": lambda i: (i.whole("seed"),) * 4,
+    "mxSlider": lambda i: (i.number("Xf") if i.flag("isfloatX") else i.number("Xi"),),
     "CR Value": lambda i: (float(i.number("value")), int(i.number("value"))),
     "CR Seed": lambda i: (i.whole("seed"),),
     "CR Integer Multiple": lambda i: (int(i.number("integer") * (i.number("multiple", 8) or 1)),),
