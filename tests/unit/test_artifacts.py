@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
-from diffagent import artifacts, cache
+from diffagent import cache, child
 from diffagent.artifacts import (
     Artifact,
     StageContext,
@@ -231,17 +231,20 @@ def test_child_process(runtime: RuntimeConfig) -> None:
 def test_lines_of_a_child_keep_their_level(caplog: pytest.LogCaptureFixture) -> None:
     """A warning of a child, such as a retry, is a warning in the log of a flow's run too."""
     caplog.set_level("INFO", "diffagent")
-    lines = ["WARNING diffagent.x: try 2 of 8", "INFO diffagent.x: fine", "ERROR x: no", "words"]
+    lines = ["WARNING diffagent.x: try 2 of 8", "INFO diffagent.x: fine", "ERROR diffagent: no"]
     program = "import sys; print(*sys.argv[1:], sep='\\n')"
-    code, _ = artifacts._run_logged(
-        [sys.executable, "-c", program, *lines], name="child", timeout=60
+    code, last = child._run_logged(
+        [sys.executable, "-c", program, *lines, "words"],
+        name="child",
+        timeout=60,
+        progress=lambda fraction, text: None,
     )
-    assert code == 0
+    assert (code, last) == (0, "words")
     assert [(r.levelname, r.message) for r in caplog.records] == [
-        ("WARNING", f"child | {lines[0]}"),
-        ("INFO", f"child | {lines[1]}"),
-        ("ERROR", f"child | {lines[2]}"),
-        ("INFO", f"child | {lines[3]}"),
+        ("WARNING", "child | diffagent.x: try 2 of 8"),
+        ("INFO", "child | INFO diffagent.x: fine"),
+        ("ERROR", "child | diffagent: no"),
+        ("INFO", "child | words"),
     ]
 
 

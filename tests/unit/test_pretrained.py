@@ -122,6 +122,7 @@ def test_the_command_runs_no_code_when_a_prompt_is_y(
     agent_run: AgentRun, tmp_path: Path, mark: Path
 ) -> None:
     path = hostile(agent_run.agent.path, tmp_path / "agent", "config and tokenizer")
+    (path / "manifest.json").unlink()  # a directory of a stranger, not of a store
     command = [sys.executable, "-m", "diffagent", "select", "-", "--unconstrained"]
     done = subprocess.run(
         [*command, "--agent", str(path)],
@@ -240,11 +241,11 @@ def test_a_revision_is_part_of_a_name(tmp_path: Path, monkeypatch: pytest.Monkey
     load_tokenizer("org/model@abc")
     assert calls[-1] == ("org/model", {"revision": "abc", "trust_remote_code": False})
 
-    def download(name: str, file: str, *, revision: str | None) -> str:
+    def download(name: str, file: str, *, revision: str | None) -> Path:
         calls.append((name, {"file": file, "revision": revision}))
-        return file
+        return Path(file)
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("diffagent.rewards.hub.hub_file", download)
     hub_or_local("xswu/HPSv2@1234", "w.pt")
     assert calls[-1] == ("xswu/HPSv2", {"file": "w.pt", "revision": "1234"})
 

@@ -151,7 +151,7 @@ def test_links_out_of_the_store_are_not_followed(
         "/evaluate/linked/secret.json",
     ):
         assert ask(port, path)[0] == 404
-    (store / "evaluate" / "latest").symlink_to(artifact.path.name)
+    assert (store / "evaluate" / "latest").is_symlink()
     assert ask(port, "/evaluate/latest/report.html")[0] == 200, "a link within the store is fine"
 
 

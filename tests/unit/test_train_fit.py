@@ -20,7 +20,8 @@ from diffagent.artifacts import Artifact
 from diffagent.errors import ConfigError, TrainingError
 from diffagent.train import fit, sft
 from diffagent.train.losses import INVALID_REWARD
-from diffagent.train.rrhf import RankedPrompts, RRHFTrainer, hold_out, rank, train_rrhf
+from diffagent.train.rrhf import RankedPrompts, RRHFTrainer, hold_out, rank
+from diffagent.train.stages import train_rrhf, train_sft
 from schemas.config import ConfigFileError, RRHFConfig, RuntimeConfig, SFTConfig, load_config
 from tests.unit.agent_world import make_world
 from tests.unit.conftest import AgentRun
@@ -35,7 +36,7 @@ def world(store: Path) -> Artifact:
 
 def train(config: SFTConfig, store: Path, **runtime: Any) -> Artifact:
     settings = RuntimeConfig(store=str(store), device="cpu", **runtime)
-    return sft.train_sft.run(config, {"dabench": [world(store)]}, settings)
+    return train_sft.run(config, {"dabench": [world(store)]}, settings)
 
 
 def rows(artifact: Artifact) -> list[dict[str, float]]:
