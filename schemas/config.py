@@ -29,6 +29,14 @@ from schemas.yaml_file import YamlError, read_yaml
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
 
+def _check_characters(value: Any) -> None:
+    if isinstance(value, str) and (match := _CONTROL.search(value)):
+        raise ValueError(f"holds the character {match[0]!r}; leave it out")
+    if isinstance(value, list | tuple | dict):
+        for part in (*value, *value.values()) if isinstance(value, dict) else value:
+            _check_characters(part)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -36,9 +44,7 @@ class _Section(BaseModel):
     @classmethod
     def _check_text(cls, value: Any) -> Any:
         """Refuse control characters and lone surrogates."""
-        for text in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(text, str) and (match := _CONTROL.search(text)):
-                raise ValueError(f"holds the character {match[0]!r}; leave it out")
+        _check_characters(value)
         return value
 
 
@@ -720,14 +726,14 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Pi
         ConfigFileError: the file is missing or not YAML, or any field is wrong (all are listed).
     """
     try:
-        data = read_yaml(Path(path)) or {}
+        data = read_yaml(Path(path))
     except OSError as error:
         raise ConfigFileError(f"cannot read {str(path)!r}: {error.strerror}") from None
     except (YamlError, ValueError) as error:  # a path with a NUL is a ValueError
         raise ConfigFileError(f"{str(path)!r} cannot be read as YAML: {error}") from None
-    if not isinstance(data, dict):
+    if data is not None and not isinstance(data, dict):
         raise ConfigFileError(f"{str(path)!r} must be a mapping of sections, got {data!r:.80}")
-    return configure(data, overrides, path)
+    return configure(data or {}, overrides, path)
 
 
 def configure(
@@ -754,5 +760,5 @@ def configure(
             for e in error.errors()
         ]
         raise ConfigFileError(
-            "\n".join([f"{path}: {len(problems)} problem(s)", *problems])
+            "\n".join([f"{str(path)!r}: {len(problems)} problem(s)", *problems])
         ) from None
