@@ -19,6 +19,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -42,9 +43,11 @@ class _Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _check_text(cls, value: Any) -> Any:
-        """Refuse control characters and lone surrogates."""
-        _check_characters(value)
+    def _check_text(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse control characters and lone surrogates; a section looks at its own settings."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            _check_characters(value)
         return value
 
 
