@@ -9,8 +9,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-#: Loggers whose news are told without -v: which stage runs, and what was asked for by name.
-_TOLD = ("diffagent.pipeline", "diffagent.civitai.recall")
+#: Loggers of answers to a request (--reconcile), which are shown without -v.
+ANSWERS = ("diffagent.civitai.recall",)
+#: Loggers whose news are shown without -v: which stage runs, and answers.
+_TOLD = ("diffagent.pipeline", *ANSWERS)
 
 
 def _set_up_logging(verbose: int) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from diffagent.failures import printable
+from diffagent.options import ANSWERS
 
 _TICK_SECONDS = 1.0
 _CLEAR = "\r\x1b[2K"
@@ -112,7 +113,7 @@ def status_line() -> Iterator[Status]:
     handlers = logging.getLogger().handlers
 
     def make_room(record: logging.LogRecord) -> bool:
-        if record.levelno < logging.WARNING:
+        if record.levelno < logging.WARNING and record.name not in ANSWERS:
             return False
         status.clear()
         return True
