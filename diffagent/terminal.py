@@ -15,7 +15,12 @@ import time
 from collections.abc import Iterator
 from typing import TextIO
 
+<<<<<<< HEAD
 from schemas.printable import printable
+=======
+from diffagent.failures import printable
+from diffagent.options import ANSWERS
+>>>>>>> store
 
 _TICK_SECONDS = 1.0
 _CLEAR = "\r\x1b[2K"
@@ -112,7 +117,7 @@ def status_line() -> Iterator[Status]:
     handlers = logging.getLogger().handlers
 
     def make_room(record: logging.LogRecord) -> bool:
-        if record.levelno < logging.WARNING:
+        if record.levelno < logging.WARNING and record.name not in ANSWERS:
             return False
         status.clear()
         return True

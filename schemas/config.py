@@ -20,6 +20,7 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -30,16 +31,24 @@ from schemas.yaml_file import YamlError, read_yaml
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
 
+def _check_characters(value: Any) -> None:
+    if isinstance(value, str) and (match := _CONTROL.search(value)):
+        raise ValueError(f"holds the character {match[0]!r}; leave it out")
+    if isinstance(value, list | tuple | dict):
+        for part in (*value, *value.values()) if isinstance(value, dict) else value:
+            _check_characters(part)
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     @field_validator("*", mode="before")
     @classmethod
-    def _check_text(cls, value: Any) -> Any:
-        """Refuse control characters and lone surrogates."""
-        for text in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(text, str) and (match := _CONTROL.search(text)):
-                raise ValueError(f"holds the character {match[0]!r}; leave it out")
+    def _check_text(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse control characters and lone surrogates; a section looks at its own settings."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            _check_characters(value)
         return value
 
 
@@ -801,14 +810,14 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Pi
         ConfigFileError: the file is missing or not YAML, or any field is wrong (all are listed).
     """
     try:
-        data = read_yaml(Path(path)) or {}
+        data = read_yaml(Path(path))
     except OSError as error:
         raise ConfigFileError(f"cannot read {str(path)!r}: {error.strerror}") from None
     except (YamlError, ValueError) as error:  # a path with a NUL is a ValueError
         raise ConfigFileError(f"{str(path)!r} cannot be read as YAML: {error}") from None
-    if not isinstance(data, dict):
+    if data is not None and not isinstance(data, dict):
         raise ConfigFileError(f"{str(path)!r} must be a mapping of sections, got {data!r:.80}")
-    return configure(data, overrides, path)
+    return configure(data or {}, overrides, path)
 
 
 def configure(
@@ -835,5 +844,5 @@ def configure(
             for e in error.errors()
         ]
         raise ConfigFileError(
-            "\n".join([f"{path}: {len(problems)} problem(s)", *problems])
+            "\n".join([f"{str(path)!r}: {len(problems)} problem(s)", *problems])
         ) from None

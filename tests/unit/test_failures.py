@@ -65,21 +65,21 @@ def test_an_error_crosses_the_child_whole(number: int, tmp_path: Path) -> None:
 def test_an_unexpected_exception_names_stage_cause_and_remedy(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    runtime, told = RuntimeConfig(store=str(tmp_path)), []
+    runtime, calls = RuntimeConfig(store=str(tmp_path)), []
     with pytest.raises(UnexpectedError) as here:
         fail.run(Words(), {}, runtime)
     caplog.set_level("INFO", "diffagent")
     with pytest.raises(UnexpectedError) as child:
         run_in_child(
             *("tests.unit.test_failures:fail", Words(), {}, runtime),
-            progress=lambda fraction, text: told.append((fraction, text)),
+            progress=lambda fraction, text: calls.append((fraction, text)),
         )
     for error in (here.value, child.value):
         assert "stage 'toy-fails': unexpected KeyError" in str(error)
         assert "-v" in str(error) and "\n" not in str(error) and "\x1b" not in str(error)
     assert isinstance(here.value.__cause__, KeyError)
     assert "Traceback" in caplog.text and "raise KeyError" in caplog.text, "-v shows the child's"
-    assert told == [(0.5, "half of the words")], "progress crosses too"
+    assert calls == [(0.5, "half of the words")], "progress crosses too"
 
 
 def test_a_panic_is_a_failure_and_an_exit_is_none(tmp_path: Path) -> None:

@@ -152,9 +152,9 @@ def test_prune_keeps_the_latest_and_what_they_need(runtime: RuntimeConfig) -> No
     (first.path.parent / "someone's" / "manifest.json").write_text("{}")
     damaged.mkdir()
     (damaged / "pairs").write_text("TWI")
-    found = states(runtime.store)
-    assert found[first.path.name] == "superseded" and found[second.path.name] == "latest"
-    assert list(found.values()).count("superseded") == 2, "the old data set and its snapshot"
+    state_of = states(runtime.store)
+    assert state_of[first.path.name] == "superseded" and state_of[second.path.name] == "latest"
+    assert list(state_of.values()).count("superseded") == 2, "the old data set and its snapshot"
 
     def left() -> set[str]:
         return {e.location for e in inventory.read_inventory(runtime.store)}

@@ -23,6 +23,7 @@ def crawl(config, context):
     context.progress(0.25, "3 of 12 pages")
     logging.getLogger("diffagent.toy").info("reading the models")
     logging.getLogger("diffagent.toy").warning("a model has no name")
+    logging.getLogger("diffagent.civitai.recall").info("nothing was missed")
     (context.out / "page").write_text("x")
     return StageResult()
 
@@ -68,7 +69,8 @@ def test_a_terminal_shows_stage_time_and_how_far_it_is(command: list[str]) -> No
     assert any("reading the models" in line for line in drawn)
     assert "\r\x1b[2KWARNING diffagent.toy: a model has no name" in shown, "above the line"
     assert shown.endswith("\r\x1b[2K"), "nothing of it stays"
-    assert "INFO" not in shown
+    assert "\r\x1b[2KINFO diffagent.civitai.recall: nothing was missed" in shown
+    assert "INFO diffagent.pipeline" not in shown and "INFO diffagent.toy" not in shown
 
 
 def test_a_pipe_stays_clean_and_quiet_is_quiet(command: list[str]) -> None:

@@ -82,13 +82,15 @@ def test_what_changes_answers_is_set_aside_and_never_deleted(
     again = train.run(Words(), {}, runtime)
     assert again == model and calls == ["train", "train"]
     assert aside(model) == ["damaged-1"]
-    kept = model.path.with_name(f"{model.path.name}.damaged-1")
-    assert (kept / "weights.parquet").read_bytes() == (model.path / "weights.parquet").read_bytes()
-    assert "generation_config.json' is damaged" in caplog.text and str(kept) in caplog.text
+    damaged = model.path.with_name(f"{model.path.name}.damaged-1")
+    assert (damaged / "weights.parquet").read_bytes() == (
+        model.path / "weights.parquet"
+    ).read_bytes()
+    assert "generation_config.json' is damaged" in caplog.text and str(damaged) in caplog.text
     # The right file put back, and the directory renamed, it is what it was.
-    (kept / "generation_config.json").write_text('{"temperature": 1.0}')
+    (damaged / "generation_config.json").write_text('{"temperature": 1.0}')
     model.path.rename(model.path.with_name("gone"))
-    kept.rename(model.path)
+    damaged.rename(model.path)
     assert train.run(Words(), {}, runtime) == model and calls == ["train", "train"]
 
 
@@ -167,8 +169,8 @@ def test_a_damaged_copy_of_a_remote_artefact_is_brought_again(
     copy.local()
     wholeness.forget(copy.path)
     flip(copy.path / "weights.parquet")
-    made = answer.run(Words(), {"model": [model]}, there)
-    assert made.file("answers").read_text() == "3000"
+    answers = answer.run(Words(), {"model": [model]}, there)
+    assert answers.file("answers").read_text() == "3000"
     assert "weights.parquet' is damaged" in caplog.text and "copied from the store" in caplog.text
     assert aside(copy) == [], "the store has it whole"
 

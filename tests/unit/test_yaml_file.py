@@ -117,6 +117,7 @@ def test_any_bytes_are_a_value_or_a_yaml_error(data: bytes | str) -> None:
         ('runtime: {store: "a\\nb"}', "runtime.store: .*holds a line end"),
         ('sft: {model: "a\\eb"}', "sft.model: .*holds the character '.x1b'"),
         ('crawl: {model_types: ["\\udc80"]}', "crawl.model_types: .*holds the character"),
+        ('runtime: {server_models: {"a\\0": b}}', "runtime.server_models: .*holds the character"),
         ('"a\\nb\\e[31m": 1', r"'a.nb.x1b\[31m'"),
     ],
 )
