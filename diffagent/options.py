@@ -9,17 +9,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-<<<<<<< HEAD
 from schemas.printable import log_to_terminal
 
-#: Loggers whose news are told without -v: which stage runs, and what was asked for by name.
-_TOLD = ("diffagent.pipeline", "diffagent.civitai.recall")
-=======
 #: Loggers of answers to a request (--reconcile), which are shown without -v.
 ANSWERS = ("diffagent.civitai.recall",)
 #: Loggers whose news are shown without -v: which stage runs, and answers.
 _TOLD = ("diffagent.pipeline", *ANSWERS)
->>>>>>> store
 
 
 def _set_up_logging(verbose: int) -> int:

@@ -15,12 +15,8 @@ import time
 from collections.abc import Iterator
 from typing import TextIO
 
-<<<<<<< HEAD
-from schemas.printable import printable
-=======
-from diffagent.failures import printable
 from diffagent.options import ANSWERS
->>>>>>> store
+from schemas.printable import printable
 
 _TICK_SECONDS = 1.0
 _CLEAR = "\r\x1b[2K"
