@@ -92,10 +92,10 @@ def find_previous(config: DABenchConfig, inputs: Inputs, runtime: RuntimeConfig)
     history = history_of(filtered.manifest, config.model_dump(mode="json"), store_of(filtered))
     versions = _versions(every, store, history)
     continued = {ref for manifest, _ in versions for ref in manifest.inputs.get(PREVIOUS, ())}
-    whole = [_ref(m) for m, place in versions if not place.is_damaged]
+    intact = [_ref(m) for m, place in versions if not place.is_damaged]
     heads = [(m, place) for m, place in versions if _ref(m) not in continued]
     for manifest, place in heads:
-        if place.is_damaged and _ref(manifest) not in whole:
+        if place.is_damaged and _ref(manifest) not in intact:
             raise ArtifactError(
                 "a new version of this dataset would not know what the newest one decided, which "
                 f"is damaged and was set aside as {str(place.path)!r}: put the right file back "

@@ -92,7 +92,7 @@ def test_no_home_is_needed(home: str | None, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "diffagent", "select", "a red circle", "--dabench"]
     command += [str(dabench.path), "--selector", "neighbours", "--store", str(tmp_path / "fits")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and done.stdout.startswith('{"model"'), done.stderr
+    assert done.returncode == 0 and done.stdout.startswith('{"prompt"'), done.stderr
 
 
 def test_a_second_run_is_told_of_the_first(
