@@ -3,14 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STORE ?= store
+API_PORT ?= 4200
+STORE_PORT ?= 4201
 CONFIG ?= configs/sandbox.yaml
 
-# Everything that Prefect keeps lies in the store; nothing is sent anywhere.
-export PREFECT_HOME ?= $(abspath $(STORE))/prefect
-export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS ?= 180
-export PREFECT_SERVER_ANALYTICS_ENABLED ?= false
-export PREFECT_LOGGING_EXTRA_LOGGERS ?= diffagent
-export PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW ?= ignore
+# Everything that Prefect keeps lies in the store; its other settings are in prefect.toml.
+# ($(abspath) would take a store with a space in its name for two.)
+export PREFECT_HOME ?= $(shell $(PYTHON) -c 'import os, sys; print(os.path.abspath(sys.argv[1]))' "$(STORE)")/prefect
 export DO_NOT_TRACK ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_DISABLE_TELEMETRY ?= 1
@@ -31,7 +30,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt requirements-rewards.txt
 
 demo: install
 	mkdir -p "$(PREFECT_HOME)"
-	$(BIN)/python -m flows.run_pipeline $(CONFIG) --store $(STORE)
+	$(BIN)/python -m flows.run_pipeline $(CONFIG) --store "$(STORE)"
 
 test: install
 	mkdir -p "$(PREFECT_HOME)"
@@ -46,11 +45,9 @@ lint: install
 bench: install
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
 
-# Prefect's own UI on port 4200; the store with the reports on port 4201.
+# Prefect's UI and API, and the reports and data of the store; to this machine's browsers alone.
 serve-dashboard: install
-	mkdir -p "$(PREFECT_HOME)"
-	$(BIN)/python -m http.server 4201 --bind 127.0.0.1 --directory $(STORE) >/dev/null 2>&1 & \
-	trap "kill $$!" EXIT INT TERM; $(BIN)/prefect server start
+	$(BIN)/python -m flows.serve_dashboard --store "$(STORE)" --port $(API_PORT) --store-port $(STORE_PORT)
 
 # Hours of CPU. The weights are committed; diffagent/sandbox/README.md has their logs and numbers.
 sandbox: install
@@ -63,4 +60,4 @@ sandbox: install
 		$(BIN)/python -m diffagent.sandbox.train_scorers $$step || exit 1; done
 
 clean:
-	rm -rf $(STORE) build dist *.egg-info
+	rm -rf "$(STORE)" build dist *.egg-info

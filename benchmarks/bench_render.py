@@ -84,7 +84,10 @@ def sandbox_jobs(
     while len(jobs) < number:
         meta = rng.choice(usable)
         sampler = normalise(meta["sampler"])
-        if sampler is None or not SAMPLERS[sampler].renderable or not 1 <= meta["steps"] <= 150:
+        # Those that the naive loop draws alike: without another sampler's sigmas or steps.
+        if sampler is None or not (SAMPLERS[sampler].renderable and SAMPLERS[sampler].exact):
+            continue
+        if not 1 <= meta["steps"] <= 150:
             continue
         lora = rng.choice([None, *loras])
         jobs.append(

@@ -27,6 +27,7 @@ import torch
 
 from diffagent.agent.format import IGNORED, Example
 from diffagent.artifacts import peak_memory_bytes
+from diffagent.pretrained import load_model
 from diffagent.train.collate import RankedPrompt, RRHFCollator
 from diffagent.train.fit import enable_checkpointing
 from diffagent.train.passes import response_logps
@@ -48,7 +49,7 @@ def load(name: str) -> Any:
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     if name != "smollm2":
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        return load_model(AutoModelForCausalLM, name, dtype=torch.float32)
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**SMOLLM2))
 

@@ -311,7 +311,7 @@ class Week:
     def _damage(self) -> None:
         """Cut a part of models, and write zeros into the middle of one of pictures."""
         for kind in ("models", "images"):
-            manifests = self.folder.glob("store/crawl/*/manifest.json")
+            manifests = self.folder.glob("store/crawl/[0-9a-f]*/manifest.json")
             snapshot = next(p.parent for p in manifests if "." not in p.parent.name)
             part = sorted(snapshot.glob(f"{kind}/*"))[-1]
             data = bytearray(part.read_bytes())

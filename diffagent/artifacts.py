@@ -15,7 +15,6 @@ A store that is a URI has the artefacts that count; they are built and read in a
 from __future__ import annotations
 
 import contextlib
-import errno
 import functools
 import hashlib
 import importlib.metadata
@@ -25,30 +24,29 @@ import logging
 import os
 import resource
 import shutil
-import subprocess
 import sys
-import tempfile
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
-from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from diffagent import cache, errors
-from diffagent.errors import ArtifactError, DiffAgentError
+from diffagent import cache, latest, wholeness
+from diffagent.errors import ArtifactError, DamagedArtifact
+from diffagent.failures import explained
+from diffagent.locks import locked
 from diffagent.remote import (
     check_writable,
     missing_files,
     pull,
     push,
+    read_pointer,
     read_remote,
     verify_remote,
+    write_pointer,
 )
 from schemas.config import RuntimeConfig
 from schemas.manifest import SCHEMA_VERSION, FileEntry, Funnel, InputRef, Manifest
@@ -56,8 +54,7 @@ from schemas.manifest import SCHEMA_VERSION, FileEntry, Funnel, InputRef, Manife
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-#: Exit code of a child whose stage raised a DiffAgentError (which is then in its answer file).
-EXPECTED_FAILURE = 3
+sha256_file = wholeness.sha256_file
 _RECORDED_VERSIONS = ("diffagent", "torch", "transformers", "trl", "diffusers", "pyarrow", "polars")
 
 C = TypeVar("C", bound=BaseModel)
@@ -98,7 +95,7 @@ class Artifact(BaseModel):
         """
         if self.remote and not _is_here(self):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{self.path}.lock"):
+            with locked(self.path):
                 _bring(self)
         return self.path
 
@@ -125,6 +122,9 @@ class Artifact(BaseModel):
 Progress = Callable[[float | None, str], None]
 #: What a stage reads: name of the input -> artefacts (one, or one a shard).
 Inputs = Mapping[str, Sequence[Artifact]]
+_Held = contextlib.AbstractContextManager[None]
+#: Name of the input that holds earlier artefacts of the same stage: its history in the store.
+PREVIOUS = "previous"
 
 
 @dataclass
@@ -179,28 +179,19 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def sha256_file(path: Path) -> str:
-    """Hex SHA256 of a file's bytes."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-@functools.lru_cache(maxsize=1024)
-def _known_digest(path: Path, size: int, mtime_ns: int) -> str:
-    """SHA256 of a file, read once by a process as long as its size and time stay."""
-    return sha256_file(path)
-
-
 def named_files(*names: str | Path | None) -> list[Path]:
     """The local files that values of a config name.
 
     Args:
-        names: a file, a directory (all files in it), or anything else (nothing), such as the
-            name of a model on a hub.
+        names: a file, a directory (all files in it, but hidden ones and README.md, which people
+            edit), or anything else (nothing), such as the name of a model on a hub.
     """
     files: list[Path] = []
     for path in (Path(name) for name in names if name):
-        files += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
+        inside = path.rglob("*") if path.is_dir() else ()
+        files += sorted(
+            p for p in inside if p.is_file() and p.name[0] != "." and p.name != "README.md"
+        )
         files += [path] if path.is_file() else []
     return files
 
@@ -209,55 +200,89 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of an artefact's directory.
 
     Raises:
-        ArtifactError: there is none, or it is not a manifest.
+        DamagedArtifact: there is none, or it is not a manifest.
+        ArtifactError: it cannot be read.
     """
     try:
         return Manifest.model_validate_json((directory / MANIFEST).read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise DamagedArtifact(
+            f"no artefact in {str(directory)!r}: {describe_directory(directory)}"
+        ) from None
     except OSError as error:
-        raise ArtifactError(f"no artefact in {str(directory)!r}: {error.strerror}") from None
-    except ValidationError as error:
         raise ArtifactError(
+            f"cannot read {str(directory / MANIFEST)!r}: {error.strerror}; check its permissions"
+        ) from None
+    except ValidationError as error:
+        raise DamagedArtifact(
             f"{str(directory / MANIFEST)!r} is not a manifest of this version: "
             f"{error.errors()[0]['msg']}; delete the directory and run the stage again"
         ) from None
 
 
+def describe_directory(directory: Path) -> str:
+    """What a directory is that a person named in place of another one, with a remedy."""
+    if not directory.is_dir():
+        there = "it is a file" if directory.exists() else "there is no such directory"
+        return f"{there}; give STORE/STAGE/NAME, as the runs print it, or STORE/STAGE/latest"
+    if (directory / MANIFEST).exists():
+        stage = read_manifest(directory).stage
+        return f"it is an artefact of the stage {stage!r}; 'diffagent artifact list' shows others"
+    below = sorted(path.parent.name for path in directory.glob("*/" + MANIFEST))
+    if not below:
+        return f"it has no {MANIFEST}; give STORE/STAGE/NAME, as the runs print it"
+    name = latest.LATEST if latest.LATEST in below else below[0]
+    return f"it holds artefacts of a stage; did you mean {str(directory / name)!r}?"
+
+
 def open_artifact(directory: str | Path) -> Artifact:
     """A handle on the artefact in ``directory`` or at a URI, its files checked by size.
 
+    A file that has changed since it was last read is read again (``diffagent.wholeness``). A
+    pointer (``STORE/STAGE/latest``) is followed once: the handle is on what it leads to now.
+
     Raises:
-        ArtifactError: no manifest, or a file is missing or of another size.
+        DamagedArtifact: no manifest, or a file is not the manifest's.
+        ArtifactError: it cannot be read.
     """
     if "://" in str(directory):
         return _open_remote(str(directory))
     path = Path(directory)
+    if path.is_symlink():
+        path = path.resolve()
     manifest = read_manifest(path)
-    for entry in manifest.files:
-        file = path / entry.path
-        if not file.is_file() or file.stat().st_size != entry.size:
-            raise ArtifactError(
-                f"{str(file)!r} is missing or not {entry.size} bytes long as its manifest says; "
-                f"delete {str(path)!r} and run the stage {manifest.stage!r} again"
-            )
+    wholeness.check(path, manifest)
     return _handle(manifest, path, cache.remote_of(path))
 
 
 def artifact_directory(text: str) -> Path:
     """The directory that a person names: by a path, or by the URI of an artefact, brought here.
 
+    A pointer (``latest``) is followed, and an artefact of a store is compared with its manifest,
+    each file once a change; a directory that is no artefact comes back as it is.
+
     Raises:
-        ArtifactError: there is no artefact at the URI, or it cannot be had.
+        ArtifactError: there is no artefact at the URI, it cannot be had, or it is damaged.
     """
-    return open_artifact(text).local() if "://" in text else Path(text)
+    if "://" not in text and not Path(text, MANIFEST).exists():
+        return Path(text)
+    directory = open_artifact(text).local()
+    wholeness.check(directory, read_manifest(directory), "unread")
+    return directory
 
 
 def _open_remote(uri: str) -> Artifact:
-    *store, stage, name = uri.rstrip("/").split("/")
-    runtime = RuntimeConfig(store="/".join(store))
+    *store, stage, name = ["", "", *uri.rstrip("/").split("/")]
+    runtime = RuntimeConfig(store="/".join(store).lstrip("/"))
+    if not runtime.remote or runtime.remote.endswith(":"):
+        raise ArtifactError(
+            f"{uri!r} names no artefact; give STORE/STAGE/NAME, as the runs print it"
+        )
+    if latest.is_pointer(name):
+        name = read_pointer(f"{runtime.remote}/{stage}/{name}")
     found = find_in_store(runtime.local_store / stage / name, f"{runtime.remote}/{stage}/{name}")
     if found is None:
         raise ArtifactError(f"no artefact at {uri!r}; give STORE/STAGE/NAME, as the runs print it")
-    cache.mark(runtime.local_store, str(runtime.remote))
     return found
 
 
@@ -314,22 +339,31 @@ def _known_whole(directory: Path, inode: int, mtime_ns: int) -> str:
         return ""
 
 
-def _bring(artifact: Artifact) -> None:
-    """Make ``artifact.path`` hold this very artefact; the caller has its lock."""
-    directory = artifact.path
+def _bring(artifact: Artifact, read: Literal["changed", "unread"] = "changed") -> None:
+    """Make ``artifact.path`` hold this very artefact; the caller has its lock.
+
+    Of what is there already the files are compared that ``read`` says (``wholeness.check``).
+    """
+    directory, damaged = artifact.path, None
     if directory.exists():
         try:
             here = open_artifact(directory)
-        except ArtifactError as error:
-            log.warning("%s; it is copied from the store again", error)
-            shutil.rmtree(directory)
+            wholeness.check(directory, read_manifest(directory), read)
+        except DamagedArtifact as error:
+            what = str(error).partition("; ")[0]
+            log.warning("%s; it is copied from the store again", what)
+            damaged = wholeness.set_aside(directory)
         else:
             if here.content_digest == artifact.content_digest:
                 return
             _set_aside(here)
     manifest = _told_by_store(artifact)
-    with _full_disk_explained(directory):
+    cache.mark(directory.parents[1], str(artifact.remote).rsplit("/", 2)[0])
+    with explained(f"copying {artifact.remote}", directory.parent):
         pull(artifact.remote or "", _folder(manifest), manifest, directory)
+    wholeness.remember(directory, manifest)
+    if damaged:
+        shutil.rmtree(damaged)
 
 
 def _set_aside(artifact: Artifact) -> None:
@@ -347,18 +381,13 @@ def verify_artifact(artifact: Artifact, *, stored: bool = False) -> None:
         stored: read what its remote store has all the same.
 
     Raises:
-        ArtifactError: a file's SHA256 is not the manifest's.
+        DamagedArtifact: a file's SHA256 is not the manifest's.
     """
     if artifact.remote and (stored or not artifact.path.exists()):
         manifest = _told_by_store(artifact)
         verify_remote(artifact.remote, _folder(manifest), manifest)
         return
-    for entry in artifact.manifest.files:
-        if sha256_file(artifact.path / entry.path) != entry.sha256:
-            raise ArtifactError(
-                f"{str(artifact.path / entry.path)!r} is damaged (SHA256 differs); "
-                f"delete {str(artifact.path)!r} and run the stage {artifact.stage!r} again"
-            )
+    wholeness.check(artifact.path, artifact.manifest, "all")
 
 
 def files_digest(files: Sequence[FileEntry]) -> str:
@@ -391,10 +420,16 @@ class Stage(Generic[C]):
     config_type: type[C]
     files: Callable[[C], Sequence[Path]] = lambda config: ()
     salvages: bool = False
+    history: Callable[[C, Inputs, RuntimeConfig], Sequence[Artifact]] | None = None
+
+    def _with_history(self, config: C, inputs: Inputs, runtime: RuntimeConfig) -> Inputs:
+        """The inputs, and those that the store has from before for a stage with a history."""
+        if self.history is None or PREVIOUS in inputs:
+            return inputs
+        return {**inputs, PREVIOUS: self.history(config, inputs, runtime)}
 
     def identity(self, config: C, inputs: Inputs) -> str:
         """sha256 that names this request; equal requests have equal identities."""
-        stats = [(path, path.stat()) for path in self.files(config)]
         return hashlib.sha256(
             canonical_json(
                 {
@@ -403,8 +438,7 @@ class Stage(Generic[C]):
                     "schema_version": SCHEMA_VERSION,
                     "config": config.model_dump(mode="json"),
                     "files": [
-                        [path.name, _known_digest(path, stat.st_size, stat.st_mtime_ns)]
-                        for path, stat in stats
+                        [path.name, wholeness.digest_once(path)] for path in self.files(config)
                     ],
                     "inputs": {
                         name: [artifact.content_digest for artifact in artifacts]
@@ -416,18 +450,26 @@ class Stage(Generic[C]):
 
     def directory(self, config: C, inputs: Inputs, runtime: RuntimeConfig) -> Path:
         """Where the artefact of this request is built and read on this machine."""
+        inputs = self._with_history(config, inputs, runtime)
         return runtime.local_store / self.name / self.identity(config, inputs)[:16]
 
     def cached(self, config: C, inputs: Inputs, runtime: RuntimeConfig) -> Artifact | None:
         """The artefact of this request when the store has it whole.
 
-        In a local store a damaged one is removed, or set aside as ``NAME.damaged-N`` when its
-        contents could not be made again. Of a remote store the manifest and the sizes of the
-        files are asked for; none is copied.
+        In a local store a damaged one is set aside as ``NAME.damaged-N``, and a whole one becomes
+        the latest of its stage (``diffagent.latest``). Of a remote store the manifest and the
+        sizes of the files are asked for; none is copied.
         """
-        directory = self.directory(config, inputs, runtime)
+        return self._cached(self.directory(config, inputs, runtime), runtime, locked)
+
+    def _cached(
+        self, directory: Path, runtime: RuntimeConfig, lock: Callable[[Path], _Held]
+    ) -> Artifact | None:
         if not runtime.remote:
-            return self._open(directory) if directory.exists() else None
+            artifact = self._open(directory, lock)
+            if artifact:
+                _point(artifact)
+            return artifact
         uri = self._uri(directory, runtime)
         manifest = read_remote(uri)
         if manifest is None:
@@ -444,32 +486,39 @@ class Stage(Generic[C]):
     def _uri(self, directory: Path, runtime: RuntimeConfig) -> str:
         return f"{runtime.remote}/{self.name}/{directory.name}"
 
-    def _open(self, directory: Path) -> Artifact | None:
+    def _open(self, directory: Path, lock: Callable[[Path], _Held]) -> Artifact | None:
+        """The artefact in ``directory``; None: there is none, or no more, since it is damaged."""
+        if not directory.exists():
+            return None
         try:
             return open_artifact(directory)
-        except ArtifactError as error:
-            self._put_away(directory, error)
-            return None
+        except DamagedArtifact:
+            pass
+        with lock(directory):  # another process may have set it aside, and built it again
+            try:
+                return open_artifact(directory)
+            except DamagedArtifact as error:
+                if directory.exists():
+                    self._put_away(directory, error)
+                return None
 
     def _put_away(self, directory: Path, error: ArtifactError) -> None:
-        if not self.salvages:
-            log.warning("%s; it is built again", error)
-            shutil.rmtree(directory)
-            return
-        number = 1 + max(map(_damage_number, _damaged(directory)), default=0)
-        aside = directory.with_name(f"{directory.name}.damaged-{number}")
-        directory.rename(aside)
+        aside = wholeness.set_aside(directory)
         what = str(error).partition("; ")[0]
-        log.warning("%s; set aside as %s, and what is good in it is taken over", what, aside)
+        then = "what is good in it is taken over" if self.salvages else "it is built again"
+        log.warning(
+            "%s; set aside as %s, and %s (to keep it: put the right file back, and rename it)",
+            *(what, aside, then),
+        )
 
-    def _verified(self, known: Artifact) -> Artifact | None:
+    def _verified(self, artifact: Artifact) -> Artifact | None:
         """The artefact, unless one of its bytes is not as it was written."""
         try:
-            verify_artifact(known)
-        except ArtifactError as error:
-            self._put_away(known.path, error)
+            verify_artifact(artifact)
+        except DamagedArtifact as error:
+            self._put_away(artifact.path, error)
             return None
-        return known
+        return artifact
 
     def run(
         self,
@@ -487,84 +536,89 @@ class Stage(Generic[C]):
         else it is kept as ``IDENTITY.CONTENT`` and the new one takes its place.
 
         Raises:
-            ArtifactError: an input is damaged, the disk is full, the store cannot be reached, or
-                the funnel does not add up.
+            DiffAgentError: an input is damaged (it is set aside, so that the next run makes it
+                again), the disk is full, the store cannot be reached, the funnel does not add
+                up, or the body failed, whatever it raised.
         """
-        directory = self.directory(config, inputs, runtime)
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        if runtime.remote:
-            cache.mark(runtime.local_store, runtime.remote)
-        with FileLock(f"{directory}.lock"):
-            known = self.cached(config, inputs, runtime) or self._unsent(directory, runtime)
-            if known and not refresh:
-                log.info("%s: cached in %s", self.name, known.location)
-                return known
+        with explained(f"stage {self.name!r}", runtime.local_store / self.name):
+            inputs = self._with_history(config, inputs, runtime)
+            directory = self.directory(config, inputs, runtime)
+            if not refresh and (artifact := self.cached(config, inputs, runtime)):
+                log.info("%s: cached in %s", self.name, artifact.location)
+                return artifact  # no lock is taken: a store that cannot be written will do
+            context = StageContext(
+                {name: [_here(a, runtime) for a in given] for name, given in inputs.items()},
+                directory.with_name(f".{directory.name}.partial"),
+                runtime,
+                site_url,
+                memory=directory.with_name(f"{directory.name}.memory.json"),
+                progress=progress,
+            )
+            directory.parent.mkdir(parents=True, exist_ok=True)
             if runtime.remote:
-                check_writable(runtime.remote)
-            known = self._previous(known, config, inputs, runtime)
-            here = {
-                name: [_here(artifact, runtime) for artifact in artifacts]
-                for name, artifacts in inputs.items()
-            }
-            with cache.in_use(a.path for a in _all(here) if a.remote):
-                for artifact in _all(here):
-                    artifact.local()
-                memory = directory.with_name(f"{directory.name}.memory.json")
-                damaged = (
-                    None if known else max(_damaged(directory), key=_damage_number, default=None)
-                )
-                made = self._build(
-                    config,
-                    StageContext(
-                        here,
-                        directory.with_name(f".{directory.name}.partial"),
-                        runtime,
-                        site_url,
-                        known,
-                        damaged,
-                        memory,
-                        progress,
-                    ),
-                    directory,
-                )
+                cache.mark(runtime.local_store, runtime.remote)
+            with locked(directory):
+                artifact = self._run(config, context, directory, refresh)
+            if runtime.remote:
+                _trim(runtime)
+        return artifact
+
+    def _run(self, config: C, context: StageContext, directory: Path, refresh: bool) -> Artifact:
+        """``run`` with the lock of ``directory``."""
+        runtime, inputs = context.runtime, list(_all(context.inputs))
+        previous = self._cached(directory, runtime, _held) or self._unsent(directory, runtime)
+        if previous and not refresh:
+            log.info("%s: cached in %s", self.name, previous.location)
+            return previous
         if runtime.remote:
-            _trim(runtime)
-        return made
+            check_writable(runtime.remote)
+        previous = self._previous(previous, directory, runtime)
+        with cache.in_use(a.path for a in inputs if _in_store(a.path, runtime)):
+            for artifact in inputs:
+                _check_input(artifact, runtime)
+            copies = [] if previous else wholeness.damaged_copies(directory)
+            damaged = copies[-1] if copies else None
+            artifact = self._build(
+                config, replace(context, previous=previous, damaged=damaged), directory
+            )
+        if not artifact.remote:
+            _point(artifact)
+        return artifact
 
     def _previous(
-        self, known: Artifact | None, config: C, inputs: Inputs, runtime: RuntimeConfig
+        self, artifact: Artifact | None, directory: Path, runtime: RuntimeConfig
     ) -> Artifact | None:
-        """What is refreshed, on this disk; where its contents are salvaged, every byte read."""
-        if known and known.remote:
-            _bring(known)
-        if known and self.salvages and not self._verified(known):
-            return self._previous(self.cached(config, inputs, runtime), config, inputs, runtime)
-        return known
+        """The artefact to refresh, on this disk; of a stage that salvages every byte is read."""
+        if artifact and artifact.remote:
+            _bring(artifact)
+        if artifact and self.salvages and not self._verified(artifact):
+            again = self._cached(directory, runtime, _held)
+            return self._previous(again, directory, runtime)
+        return artifact
 
     def _build(self, config: C, context: StageContext, directory: Path) -> Artifact:
         """Let the body fill the partial directory, and rename it into place."""
-        known, partial, runtime = context.previous, context.out, context.runtime
+        previous, partial, runtime = context.previous, context.out, context.runtime
         partial.mkdir(exist_ok=True)
         (partial / MANIFEST).unlink(missing_ok=True)  # of a run killed just before the rename
         started = time.monotonic()
-        with _full_disk_explained(directory):
-            result = self.body(config, context)
+        result = self.body(config, context)
         manifest = self._manifest(config, context.inputs, partial, result, started)
-        if known and known.content_digest == manifest.content_digest:
-            log.info("%s: nothing new; %s stays", self.name, known.location)
+        if previous and previous.content_digest == manifest.content_digest:
+            log.info("%s: nothing new; %s stays", self.name, previous.location)
             shutil.rmtree(partial)
-            return known
-        with _full_disk_explained(directory):
-            _write_durably(partial / MANIFEST, manifest.model_dump_json(indent=1).encode())
-        if known:
-            _set_aside(known)
+            return previous
+        _write_durably(partial / MANIFEST, manifest.model_dump_json(indent=1).encode())
+        if previous:
+            _set_aside(previous)
         partial.rename(directory)
+        wholeness.remember(directory, manifest)
         log.info("%s: built %s in %.1f s", self.name, directory, manifest.wall_seconds)
         return self._send(open_artifact(directory), runtime)
 
     def _unsent(self, directory: Path, runtime: RuntimeConfig) -> Artifact | None:
         """What was built here whole and never reached the remote store is sent there now."""
-        if runtime.remote and directory.exists() and (built := self._open(directory)):
+        if runtime.remote and (built := self._open(directory, _held)):
             return self._send(built, runtime)
         return None
 
@@ -573,6 +627,8 @@ class Stage(Generic[C]):
             return built
         uri, manifest = self._uri(built.path, runtime), built.manifest
         push(built.path, manifest, uri, _folder(manifest))
+        for pointer in latest.pointers(manifest.series):
+            write_pointer(f"{runtime.remote}/{self.name}/{pointer}", built.path.name)
         return built.model_copy(update={"remote": uri})
 
     def _manifest(
@@ -585,6 +641,8 @@ class Stage(Generic[C]):
             for p in sorted(out.rglob("*"))
             if p.is_file()
         )
+        from diffagent.lineage import series_of  # which reads artefacts
+
         for funnel in result.funnels:
             try:
                 funnel.check()
@@ -595,6 +653,15 @@ class Stage(Generic[C]):
             stage_version=self.version,
             identity=self.identity(config, inputs),
             content_digest=result.content_digest or files_digest(files),
+            series=latest.series_of(
+                self.name,
+                config.model_dump(mode="json"),
+                {
+                    name: [series_of(a) for a in artifacts]
+                    for name, artifacts in inputs.items()
+                    if name != PREVIOUS
+                },
+            ),
             config=config.model_dump(mode="json"),
             inputs={
                 name: tuple(
@@ -612,6 +679,11 @@ class Stage(Generic[C]):
             peak_memory_bytes=peak_memory_bytes(),
             versions=_library_versions(),
         )
+
+
+def _held(directory: Path) -> _Held:
+    """In place of ``locked``, for a caller that has the lock."""
+    return contextlib.nullcontext()
 
 
 def _trim(runtime: RuntimeConfig) -> None:
@@ -641,14 +713,56 @@ def _here(artifact: Artifact, runtime: RuntimeConfig) -> Artifact:
     return artifact.model_copy(update={"path": path})
 
 
-def _damaged(directory: Path) -> list[Path]:
-    """What was set aside of an artefact."""
-    return list(directory.parent.glob(f"{directory.name}.damaged-*"))
+def _in_store(directory: Path, runtime: RuntimeConfig) -> bool:
+    """Whether ``directory`` is an artefact of this run's store, which its stages can make again."""
+    return directory.resolve().parent.parent == runtime.local_store.resolve()
 
 
-def _damage_number(path: Path) -> int:
-    number = path.name.rpartition("-")[2]
-    return int(number) if number.isdigit() else 0
+def _check_input(artifact: Artifact, runtime: RuntimeConfig) -> None:
+    """Compare an input with its manifest before a stage reads it, each file once a change.
+
+    A damaged copy of a remote artefact is brought again; a damaged artefact of the store is set
+    aside, so that the next run makes it again.
+
+    Raises:
+        DamagedArtifact: the input is damaged.
+        ArtifactError: it was replaced since the run began.
+    """
+    path = artifact.local()
+    try:
+        manifest = read_manifest(path)
+        if manifest.content_digest != artifact.content_digest:
+            raise ArtifactError(
+                f"{str(path)!r} has other content than when this run began (a refresh replaced "
+                "it); run the same command again"
+            )
+        wholeness.check(path, manifest, "unread")
+        return
+    except DamagedArtifact as error:
+        damage = str(error).partition("; ")[0]
+    if artifact.remote:
+        with locked(path):
+            _bring(artifact, "unread")
+        return
+    if not _in_store(path, runtime):
+        raise DamagedArtifact(f"{damage}; it lies outside of this store: get a whole copy of it")
+    with locked(path):
+        try:  # another shard may have set it aside, and another run may have made it again
+            wholeness.check(path, read_manifest(path), "unread")
+            return
+        except DamagedArtifact:
+            aside = wholeness.set_aside(path) if path.exists() else None
+    raise DamagedArtifact(
+        f"{damage}; set aside{f' as {str(aside)!r}' if aside else ''}: run the same command again, "
+        f"and the stage {artifact.stage!r} makes it again"
+    )
+
+
+def _point(artifact: Artifact) -> None:
+    """Let the pointers of a local store lead to ``artifact``."""
+    from diffagent.lineage import series_of  # which reads artefacts
+
+    latest.point(artifact.path, series_of(artifact))
 
 
 def stage(
@@ -658,114 +772,21 @@ def stage(
     config: type[C],
     files: Callable[[C], Sequence[Path]] = lambda config: (),
     salvages: bool = False,
+    history: Callable[[C, Inputs, RuntimeConfig], Sequence[Artifact]] | None = None,
 ) -> Callable[..., Stage[C]]:
     """Make a stage of a function ``body(config, context) -> StageResult``.
 
     Bump ``version`` whenever the same request would give a different answer. ``files`` says which
     local files, weights for example, the config names: their contents are part of the request.
-    ``salvages``: a damaged artefact is set aside for the body instead of removed.
+    ``salvages``: a damaged artefact is set aside for the body instead of removed. ``history``
+    finds the earlier artefacts of the stage that a request goes on from; they are its input
+    ``PREVIOUS``, so they are part of its identity and of its lineage.
     """
 
     def wrap(body: Callable[[C, StageContext], StageResult]) -> Stage[C]:
-        return Stage(name, version, body, config, files, salvages)
+        return Stage(name, version, body, config, files, salvages, history)
 
     return wrap
-
-
-def run_in_child(
-    entry: str,
-    config: BaseModel,
-    inputs: Inputs,
-    runtime: RuntimeConfig,
-    *,
-    site_url: str = "",
-) -> Artifact:
-    """Run the stage ``entry`` ('package.module:attribute') in a process of its own.
-
-    A child gives heavy stages a real timeout and gives their memory back. The same command
-    works by hand: ``python -m diffagent.run_stage RUN.json``.
-
-    Raises:
-        ArtifactError: the child failed (the tail of its log is in the message) or timed out.
-    """
-    with tempfile.TemporaryDirectory(prefix="diffagent-") as folder:
-        request, answer = Path(folder, "run.json"), Path(folder, "artifact.json")
-        request.write_bytes(
-            canonical_json(
-                {
-                    "entry": entry,
-                    "config": config.model_dump(mode="json"),
-                    "inputs": {
-                        name: [artifact.model_dump(mode="json") for artifact in artifacts]
-                        for name, artifacts in inputs.items()
-                    },
-                    "runtime": runtime.model_dump(mode="json"),
-                    "site_url": site_url,
-                    "answer": str(answer),
-                    "parent": os.getpid(),
-                }
-            )
-        )
-        code, tail = _run_logged(
-            [sys.executable, "-m", "diffagent.run_stage", str(request)],
-            name=entry.rpartition(":")[2],
-            timeout=runtime.stage_timeout_seconds,
-        )
-        if code == 0:
-            return Artifact.model_validate_json(answer.read_bytes())
-        if code == EXPECTED_FAILURE:
-            said = json.loads(answer.read_bytes())
-            failure: DiffAgentError = getattr(errors, said["error"])(said["message"])
-            failure.retryable = said["retryable"]
-            raise failure
-        crash = ArtifactError(f"{entry} ended with code {code}:\n{tail}")
-        crash.retryable = code < 0  # killed from outside: the next try resumes
-        raise crash
-
-
-def _run_logged(command: list[str], *, name: str, timeout: float) -> tuple[int, str]:
-    """Run a command, logging its lines as they come; returns its exit code and last lines."""
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
-    expired = threading.Event()
-
-    def stop() -> None:
-        expired.set()
-        process.kill()
-
-    timer = threading.Timer(timeout, stop)
-    timer.start()
-    tail: deque[str] = deque(maxlen=40)
-    try:
-        for line in process.stdout or ():
-            tail.append(line)
-            log.info("%s | %s", name, line.rstrip())
-        code = process.wait()
-    finally:
-        timer.cancel()
-        process.kill()
-    if expired.is_set():
-        raise ArtifactError(
-            f"{name} took longer than {timeout:.0f} s and was stopped; raise "
-            "runtime.stage_timeout_seconds, or run it again to resume"
-        )
-    return code, "".join(tail)
-
-
-@contextlib.contextmanager
-def _full_disk_explained(directory: Path) -> Iterator[None]:
-    """Turn "no space left" into an error that says where and what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise ArtifactError(
-            f"cannot write {str(error.filename or directory.parent)!r}: {error.strerror}; nothing "
-            "half-written is visible. Make room, or move the store (runtime.store), then run the "
-            "same command again: it goes on from what was written"
-        ) from error
 
 
 @contextlib.contextmanager

@@ -15,11 +15,13 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from diffagent import wholeness
+from diffagent.locks import Busy, locked
 
 log = logging.getLogger(__name__)
 
 _ADDRESS = "store-uri"
+_REMOVED = ".removed"
 
 
 def mark(root: Path, store: str) -> None:
@@ -59,14 +61,14 @@ def trim(root: Path, limit: int, in_store: Callable[[Path], bool]) -> None:
         limit: bytes.
         in_store: whether the store has this very artefact; nothing else is removed.
     """
-    with contextlib.suppress(Timeout), FileLock(root / ".trim.lock", timeout=0):
+    with contextlib.suppress(Busy), locked(root / ".trim", wait=False):
         manifests = [p for p in root.glob("*/*/manifest.json") if p.parent.name[0] != "."]
         sizes = {p.parent: size for p in manifests if (size := _size(p))}
         total = sum(sizes.values())
         for directory in sorted(sizes, key=_last_use):
             if total <= limit:
                 return
-            if _remove(directory, in_store):
+            if remove_unused(directory, in_store):
                 total -= sizes[directory]
         if total > limit:
             log.warning(
@@ -76,22 +78,37 @@ def trim(root: Path, limit: int, in_store: Callable[[Path], bool]) -> None:
             )
 
 
-def _remove(directory: Path, in_store: Callable[[Path], bool]) -> bool:
-    """Remove a directory that nobody reads or writes and that the store has."""
+def remove_unused(
+    directory: Path,
+    may_go: Callable[[Path], bool] = lambda directory: True,
+    *,
+    lock: Path | None = None,
+) -> bool:
+    """Remove a directory that no process reads or writes, in one step; False: it stays.
+
+    Args:
+        directory: to be removed.
+        may_go: has the last word, once no other process can use the directory.
+        lock: the artefact whose lock covers it; by default its own.
+    """
+    lock = lock or directory
     try:
-        with (
-            FileLock(f"{directory}.lock", timeout=0),
-            _use_of(directory).open("a") as stream,
-        ):
+        with locked(lock, wait=False), _use_of(lock).open("a") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not in_store(directory):
+            if not may_go(directory):
                 return False
-            gone = directory.with_name(f".{directory.name}.removed")
-            directory.rename(gone)
+            gone = directory
+            if not directory.name.endswith(_REMOVED):
+                gone = directory.with_name(f".{directory.name}{_REMOVED}")
+                directory.rename(gone)
             shutil.rmtree(gone)
-    except (Timeout, BlockingIOError):
+            wholeness.forget(directory)
+            if not lock.exists():  # who waits for either notices that the file is another one
+                _use_of(lock).unlink(missing_ok=True)
+                lock.with_name(f"{lock.name}.lock").unlink(missing_ok=True)
+    except (Busy, BlockingIOError):
         return False
-    log.info("%s: removed from the cache", directory)
+    log.info("%s: removed", directory)
     return True
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,9 +13,19 @@ import typer
 
 from diffagent.dabench.cli import app as dabench_app
 from diffagent.dabench.cli import artifact_path
-from diffagent.options import ConfigFile, Overrides, Reconcile, Refresh, Verbose, parse_overrides
+from diffagent.deployments_cli import app as deployments_app
+from diffagent.options import (
+    CommandGroup,
+    ConfigFile,
+    Overrides,
+    Reconcile,
+    Refresh,
+    Verbose,
+    parse_overrides,
+)
 from diffagent.render import cli as render_cli
 from diffagent.render.models_cli import app as models_app
+from schemas.printable import printable, printable_json
 
 if TYPE_CHECKING:
     from diffagent.artifacts import Artifact
@@ -48,7 +60,9 @@ ArtifactDir = Annotated[
 
 app = typer.Typer(
     name="diffagent",
+    cls=CommandGroup,
     help="Train an LLM to answer a prompt with the right text-to-image model and parameters.",
+    context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -57,6 +71,7 @@ app = typer.Typer(
 artifacts_app = typer.Typer(help="Look at artefacts.", no_args_is_help=True)
 app.add_typer(artifacts_app, name="artifact")
 app.add_typer(dabench_app, name="dabench")
+app.add_typer(deployments_app, name="deployment")
 app.add_typer(models_app, name="models")
 
 
@@ -84,10 +99,11 @@ def run_stage(
     refresh: bool = False,
     reconcile: bool = False,
 ) -> dict[str, Artifact]:
-    from diffagent import pipeline
+    from diffagent import pipeline, terminal
     from schemas.config import load_config
 
     def show(node: Node, artifact: Artifact, unchanged: bool) -> None:
+        status.stop()
         state = "built"
         if unchanged:
             state = "nothing new" if refresh and node.key == "crawl" else "cached"
@@ -97,7 +113,15 @@ def run_stage(
     if reconcile:
         refresh, overrides["runtime.reconcile"] = True, True
     settings_read = load_config(config, overrides)
-    return pipeline.run(settings_read, upto, refresh=refresh, on_done=show)
+    with terminal.status_line() as status:
+        return pipeline.run(
+            settings_read,
+            upto,
+            refresh=refresh,
+            on_start=lambda node: status.start(node.key),
+            on_done=show,
+            progress=status.progress,
+        )
 
 
 def _add_stage_command(stage: str, text: str) -> None:
@@ -139,7 +163,7 @@ def _show_report(done: dict[str, Artifact]) -> None:
     from diffagent.evaluation.summary import read_metrics, summary_markdown
 
     typer.echo(f"report:   {done['evaluate'].file('report.html')}\n")
-    typer.echo(summary_markdown(read_metrics(done["evaluate"])))
+    typer.echo(printable(summary_markdown(read_metrics(done["evaluate"])), lines=True))
 
 
 @app.command()
@@ -194,14 +218,19 @@ def select(
 ) -> None:
     """Print the APIs that an agent, or a selector fitted on a DABench, chooses, one a line.
 
-    With '-' the selector is loaded once; each prompt is answered when its line has been read, and
-    where an unconstrained agent has no valid API the line is {"error": ...}.
+    A line is JSON: the prompt, the API, and the SHA256 of its files, so that `diffagent render`
+    draws it. With '-' the selector is loaded once and each prompt is answered when its line has
+    been read; blank lines are skipped. Where an unconstrained agent has no valid API, the line is
+    {"prompt": ..., "error": ...}.
     """
     from diffagent.agent.opening import open_selector
-    from diffagent.agent.selector import valid_apis
-    from diffagent.errors import SchemaError
+    from diffagent.agent.selector import call_line, valid_apis
+    from diffagent.errors import ConfigError, SchemaError
 
-    found = open_selector(
+    if not prompt.strip():
+        raise ConfigError("the prompt is empty; say what the picture should show, '-' reads stdin")
+
+    chooser = open_selector(
         agent,
         dabench,
         selector,
@@ -212,16 +241,23 @@ def select(
         constrained=not unconstrained,
         negative_prompts="free" if free_negative_prompt else "known",
     )
+
+    def answer(text: str) -> None:
+        for api in valid_apis(chooser, text, n):
+            typer.echo(printable_json(call_line(text, api, chooser.catalogue)))
+
     if prompt != "-":
-        for api in valid_apis(found, prompt, n):
-            typer.echo(api.to_json())
+        answer(prompt)
         return
     for line in typer.get_text_stream("stdin", "utf-8", "replace"):
+        text = line.strip()
+        if not text:
+            continue
         try:
-            for api in valid_apis(found, line.rstrip("\r\n"), n):
-                typer.echo(api.to_json())
+            answer(text)
         except SchemaError as error:
-            typer.echo(json.dumps({"error": str(error)}, ensure_ascii=False))
+            problem = {"prompt": text, "error": str(error)}
+            typer.echo(printable_json(json.dumps(problem, ensure_ascii=False)))
 
 
 @app.command(
@@ -234,7 +270,8 @@ def civitai(context: typer.Context) -> None:
     """Hand the arguments to the commands of ``diffagent.civitai.cli``."""
     from diffagent.civitai.cli import app as civitai_app
 
-    civitai_app(args=context.args, prog_name="diffagent civitai")
+    names = app.info.context_settings
+    civitai_app(args=context.args, prog_name="diffagent civitai", **(names or {}))
 
 
 @artifacts_app.command("show")
@@ -262,7 +299,7 @@ def show_artifact(directory: ArtifactDir, verbose: Verbose = 0) -> None:
     for funnel in manifest.funnels:
         typer.echo(f"\n{funnel.unit}: {funnel.kept:,} of {funnel.seen:,} kept")
         for step in funnel.steps:
-            typer.echo(f"  {step.dropped:>10,}  {step.filter}: {step.reason}")
+            typer.echo(f"  {step.dropped:>10,}  {step.filter}: {printable(step.reason)}")
     typer.echo("\n" + "\n".join(lineage_lines(artifact)))
 
 
@@ -273,23 +310,122 @@ def verify_artifact(directory: ArtifactDir, verbose: Verbose = 0) -> None:
 
     artifact = artifacts.open_artifact(directory)
     artifacts.verify_artifact(artifact, stored="://" in directory)
+    files = [entry for entry in artifact.manifest.files if not entry.for_people]
+    typer.echo(f"{artifact.location}: all {len(files)} files are as they were made")
+
+
+Store = Annotated[str, typer.Argument(metavar="[STORE]", help="Directory or URI of a store.")]
+
+
+@artifacts_app.command("list")
+def list_artifacts(
+    store: Store = "store",
+    stage: Annotated[str | None, typer.Option(help="Only this stage.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON, an artefact a line.")
+    ] = False,
+) -> None:
+    """List the artefacts of a store: which are the latest, and what the others are needed for.
+
+    STORE/STAGE/latest leads to what the last run of a stage made or found, latest-SERIES to the
+    same for one configuration; commands take both where they take a DIR.
+    """
+    from diffagent.inventory import read_inventory
+
+    entries = [e for e in read_inventory(store) if stage in (None, e.stage)]
+    if not as_json:
+        typer.echo(
+            f"{'stage':<10} {'made':<17} {'size':>10} {'rows':>12} {'series':<8} state, path"
+        )
+    for entry in entries:
+        made = f"{entry.manifest.created_at:%Y-%m-%d %H:%M}" if entry.manifest else ""
+        rows = entry.manifest.rows if entry.manifest else {}
+        if as_json:
+            facts = {
+                "stage": entry.stage,
+                "path": entry.location,
+                "created_at": entry.manifest and entry.manifest.created_at.isoformat(),
+                "size": entry.size,
+                "rows": rows,
+                "series": entry.series,
+                "state": "superseded" if entry.state == "superseded" else entry.kind,
+                "latest": entry.is_latest,
+                "pointers": entry.pointers,
+                "needed_by": sorted(entry.needed_by),
+            }
+            typer.echo(json.dumps(facts))
+            continue
+        typer.echo(
+            f"{entry.stage:<10} {made:<17} {entry.size / 1e6:>7,.1f} MB "
+            f"{max(rows.values(), default=0):>12,} {entry.series:<8} {entry.state}\n"
+            f"{'':<10} {entry.location}"
+        )
+
+
+@artifacts_app.command("prune")
+def prune_artifacts(
+    store: Store = "store",
+    yes: Annotated[bool, typer.Option("--yes", help="Remove; without it nothing is.")] = False,
+    damaged: Annotated[
+        bool, typer.Option("--damaged", help="Also what was set aside as damaged.")
+    ] = False,
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="Also interrupted work, which could be resumed.")
+    ] = False,
+    other_configs: Annotated[
+        bool,
+        typer.Option("--other-configs", help="Also what other configurations than the last made."),
+    ] = False,
+) -> None:
+    """Remove what refreshes have superseded: no latest artefact was made from it.
+
+    What is the latest of its configuration, and all that it was made from, stays. Prints what
+    would go, and removes it with --yes.
+    """
+    from diffagent import inventory
+    from diffagent.errors import ConfigError
+
+    if "://" in store:
+        raise ConfigError(
+            "prune removes from a store on a disk; in an object store remove the directories that "
+            "'diffagent artifact list' calls superseded with its own tools"
+        )
+    entries = inventory.read_inventory(store)
+    kinds = {kind for kind, wanted in (("damaged", damaged), ("unfinished", unfinished)) if wanted}
+    going = inventory.superseded(entries, other_configs=other_configs)
+    going += [entry for entry in entries if entry.kind in kinds]
+    freed = 0
+    for entry in going:
+        gone = inventory.remove(entry) if yes else True
+        freed += entry.size if gone else 0
+        verb = ("removed" if gone else "in use, stays:") if yes else "would remove"
+        why = entry.kind if entry.kind != "whole" else "superseded"
+        typer.echo(f"{verb} {entry.location} ({why}, {entry.size / 1e6:,.1f} MB)")
     typer.echo(
-        f"{artifact.location}: all {len(artifact.manifest.files)} files are as they were made"
+        f"{'freed' if yes else 'would free'} {freed / 1e6:,.1f} MB of "
+        f"{sum(entry.size for entry in entries) / 1e6:,.1f} MB"
+        + ("" if yes or not going else "; --yes removes it")
     )
 
 
 def main() -> None:
-    """The console command: errors made on purpose are one line and exit code 1."""
+    """The console command: whatever is raised is one line with a remedy, and exit code 1.
+
+    With -v the traceback is logged.
+    """
+    for stream in (sys.stdout, sys.stderr):  # text that the terminal's encoding lacks is escaped
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
-    except Exception as error:
-        from diffagent.errors import DiffAgentError
-        from schemas.config import ConfigFileError
+    except BaseException as error:
+        from diffagent.failures import as_error, is_failure, shown
 
-        if not isinstance(error, DiffAgentError | ConfigFileError):
+        if not is_failure(error):
             raise
-        log.debug("where it came from", exc_info=True)
-        typer.echo(f"error: {error}", err=True)
+        log.info("the traceback of this error", exc_info=True)
+        failure = as_error(error, f"diffagent {' '.join(sys.argv[1:2])}".strip())
+        typer.echo(f"error: {shown(failure)}", err=True)
         raise SystemExit(1) from None
 
 

@@ -3,7 +3,8 @@
     DiffAgentError
     ├── ConfigError          a run configuration is wrong
     ├── SchemaError          a record does not have the form it claims (names the field)
-    ├── ArtifactError        an artefact is missing, damaged or of another version
+    ├── ArtifactError        an artefact is missing or of another version, or its store fails
+    │   └── DamagedArtifact     its files are not those of its manifest
     ├── CivitaiError         the site answered with something other than data
     │   ├── RateLimited      429 of the edge           (retryable)
     │   ├── ServerError      5xx, 524, broken transfer (retryable)
@@ -16,7 +17,8 @@
     ├── RenderError          a picture could not be made
     │   └── RenderServerError   the server that draws is away or busy   (retryable)
     ├── ScoreError           a reward could not be computed
-    └── TrainingError        training cannot start or has diverged
+    ├── TrainingError        training cannot start or has diverged
+    └── UnexpectedError      any other exception, of a stage or of a command
 
 A message says what, where and the remedy. ``retryable`` is what the orchestration's retry
 condition reads: true only where the same call may succeed later.
@@ -44,7 +46,11 @@ class SchemaError(DiffAgentError):
 
 
 class ArtifactError(DiffAgentError):
-    """An artefact is missing, damaged or of another version."""
+    """An artefact is missing or of another version, or its store fails."""
+
+
+class DamagedArtifact(ArtifactError):  # noqa: N818  the state, as in NotFound
+    """The files of an artefact are not those of its manifest."""
 
 
 class CivitaiError(DiffAgentError):
@@ -122,3 +128,7 @@ class ScoreError(DiffAgentError):
 
 class TrainingError(DiffAgentError):
     """Training cannot start or has diverged."""
+
+
+class UnexpectedError(DiffAgentError):
+    """An exception that its raiser did not turn into one of these (``diffagent.failures``)."""

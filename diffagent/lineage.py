@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
-from diffagent.artifacts import Artifact, find_in_store, open_artifact
+from diffagent import latest
+from diffagent.artifacts import PREVIOUS, Artifact, find_in_store, open_artifact
 from diffagent.errors import ArtifactError
 from schemas.manifest import InputRef
 
@@ -27,8 +29,32 @@ def find_parent(artifact: Artifact, parent: InputRef) -> Artifact | None:
     return None
 
 
+@functools.lru_cache(maxsize=4096)
+def series_of(artifact: Artifact) -> str:
+    """The series of an artefact (``diffagent.latest``).
+
+    A manifest from before there were series has none: it is made from the ancestors that are
+    still in the store, and of others from the identity.
+    """
+    manifest = artifact.manifest
+    if manifest.series:
+        return manifest.series
+    parents = {
+        name: [
+            series_of(parent) if (parent := find_parent(artifact, ref)) else ref.identity
+            for ref in refs
+        ]
+        for name, refs in manifest.inputs.items()
+        if name != PREVIOUS
+    }
+    return latest.series_of(manifest.stage, manifest.config, parents)
+
+
 def ancestors(artifact: Artifact) -> Iterator[Artifact]:
-    """The artefact and everything it was made from that is still in the store, each once."""
+    """The artefact and everything it was made from that is still in the store, each once.
+
+    Its history (earlier versions of itself) is not among them: see `PREVIOUS`.
+    """
     seen: set[Path] = set()
     waiting = [artifact]
     while waiting:
@@ -37,8 +63,9 @@ def ancestors(artifact: Artifact) -> Iterator[Artifact]:
             continue
         seen.add(current.path)
         yield current
-        for refs in current.manifest.inputs.values():
-            waiting += [found for ref in refs if (found := find_parent(current, ref))]
+        for name, refs in current.manifest.inputs.items():
+            if name != PREVIOUS:
+                waiting += [found for ref in refs if (found := find_parent(current, ref))]
 
 
 def lineage_lines(artifact: Artifact) -> list[str]:
@@ -58,7 +85,12 @@ def lineage_lines(artifact: Artifact) -> list[str]:
         for name, refs in current.manifest.inputs.items():
             for ref in refs:
                 found = find_parent(current, ref)
-                if found:
+                if found and name == PREVIOUS:  # named, and not opened up
+                    lines.append(
+                        f"{'  ' * (depth + 1)}{name}: {ref.stage} {ref.identity[:16]} "
+                        f"(content {ref.content_digest[:16]})"
+                    )
+                elif found:
                     walk(found, f"{name}: ", depth + 1)
                 else:
                     lines.append(

@@ -21,7 +21,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from diffagent.artifacts import Artifact, Inputs, Progress, Stage, run_in_child
+from diffagent.artifacts import Artifact, Inputs, Progress, Stage
+from diffagent.child import run_in_child
 from diffagent.errors import ConfigError
 from schemas.config import (
     EvaluationConfig,
@@ -98,7 +99,7 @@ def _training_nodes(config: PipelineConfig) -> Iterator[Node]:
     dabench, agent = ("shard",), ("sft",)
     yield Node(
         "sft",
-        "diffagent.train.sft:train_sft",
+        "diffagent.train.stages:train_sft",
         config.sft,
         {"dabench": dabench},
         "train-sft",
@@ -120,7 +121,7 @@ def _training_nodes(config: PipelineConfig) -> Iterator[Node]:
         yield from _judge(config, f"sample-{i}", str(i), "train-rrhf")
     yield Node(
         "rrhf",
-        "diffagent.train.rrhf:train_rrhf",
+        "diffagent.train.stages:train_rrhf",
         config.rrhf,
         {
             "dabench": dabench,
@@ -297,7 +298,9 @@ def run_node(
     """
     stage = load_stage(node)
     if node.heavy and stage.cached(node.config, inputs, runtime) is None:
-        return run_in_child(node.entry, node.config, inputs, runtime, site_url=site_url)
+        return run_in_child(
+            node.entry, node.config, inputs, runtime, site_url=site_url, progress=progress
+        )
     return stage.run(
         node.config, inputs, runtime, site_url=site_url, refresh=refresh, progress=progress
     )
@@ -308,7 +311,9 @@ def run(
     upto: str | None = None,
     *,
     refresh: bool = False,
+    on_start: Callable[[Node], None] = lambda node: None,
     on_done: Callable[[Node, Artifact, bool], None] | None = None,
+    progress: Progress = lambda fraction, text: None,
 ) -> dict[str, Artifact]:
     """Run the plan, or what the stage ``upto`` needs, one node after the other.
 
@@ -317,7 +322,9 @@ def run(
         upto: a key of ``plan`` or the name of a sharded stage; None runs everything.
         refresh: crawl again even when there is a snapshot; what follows is rebuilt only when
             the site had something new.
+        on_start: called before a node that has to be built.
         on_done: called after each node with its artefact and whether it was cached.
+        progress: called by the node that is being built.
 
     Returns:
         The artefacts by node key, in the order in which they were made.
@@ -338,12 +345,14 @@ def run(
                 if node.site and not site_url:
                     site_url = stack.enter_context(open_site(config))
                 log.info("%s: running", node.key)
+                on_start(node)
                 artifact = run_node(
                     node,
                     node_inputs(node, done),
                     config.runtime,
                     site_url=site_url,
                     refresh=again,
+                    progress=progress,
                 )
             done[node.key] = artifact
             if on_done:

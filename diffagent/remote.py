@@ -21,17 +21,19 @@ import functools
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 from pydantic import ValidationError
 
-from diffagent.errors import ArtifactError
+from diffagent.errors import ArtifactError, DamagedArtifact
+from diffagent.threads import ContextThreadPool
 from schemas.manifest import FileEntry, Manifest
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _MANIFEST = "manifest.json"
 #: Files that are copied at once.
@@ -62,6 +64,80 @@ def read_remote(uri: str) -> Manifest | None:
                 f"'{uri}/{_MANIFEST}' is not a manifest of this version: "
                 f"{error.errors()[0]['msg']}; delete it and run the stage again"
             ) from None
+
+
+def read_pointer(uri: str) -> str:
+    """Name of the artefact that the pointer at ``uri`` (``STORE/STAGE/latest``) leads to.
+
+    Raises:
+        ArtifactError: there is no such pointer, or the store cannot be read.
+    """
+    with _explained("read", uri):
+        files, path = _open(uri)
+        try:
+            return str(files.cat_file(path).decode("utf-8", "replace")).strip()
+        except FileNotFoundError:
+            raise ArtifactError(
+                f"no artefact at {uri!r}: nothing was made there yet; give STORE/STAGE/NAME, as "
+                "the runs print it"
+            ) from None
+
+
+def list_manifests(store: str) -> dict[tuple[str, str], Manifest]:
+    """The manifests of all artefacts of a store, by stage and name.
+
+    Raises:
+        ArtifactError: the store cannot be read, or what is there is no manifest.
+    """
+    with _explained("list", store):
+        files, root = _open(store)
+        paths = [str(path).split("/")[-3:-1] for path in files.glob(f"{root}/*/*/{_MANIFEST}")]
+    manifests: dict[tuple[str, str], Manifest] = {}
+
+    def read(names: tuple[str, str]) -> None:
+        if manifest := read_remote(f"{store}/{names[0]}/{names[1]}"):
+            manifests[names] = manifest
+
+    _each(read, [(stage, name) for stage, name in paths])
+    return manifests
+
+
+def list_pointers(store: str) -> dict[tuple[str, str], str]:
+    """The pointers of a store by stage and name, and the artefacts that they lead to.
+
+    Raises:
+        ArtifactError: the store cannot be read.
+    """
+    with _explained("list", store):
+        files, root = _open(store)
+        names = [str(path).split("/")[-2:] for path in files.glob(f"{root}/*/latest*")]
+    return {(stage, name): read_pointer(f"{store}/{stage}/{name}") for stage, name in names}
+
+
+def write_pointer(uri: str, name: str) -> None:
+    """Let the pointer at ``uri`` lead to the artefact ``name`` of its stage.
+
+    Raises:
+        ArtifactError: the store cannot be written.
+    """
+    with _explained("write", uri):
+        files, path = _open(uri)
+        files.pipe_file(path, name.encode())
+
+
+def list_remote(uri: str) -> list[str]:
+    """Names of what lies in the folder ``uri``; none when there is no such folder.
+
+    Raises:
+        ArtifactError: the store cannot be read.
+    """
+    with _explained("list", uri):
+        files, root = _open(uri)
+        try:
+            paths = files.ls(root, detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted({str(path).rstrip("/").rpartition("/")[2] for path in paths})
 
 
 def missing_files(uri: str, folder: str, manifest: Manifest) -> list[FileEntry]:
@@ -125,7 +201,7 @@ def pull(uri: str, folder: str, manifest: Manifest, directory: Path) -> None:
                     return
                 files.get_file(f"{root}/{folder}/{entry.path}", str(target))
             if not _is_whole(target, entry):
-                raise ArtifactError(
+                raise DamagedArtifact(
                     f"'{uri}/{folder}/{entry.path}' is damaged (size or SHA256 differ from its "
                     f"manifest); delete it and run the stage {manifest.stage!r} again"
                 )
@@ -148,8 +224,8 @@ def verify_remote(uri: str, folder: str, manifest: Manifest) -> None:
                 digest = hashlib.sha256()
                 while block := stream.read(2**22):
                     digest.update(block)
-            if digest.hexdigest() != entry.sha256:
-                raise ArtifactError(
+            if digest.hexdigest() != entry.sha256 and not entry.for_people:
+                raise DamagedArtifact(
                     f"'{uri}/{folder}/{entry.path}' is damaged (SHA256 differs); delete it and run "
                     f"the stage {manifest.stage!r} again"
                 )
@@ -175,21 +251,29 @@ def _open(uri: str) -> tuple[Any, str]:
 
 
 def _missing(files: Any, folder: str, manifest: Manifest) -> list[FileEntry]:
-    found = files.find(folder, detail=True)
-    sizes = {name.removeprefix(f"{folder}/"): info["size"] for name, info in found.items()}
-    return [entry for entry in manifest.files if sizes.get(entry.path) != entry.size]
+    listing = files.find(folder, detail=True)
+    sizes = {name.removeprefix(f"{folder}/"): info["size"] for name, info in listing.items()}
+    return [
+        entry
+        for entry in manifest.files
+        if entry.path not in sizes or (sizes[entry.path] != entry.size and not entry.for_people)
+    ]
 
 
 def _is_whole(path: Path, entry: FileEntry) -> bool:
-    if not path.is_file() or path.stat().st_size != entry.size:
+    if not path.is_file():
+        return False
+    if entry.for_people:
+        return True
+    if path.stat().st_size != entry.size:
         return False
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest() == entry.sha256
 
 
-def _each(copy: Callable[[FileEntry], None], entries: Iterable[FileEntry]) -> None:
+def _each(copy: Callable[[T], None], entries: Iterable[T]) -> None:
     """Copy files side by side; the first error ends it."""
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ContextThreadPool(_THREADS) as pool:
         futures = [pool.submit(copy, entry) for entry in entries]
         try:
             for future in futures:

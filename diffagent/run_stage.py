@@ -1,6 +1,6 @@
 """``python -m diffagent.run_stage RUN.json``: one stage in a process of its own.
 
-RUN.json is what ``diffagent.artifacts.run_in_child`` writes: entry, config, inputs (handles),
+RUN.json is what ``diffagent.child.run_in_child`` writes: entry, config, inputs (handles),
 runtime, site_url, the file that gets the handle of the finished artefact, and the process to
 end with (absent by hand).
 """
@@ -16,12 +16,16 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
-from diffagent.artifacts import EXPECTED_FAILURE, Artifact, Stage, open_artifact
+from diffagent.artifacts import Artifact, Stage
+from diffagent.child import EXPECTED_FAILURE, PROGRESS_MARK
 from diffagent.device import keep_freed_memory
 from diffagent.errors import DiffAgentError
+from diffagent.failures import explained, pack
 from schemas.config import RuntimeConfig
+
+log = logging.getLogger("diffagent.run_stage")
+_PROGRESS_SECONDS = 0.5
 
 
 def main(request: str) -> int:
@@ -30,30 +34,39 @@ def main(request: str) -> int:
     if run.get("parent"):
         threading.Thread(target=_end_with, args=(run["parent"],), daemon=True).start()
     module, _, attribute = run["entry"].partition(":")
-    stage: Stage = getattr(importlib.import_module(module), attribute)  # type: ignore[type-arg]
     answer = Path(run["answer"])
     try:
-        artifact = stage.run(
-            stage.config_type.model_validate(run["config"]),
-            {
-                name: [_open(handle) for handle in handles]
-                for name, handles in run["inputs"].items()
-            },
-            RuntimeConfig.model_validate(run["runtime"]),
-            site_url=run["site_url"],
-        )
+        with explained(f"stage {attribute!r}"):
+            stage: Stage = getattr(importlib.import_module(module), attribute)  # type: ignore[type-arg]
+            artifact = stage.run(
+                stage.config_type.model_validate(run["config"]),
+                {
+                    name: [Artifact.model_validate(handle) for handle in handles]
+                    for name, handles in run["inputs"].items()
+                },
+                RuntimeConfig.model_validate(run["runtime"]),
+                site_url=run["site_url"],
+                progress=_ProgressLines(),
+            )
     except DiffAgentError as error:
-        said = {"error": type(error).__name__, "message": str(error), "retryable": error.retryable}
-        answer.write_text(json.dumps(said), encoding="utf-8")
+        log.info("the traceback of this error", exc_info=True)
+        answer.write_text(json.dumps(pack(error)), encoding="utf-8")
         return EXPECTED_FAILURE
     answer.write_text(artifact.model_dump_json(), encoding="utf-8")
     return 0
 
 
-def _open(handle: dict[str, Any]) -> Artifact:
-    """The input that a handle stands for; what is on this disk is checked by size."""
-    artifact = Artifact.model_validate(handle)
-    return artifact if artifact.remote else open_artifact(artifact.path)
+class _ProgressLines:
+    """Passes progress on to the parent, not more often than a person can follow."""
+
+    def __init__(self) -> None:
+        self._last = -_PROGRESS_SECONDS
+
+    def __call__(self, fraction: float | None, text: str) -> None:
+        if time.monotonic() - self._last >= _PROGRESS_SECONDS or fraction == 1:
+            self._last = time.monotonic()
+            sys.stdout.write(f"{PROGRESS_MARK}{json.dumps([fraction, text])}\n")
+            sys.stdout.flush()
 
 
 def _end_with(parent: int) -> None:

@@ -1,4 +1,4 @@
-"""What the five flows have in common: run the nodes of some groups as tasks."""
+"""What the flows have in common: run the nodes of a group as tasks."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from diffagent.artifacts import Artifact
 from diffagent.errors import ArtifactError, ConfigError
 from diffagent.pipeline import Group, Node, find_cached, open_site
 from schemas.config import PipelineConfig, RuntimeConfig, load_config
+from tasks._report import report_stages
 
 
 def configure(config: str, overrides: Mapping[str, Any] | None) -> PipelineConfig:
@@ -42,6 +43,7 @@ def run_group(
     """
     nodes = pipeline.plan(config)
     mine = {key: node for key, node in nodes.items() if node.group == group}
+    nodes = pipeline.upstream(nodes, mine)  # to look for more would import what it takes to train
     found = find_cached(nodes, config)
     done = {key: found[key] for key in _needed(nodes, mine, found)}
     spread = config.runtime.runner != "threads" and any(node.spread for node in mine.values())
@@ -68,8 +70,10 @@ def run_group(
             )
             with _resources(node, config.runtime):
                 futures[key] = runner.submit(step, parameters=parameters)
-        _wait(group, futures)
-    return done | {key: future.result() for key, future in futures.items()}
+        states = _wait(group, futures)
+    made = {key: future.result() for key, future in futures.items()}
+    report_stages(group, {key: (states[key], made[key]) for key in mine})
+    return done | made
 
 
 def run_one(config: PipelineConfig, key: str) -> Artifact:
@@ -134,28 +138,38 @@ def _task(key: str) -> Any:
     return importlib.import_module(f"tasks.{key.split('-', maxsplit=1)[0]}").task
 
 
-def _wait(group: Group, futures: Mapping[str, PrefectFuture[Artifact]]) -> None:
-    """Wait for all tasks with a progress artifact; raise if any failed, naming each."""
+def _wait(group: Group, futures: Mapping[str, PrefectFuture[Artifact]]) -> dict[str, str]:
+    """Wait for all tasks with a progress artifact; returns the names of their states.
+
+    Raises:
+        ArtifactError: tasks failed; each is named.
+    """
     progress = cast(UUID, create_progress_artifact(0.0, key=f"{group}-progress", description=group))
     names = {future.task_run_id: key for key, future in futures.items()}
     log = get_run_logger()
     failed: dict[str, str] = {}
+    states: dict[str, str] = {}
     for count, future in enumerate(as_completed(list(futures.values())), start=1):
         future.wait()  # the state is final only after this
         state = future.state
         key = names[future.task_run_id]
+        states[key] = state.name or state.type.value
         log.info("%s: %s (%d of %d)", key, state.name, count, len(futures))
         if not state.is_completed():
             failed[key] = state.message or state.type.value
-        update_progress_artifact(progress, 100 * count / len(futures), f"{count}/{len(futures)}")
+        update_progress_artifact(
+            progress, 100 * count / len(futures), f"{count} of {len(futures)} stages done"
+        )
     if failed:
         raise ArtifactError(
             f"{group}: {len(failed)} of {len(futures)} tasks failed:\n"
             + "\n".join(f"  {key}: {message}" for key, message in failed.items())
         )
+    return states
 
 
 def locate(config: PipelineConfig, keys: Iterable[str]) -> dict[str, Artifact]:
     """Those of the artefacts ``keys`` that are on disk, whole; nothing is run."""
-    found = find_cached(pipeline.plan(config), config)
+    keys = tuple(keys)
+    found = find_cached(pipeline.upstream(pipeline.plan(config), keys), config)
     return {key: found[key] for key in keys if key in found}

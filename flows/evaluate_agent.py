@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from diffagent.evaluation.summary import read_metrics, summary_markdown, tables
 from flows._compose import configure, run_group
+from flows._runs import pipeline_flow
 from tasks._report import report_evaluation
 
 
-@flow(name="evaluate-agent", persist_result=False)
+@pipeline_flow("evaluate-agent")
 def evaluate_agent(
     config: str = "configs/sandbox.yaml", overrides: dict[str, Any] | None = None
 ) -> State[None]:

@@ -5,18 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import typer
-from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from flows._compose import configure, locate
+from flows._runs import pipeline_flow
 from flows.build_dabench import build_dabench
 from flows.evaluate_agent import evaluate_agent
 from flows.train_rrhf import train_rrhf
 from flows.train_sft import train_sft
+from tasks._report import link_result
+
+#: Stages whose artefacts a person looks for: dataset, agent, report.
+RESULTS = ("shard", "rrhf", "evaluate")
 
 
-@flow(name="run-pipeline", persist_result=False)
+@pipeline_flow("run-pipeline")
 def run_pipeline(
     config: str = "configs/sandbox.yaml",
     overrides: dict[str, Any] | None = None,
@@ -33,7 +37,10 @@ def run_pipeline(
     train_sft(config, overrides)
     train_rrhf(config, overrides)
     evaluate_agent(config, overrides)
-    return Completed(message="Every stage is done.")
+    results = locate(configure(config, overrides), RESULTS)
+    link_result(results["evaluate"], "report.html", "Report with pictures", key="pipeline-report")
+    link_result(results["shard"], "README.md", "Data card", key="pipeline-dataset")
+    return Completed(message=f"The agent is in {results['rrhf'].location}.")
 
 
 def main(config: str, store: str | None = None) -> None:
@@ -41,13 +48,13 @@ def main(config: str, store: str | None = None) -> None:
     overrides = {"runtime.store": store} if store else {}
     run_pipeline(config, overrides)
     settings = configure(config, overrides)
-    found = locate(settings, ("shard", "rrhf", "evaluate"))
+    results = locate(settings, RESULTS)
     typer.echo(
-        f"\nDataset  {found['shard'].location}\n"
-        f"Agent    {found['rrhf'].location}\n"
-        f"Report   {found['evaluate'].file('report.html')}\n"
+        f"\nDataset  {results['shard'].location}\n"
+        f"Agent    {results['rrhf'].location}\n"
+        f"Report   {results['evaluate'].file('report.html')}\n"
         "\nThe runs, stage by stage: make serve-dashboard, then http://127.0.0.1:4200\n"
-        f'Ask the agent: diffagent select "a red star" --agent {found["rrhf"].location}'
+        f'Ask the agent: diffagent select "a red star" --agent {results["rrhf"].location}'
     )
 
 

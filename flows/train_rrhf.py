@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
 from flows._compose import configure, run_group
+from flows._runs import pipeline_flow
 
 
-@flow(name="train-rrhf", persist_result=False)
+@pipeline_flow("train-rrhf")
 def train_rrhf(
     config: str = "configs/sandbox.yaml", overrides: dict[str, Any] | None = None
 ) -> State[None]:

@@ -112,12 +112,14 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def parse_api(text: str) -> T2IAPI:
     """Read an API from JSON text (any key order, any spacing).
 
+    Types are strict: ``true``, ``"20"`` and ``20.0`` are no number of steps.
+
     Raises:
         ApiError: not JSON, or a field is missing, unknown, of the wrong type or out of range;
             ``field`` names it.
     """
     try:
-        data = json.loads(text, object_pairs_hook=_unique_keys)
+        json.loads(text, object_pairs_hook=_unique_keys)  # pydantic takes the last of equal keys
     except RecursionError:
         raise ApiError("", "nested too deeply") from None
     except json.JSONDecodeError as error:
@@ -127,9 +129,11 @@ def parse_api(text: str) -> T2IAPI:
     except ValueError as error:  # an integer of more digits than Python converts
         raise ApiError("", f"not JSON: {error}") from None
     try:
-        return T2IAPI.model_validate(data)
+        return T2IAPI.model_validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":  # half of a surrogate pair, which no file can hold
+            raise ApiError("", f"not JSON: {first['ctx']['error']}") from None
         field = ".".join(str(part) for part in first["loc"])
         problem = f"{first['msg']} (got {first['input']!r:.80})"
         raise ApiError(field, problem, first["type"]) from None

@@ -16,6 +16,8 @@ from typing import Any
 
 import orjson
 
+from schemas.printable import printable
+
 #: Browsing levels: one bit an image; a model has the union of its images' bits.
 PG, PG13, R, X, XXX, BLOCKED = 1, 2, 4, 8, 16, 32
 ALL_LEVELS = PG | PG13 | R | X | XXX
@@ -30,13 +32,62 @@ _LEVEL_OF_NAME = {
 }
 
 
+#: Bounds of a record. Of 130,000 real ones none nests deeper than 9 or takes more than 0.7 MB;
+#: JSON writers and readers give up between 250 and 1,000 levels, each at another one.
+MAX_DEPTH = 100
+MAX_RECORD_BYTES = 8 << 20
+
+
 def whole_number(value: Any) -> int | None:
-    """An id: an integer, also one that was sent in quotes; None for anything else."""
+    """An id: an integer in 0 .. 2^63 - 1, also one that was sent in quotes; None for all else."""
     if type(value) is int:
-        return value
+        return value if 0 <= value < 2**63 else None
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 19:
         return int(value)
     return None
+
+
+def flaw(item: Any) -> str:
+    """Why a value cannot be kept as a record of a model, an image or a page; '' when it can.
+
+    A record is an object with an id, of bounded depth and size, that every part of the project
+    can write as JSON. Everything else about it may be odd: the readers below are lenient.
+    """
+    if not isinstance(item, dict):
+        return f"no object but {type(item).__name__}"
+    if whole_number(item.get("id")) is None:
+        return "no id" if item.get("id") is None else "its id is no whole number below 2^63"
+    return json_flaw(item)
+
+
+def json_flaw(value: Any) -> str:
+    """Why a JSON value cannot be kept: its depth or its size; '' when it can."""
+    try:
+        text = orjson.dumps(value)
+    except TypeError as error:  # too deep for the writer, or what a table has and JSON has not
+        return _TOO_DEEP if _is_too_deep(value) else f"no JSON ({error})"
+    if len(text) > MAX_RECORD_BYTES:
+        return f"larger than {MAX_RECORD_BYTES >> 20} MB"
+    # Most records have fewer brackets than levels are allowed: those need no walk.
+    brackets = text.count(b"[") + text.count(b"{")
+    return _TOO_DEEP if brackets > MAX_DEPTH and _is_too_deep(value) else ""
+
+
+_TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
+
+
+def _is_too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            child
+            for part in level
+            if isinstance(part, dict | list)
+            for child in (part.values() if isinstance(part, dict) else part)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def level_of(value: Any) -> int | None:
@@ -94,6 +145,24 @@ def commercial_use(value: Any) -> tuple[str, ...] | None:
         return None
     names = (name.strip().strip('"') for name in value if isinstance(name, str))
     return tuple(sorted({name for name in names if name and name != "None"}))
+
+
+def paid_access(version: Mapping[str, Any], day: str) -> str:
+    """Why a version is not free to download on a ``day`` (YYYY-MM-DD); '' when it is.
+
+    Since July 2026 a version may have ``paidAccess: {permanent, endsAt}``, and the older end of an
+    early access follows it. On an unknown day ('') an end is taken to lie ahead.
+    """
+    paid, ends = version.get("paidAccess"), version.get("earlyAccessEndsAt")
+    if isinstance(paid, dict):
+        if paid.get("permanent") not in (None, False):
+            return "paid access"
+        ends = paid.get("endsAt")
+    elif paid not in (None, False):
+        return "paid access"
+    if ends in (None, "", False):
+        return ""
+    return "early access" if not isinstance(ends, str) or ends > day else ""
 
 
 def unwrap_meta(meta: Any) -> dict[str, Any] | None:
@@ -343,7 +412,7 @@ class Drift:
                 continue
             types = known.get(key)
             if types is None:
-                self._count(f"{kind}.{key[:40]}: unknown")
+                self._count(f"{kind}.{printable(key[:40])}: unknown")
             elif type(value) not in types:
                 self._count(f"{kind}.{key}: {type(value).__name__}")
             elif key in values and isinstance(value, str) and value not in values[key]:

@@ -6,26 +6,50 @@ A section is the configuration of one stage and part of that stage's identity.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
+from urllib.parse import urlsplit
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
+from schemas.yaml_file import YamlError, read_yaml
+
+#: No path, file or terminal can hold these as text.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
+
+
+def _check_characters(value: Any) -> None:
+    if isinstance(value, str) and (match := _CONTROL.search(value)):
+        raise ValueError(f"holds the character {match[0]!r}; leave it out")
+    if isinstance(value, list | tuple | dict):
+        for part in (*value, *value.values()) if isinstance(value, dict) else value:
+            _check_characters(part)
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_text(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse control characters and lone surrogates; a section looks at its own settings."""
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            _check_characters(value)
+        return value
 
 
 class CrawlConfig(_Section):
@@ -52,6 +76,20 @@ class CrawlConfig(_Section):
     model_pages: int = Field(
         default=0, ge=0, description="HTML pages to read for recommended settings, most used first"
     )
+
+    @field_validator("site")
+    @classmethod
+    def _holds_no_secret(cls, site: str) -> str:
+        """Refuse what would put a password into manifests, names and logs."""
+        if not re.match("https?:", site, re.IGNORECASE):
+            return site
+        parts = urlsplit(site)
+        if "@" in site or "\\" in site or parts.query or parts.fragment:
+            raise ValueError(
+                "an address has no user name, password or query here, since it is written into "
+                "manifests; a token belongs into the environment variable CIVITAI_TOKEN"
+            )
+        return site
 
 
 ModelFilter = Literal[
@@ -183,46 +221,105 @@ _BF16 = (
     "products of matrices in bfloat16 (autocast), weights in float32; null: on a GPU that has it. "
     "Worth its while on a CPU with AMX, too"
 )
+_CHECKPOINTING = (
+    "share of the layers, the first ones, whose activations are made again in the backward pass: "
+    "less memory for more time; true: all"
+)
 
 
-class SFTConfig(_Section):
+LRScheduler = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+]
+
+
+class _TrainingConfig(_Section):
+    """What SFT and training on ranked candidates share; names as in transformers and PEFT."""
+
+    lora_rank: int = Field(default=0, ge=0, le=512, description="0 trains all parameters")
+    lora_alpha: float | None = Field(
+        default=None, gt=0, description="scale of an adapter is alpha / rank; null: twice the rank"
+    )
+    lora_dropout: float = Field(default=0, ge=0, lt=1, description="of an adapter's input")
+    lora_target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
+        default="all-linear", description="modules that get an adapter: [q_proj, v_proj], ..."
+    )
+    bf16: bool | None = Field(default=None, description=_BF16)
+    num_train_epochs: float = Field(default=3, gt=0)
+    max_steps: int = Field(default=-1, ge=-1, description="-1: by epochs")
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    learning_rate: float = Field(default=2e-5, gt=0)
+    lr_scheduler_type: LRScheduler = Field(
+        default="linear", description="course of the learning rate after the warm-up"
+    )
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="share of the steps")
+    max_length: int = Field(default=512, ge=32, description="tokens of prompt + response")
+    save_steps: int = Field(
+        default=200,
+        ge=1,
+        description="steps between checkpoints to resume from; with eval_steps they are written "
+        "after each evaluation",
+    )
+    eval_steps: int = Field(
+        default=0,
+        ge=0,
+        description="steps between measurements of the loss on prompts that are not trained on; "
+        "the last step is measured too; 0: none",
+    )
+    load_best_model_at_end: bool = Field(
+        default=True,
+        description="with eval_steps: the agent is the checkpoint with the lowest loss there, "
+        "else the last",
+    )
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _check_lora(self) -> Self:
+        adapter = ("lora_alpha", "lora_dropout", "lora_target_modules")
+        fields = type(self).model_fields
+        idle = [n for n in adapter if getattr(self, n) != fields[n].default]
+        if idle and not self.lora_rank:
+            raise ValueError(f"{', '.join(idle)}: of adapters, which need a lora_rank above 0")
+        if not self.lora_target_modules:
+            raise ValueError("lora_target_modules names no module; leave it out for all-linear")
+        return self
+
+
+class SFTConfig(_TrainingConfig):
     """Supervised fine-tuning on (prompt, API) pairs."""
 
     model: str = Field(
         default="sandbox-llama",
-        description="any causal LM by name or path; 'sandbox-llama' is built from config, "
-        "'smollm2-135m' is in a package (extra smollm2)",
+        description="any causal LM by path or by name, NAME@REVISION to pin it; 'sandbox-llama' "
+        "is built from config, 'smollm2-135m' is in a package (extra smollm2)",
     )
     hidden_size: int = Field(default=128, ge=16, description="sandbox-llama only")
     num_hidden_layers: int = Field(default=4, ge=1, description="sandbox-llama only")
     vocab_size: int = Field(default=2048, ge=300, description="sandbox-llama only: byte-level BPE")
-    lora_rank: int = Field(default=0, ge=0, le=512, description="0 trains all parameters")
-    bf16: bool | None = Field(default=None, description=_BF16)
-    gradient_checkpointing: float = Field(
-        default=0,
-        ge=0,
-        le=1,
-        description="share of the layers, the first ones, whose activations are made again in the "
-        "backward pass: less memory for more time; true: all",
-    )
-    num_train_epochs: float = Field(default=3, gt=0)
-    max_steps: int = Field(default=-1, ge=-1, description="-1: by epochs")
+    gradient_checkpointing: float = Field(default=0, ge=0, le=1, description=_CHECKPOINTING)
     per_device_train_batch_size: int = Field(default=16, ge=1)
-    gradient_accumulation_steps: int = Field(default=1, ge=1)
-    learning_rate: float = Field(default=2e-5, gt=0)
-    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
     weight_decay: float = Field(default=0.0, ge=0)
-    max_length: int = Field(default=512, ge=32, description="tokens of prompt + response")
     batching: Literal["random", "by_length", "packed"] = Field(
         default="random",
         description="'by_length': rows of one batch are about equally long; 'packed': a row of the "
         "batch holds as many examples as fit into max_length, and none sees another",
     )
-    save_steps: int = Field(default=200, ge=1)
-    seed: int = Field(default=0, ge=0)
+    eval_prompts: int = Field(
+        default=1000, ge=1, description="of the validation split, drawn by the seed"
+    )
 
 
 Decoding = Literal["unconstrained", "constrained"]
+_MAX_NEW_TOKENS: Any = Field(
+    default=None,
+    ge=8,
+    description="of an answer; null: the room that the agent's max_length leaves after the prompt",
+)
 
 
 class SamplingConfig(_Section):
@@ -244,7 +341,7 @@ class SamplingConfig(_Section):
         description="num_candidates: diverse beam search, one beam a group, instead; 0: sampling",
     )
     diversity_penalty: float = Field(default=1.0, ge=0)
-    max_new_tokens: int = Field(default=256, ge=8)
+    max_new_tokens: int | None = _MAX_NEW_TOKENS
     batch_size: int = Field(default=16, ge=1, description="prompts per generate call")
     engine: Literal["transformers", "vllm"] = Field(
         default="transformers", description="'vllm': for GPUs, with the extra of that name"
@@ -325,7 +422,9 @@ class ScorerConfig(_Section):
     model: str = Field(
         description="open_clip name, 'v1.0' (ImageReward), 'v2' or 'v2.1' (HPS), or a directory"
     )
-    weights: str | None = Field(default=None, description="local file, or hub id of the release")
+    weights: str | None = Field(
+        default=None, description="local file, or hub id of the release, ID@REVISION to pin it"
+    )
     sha256: str | None = _SHA256
     weight: float = Field(default=1.0, ge=0, description="weight in the unified score")
 
@@ -348,7 +447,8 @@ class JudgeConfig(_Section):
 
     name: Literal["pick_score", "aesthetic"]
     model: str = Field(
-        description="'pick_score': directory or hub id of a CLIP in transformers' layout; "
+        description="'pick_score': directory or hub id (ID@REVISION pins it) of a CLIP in "
+        "transformers' layout; "
         "'aesthetic': open_clip name or directory of the CLIP under the head"
     )
     weights: str | None = Field(default=None, description="'aesthetic': of a CLIP given by name")
@@ -370,7 +470,7 @@ class JudgesConfig(_Section):
     batch_size: int = Field(default=32, ge=1)
 
 
-class RRHFConfig(_Section):
+class RRHFConfig(_TrainingConfig):
     """Training on ranked candidates: RRHF, equations 1 to 4 of arXiv 2304.05302, and others."""
 
     loss: Literal["rrhf", "dpo", "simpo", "gspo"] = Field(
@@ -383,21 +483,14 @@ class RRHFConfig(_Section):
         description="'packed': the candidates of a prompt share one pass over it, where the model "
         "can; 'padded': one row a candidate. The loss is the same",
     )
-    lora_rank: int = Field(default=0, ge=0, le=512, description="0 trains all parameters")
-    bf16: bool | None = Field(default=None, description=_BF16)
-    gradient_checkpointing: float = Field(
-        default=0.3,
-        ge=0,
-        le=1,
-        description="share of the layers, the first ones, whose activations are made again in the "
-        "backward pass: less memory for more time; true: all",
-    )
-    num_train_epochs: float = Field(default=3, gt=0)
-    max_steps: int = Field(default=-1, ge=-1)
+    gradient_checkpointing: float = Field(default=0.3, ge=0, le=1, description=_CHECKPOINTING)
     per_device_train_batch_size: int = Field(default=4, ge=1, description="prompts per step")
-    gradient_accumulation_steps: int = Field(default=1, ge=1)
-    learning_rate: float = Field(default=2e-5, gt=0)
-    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    eval_fraction: float = Field(
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="with eval_steps: share of the ranked prompts that is measured, not trained on",
+    )
     rank_weight: float = Field(default=1.0, ge=0, description="weight of the ranking term")
     sft_weight: float = Field(default=1.0, ge=0, description="weight of L_ft")
     length_normalization: bool = Field(
@@ -409,9 +502,6 @@ class RRHFConfig(_Section):
     margin: float = Field(default=0.0, ge=0, description="0 as in the paper; 'simpo': its gamma")
     beta: float = Field(default=0.1, gt=0, description="'dpo', 'simpo': sharpness; 2 in SimPO")
     clip: float = Field(default=0.2, gt=0, description="'gspo': bound of the likelihood ratio")
-    max_length: int = Field(default=512, ge=32)
-    save_steps: int = Field(default=200, ge=1)
-    seed: int = Field(default=0, ge=0)
 
 
 class RatingsConfig(_Section):
@@ -431,7 +521,9 @@ class FitConfig(_Section):
 
     selector: FittedSelector = "combined"
     encoder: str = Field(
-        default="", description="sentence encoder: 'minilm', a directory, a hub's name, '' for none"
+        default="",
+        description="sentence encoder: 'minilm', a directory, a hub's NAME or NAME@REVISION, '' "
+        "for none",
     )
     seed: int = Field(default=0, ge=0)
 
@@ -454,7 +546,7 @@ class SelectConfig(_Section):
     selector: Selector
     split: Literal["validation", "test"] = "test"
     num_prompts: int = Field(default=200, ge=1)
-    max_new_tokens: int = Field(default=256, ge=8)
+    max_new_tokens: int | None = _MAX_NEW_TOKENS
     decoding: Decoding = Field(
         default="unconstrained",
         description="of an agent: 'unconstrained' shows what it hallucinates; 'constrained' has "
@@ -475,7 +567,7 @@ class EvaluationConfig(_Section):
     selectors: tuple[Selector, ...] = ("popular", "random", "nearest", "combined", "sft", "rrhf")
     split: Literal["validation", "test"] = "test"
     num_prompts: int = Field(default=200, ge=2)
-    max_new_tokens: int = Field(default=256, ge=8)
+    max_new_tokens: int | None = _MAX_NEW_TOKENS
     decoding: Decoding = Field(default="unconstrained", description="as in SelectConfig")
     encoder: str = Field(default="", description="as in SelectConfig")
     num_shards: int = Field(
@@ -585,7 +677,20 @@ class RuntimeConfig(_Section):
     compile_scorers: bool = Field(
         default=False, description="torch.compile: a minute at the start, faster batches after it"
     )
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        default=(),
+        description="where training logs its steps as it goes, beside the log in the agent; "
+        "'tensorboard' (extra tensorboard) writes to logs/STAGE/IDENTITY in the local store",
+    )
     stage_timeout_seconds: float = Field(default=6 * 3600, gt=0)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_lines(cls, value: Any) -> Any:
+        """Refuse text of several lines: paths and addresses are printed a line each."""
+        if isinstance(value, str) and "\n" in value:
+            raise ValueError("holds a line end; leave it out")
+        return value
 
     @property
     def models_directory(self) -> Path:
@@ -596,6 +701,11 @@ class RuntimeConfig(_Section):
     def models_max_bytes(self) -> int | None:
         """The limit of that cache."""
         return None if self.models_max_gb is None else round(self.models_max_gb * 1e9)
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @field_validator("store")
     @classmethod
@@ -645,7 +755,48 @@ class PipelineConfig(_Section):
 
 def _told(value: Any) -> str:
     """A value for a message: the start of it, without what a URI has of credentials."""
-    return f"{re.sub('//[^/]*@', '//***@', repr(value)):.60}"
+    text = re.sub("//.*@", "//***@", repr(value))
+    text = re.sub("(//[^?]*[?]).*", r"\1***", text)
+    return f"{text:.60}"
+
+
+def _key(loc: tuple[int | str, ...]) -> str:
+    """A dotted key as a person wrote it, on one line."""
+    names = (
+        part if re.fullmatch(r"[\w-]{1,60}", part) else f"{part!r:.60}" for part in map(str, loc)
+    )
+    return ".".join(names) or "config"
+
+
+def _suggestion(error: Any) -> str:
+    """The key that an unknown one was meant to be, where one is like it."""
+    *parents, key = error["loc"] or ("",)
+    if error["type"] != "extra_forbidden":
+        return ""
+    names = _keys_at(PipelineConfig, [part for part in parents if isinstance(part, str)])
+    like = difflib.get_close_matches(str(key), names, n=1, cutoff=0.6)
+    if like:
+        return f"; did you mean {like[0]!r}?"
+    elsewhere = [
+        f"{section}.{key}"
+        for section in PipelineConfig.model_fields
+        if key in _keys_at(PipelineConfig, [section])
+    ]
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]!r}?"
+    return f"; there are: {', '.join(sorted(names))}" if names else ""
+
+
+def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    """Names of the fields of the section that ``path`` leads to; none where it leads elsewhere."""
+    for name in path:
+        field = model.model_fields.get(name)
+        kinds = [field.annotation, *get_args(field.annotation)] if field else []
+        models = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not models:
+            return []
+        model = models[0]
+    return list(model.model_fields)
 
 
 class ConfigFileError(ValueError):
@@ -659,14 +810,14 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Pi
         ConfigFileError: the file is missing or not YAML, or any field is wrong (all are listed).
     """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        data = read_yaml(Path(path))
     except OSError as error:
         raise ConfigFileError(f"cannot read {str(path)!r}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ConfigFileError(f"{str(path)!r} is not YAML: {error}") from None
-    if not isinstance(data, dict):
+    except (YamlError, ValueError) as error:  # a path with a NUL is a ValueError
+        raise ConfigFileError(f"{str(path)!r} cannot be read as YAML: {error}") from None
+    if data is not None and not isinstance(data, dict):
         raise ConfigFileError(f"{str(path)!r} must be a mapping of sections, got {data!r:.80}")
-    return configure(data, overrides, path)
+    return configure(data or {}, overrides, path)
 
 
 def configure(
@@ -683,15 +834,15 @@ def configure(
         for key in parents:
             target = target.setdefault(key, {})
             if not isinstance(target, dict):
-                raise ConfigFileError(f"cannot set {dotted!r}: {key!r} is {target!r:.60}")
+                raise ConfigFileError(f"cannot set {dotted!r}: {key!r} is {_told(target)}")
         target[leaf] = value
     try:
         return PipelineConfig.model_validate(data)
     except ValidationError as error:
         problems = [
-            f"  {'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']} (got {_told(e['input'])})"
+            f"  {_key(e['loc'])}: {e['msg']} (got {_told(e['input'])}){_suggestion(e)}"
             for e in error.errors()
         ]
         raise ConfigFileError(
-            "\n".join([f"{path}: {len(problems)} problem(s)", *problems])
+            "\n".join([f"{str(path)!r}: {len(problems)} problem(s)", *problems])
         ) from None

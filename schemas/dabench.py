@@ -29,7 +29,7 @@ CATALOGUE = _schema(
     ("description", _text, False),  # first sentences, plain text
     ("tags", pa.list_(_text), False),
     ("trained_words", pa.list_(_text), False),
-    ("downloads", _int, False),
+    ("downloads", _int, False),  # 0 also where the creator hides it
     ("creator", _text, True),
     ("allow_commercial_use", pa.list_(_text), True),  # null: unknown
     ("allow_derivatives", _bool, True),
@@ -109,7 +109,8 @@ PRINTS = _schema(
 )
 
 #: One row a pair of DABench. ``group``: the id that names all that is tied to it by near-duplicate
-#: prompts, posts and series, and lies in one split; the smallest id of its first generation.
+#: prompts, posts and series, and lies in one split; the smallest id of those that were new when it
+#: was decided (its complement, below 0, where another group has that name by now).
 #: ``random_split``: where a hash of its own id would have put it, leaks and all.
 DABENCH = pa.schema(
     [
@@ -117,6 +118,18 @@ DABENCH = pa.schema(
         pa.field("group", _int, nullable=False),
         pa.field("random_split", _text, nullable=False),
     ]
+)
+
+#: One row a record whose split was ever decided, by id: the dataset's memory (``splits.parquet``).
+#: The metadata of its schema have the frozen cut points: ``cuts``, JSON {base model: [test,
+#: validation]}.
+DECISIONS = _schema(
+    ("id", _int, False),
+    ("split", _text, False),
+    ("group", _int, False),  # names its group
+    ("age", pa.int32(), False),  # rank of the group, oldest first
+    ("mark", pa.uint64(), False),  # hash of what ties it to others: word pairs, post, creator
+    ("present", _bool, False),  # among the prints of this version, with this mark and split
 )
 
 #: One row a candidate answer to a prompt: sampled, taken from DABench or given by a selector.
@@ -128,7 +141,7 @@ CANDIDATES = _schema(
     ("text", _text, False),  # what was answered, verbatim
     ("api", _text, True),  # compact JSON when valid
     ("status", _text, False),  # 'valid' | 'invalid'
-    ("reason", _text, True),  # kind of hallucination: see diffagent.agent.verify.KINDS
+    ("reason", _text, True),  # 'truncated', or the kind of hallucination: agent.verify.KINDS
     ("logprob", _float, True),  # length-normalised, of the sampled tokens
 )
 
@@ -143,11 +156,13 @@ RENDERS = _schema(
     ("recipe", _text, True),
     ("status", _text, False),  # 'ok' | 'invalid' | 'failed'
     ("reason", _text, True),
+    ("problem", _text, True),  # a failed picture's own message: which file, what is wrong with it
     ("nsfw", _float, True),  # probability by the safety check; null: not checked
+    ("note", _text, True),  # how the picture differs from what its call means; null: it does not
 )
 
 #: One row a RENDERS row, in the same order. Rewards are null where there is no picture;
-#: ``unified`` is the floor for an invalid call and null for a failed render.
+#: ``unified`` is the floor for a hallucination and null for a truncated answer or a failed render.
 SCORES = _schema(
     ("prompt_id", _int, False),
     ("source", _text, False),
@@ -181,7 +196,7 @@ JUDGEMENTS = _schema(
 EVALUATION = _schema(
     ("selector", _text, False),
     ("prompt_id", _int, False),
-    ("reason", _text, True),  # kind of hallucination; null: valid
+    ("reason", _text, True),  # 'truncated', or the kind of hallucination; null: valid
     ("unified", _float, True),
     ("unified_valid", _float, True),
     ("clip", _float, True),
@@ -190,6 +205,7 @@ EVALUATION = _schema(
     ("pick_score", _float, True),  # held-out judges: null where they were not asked
     ("aesthetic", _float, True),
     ("hallucinated", _float, False),
+    ("truncated", _float, False),
     ("render_failed", _float, True),
     ("model", _float, False),
     ("model_version", _float, False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from pathlib import PurePosixPath
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,6 +23,11 @@ class FileEntry(_Frozen):
     size: int = Field(ge=0, description="bytes")
     sha256: str
     rows: int | None = Field(default=None, ge=0)
+
+    @property
+    def for_people(self) -> bool:
+        """Whether only people read it (a data card, a model card), who may edit it."""
+        return PurePosixPath(self.path).name == "README.md"
 
 
 class InputRef(_Frozen):
@@ -69,6 +75,11 @@ class Manifest(_Frozen):
     schema_version: int = SCHEMA_VERSION
     identity: str
     content_digest: str
+    series: str = Field(
+        default="",
+        description="names the stage with its configuration and those of its ancestors, whatever "
+        "their content: equal in all refreshes",
+    )
     config: dict[str, Any]
     inputs: dict[str, tuple[InputRef, ...]] = {}
     files: tuple[FileEntry, ...]

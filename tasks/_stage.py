@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import logging
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 from uuid import UUID
@@ -27,7 +28,7 @@ from diffagent import pipeline
 from diffagent.artifacts import Artifact, Inputs
 from diffagent.pipeline import Node, load_stage, open_site, run_node
 from schemas.config import PipelineConfig
-from tasks._report import report_artifact
+from tasks._report import report_artifact, report_refresh
 from tasks._workers import run_on_worker
 
 log = logging.getLogger(__name__)
@@ -128,6 +129,7 @@ def stage_task(name: str) -> Task[..., Artifact]:
         node: Node = pipeline.plan(config)[key]
         if node.spread and config.runtime.runner == "workers":
             return run_on_worker(node, config, inputs)
+        began = datetime.now(UTC)
         with site_of(node, config, inputs, site_url) as url:
             artifact = run_node(
                 node,
@@ -137,7 +139,12 @@ def stage_task(name: str) -> Task[..., Artifact]:
                 refresh=refresh,
                 progress=DashboardProgress(key),
             )
-        report_artifact(key, artifact)
+        manifest = artifact.manifest
+        stays = manifest.created_at < began
+        if refresh and (stays or "changes" in manifest.metrics):
+            report_refresh(key, artifact, stays=stays)
+        else:
+            report_artifact(key, artifact)
         return artifact
 
     return run

@@ -62,6 +62,34 @@ def heartbeat(flow_run_id: UUID, lost_after_seconds: float) -> Iterator[None]:
         thread.join()
 
 
+def end_of(client: SyncPrefectClient, run: FlowRun, lost_after_seconds: float) -> State[Any] | None:
+    """Wait for the next heartbeat of ``run``, or its end.
+
+    Args:
+        client: of the server that has the run.
+        run: a run that shows its ``heartbeat`` while it lives.
+        lost_after_seconds: silence that means that its process has died; then it is marked Crashed.
+
+    Returns:
+        Its final state; None while it lives.
+    """
+    first, since = run.labels.get(_BEAT), time.monotonic()
+    while time.monotonic() - since < lost_after_seconds:
+        run = client.read_flow_run(run.id)
+        if run.state and run.state.is_final():
+            return run.state
+        if run.labels.get(_BEAT) != first:
+            return None
+        time.sleep(min(1.0, lost_after_seconds / 10))
+    lost = _lost(lost_after_seconds)
+    client.set_flow_run_state(run.id, lost, force=True)
+    return lost
+
+
+def _lost(seconds: float) -> State[Any]:
+    return Crashed(message=f"nothing was heard of its worker for {seconds:.0f} s")
+
+
 def run_on_worker(node: Node, config: PipelineConfig, inputs: Inputs) -> Artifact:
     """Have a worker run ``node``, and wait for it; what the store has is not run again.
 
@@ -127,7 +155,7 @@ def _watch(client: SyncPrefectClient, run: FlowRun, lost_after_seconds: float) -
                 )
                 told = True
         elif quiet > lost_after_seconds * (_START if state.is_pending() else 1):
-            lost: State[Any] = Crashed(message=f"nothing was heard of its worker for {quiet:.0f} s")
+            lost = _lost(quiet)
             client.set_flow_run_state(run.id, lost, force=True)
             return lost
         time.sleep(min(5.0, lost_after_seconds / 10))

@@ -6,7 +6,14 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from schemas.manifest import FileEntry, Manifest
+
+if TYPE_CHECKING:
+    from diffagent.artifacts import Artifact
 
 # Before torch or transformers are imported anywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,3 +35,47 @@ def file_size_limit(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def reseal(artifact: Artifact) -> None:
+    """Let the manifest of an artefact list its files as a test has changed them.
+
+    Its content digest stays, so that handles on it stay valid.
+    """
+    from diffagent.artifacts import MANIFEST, sha256_file
+
+    manifest = artifact.manifest
+    files = tuple(
+        entry.model_copy(update={"size": path.stat().st_size, "sha256": sha256_file(path)})
+        for entry in manifest.files
+        for path in (artifact.path / entry.path,)
+    )
+    changed = manifest.model_copy(update={"files": files})
+    (artifact.path / MANIFEST).write_text(changed.model_dump_json())
+
+
+def sealed(stage: str, directory: Path) -> Artifact:
+    """The artefact of a stage whose files a test has put into ``directory``."""
+    from diffagent.artifacts import MANIFEST, files_digest, open_artifact, sha256_file
+
+    (directory / MANIFEST).unlink(missing_ok=True)
+    files = tuple(
+        FileEntry(
+            path=p.relative_to(directory).as_posix(), size=p.stat().st_size, sha256=sha256_file(p)
+        )
+        for p in sorted(directory.rglob("*"))
+        if p.is_file()
+    )
+    manifest = Manifest(
+        stage=stage,
+        stage_version=1,
+        identity=f"{stage:0<64}",
+        content_digest=files_digest(files),
+        config={},
+        files=files,
+        created_at=datetime(2026, 1, 1, tzinfo=UTC),
+        wall_seconds=0,
+        peak_memory_bytes=0,
+    )
+    (directory / MANIFEST).write_text(manifest.model_dump_json())
+    return open_artifact(directory)

@@ -42,28 +42,32 @@ class Counts:
 
 @dataclass
 class Row:
-    """An answer under way; ``pending`` is what the model has not yet read of it."""
+    """An answer under way.
+
+    ``pending`` is what the model has not yet read of it, ``budget`` how much it may read in all.
+    """
 
     prompt: int
     state: State
+    budget: int
     pending: list[int] = field(default_factory=list)
     used: int = 0
     logprob: float = 0.0
     probability: float | None = None
     text: str = ""
 
-    def choose(self, token: int, budget: int, counts: Counts) -> None:
+    def choose(self, token: int, counts: Counts) -> None:
         """Append a token and what it forces; the answer is finished at the end of the budget."""
         state = self.state.step(token)
         assert state is not None, "a token that the state itself gave"
         forced, self.state = state.forced()
         self.pending = [*self.pending, token, *forced]
         counts.chosen, counts.forced = counts.chosen + 1, counts.forced + len(forced)
-        self.settle(budget)
+        self.settle()
 
-    def settle(self, budget: int) -> None:
+    def settle(self) -> None:
         """Finish the answer if it is complete, or if reading it would exceed the budget."""
-        if self.state.answer is not None or self.used + len(self.pending) > budget:
+        if self.state.answer is not None or self.used + len(self.pending) > self.budget:
             self.text = self.state.answer or self.state.finish()
             self.pending = []
 
@@ -77,15 +81,17 @@ class Decoder:
         grammar: what may be answered.
         device: where the model is.
         budget: tokens of an answer that the model may read; after them an answer is finished
-            without it (lists end, a free text is closed).
+            without it (lists end, a free text is closed). None: what ``max_length`` leaves.
         draft_tokens: tokens that a pass may read ahead; 0 for none.
+        max_length: tokens of prompt and answer together.
     """
 
     model: Any
     grammar: Grammar
     device: torch.device
-    budget: int = 256
+    budget: int | None = None
     draft_tokens: int = 16
+    max_length: int = 512
     counts: Counts = field(default_factory=Counts)
 
     def choose(
@@ -107,7 +113,7 @@ class Decoder:
             chosen = torch.cat([chosen, picked], 1)
             for row, token in zip(rows, picked[:, 0].tolist(), strict=True):
                 if not row.text:
-                    row.choose(token, self.budget, self.counts)
+                    row.choose(token, self.counts)
             if any(row.pending for row in rows):
                 logits = self._read(keys, rows, logits)
         self.counts.passes += keys.passes
@@ -122,7 +128,8 @@ class Decoder:
     ) -> list[list[Row]]:
         """The ``n`` likeliest checkpoints a prompt with how each is called greedily.
 
-        Beam search over the trie of names; see `LLM` for what ``probability`` is.
+        Beam search over the trie of names by untempered likelihoods; see `LLM` for what
+        ``probability`` is.
 
         Returns:
             Rows with text, probability and logprob (of the name), likeliest first.
@@ -130,7 +137,7 @@ class Decoder:
         keys, rows, logits = self._start(prompts, 1)
         missed = [-math.inf] * len(prompts)
         while True:
-            logprobs = (logits / temperature).log_softmax(-1)
+            logprobs = logits.log_softmax(-1)
             found = [
                 self._extend([i for i, row in enumerate(rows) if row.prompt == p], rows, logprobs)
                 for p in range(len(prompts))
@@ -139,11 +146,12 @@ class Decoder:
             for p, candidates in enumerate(found):
                 candidates.sort(key=lambda item: -item[0])
                 kept += candidates[:beams]
-                missed[p] = _logsumexp([missed[p], *(c[0] for c in candidates[beams:])])
+                dropped = (logprob / temperature for logprob, _, _ in candidates[beams:])
+                missed[p] = _logsumexp([missed[p], *dropped])
             if all(token is None for _, _, token in kept):
                 break
-            rows, logits = self._advance(keys, rows, logits, kept, temperature)
-        ranked = self._ranked(rows, missed, n)
+            rows, logits = self._advance(keys, rows, logits, kept)
+        ranked = self._ranked(rows, missed, n, temperature)
         order = [(i, row) for found_rows in ranked for i, row in found_rows]
         keys.select([i for i, _ in order])
         self._walk(keys, [row for _, row in order], logits[[i for i, _ in order]])
@@ -155,15 +163,19 @@ class Decoder:
         """Read each prompt once, with what every answer begins with."""
         keys = KeyValues(self.model, self.device)
         forced, state = self.grammar.start().forced()
-        forced = forced[: self.budget]
-        ids = [[*prompt, *forced] for prompt in prompts]
+        budgets = [
+            max(0, self.max_length - len(prompt)) if self.budget is None else self.budget
+            for prompt in prompts
+        ]
+        ids = [[*prompt, *forced[:budget]] for prompt, budget in zip(prompts, budgets, strict=True)]
         logits = torch.cat(keys.feed(ids, [[len(row) - 1] for row in ids]))
-        self.counts.forced += len(forced) * len(prompts)
+        read = [min(len(forced), budget) for budget in budgets]
+        self.counts.forced += sum(read)
         owners = [p for p in range(len(prompts)) for _ in range(copies)]
         keys.select(owners)
-        rows = [Row(p, state, used=len(forced)) for p in owners]
+        rows = [Row(p, state, budgets[p], used=read[p]) for p in owners]
         for row in rows:
-            row.settle(self.budget)
+            row.settle()
         return keys, rows, logits[owners]
 
     def _read(self, keys: KeyValues, rows: Sequence[Row], logits: Tensor) -> Tensor:
@@ -184,7 +196,7 @@ class Decoder:
         while True:
             for i in live:
                 if not rows[i].text:
-                    rows[i].choose(_best(rows[i].state, now[i]), self.budget, self.counts)
+                    rows[i].choose(_best(rows[i].state, now[i]), self.counts)
             still = [i for i in live if not rows[i].text]
             if not still:
                 break
@@ -226,7 +238,7 @@ class Decoder:
                 break
             self.counts.accepted += 1
             before = row.used
-            row.choose(token, self.budget, self.counts)
+            row.choose(token, self.counts)
             read = len(row.pending)
             row.used, row.pending = before + read, []
             kept, choice = kept + read, choice + 1
@@ -237,7 +249,7 @@ class Decoder:
         draft: list[tuple[int, State | None]] = []
         entry, state = row.state.entry, row.state
         usual = self.grammar.usual(entry) if entry and self.draft_tokens else {}
-        room = min(self.draft_tokens, self.budget - row.used - len(row.pending))
+        room = min(self.draft_tokens, row.budget - row.used - len(row.pending))
         while usual and (token := state.towards(usual)) is not None:
             following = state.step(token)
             assert following is not None, "a token of the state's own tries"
@@ -275,15 +287,16 @@ class Decoder:
         rows: Sequence[Row],
         logits: Tensor,
         kept: Sequence[tuple[float, int, int | None]],
-        temperature: float,
     ) -> tuple[list[Row], Tensor]:
         """Read the tokens that were kept and what they force; add the latter's probability."""
         following = []
         for logprob, parent, token in kept:
             old = rows[parent]
-            row = Row(old.prompt, old.state, used=old.used, logprob=logprob, text=old.text)
+            row = Row(
+                old.prompt, old.state, old.budget, used=old.used, logprob=logprob, text=old.text
+            )
             if token is not None:
-                row.choose(token, self.budget, self.counts)
+                row.choose(token, self.counts)
             following.append(row)
         parents = [parent for _, parent, _ in kept]
         keys.select(parents)
@@ -295,7 +308,7 @@ class Decoder:
         ends = []
         for i, (row, after) in enumerate(zip(following, found, strict=True)):
             forced = torch.tensor(row.pending[1:], device=self.device, dtype=torch.int64)
-            steps = (after[:-1] / temperature).log_softmax(-1).gather(1, forced[:, None])
+            steps = after[:-1].log_softmax(-1).gather(1, forced[:, None])
             row.logprob += float(steps.double().sum())
             row.used, row.pending = row.used + len(row.pending), []
             ends.append(after[-1] if len(after) else logits[i])
@@ -303,16 +316,19 @@ class Decoder:
 
     @staticmethod
     def _ranked(
-        rows: Sequence[Row], missed: Sequence[float], n: int
+        rows: Sequence[Row], missed: Sequence[float], n: int, temperature: float
     ) -> list[list[tuple[int, Row]]]:
-        """The best rows of each prompt, with their shares of all names that were seen."""
+        """The best rows of each prompt, with their tempered shares of all names that were seen.
+
+        ``missed``: log of the sum of p^(1/temperature) over the beginnings that were dropped.
+        """
         ranked = []
         for prompt, rest in enumerate(missed):
             own = [(i, row) for i, row in enumerate(rows) if row.prompt == prompt]
             own.sort(key=lambda item: -item[1].logprob)
-            total = _logsumexp([rest, *(row.logprob for _, row in own)])
+            total = _logsumexp([rest, *(row.logprob / temperature for _, row in own)])
             for _, row in own:
-                row.probability = math.exp(row.logprob - total)
+                row.probability = math.exp(row.logprob / temperature - total)
             ranked.append(own[:n])
         return ranked
 

@@ -13,6 +13,7 @@ import orjson
 
 from diffagent.agent.terms import Floats, clean
 from diffagent.errors import ConfigError
+from diffagent.pretrained import load_model, load_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +27,8 @@ class TransformerEncoder:
     """Means of the last hidden states over the tokens of a text, scaled to unit length.
 
     Args:
-        name: 'minilm', 'smollm2-135m', a directory, or the name of a model of a hub; a causal LM
-            will do too.
+        name: 'minilm', 'smollm2-135m', a directory, or the name of a model of a hub (perhaps
+            NAME@REVISION); a causal LM will do too.
         device: see `diffagent.device.resolve_device`.
         bf16: products of matrices in bfloat16 (autocast).
 
@@ -39,7 +40,7 @@ class TransformerEncoder:
         from diffagent import compat
 
         compat.install()
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoModel
 
         from diffagent.agent.smollm2 import SMOLLM2, load_smollm2
         from diffagent.device import resolve_device
@@ -55,8 +56,8 @@ class TransformerEncoder:
         else:
             path = _minilm() if name == MINILM else name
             try:
-                self._tokenizer = AutoTokenizer.from_pretrained(path)
-                self._model = AutoModel.from_pretrained(path, use_safetensors=True).eval()
+                self._tokenizer = load_tokenizer(path)
+                self._model = load_model(AutoModel, path).eval()
             except (OSError, ValueError) as error:
                 raise ConfigError(
                     f"no sentence encoder {name!r}: {error}; give 'minilm', 'smollm2-135m', a "

@@ -25,18 +25,21 @@ from diffagent.agent.decoding import Decoding, Greedy
 from diffagent.agent.format import (
     IGNORED,
     PROMPT_TEMPLATE,
-    encode_example,
     encode_prompt,
+    encode_text,
     pad,
+    prompt_room,
     response_text,
 )
 from diffagent.agent.grammar import Grammar, NegativePrompts
 from diffagent.agent.int8 import to_int8
 from diffagent.agent.llama import Llama, LlamaConfig
 from diffagent.agent.tokenizer import Tokenizer
+from diffagent.artifacts import describe_directory
 from diffagent.dabench.catalogue import Catalogue
 from diffagent.device import resolve_device
 from diffagent.errors import ArtifactError, ConfigError, TrainingError
+from diffagent.pretrained import load_model, load_tokenizer
 from diffagent.train.losses import sequence_logps
 
 log = logging.getLogger(__name__)
@@ -114,18 +117,32 @@ class Agent:
     def decoder(
         self,
         *,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         negative_prompts: NegativePrompts = "known",
         draft_tokens: int = 16,
     ) -> Decoder:
         """What writes valid answers; see `Decoder` and `Grammar` for the options."""
         return Decoder(
-            self.model, self.grammar(negative_prompts), self.device, max_new_tokens, draft_tokens
+            self.model,
+            self.grammar(negative_prompts),
+            self.device,
+            max_new_tokens,
+            draft_tokens,
+            max_length=self.max_length,
         )
 
-    def encode(self, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
-        """Tokens of prompts in their template, cut so that an answer has room after them."""
-        room = min(self.info.max_length, self._max_positions - max_new_tokens)
+    @property
+    def max_length(self) -> int:
+        """Tokens of prompt and answer together, as in training."""
+        return min(self.info.max_length, self._max_positions)
+
+    def encode(self, prompts: Sequence[str], max_new_tokens: int | None = None) -> list[list[int]]:
+        """Tokens of prompts in their template.
+
+        A prompt is cut where training cuts it (`prompt_room`), or sooner where the model has too
+        few positions for ``max_new_tokens`` after it.
+        """
+        room = min(prompt_room(self.max_length), self._max_positions - (max_new_tokens or 0))
         return [
             encode_prompt(self.tokenizer, prompt, room, self.info.prompt_template)[0]
             for prompt in prompts
@@ -138,7 +155,7 @@ class Agent:
         *,
         beams: int = 1,
         temperature: float = 1.0,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         negative_prompts: NegativePrompts = "known",
         batch_size: int = 16,
     ) -> list[list[Row]]:
@@ -154,7 +171,7 @@ class Agent:
         self,
         prompts: Sequence[str],
         *,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         decoding: Decoding | None = None,
         batch_size: int = 16,
         constrained: bool = False,
@@ -164,7 +181,8 @@ class Agent:
         Args:
             prompts: users' prompts; one that is too long loses its end.
             max_new_tokens: an answer is cut there (and then not ``ended``); a constrained one
-                is finished without the model.
+                is finished without the model. None: the room that ``max_length`` leaves after
+                the prompt.
             decoding: how tokens are chosen; greedy by default.
             batch_size: prompts a forward pass; rows are this times candidates.
             constrained: choose among what keeps the answer valid. `Grammar` says how; a step of
@@ -180,15 +198,20 @@ class Agent:
             answers += write(batch, max_new_tokens, decoding or Greedy())
         return answers
 
+    def rooms(self, ids: Sequence[Sequence[int]], max_new_tokens: int | None) -> list[int]:
+        """Tokens that an answer may have after each of the encoded prompts."""
+        return [max_new_tokens or self.max_length - len(row) for row in ids]
+
     def _write_valid(
-        self, prompts: Sequence[str], max_new_tokens: int, decoding: Decoding
+        self, prompts: Sequence[str], max_new_tokens: int | None, decoding: Decoding
     ) -> Iterator[list[Completion]]:
         k, eos = decoding.num_candidates, self.tokenizer.eos_token_id
         ids, decoder = (
             self.encode(prompts, max_new_tokens),
             self.decoder(max_new_tokens=max_new_tokens),
         )
-        processor = decoding.processor(prompts, 0, max_new_tokens, eos)
+        longest = max(self.rooms(ids, max_new_tokens))
+        processor = decoding.processor(prompts, 0, longest, eos)
         if processor is None:
             texts = [row.text for (row,) in decoder.rank(ids, 1, 1)]
         else:
@@ -204,40 +227,43 @@ class Agent:
         Returns:
             None for a response that is longer than what the agent can read.
         """
-        examples = [
-            encode_example(self.tokenizer, p, r, self._max_positions, self.info.prompt_template)
-            for p, r in zip(prompts, responses, strict=True)
-        ]
-        result: list[SequenceLogprob | None] = [None] * len(examples)
+        questions = dict(zip(prompts, self.encode(prompts), strict=True))
+        rows = []
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            question = questions[prompt]
+            answer = [*encode_text(self.tokenizer, response), self.tokenizer.eos_token_id]
+            if len(question) + len(answer) <= self._max_positions:
+                rows.append((i, question + answer, [IGNORED] * len(question) + answer))
+        result: list[SequenceLogprob | None] = [None] * len(responses)
         # Rows of similar length share a batch: less padding, and the order does not matter.
-        known = [(i, example) for i, example in enumerate(examples) if example is not None]
-        known.sort(key=lambda item: len(item[1].input_ids))
-        for start in range(0, len(known), batch_size):
-            batch = known[start : start + batch_size]
-            ids = pad([example.input_ids for _, example in batch], self.tokenizer.pad_token_id)
-            mask = pad([[1] * len(example.input_ids) for _, example in batch], 0)
-            labels = pad([example.labels for _, example in batch], IGNORED)
+        rows.sort(key=lambda row: len(row[1]))
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            ids = pad([ids for _, ids, _ in batch], self.tokenizer.pad_token_id)
+            mask = pad([[1] * len(ids) for _, ids, _ in batch], 0)
+            labels = pad([labels for _, _, labels in batch], IGNORED)
             with torch.inference_mode():
                 logits = self.model(
                     input_ids=self._tensor(ids), attention_mask=self._tensor(mask), use_cache=False
                 ).logits
                 totals, lengths = sequence_logps(logits.float(), self._tensor(labels))
             pairs = zip(totals.tolist(), lengths.tolist(), strict=True)
-            for (i, _), (total, tokens) in zip(batch, pairs, strict=True):
+            for (i, _, _), (total, tokens) in zip(batch, pairs, strict=True):
                 result[i] = SequenceLogprob(total, int(tokens))
         return result
 
     def _generate_batch(
-        self, prompts: Sequence[str], max_new_tokens: int, decoding: Decoding
+        self, prompts: Sequence[str], max_new_tokens: int | None, decoding: Decoding
     ) -> Iterator[list[Completion]]:
         from transformers import GenerationConfig, LogitsProcessorList
 
         k, tokenizer = decoding.num_candidates, self.tokenizer
         rows = [row for row in self.encode(prompts, max_new_tokens) for _ in range(k)]
+        rooms = self.rooms(rows, max_new_tokens)
         ids = self._tensor(pad(rows, tokenizer.pad_token_id, left=True))
         mask = self._tensor(pad([[1] * len(row) for row in rows], 0, left=True))
         eos, width = tokenizer.eos_token_id, ids.shape[1]
-        processor = decoding.processor(prompts, width, max_new_tokens, eos)
+        processor = decoding.processor(prompts, width, max(rooms), eos)
         with torch.inference_mode():
             output = self.model.generate(
                 input_ids=ids,
@@ -245,14 +271,17 @@ class Agent:
                 past_key_values=self._read_once(ids[::k, :-1], mask[::k, :-1], k),
                 generation_config=GenerationConfig(
                     do_sample=False,
-                    max_new_tokens=max_new_tokens,
+                    max_new_tokens=max(rooms),
                     bos_token_id=tokenizer.bos_token_id,
                     eos_token_id=eos,
                     pad_token_id=tokenizer.pad_token_id,
                 ),
                 logits_processor=LogitsProcessorList([processor] if processor else []),
             )
-        completions = [self.completion(row) for row in output[:, width:].tolist()]
+        written = output[:, width:].tolist()
+        completions = [
+            self.completion(row[:room]) for row, room in zip(written, rooms, strict=True)
+        ]
         return (completions[start : start + k] for start in range(0, len(completions), k))
 
     def _read_once(self, ids: Tensor, mask: Tensor, k: int) -> Any:
@@ -352,8 +381,11 @@ def read_info(directory: Path) -> AgentInfo:
     path = directory / AGENT_FILE
     try:
         info = AgentInfo.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise ArtifactError(f"no agent in {str(directory)!r}: {error.strerror}") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise ArtifactError(
+            f"no agent in {str(directory)!r}: {describe_directory(directory)}; the stages sft and "
+            "rrhf make agents"
+        ) from None
     except ValidationError as error:
         raise ArtifactError(
             f"{str(path)!r} is not an agent's description: {error.errors()[0]['msg']}"
@@ -407,13 +439,26 @@ def load_agent(
 
 
 def _load_with_transformers(path: Path, device: torch.device) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model, tokenizer = load_causal_lm(path, dtype)
+    return model.to(device).eval(), tokenizer
+
+
+def load_causal_lm(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Model and tokenizer of an agent's directory, as transformers has them.
+
+    Raises:
+        ArtifactError: transformers cannot read them.
+        ConfigError: they need code of their own, which is not run.
+    """
+    from transformers import AutoModelForCausalLM
 
     hide_progress_bars()
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-        local_files_only=True,
-        use_safetensors=True,
-    )
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(path, local_files_only=True)
+    try:
+        tokenizer = load_tokenizer(path, local_files_only=True)
+        return load_model(AutoModelForCausalLM, path, dtype=dtype, local_files_only=True), tokenizer
+    except (OSError, ValueError) as error:
+        raise ArtifactError(
+            f"the agent in {str(path)!r} cannot be loaded ({error}); it needs config.json, "
+            "model.safetensors and tokenizer.json of a causal language model"
+        ) from error

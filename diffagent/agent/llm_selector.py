@@ -34,23 +34,27 @@ class LLM:
     the probability rises to p(x) / p(any name of the catalogue). Parameters are greedy and take
     no part in it.
 
+    A temperature T is applied to names, after the search: each p above becomes p^(1/T), and the
+    choices stay the same. A beginning counts as a single name; the probability is exact once every
+    name is scored.
+
     Unconstrained, one choice is greedy, more come from diverse beams, and ``probability`` is that
     of the whole text, stop included; what is no API is returned as it is.
 
     Args:
         agent: see `diffagent.agent.llm.load_agent`.
-        max_new_tokens: of an answer.
+        max_new_tokens: of an answer; None: the room that the agent's ``max_length`` leaves.
         constrained: whether invalid answers are impossible.
         beams: names that are scored; by default one for one choice (greedy), else `BEAMS` or as
             many as choices.
-        temperature: divides the logits of names; above 1 for an agent that is too sure.
+        temperature: of the probabilities of names; above 1 for an agent that is too sure.
         negative_prompts: see `diffagent.agent.grammar.Grammar`.
     """
 
     def __init__(
         self,
         agent: Agent,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         *,
         constrained: bool = True,
         beams: int | None = None,
@@ -94,14 +98,16 @@ class LLM:
             prompts, max_new_tokens=self.max_new_tokens, decoding=DiverseBeams(n) if n > 1 else None
         )
         answers = [
-            (i, text)
-            for i, found in enumerate(completions)
-            for text in dict.fromkeys(completion.text for completion in found)
+            (i, text, ended)
+            for i, written in enumerate(completions)
+            for text, ended in {c.text: c.ended for c in written}.items()
         ]
-        logprobs = self.agent.logprobs([prompts[i] for i, _ in answers], [t for _, t in answers])
+        logprobs = self.agent.logprobs(
+            [prompts[i] for i, _, _ in answers], [text for _, text, _ in answers]
+        )
         choices: list[list[Choice]] = [[] for _ in prompts]
-        for (i, text), logprob in zip(answers, logprobs, strict=True):
-            verdict = verify(text, self.agent.catalogue)
+        for (i, text, ended), logprob in zip(answers, logprobs, strict=True):
+            verdict = verify(text, self.agent.catalogue, ended=ended)
             if logprob is None:
                 choices[i].append(Choice(text, verdict))
             else:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
 
 from diffagent.errors import ArtifactError
+from diffagent.failures import reading
 from schemas.api import T2IAPI, parse_api
 
 
@@ -29,8 +31,12 @@ def read_split(dabench: Path, split: str) -> list[Pair]:
     """
     files = sorted(dabench.glob(f"data/{split}-*.parquet"))
     if files:
-        table = pl.concat([pl.read_parquet(f, columns=["id", "prompt", "api"]) for f in files])
-        pairs = [Pair(i, prompt, parse_api(api)) for i, prompt, api in table.sort("id").iter_rows()]
+        tables = []
+        for file in files:
+            with reading(file):
+                tables.append(pl.read_parquet(file, columns=["id", "prompt", "api"]))
+        rows = pl.concat(tables).sort("id").iter_rows()
+        pairs = [Pair(i, prompt, parse_api(api)) for i, prompt, api in rows]
         if pairs:
             return pairs
     raise ArtifactError(
@@ -45,6 +51,11 @@ def draw(pairs: list[Pair], num_prompts: int, seed: int) -> list[Pair]:
     reshuffle the others.
     """
     return sorted(pairs, key=lambda pair: _rank(seed, pair.id))[:num_prompts]
+
+
+def draw_ids(ids: Iterable[int], seed: int) -> list[int]:
+    """Ids in the order of `draw`."""
+    return sorted(ids, key=lambda ident: _rank(seed, ident))
 
 
 def _rank(seed: int, ident: int) -> bytes:

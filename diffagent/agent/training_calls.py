@@ -12,8 +12,10 @@ import numpy.typing as npt
 import orjson
 import polars as pl
 
+from diffagent.artifacts import describe_directory
 from diffagent.dabench.catalogue import Catalogue
 from diffagent.errors import ArtifactError
+from diffagent.failures import reading
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -38,13 +40,13 @@ def read_rows(dabench: Path) -> pl.DataFrame:
     Raises:
         ArtifactError: there are none.
     """
-    columns = ["id", "prompt", "api", "group", "random_split"]
-    tables = [
-        pl.read_parquet(path, columns=columns).with_columns(split=pl.lit(path.name.split("-")[0]))
-        for path in sorted(dabench.glob("data/*.parquet"))
-    ]
+    columns, tables = ["id", "prompt", "api", "group", "random_split"], []
+    for path in sorted(dabench.glob("data/*.parquet")):
+        with reading(path):
+            table = pl.read_parquet(path, columns=columns)
+        tables.append(table.with_columns(split=pl.lit(path.name.split("-")[0])))
     if not tables:
-        raise ArtifactError(f"{str(dabench)!r} has no data/*.parquet; build the dataset")
+        raise ArtifactError(f"no DABench in {str(dabench)!r}: {describe_directory(dabench)}")
     return pl.concat(tables).sort("id")
 
 
@@ -138,7 +140,8 @@ class Calls:
     @classmethod
     def load(cls, path: Path, catalogue: Catalogue) -> Calls:
         """Read what `save` wrote."""
-        return cls(pl.read_parquet(path), model_names(catalogue))
+        with reading(path):
+            return cls(pl.read_parquet(path), model_names(catalogue))
 
 
 def model_names(catalogue: Catalogue) -> tuple[str, ...]:

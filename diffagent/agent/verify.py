@@ -3,10 +3,13 @@
 An answer that names what is not in the catalogue, or does not parse, is a hallucination; the
 kinds below are what the evaluation counts. As in Gorilla, a wrong but existing model is no
 hallucination. The first kind that applies is reported, in the order of ``KINDS``.
+
+An answer that was cut before its end is ``TRUNCATED``: invalid, but not a hallucination.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -29,7 +32,11 @@ KINDS = {
     "unknown_embedding": "no embedding of this name and version in the catalogue",
     "incompatible_embedding": "the embedding was made for another base model",
     "unknown_sampler": "the sampler is not in the mapping dictionary",
+    "wrong_air": "the stated AIR is not that of the model and version",
 }
+
+TRUNCATED = "truncated"
+"""Reason of an answer that ``max_new_tokens`` cut: its text is the beginning of a JSON value."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Verdict:
     Attributes:
         api: when valid, the full record: air and description come from the catalogue.
         status: 'valid' or 'invalid'.
-        reason: when invalid, a key of ``KINDS``.
+        reason: when invalid, a key of ``KINDS``, or ``TRUNCATED``.
         detail: when invalid, the sentence for people, naming field and value.
     """
 
@@ -49,11 +56,19 @@ class Verdict:
     detail: str = ""
 
 
-def verify(text: str, catalogue: Catalogue) -> Verdict:
-    """Judge one answer. Never raises: every text has a verdict."""
+def verify(text: str, catalogue: Catalogue, *, ended: bool = True) -> Verdict:
+    """Judge one answer. Never raises: every text has a verdict.
+
+    Args:
+        text: the answer.
+        catalogue: what exists.
+        ended: False when generation was stopped before the answer's end.
+    """
     try:
         api = parse_api(text)
     except ApiError as error:
+        if error.code == "json" and not ended and is_json_beginning(text):
+            return _invalid(TRUNCATED, f"the answer was cut after {len(text)} characters")
         return _invalid(_kind_of(error), str(error))
     entry = catalogue.checkpoint(api.model, api.version)
     if entry is None:
@@ -68,8 +83,34 @@ def verify(text: str, catalogue: Catalogue) -> Verdict:
         return fault
     if api.params.sampler not in catalogue.samplers:
         return _invalid("unknown_sampler", f"params.sampler: {api.params.sampler!r} is not known")
+    if api.air is not None and not _same_air(api.air, entry.air):
+        return _invalid("wrong_air", f"air: {api.air!r} is not {entry.air!r}")
     full = {"air": entry.air, "description": entry.description[:500] or None}
     return Verdict(api.model_copy(update=full), "valid")
+
+
+def is_json_beginning(text: str) -> bool:
+    """Whether ``text`` could go on to a JSON object: it is sound up to its end."""
+    if not text.lstrip().startswith("{"):
+        return not text.strip()
+    try:
+        json.loads(text)
+    except RecursionError:
+        return True
+    except json.JSONDecodeError as error:
+        # The parser stops at the end, at a string without an end, or at the last token: a number
+        # ("1e"), a literal ("tru") or an escape ("\u26") of which a part is missing.
+        open_string = error.msg.startswith("Unterminated string")
+        return open_string or (error.msg != "Extra data" and error.pos >= len(text) - 6)
+    except ValueError:  # an integer of more digits than Python converts
+        return False
+    return False
+
+
+def _same_air(stated: str, air: str) -> bool:
+    """Equal but for case and for what names the file: ``+FILE_ID``, ``:LAYER``, ``.FORMAT``."""
+    stated, air = stated.lower(), air.lower()
+    return stated == air or (stated.startswith(air) and stated[len(air)] in "+:.")
 
 
 def _kind_of(error: ApiError) -> str:

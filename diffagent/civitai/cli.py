@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import threading
@@ -13,6 +12,7 @@ from typing import Annotated
 import typer
 
 from diffagent.errors import DiffAgentError
+from schemas.printable import log_to_terminal
 
 app = typer.Typer(help="A local Civitai for development and tests.", no_args_is_help=True)
 
@@ -57,7 +57,7 @@ def serve(  # noqa: PLR0917  the command line calls it by name
     sites = [name for name in given if name]
     if len(sites) != 1:
         raise typer.BadParameter("give one of --dump DIR, --sandbox and --site KIND:DIR")
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    log_to_terminal()
     try:
         replay = replay_of(sites[0], cache)
     except DiffAgentError as error:

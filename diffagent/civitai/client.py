@@ -2,39 +2,46 @@
 
 Requests go through one rate limiter a process. What may succeed later (429 of the edge, 5xx,
 524, broken or cut bodies, HTML in place of JSON) is tried again with jittered exponential backoff
-until the time budget of the call is spent; Retry-After is honoured. What cannot succeed is
+until the time budget of the call is spent; Retry-After is honoured. The first failure of a call is
+logged at once as a warning, with the next try and the end of the tries. What cannot succeed is
 raised at once: 404, 401/403, a stale cursor, and the 429 that means "page * limit > 1000".
 
-The token (environment variable CIVITAI_TOKEN) goes to the site's own origin alone: never into
-an address, a log or an exception, and never along a redirect to another origin, where the
-storage behind downloads refuses it with 400.
+Every answer has bounds: its time and its size (``diffagent.civitai.transport``), and the depth and
+size of each record in it (``schemas.civitai.flaw``).
+
+The token (environment variable CIVITAI_TOKEN) goes to the site's own origin alone, over https or to
+this machine: never into an address, a log or an exception, and never along a redirect to another
+origin, where the storage behind downloads refuses it with 400. A site that echoes it gets it
+replaced by ``***``.
 """
 
 from __future__ import annotations
 
 import email.utils
-import ipaddress
-import json
 import logging
 import math
 import os
 import random
+import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import parse_qs, quote, urljoin, urlsplit
+from urllib.parse import parse_qs, quote
 
 import orjson
 import requests
 from requests.auth import AuthBase
 
 import diffagent
+from diffagent.civitai.address import Address, is_loopback, is_site_host, origin_of
 from diffagent.civitai.download import Transfer
+from diffagent.civitai.lenient_json import loads
 from diffagent.civitai.pagination import Page, walk
 from diffagent.civitai.ratelimit import bucket_of
+from diffagent.civitai.transport import Deadline, Session, error_body, read_body, redact
 from diffagent.errors import (
     BadCursor,
     CivitaiError,
@@ -47,28 +54,47 @@ from diffagent.errors import (
     RateLimited,
     ServerError,
 )
+from schemas.civitai import whole_number
+from schemas.printable import printable
+
+__all__ = ["CivitaiClient", "Patience", "client_for", "is_loopback", "is_site_host", "origin_of"]
 
 log = logging.getLogger(__name__)
 
 USER_AGENT = f"DiffAgent/{diffagent.__version__} (dataset builder; python-requests)"
 TOKEN_VARIABLE = "CIVITAI_TOKEN"
-#: The site's two fronts: the same API, and either may appear in an address it gives.
-SITE_HOSTS = ("civitai.com", "civitai.red")
 Params = Mapping[str, Any]
 T = TypeVar("T")
 
 _MAX_REDIRECTS = 4
+_MAX_CURSOR = 2_000  # characters: an address that is longer no server takes
+_MAX_PARTS = 4_000_000  # arrays and objects of an answer: each takes a hundred bytes or more
+_MAX_ITEMS = 1_000  # on a page
+_HASHES = 10_000  # a request to by-hash/ids
+_LAST_TRY = 1.0  # seconds that the last try has, so that it fails for its own reason
+#: Seconds between two warnings of failed tries: of different calls, and of one.
+_NEXT_WARNING, _WARN_AGAIN = 5.0, 30.0
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long and how often a call is tried. All in seconds."""
+    """How long and how often a call is tried.
+
+    Attributes:
+        first, longest: seconds of the first and of the longest pause.
+        budget: seconds after which a call that gets nowhere fails.
+        connect_timeout, read_timeout: seconds without a connection, and without a byte.
+        answer: seconds that a whole answer may take, however it trickles; not of a file.
+        slowest: bytes a second; a file that comes more slowly gets nowhere.
+    """
 
     first: float = 1.0
     longest: float = 30.0
     budget: float = 600.0
     connect_timeout: float = 10.0
     read_timeout: float = 120.0
+    answer: float = 300.0
+    slowest: float = 1024.0
 
     def pause(self, failures: int, rng: random.Random) -> float:
         """Pause after so many failures in a row: exponential, with jitter."""
@@ -108,20 +134,27 @@ class CivitaiClient:
         patience: Patience | None = None,
         token: str | None = None,
     ) -> None:
-        if urlsplit(site_url).scheme not in ("http", "https") or not urlsplit(site_url).hostname:
-            raise ConfigError(f"site {site_url!r} is no http(s) address")
-        self.origin = origin_of(site_url)
-        local = is_loopback(site_url)
+        try:
+            site = Address.parse(site_url)
+        except ValueError as error:
+            raise ConfigError(f"the site's address cannot be used: {error}") from None
+        self.origin, self._is_https = site.origin, site.is_https
+        local = site.is_loopback
         self.patience = patience or (LOOPBACK_PATIENCE if local else Patience())
         if requests_per_second is None and not local:
             requests_per_second = 1.0
         self._bucket = bucket_of(self.origin, requests_per_second)
         self._rng = random.Random(0)
-        self._auth = _SiteToken(self.origin, token or os.environ.get(TOKEN_VARIABLE))
+        self._token = _checked_token(token or os.environ.get(TOKEN_VARIABLE, ""))
+        if self._token and not (site.is_https or local):
+            log.warning("%s is no https address: the token is not sent to it", self.origin)
+            self._token = ""
+        self._auth = _SiteToken(self.origin, self._token)
         self._local = threading.local()  # requests' sessions are not safe to share
-        self._sessions: list[requests.Session] = []
+        self._sessions: list[Session] = []
         self._lock = threading.Lock()
         self._stopped = threading.Event()
+        self._warned = -math.inf
         self.requests = 0
         self.retries = 0
 
@@ -170,8 +203,28 @@ class CivitaiClient:
         return self._object(f"/api/v1/model-versions/{version_id:d}")
 
     def get_by_hash(self, digest: str) -> dict[str, Any]:
-        """The version that has a file with this hash (AutoV1/2/3, SHA256, CRC32, BLAKE3)."""
+        """The version that has a file with this hash (AutoV1/2/3, SHA256, CRC32, BLAKE3).
+
+        Of several, the site gives the one that was published first.
+        """
         return self._object(f"/api/v1/model-versions/by-hash/{quote(digest, safe='')}")
+
+    def get_ids_by_hash(self, sha256s: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """(model id, version id) of each file that the site has, by its SHA256 in lower case.
+
+        One request for 10,000 of them. Needs a site of July 2026 or later: before, model ids were
+        not in the answer, and such entries are left out.
+        """
+        path, ids = "/api/v1/model-versions/by-hash/ids", dict[str, tuple[int, int]]()
+        for start in range(0, len(sha256s), _HASHES):
+            wanted = [digest.upper() for digest in sha256s[start : start + _HASHES]]
+            for row in self._patiently(lambda: self._json(path, {}, list, wanted)):  # noqa: B023
+                entry = row if isinstance(row, dict) else {}
+                model = whole_number(entry.get("modelId"))
+                version = whole_number(entry.get("modelVersionId"))
+                if model is not None and version is not None:
+                    ids.setdefault(str(entry.get("hash")).lower(), (model, version))
+        return ids
 
     def get_model_page(self, model_id: int) -> dict[str, Any]:
         """What only the HTML page tells: see ``diffagent.civitai.html.page_settings``.
@@ -246,169 +299,248 @@ class CivitaiClient:
     def _transfer(self, url: int | str, transfer: Transfer) -> None:
         target = self.resolve_download(url)
         for _ in range(_MAX_REDIRECTS):
-            with self._send(target, headers=transfer.headers()) as response:
+            with self._send(target, headers=transfer.headers(), is_file=True) as response:
                 if response.status_code in (200, 206, 416):
                     transfer.take(response)
                     return
                 if not response.is_redirect:
                     raise self._storage_failure(response)
-                target = self._storage_url(response)
+                target = self._location(response).url
         raise ServerError(f"{url!r}: more than {_MAX_REDIRECTS} redirects")
 
     # How requests are made
 
     def _own_url(self, path: str) -> str:
         """The address on the configured site of a path, or of an address of either front."""
-        parts = urlsplit(path)
-        if parts.scheme and not (
-            origin_of(path) == self.origin or is_site_host(parts.hostname or "")
-        ):
-            raise ConfigError(f"{parts.hostname!r} is not the site; give a path")
-        query = f"?{parts.query}" if parts.query else ""
-        return f"{self.origin}/{parts.path.lstrip('/')}{query}"
+        try:
+            address = Address.parse(path, self.origin)
+        except ValueError as error:
+            raise ConfigError(f"a download address cannot be used: {error}") from None
+        if address.origin != self.origin and not address.is_site:
+            raise ConfigError(f"{address.host!r} is not the site; give a path")
+        return address._replace(origin=self.origin).url
 
     def _page(self, path: str, cursor: str | None, params: Params) -> Page:
-        asked = {**params, "cursor": cursor} if cursor else dict(params)
-        body = self._object(path, asked)
+        query = {**params, "cursor": cursor} if cursor else dict(params)
+        return self._patiently(lambda: self._one_page(path, query))
+
+    def _one_page(self, path: str, query: Params) -> Page:
+        body: dict[str, Any] = self._json(path, query, dict)
         items, metadata = body.get("items"), body.get("metadata")
         if not isinstance(items, list):
-            raise CivitaiError(f"{path} answered without a list of items: {str(body)[:200]!r}")
-        return Page.of(items, next_cursor(metadata if isinstance(metadata, dict) else {}))
+            raise CivitaiError(
+                f"{path} answered without a list of items but with {list(body)[:9]!r}"
+            )
+        if len(items) > _MAX_ITEMS:
+            raise ServerError(
+                f"{path}: {len(items)} items on a page, and 200 are the most there are"
+            )
+        metadata = metadata if isinstance(metadata, dict) else {}
+        return Page.of(items, next_cursor(metadata), metadata.get("dropped"))
 
     def _object(self, path: str, params: Params | None = None) -> dict[str, Any]:
-        return self._patiently(lambda: self._json(path, params or {}))
+        return self._patiently(lambda: self._json(path, params or {}, dict))
 
-    def _json(self, path: str, params: Params) -> dict[str, Any]:
-        with self._follow(self.origin + path, params) as response:
+    def _json(self, path: str, params: Params, form: type[T], body: Any = None) -> T:
+        with self._follow(self.origin + path, params, body) as response:
             if response.status_code != 200:
-                raise _failure(response, cursor="cursor" in params)
+                raise self._failure(response, cursor="cursor" in params)
             kind = response.headers.get("Content-Type", "").lower()
             if "json" not in kind:
                 raise ServerError(f"{path}: {kind!r} instead of JSON")
-            value = parse_json(response.content, path)
-        if not isinstance(value, dict):
-            raise ServerError(f"{path}: {type(value).__name__} instead of a JSON object")
+            text = self._body(response, path)
+            if text.count(b"[") + text.count(b"{") > _MAX_PARTS:
+                raise CivitaiError(f"{path}: JSON of more than {_MAX_PARTS:,} parts; not read")
+            value = parse_json(text, path)
+        if not isinstance(value, form):
+            raise ServerError(f"{path}: JSON of type {type(value).__name__}, not {form.__name__}")
         return value
 
     def _text(self, path: str) -> str:
         with self._follow(self.origin + path, {}) as response:
             if response.status_code != 200:
-                raise _failure(response, cursor=False)
-            page = response.content.decode("utf-8", "replace")
+                raise self._failure(response)
+            page = self._body(response, path).decode("utf-8", "replace")
         if "__NEXT_DATA__" not in page:
             raise ServerError(f"{path}: a page without __NEXT_DATA__ (a challenge?)")
         if not page.rstrip().endswith("</html>"):
             raise ServerError(f"{path}: a page that ends in the middle")
         return page
 
-    def _follow(self, url: str, params: Params) -> requests.Response:
-        """GET with redirects between the site's fronts; nobody else is ever asked."""
-        response = self._send(url, params=params)
+    def _body(self, response: requests.Response, path: str) -> bytes:
+        """The body of an answer, without the token where the site echoes it."""
+        return self._redacted(read_body(response, path))
+
+    def _redacted(self, body: bytes) -> bytes:
+        return body.replace(self._token.encode(), b"***") if self._token else body
+
+    def _follow(self, url: str, params: Params, body: Any = None) -> requests.Response:
+        """Ask, with redirects between the site's fronts; nobody else is ever asked."""
+        path = Address.parse(url).path
+        response = self._send(url, params=params, body=body)
         for _ in range(_MAX_REDIRECTS):
             if not response.is_redirect:
                 return response
-            target = urljoin(response.url, response.headers["Location"])
-            response.close()
-            if urlsplit(target).path.startswith("/login"):
-                raise Forbidden(f"{urlsplit(url).path}: log-in required; set {TOKEN_VARIABLE}")
-            if origin_of(target) != self.origin and not is_site_host(
-                urlsplit(target).hostname or ""
-            ):
-                raise CivitaiError(
-                    f"{urlsplit(url).path}: redirected to a foreign host; not followed"
-                )
-            response = self._send(target)
+            with response:
+                target = self._location(response)
+            if target.path.startswith("/login"):
+                raise Forbidden(f"{path}: log-in required; set {TOKEN_VARIABLE}")
+            if target.origin != self.origin and not target.is_site:
+                raise CivitaiError(f"{path}: redirected to a foreign host; not followed")
+            response = self._send(target.url, body=body)
         response.close()
-        raise ServerError(f"{urlsplit(url).path}: more than {_MAX_REDIRECTS} redirects")
+        raise ServerError(f"{path}: more than {_MAX_REDIRECTS} redirects")
 
     def _redirect_target(self, url: str) -> str:
-        path = urlsplit(url).path
+        path = Address.parse(url).path
         with self._send(url) as response:
             if response.status_code == 200:
                 kind = response.headers.get("Content-Type", "")
                 raise ServerError(f"{path}: {kind!r} instead of a redirect")
             if not response.is_redirect:
-                raise _failure(response, cursor=False)
-            target = self._storage_url(response)
-        parts = urlsplit(target)
-        if "reason=early-access" in parts.query:
+                raise self._failure(response)
+            target = self._location(response)
+        if "reason=early-access" in target.query:
             raise EarlyAccess(f"{path}: in early access; a token that has bought it opens it")
-        if parts.path.startswith("/login"):
+        if target.path.startswith("/login"):
             raise Forbidden(f"{path}: log-in required; set {TOKEN_VARIABLE}")
-        if origin_of(target) == self.origin and not parts.path.startswith("/api/"):
-            raise Forbidden(f"{path}: sent to the page {parts.path!r}; look there what it asks for")
-        return target
-
-    def _storage_url(self, response: requests.Response) -> str:
-        """Where a redirect leads: anywhere, but never from https to what can be read on the way."""
-        target = urljoin(response.url, response.headers["Location"])
-        if urlsplit(self.origin).scheme == "https" and urlsplit(target).scheme != "https":
-            raise CivitaiError(
-                f"{urlsplit(response.url).path}: redirected to an address that is not https; "
-                "not followed"
+        if target.origin == self.origin and not target.path.startswith("/api/"):
+            raise Forbidden(
+                f"{path}: sent to the page {target.path!r}; look there what it asks for"
             )
+        return target.url
+
+    def _location(self, response: requests.Response) -> Address:
+        """Where a redirect leads: never from https to an address that can be read on the way.
+
+        Raises:
+            CivitaiError: there, or to no address that is read in one way only.
+        """
+        path = Address.parse(response.url).path
+        # Headers arrive as Latin-1, whatever they are.
+        text = response.headers["Location"].encode("latin-1", "replace").decode("utf-8", "replace")
+        try:
+            target = Address.parse(text, response.url)
+        except ValueError as error:
+            raise CivitaiError(f"{path}: redirected, but {error}; not followed") from None
+        if self._is_https and not target.is_https:
+            raise CivitaiError(f"{path}: redirected to an address that is not https; not followed")
         return target
 
     def _storage_failure(self, response: requests.Response) -> CivitaiError:
-        if response.status_code in (401, 403) and origin_of(response.url) != self.origin:
+        address = Address.parse(response.url)
+        if response.status_code in (401, 403) and address.origin != self.origin:
             # An address that has expired: the next try gets a new one.
-            return ServerError(f"{urlsplit(response.url).path}: {response.status_code} of storage")
-        return _failure(response, cursor=False)
+            return ServerError(f"{address.path}: {response.status_code} of storage")
+        return self._failure(response)
+
+    def _failure(self, response: requests.Response, *, cursor: bool = False) -> CivitaiError:
+        return _failure(response, self._redacted(error_body(response)), cursor=cursor)
 
     def _send(
-        self, url: str, *, params: Params | None = None, headers: Mapping[str, str] | None = None
+        self,
+        url: str,
+        *,
+        params: Params | None = None,
+        headers: Mapping[str, str] | None = None,
+        body: Any = None,
+        is_file: bool = False,
     ) -> requests.Response:
         self._bucket.acquire()
         with self._lock:
             self.requests += 1
-        timeout = (self.patience.connect_timeout, self.patience.read_timeout)
-        return self._session().get(
+        patience, budget = self.patience, self._budget()
+        if is_file:
+            deadline = Deadline(patience.budget, patience.slowest)
+        else:
+            left = budget.left() if budget else math.inf
+            deadline = Deadline(min(patience.answer, max(left, _LAST_TRY)))
+        response = self._session().ask(
+            "GET" if body is None else "POST",
             url,
+            deadline,
+            (patience.connect_timeout, patience.read_timeout),
             params=params,
             headers=headers,
-            timeout=timeout,
-            stream=True,
-            allow_redirects=False,
+            json=body,
         )
+        if self._token:
+            redact(response, self._token)
+        return response
 
-    def _session(self) -> requests.Session:
-        session: requests.Session | None = getattr(self._local, "session", None)
+    def _session(self) -> Session:
+        session: Session | None = getattr(self._local, "session", None)
         if session is None:
-            session = self._local.session = requests.Session()
+            session = self._local.session = Session()
             session.headers["User-Agent"] = USER_AGENT
             session.auth = self._auth
             with self._lock:
                 self._sessions.append(session)
         return session
 
+    def _budget(self) -> Deadline | None:
+        """The time that the call of this thread has left."""
+        budget: Deadline | None = getattr(self._local, "budget", None)
+        return budget
+
     def _patiently(self, call: Callable[[], T], progress: Callable[[], int] = lambda: 0) -> T:
         """Call until it succeeds, fails for good, or gets nowhere for the whole budget."""
-        deadline = time.monotonic() + self.patience.budget
+        if self._budget():  # a step of a call that is tried again as a whole
+            return call()
+        budget = self._local.budget = Deadline(self.patience.budget, self.patience.slowest)
+        try:
+            return self._try(call, progress, budget)
+        finally:
+            self._local.budget = None
+
+    def _try(self, call: Callable[[], T], progress: Callable[[], int], budget: Deadline) -> T:
         failures, reached = 0, progress()
         while True:
+            problem: ServerError | RateLimited
             try:
-                return call()
-            except requests.RequestException as error:
-                problem: ServerError | RateLimited = ServerError(f"transfer broke: {_brief(error)}")
+                result = call()
             except (ServerError, RateLimited) as error:
                 problem = error
-            if progress() > reached:
-                deadline, failures = time.monotonic() + self.patience.budget, 0
-                reached = progress()
+            else:
+                if failures:
+                    log.info("%s answers again", self.origin)
+                return result
+            more, reached = progress() - reached, progress()
+            if more > 0 and budget.gained(more):
+                failures = 0
             pause = max(self.patience.pause(failures, self._rng), problem.retry_after or 0.0)
             failures += 1
-            if time.monotonic() + pause > deadline:
+            if pause > budget.left():
+                wait = problem.retry_after or 0.0
+                why = f" (the site asks for {wait:.0f} s of patience)" if wait >= pause else ""
                 raise type(problem)(
-                    f"gave up after {failures} tries in {self.patience.budget:.0f} s: {problem}",
+                    f"{self.origin}: gave up after {failures} tries in {budget.seconds:.0f} s: "
+                    f"{problem}{why}",
                     retry_after=problem.retry_after,
                 ) from None
             if problem.retry_after:  # it was said to all of this process
                 self._bucket.hold(problem.retry_after)
             with self._lock:
                 self.retries += 1
-            log.debug("try %d failed (%s); again in %.2f s", failures, problem, pause)
+            self._warn(problem, failures, pause, budget.left())
             if self._stopped.wait(pause):
                 raise problem
+
+    def _warn(self, problem: CivitaiError, failures: int, pause: float, left: float) -> None:
+        """Log a failed try: the first of a call at once, further ones now and then.
+
+        Several threads fail at the same time when a site is away: one line stands for all.
+        """
+        now = time.monotonic()
+        with self._lock:
+            loud = now - self._warned >= (_NEXT_WARNING if failures == 1 else _WARN_AGAIN)
+            self._warned = now if loud else self._warned
+        log.log(
+            logging.WARNING if loud else logging.DEBUG,
+            "%s: try %d failed (%s); next try in %.1f s, the last one before %s",
+            *(self.origin, failures, problem, pause),
+            time.strftime("%H:%M:%S", time.localtime(time.time() + left)),
+        )
 
 
 def client_for(site_url: str, requests_per_second: float | None = None) -> CivitaiClient:
@@ -416,58 +548,54 @@ def client_for(site_url: str, requests_per_second: float | None = None) -> Civit
     return CivitaiClient(site_url, requests_per_second=requests_per_second)
 
 
+def _checked_token(token: str) -> str:
+    """A token without white space around it.
+
+    Raises:
+        ConfigError: it holds what no HTTP header may; the message does not contain it.
+    """
+    token = token.strip()
+    if token and not (token.isascii() and token.isprintable() and " " not in token):
+        raise ConfigError(
+            f"{TOKEN_VARIABLE} holds white space or characters that no token has; copy the key "
+            "from the site's account settings again"
+        )
+    return token
+
+
 def next_cursor(metadata: Mapping[str, Any]) -> str | None:
-    """The cursor of the next page; of ``nextPage`` only its cursor is taken, never its host."""
-    cursor = metadata.get("nextCursor")
-    if cursor is None and isinstance(metadata.get("nextPage"), str):
-        cursor = parse_qs(urlsplit(metadata["nextPage"]).query).get("cursor", [None])[0]
-    return None if cursor in (None, "") else str(cursor)
+    """The cursor of the next page; of ``nextPage`` only its cursor is taken, never its host.
+
+    Raises:
+        ServerError: there is one that no site gives.
+    """
+    cursor, page = metadata.get("nextCursor"), metadata.get("nextPage")
+    if cursor is None and isinstance(page, str):
+        query = page.partition("?")[2].partition("#")[0]
+        cursor = parse_qs(query).get("cursor", [None])[0]
+    if cursor in (None, ""):
+        return None
+    if type(cursor) not in (str, int, float) or len(str(cursor)) > _MAX_CURSOR:
+        raise ServerError(f"a cursor that is none, or too long: {type(cursor).__name__}")
+    return str(cursor)
 
 
 def parse_json(body: bytes, where: str) -> Any:
-    """JSON as the site may write it: lone surrogates, NaN and huge integers are let through.
+    """JSON as the site may write it (see ``diffagent.civitai.lenient_json``).
 
     Raises:
         ServerError: the text ends early or is no JSON.
     """
     try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError:
-        pass
-    try:
-        value = json.loads(body, parse_constant=lambda _: None)
-    except (ValueError, RecursionError) as error:
+        return loads(body)
+    except ValueError as error:
         raise ServerError(f"{where}: {len(body)} bytes that are no JSON ({error})") from None
-    return orjson.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
 
-def origin_of(url: str) -> str:
-    """scheme://host[:port] of an address, in lower case."""
-    parts = urlsplit(url)
-    host = parts.hostname or ""
-    host = f"[{host}]" if ":" in host else host
-    return f"{parts.scheme}://{host}:{parts.port}" if parts.port else f"{parts.scheme}://{host}"
-
-
-def is_site_host(host: str) -> bool:
-    """Whether a host is one of the site's fronts or their subdomains."""
-    return any(host == known or host.endswith(f".{known}") for known in SITE_HOSTS)
-
-
-def is_loopback(url: str) -> bool:
-    """Whether an address is on this machine."""
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _failure(response: requests.Response, *, cursor: bool) -> CivitaiError:
+def _failure(response: requests.Response, body: bytes, *, cursor: bool) -> CivitaiError:
     """The error that a status and body mean."""
-    status = response.status_code
-    where = urlsplit(response.url).path
-    said = _error_text(response)
+    status, where = response.status_code, Address.parse(response.url).path
+    said = _error_text(body) or printable(response.reason or "")
     message = f"{where}: {status} {said!r}"
     if status == 429 and "cursor" in said.lower():
         return PageCap(f"{message}; walk with cursors instead of pages")
@@ -477,9 +605,9 @@ def _failure(response: requests.Response, *, cursor: bool) -> CivitaiError:
         return ServerError(message, retry_after=_retry_after(response))
     if status == 400 and (cursor or "cursor" in said.lower()):
         return BadCursor(f"{message}; start the listing again")
-    if status in (404, 410):
+    if status in (404, 410) or (status == 400 and _is_out_of_range(where)):
         return NotFound(message)
-    if status in (401, 403) and "early access" in said.lower():
+    if status in (401, 403) and re.search("early access|paid access", said, re.IGNORECASE):
         return EarlyAccess(f"{message}; a token in {TOKEN_VARIABLE} that has bought it opens it")
     if status in (401, 403) and "disabled downloads" in said.lower():
         return DownloadsDisabled(message)
@@ -488,24 +616,30 @@ def _failure(response: requests.Response, *, cursor: bool) -> CivitaiError:
     return CivitaiError(f"{message}: not an answer that this client knows")
 
 
-def _error_text(response: requests.Response) -> str:
-    """What an error body says, in any of the site's shapes."""
+def _is_out_of_range(path: str) -> bool:
+    """Whether a path names an id above the site's 32 bits, for which it answers 400, not 404."""
+    ident = re.fullmatch(r"/api/v1/model(?:s|-versions)/([0-9]{1,30})", path)
+    return ident is not None and int(ident[1]) >= 2**31
+
+
+def _error_text(body: bytes) -> str:
+    """What an error body says, in any of the site's shapes; '' when it is none."""
     try:
-        body = orjson.loads(response.content)
-    except (orjson.JSONDecodeError, requests.RequestException):
-        return response.reason or ""
-    if not isinstance(body, dict):
-        return str(body)[:200]
-    error = body.get("error", body)
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return ""
+    error = value.get("error", value) if isinstance(value, dict) else None
     if isinstance(error, str):
-        more = (body.get("message"), body.get("deadline"))
+        more = (value.get("message"), value.get("deadline"))
         return ": ".join([error, *(text for text in more if isinstance(text, str))])[:200]
     issues = error.get("issues") if isinstance(error, dict) else None
     if isinstance(issues, list) and issues and isinstance(issues[0], dict):
-        path = issues[0].get("path")
-        where = ".".join(map(str, path)) if isinstance(path, list) else ""
-        return f"{where}: {issues[0].get('message')}"[:200]
-    return str(body.get("message") or body)[:200]
+        path, message = issues[0].get("path"), issues[0].get("message")
+        names = path if isinstance(path, list) else ()
+        where = ".".join(str(name) for name in names if isinstance(name, str | int))
+        return f"{where}: {message if isinstance(message, str) else ''}"[:200]
+    message = value.get("message") if isinstance(value, dict) else None
+    return message[:200] if isinstance(message, str) else body[:200].decode("utf-8", "replace")
 
 
 def _retry_after(response: requests.Response) -> float | None:
@@ -523,12 +657,6 @@ def _retry_after(response: requests.Response) -> float | None:
             email.utils.parsedate_to_datetime(date).timestamp()
             for date in (response.headers.get("Date", ""), text)
         )
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):  # also for years that no clock has
         return None
     return max(0.0, then - now)
-
-
-def _brief(error: requests.RequestException) -> str:
-    # An address in the message may be presigned: only the kind of failure is told.
-    cause = error.args[0] if error.args else error
-    return f"{type(error).__name__} ({type(cause).__name__})"

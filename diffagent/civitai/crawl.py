@@ -13,9 +13,9 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from diffagent.artifacts import StageContext, StageResult, stage
 from diffagent.civitai.client import client_for
@@ -30,6 +30,7 @@ from diffagent.civitai.snapshot import summarise
 from diffagent.civitai.walks import Walks
 from diffagent.errors import ConfigError
 from schemas.config import CrawlConfig
+from schemas.manifest import Funnel, FunnelStep
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def crawl(config: CrawlConfig, context: StageContext) -> StageResult:
     # The journal is removed last: models without it are the whole snapshot of a run that was
     # killed before its manifest was written.
     if journal.exists() or not (context.out / "models").is_dir():
-        new, memory.metrics = _fetch(config, context, journal, memory)
+        new = _fetch(config, context, journal, memory)
         shutil.rmtree(context.out / SALVAGED, ignore_errors=True)
         memory.save(context.memory)
         journal.unlink()
@@ -68,7 +69,10 @@ def crawl(config: CrawlConfig, context: StageContext) -> StageResult:
             log.info("nothing new on the site: %s", metrics)
             rows = context.previous.manifest.rows
             return StageResult(
-                rows, metrics=metrics, content_digest=context.previous.content_digest
+                rows,
+                funnels=_funnels(memory, rows),
+                metrics=metrics,
+                content_digest=context.previous.content_digest,
             )
     found = summarise(context.out)
     metrics, drift = dict(memory.metrics), found.drift
@@ -79,13 +83,32 @@ def crawl(config: CrawlConfig, context: StageContext) -> StageResult:
     metrics |= {"seconds": round(time.monotonic() - started, 2), "schema_drift": drift}
     if drift:
         log.warning("%d field(s) of a shape not known here: see schema_drift", len(drift))
-    return StageResult(rows=found.rows, metrics=metrics, content_digest=found.digest)
+    return StageResult(
+        rows=found.rows,
+        funnels=_funnels(memory, found.rows),
+        metrics=metrics,
+        content_digest=found.digest,
+    )
 
 
-def _fetch(
-    config: CrawlConfig, context: StageContext, journal: Path, memory: Memory
-) -> tuple[bool, dict[str, Any]]:
-    """Fetch and write; returns whether there is anything new, and the metrics."""
+def _funnels(memory: Memory, rows: Mapping[str, int]) -> tuple[Funnel, ...]:
+    """What was kept and what was left out, of each kind of which anything was."""
+    return tuple(
+        Funnel(
+            unit=kind,
+            seen=rows.get(kind, 0) + sum(reasons.values()),
+            kept=rows.get(kind, 0),
+            steps=tuple(
+                FunnelStep(filter="record", reason=reason, dropped=number)
+                for reason, number in reasons.items()
+            ),
+        )
+        for kind, reasons in memory.drops.items()
+    )
+
+
+def _fetch(config: CrawlConfig, context: StageContext, journal: Path, memory: Memory) -> bool:
+    """Fetch and write; returns whether there is anything new. ``memory`` gets the metrics."""
     runtime = context.runtime
     known, salvaged = None, None
     if context.previous:
@@ -128,4 +151,5 @@ def _fetch(
         seconds = {"fetch_seconds": round(time.monotonic() - started, 2)}
         new = work.write(context.out, context.out / SCRATCH)
         report = {"salvaged": salvaged.report} if salvaged else {}
-        return new, work.metrics() | seconds | report
+        memory.metrics, memory.drops = work.metrics() | seconds | report, walks.drops()
+        return new

@@ -25,10 +25,11 @@ from diffagent.artifacts import Progress
 from diffagent.civitai.client import CivitaiClient
 from diffagent.civitai.journal import Journal
 from diffagent.civitai.meter import meter
+from diffagent.civitai.pagination import Page
 from diffagent.civitai.snapshot import write_generations, write_snapshot
 from diffagent.civitai.walks import Pages, Steps, Walks
 from diffagent.errors import NotFound, SchemaError, ServerError
-from schemas.civitai import ALL_LEVELS, PG, image_level, unwrap_meta, whole_number
+from schemas.civitai import ALL_LEVELS, PG, image_level, json_flaw, unwrap_meta, whole_number
 from schemas.config import CrawlConfig
 
 MODELS_LIMIT, IMAGES_LIMIT = 100, 200
@@ -164,19 +165,21 @@ class Crawler:
         # In order: a picture of two showcases belongs to the first.
         for version, answer in self.walks.answers(calls, 1 if self.config.max_images else None):
             try:
-                found = self._showcase(version, answer())
+                page = self._showcase(version, answer())
             except NotFound:
-                found = []
+                page = Page((), None)
             except ServerError as error:
                 self.walks.tolerate(error, "gallery", version, len(versions))
-                found = []
-            new = self.walks.unseen("images", found)
-            self.walks.save({"showcase": version}, "images", new)
+                page = Page((), None)
+            state: dict[str, Any] = {"showcase": version}
+            self.walks.drop("images", page.dropped, state)
+            self.walks.save(state, "images", self.walks.unseen("images", page.items))
             more(1)
 
-    def _showcase(self, version: int, answer: dict[str, Any]) -> list[dict[str, Any]]:
+    def _showcase(self, version: int, answer: dict[str, Any]) -> Page:
         creator = self.walks.creators.get(version)
-        return showcase_images({**answer, "id": version}, creator, adult=self.config.nsfw)
+        images = showcase_images({**answer, "id": version}, creator, adult=self.config.nsfw)
+        return Page.of(images, None)
 
     def crawl_pages(self, models: Iterable[int]) -> None:
         """Read the HTML pages of models."""
@@ -185,7 +188,9 @@ class Crawler:
                 continue
             page: dict[str, Any] = {"id": model, "status": "ok"}
             try:
-                page |= self.client.get_model_page(model)
+                page |= self.client.get_model_page(model) | {"id": model}
+                if reason := json_flaw(page):
+                    page = {"id": model, "status": "failed", "reason": reason}
             except (NotFound, SchemaError) as error:
                 page |= {"status": "failed", "reason": type(error).__name__}
             self.save_page(page)

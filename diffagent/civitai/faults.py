@@ -28,6 +28,7 @@ TRANSPORT = (
     "too_many",  # 429 without Retry-After
     "too_many_wait",  # 429 with Retry-After: 1
     "unavailable",  # 503, JSON
+    "aborted",  # 499, JSON
     "timeout",  # 524, HTML body
     "html",  # 200, but an HTML page
     "truncated",  # the connection closes in the middle of the body

@@ -113,17 +113,14 @@ def page_settings(page: str) -> dict[str, Any]:
 
 def _find_model(state: Any) -> dict[str, Any] | None:
     """The data of the query ["model", "getById"], wherever the state keeps its queries."""
-    match state:
-        case {"queryKey": [["model", "getById"], *_], "state": {"data": dict(data)}}:
-            return data if isinstance(data.get("id"), int) else None
-        case dict():
-            children = list(state.values())
-        case list():
-            children = state
-        case _:
-            return None
-    for child in children:
-        found = _find_model(child)
-        if found is not None:
-            return found
+    waiting = [state]  # no recursion: pages are nested as deeply as they like
+    while waiting:
+        match waiting.pop():
+            case {"queryKey": [["model", "getById"], *_], "state": {"data": dict(data)}}:
+                if isinstance(data.get("id"), int):
+                    return data
+            case dict(part):
+                waiting += reversed(part.values())
+            case list(parts):
+                waiting += reversed(parts)
     return None

@@ -251,7 +251,12 @@ class Parameters:
 
 @dataclass(frozen=True)
 class ModelQuery:
-    """The filters of /models that the replay can answer."""
+    """The filters of /models that the replay can answer.
+
+    Models that are flagged as showing minors are listed: by the site on the default request, here
+    also with ``nsfw=true``, where the site hides them, so that no record of a source vanishes
+    without a reason in a funnel.
+    """
 
     sort: str
     types: tuple[str, ...]

@@ -84,6 +84,8 @@ class Memory:
     looked_at: dict[int, str] = field(default_factory=dict)
     ledger: Ledger | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+    #: see ``diffagent.civitai.walks.Walks.drops``
+    drops: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @classmethod
     def load(cls, path: Path) -> Memory:
@@ -93,7 +95,11 @@ class Memory:
             looked_at = {int(version): str(day) for version, day in found["looked_at"].items()}
             ledger = found.get("ledger")
             ledger = Ledger.of_json(ledger) if ledger else None
-            return cls(looked_at, ledger, dict(found.get("metrics") or {}))
+            drops = {
+                str(kind): {str(reason): int(number) for reason, number in reasons.items()}
+                for kind, reasons in (found.get("drops") or {}).items()
+            }
+            return cls(looked_at, ledger, dict(found.get("metrics") or {}), drops)
         except FileNotFoundError:
             return cls()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -109,6 +115,7 @@ class Memory:
             "looked_at": {str(v): self.looked_at[v] for v in sorted(self.looked_at)},
             "ledger": self.ledger.to_json() if self.ledger else None,
             "metrics": self.metrics,
+            "drops": self.drops,
         }
         with atomic_file(path) as file:
             file.write_bytes(orjson.dumps(data))

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 from diffagent.artifacts import Progress
+from schemas.printable import printable
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ def meter(
     Yields:
         A function that is called with how many more are done.
     """
+    what = printable(what)
     done, begun, told = 0, time.monotonic(), time.monotonic()
     with tqdm(desc=what, total=total, disable=None, unit=unit, unit_scale=unit == "B") as bar:
 

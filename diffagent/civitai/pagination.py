@@ -7,17 +7,22 @@ ends incomplete. A stale cursor starts the listing anew.
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import orjson
+
 from diffagent.errors import BadCursor, CivitaiError
-from schemas.civitai import whole_number
+from schemas.civitai import flaw, whole_number
 
 log = logging.getLogger(__name__)
 
 Fetch = Callable[[str | None], "Page"]
+#: Mark and reason of an entry that cannot be kept.
+Drop = tuple[str, str]
 
 _LOOP_TRIES = 5
 _MAX_RESTARTS = 20
@@ -26,26 +31,63 @@ _MAX_PAGES = 1_000_000
 
 @dataclass(frozen=True)
 class Page:
-    """Items of a page (objects with an integer id) and the cursor of the next one.
+    """Items of a page (records with an integer id) and the cursor of the next one.
 
-    ``malformed`` counts entries that were left out because they are no such objects, and
-    ``text_ids`` those whose id was a number in quotes.
+    Attributes:
+        dropped: a mark and a reason for each entry that is no record which can be kept
+            (``schemas.civitai.flaw``).
+        text_ids: how many ids were numbers in quotes.
+        source_drops: of a local server, how many records of its source it could not list: kind ->
+            reason -> number.
     """
 
     items: tuple[dict[str, Any], ...]
     cursor: str | None
-    malformed: int = 0
+    dropped: tuple[Drop, ...] = ()
     text_ids: int = 0
+    source_drops: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    @property
+    def malformed(self) -> int:
+        """How many entries were left out."""
+        return len(self.dropped)
 
     @classmethod
-    def of(cls, items: list[Any], cursor: str | None) -> Page:
+    def of(cls, items: list[Any], cursor: str | None, source_drops: Any = None) -> Page:
         """Sort out what is no item; the id of an item becomes an integer."""
-        good = [i for i in items if isinstance(i, dict) and whole_number(i.get("id")) is not None]
-        text_ids = 0
-        for item in good:
+        good, dropped, text_ids = [], [], 0
+        for item in items:
+            if reason := flaw(item):
+                dropped.append((mark_of(item), reason))
+                continue
             text_ids += isinstance(item["id"], str)
             item["id"] = whole_number(item["id"])
-        return cls(tuple(good), cursor, len(items) - len(good), text_ids)
+            good.append(item)
+        return cls(tuple(good), cursor, tuple(dropped), text_ids, _counts(source_drops))
+
+
+def mark_of(item: Any) -> str:
+    """A name for an entry that may have no id: it is counted once however often it comes."""
+    ident = whole_number(item.get("id")) if isinstance(item, dict) else None
+    if ident is not None:
+        return str(ident)
+    try:
+        return hashlib.blake2b(orjson.dumps(item), digest_size=8).hexdigest()
+    except TypeError:
+        return "nested too deeply to tell it from others"
+
+
+def _counts(drops: Any) -> dict[str, dict[str, int]]:
+    """Numbers by kind and reason, as far as a server's metadata states any."""
+    return {
+        str(kind): {
+            str(reason): number
+            for reason, number in reasons.items()
+            if type(number) is int and 0 < number < 2**53
+        }
+        for kind, reasons in (drops.items() if isinstance(drops, dict) else ())
+        if isinstance(reasons, dict)
+    }
 
 
 class Walk:

@@ -49,7 +49,15 @@ from diffagent.civitai.snapshot import (
     write_snapshot,
 )
 from diffagent.errors import Forbidden, NotFound, ServerError
-from schemas.civitai import ALL_LEVELS, PG, canonical, image_level, versions_of, whole_number
+from schemas.civitai import (
+    ALL_LEVELS,
+    PG,
+    canonical,
+    image_level,
+    json_flaw,
+    versions_of,
+    whole_number,
+)
 
 log = logging.getLogger(__name__)
 #: What a reconciliation is asked for; the command line shows it always.
@@ -280,6 +288,10 @@ class Refresh(Crawler):
         """What was missing in a listing is there when it is asked for."""
         if whole_number(item.get("id")) != ident:
             log.warning("%s %d: an answer that is something else; left as it is", kind, ident)
+        elif reason := json_flaw(item):
+            state: dict[str, Any] = {"judged": [kind, ident, False]}
+            self.walks.drop(kind, [(str(ident), reason)], state)
+            self.walks.save(state)
         elif kind == "versions":
             self.walks.judge(kind, ident, gone=False)
         else:

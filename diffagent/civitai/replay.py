@@ -12,20 +12,22 @@ import os
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 import orjson
 
-from schemas.civitai import image_level, model_levels, unwrap_meta
+from diffagent.civitai.sources import Unreadable
+from schemas.civitai import flaw, image_level, model_levels, unwrap_meta, whole_number
 
 log = logging.getLogger(__name__)
 
 MEDIA = ("image", "video", "audio")
 #: Keys of the HTML page that REST never shows.
 PAGE_ONLY_MODEL = ("checkpointType", "licenses")
+_MOST = 2**53  # sums of a few such numbers still fit in 64 bits
 PAGE_ONLY_VERSION = ("settings", "clipSkip", "steps", "epochs", "recommendedResources")
 
 
@@ -88,6 +90,8 @@ class Replay:
     creators: Counter[str] = field(default_factory=Counter)
     image_json: Spool = field(default_factory=Spool)  # without meta and the closing brace
     image_meta: Spool = field(default_factory=Spool)  # JSON of meta, or b"null"
+    image_tags: Spool = field(default_factory=Spool)  # JSON of tags, or b"" without
+    drops: dict[str, Counter[str]] = field(default_factory=dict)  # kind -> reason -> number
     image_id: array[int] = field(default_factory=lambda: array("q"))
     image_level: array[int] = field(default_factory=lambda: array("B"))
     image_media: array[int] = field(default_factory=lambda: array("B"))
@@ -102,16 +106,26 @@ class Replay:
     @classmethod
     def load(
         cls,
-        models: Iterable[dict[str, Any]],
-        images: Iterable[dict[str, Any]],
+        models: Iterable[Any],
+        images: Iterable[Any],
         files: Mapping[str, Path] | None = None,
     ) -> Replay:
-        """Index the records. ``files`` are model files by their SHA256 in lower case."""
+        """Index the records; what is none is counted in ``drops``.
+
+        Args:
+            models: JSON values, or ``Unreadable``.
+            images: the same.
+            files: model files by their SHA256 in lower case.
+        """
         replay = cls(files=files or {})
-        repeated = sum(not replay._add_model(model) for model in models)
-        repeated_images = sum(not replay._add_image(image) for image in images)
-        for spool in (replay.model_json, replay.image_json, replay.image_meta):
+        good_models = replay._records("models", models)
+        repeated = sum(not replay._add_model(model) for model in good_models)
+        good_images = replay._records("images", images)
+        repeated_images = sum(not replay._add_image(image) for image in good_images)
+        for spool in (replay.model_json, replay.image_json, replay.image_meta, replay.image_tags):
             spool.flush()
+        for kind, reasons in replay.drops.items():
+            log.warning("%d %s left out: %s", reasons.total(), kind, dict(reasons))
         log.info(
             "replaying %d models (%d older records of the same ids left out) and %d images (%d)",
             len(replay.models),
@@ -132,17 +146,29 @@ class Replay:
         if index is None:
             return None
         model = self.model(index)
-        return model, next(v for v in model["modelVersions"] if v.get("id") == version_id)
+        return model, next(v for n, v in _versions(model) if n == version_id)
+
+    def _records(self, kind: str, records: Iterable[Any]) -> Iterator[dict[str, Any]]:
+        """What is a record, with an id that is a number."""
+        for record in records:
+            reason = record.reason if isinstance(record, Unreadable) else flaw(record)
+            if reason:
+                self.drops.setdefault(kind, Counter())[reason] += 1
+            else:
+                yield {**record, "id": whole_number(record["id"])}
 
     def _add_model(self, record: dict[str, Any]) -> bool:
         model = _plain(record)
         if model["id"] in self.model_index:
             return False
-        versions = model["modelVersions"] = [_plain(v) for v in model.get("modelVersions") or ()]
+        raw = model.get("modelVersions") or []
+        if isinstance(raw, list):
+            raw = [_plain(version) if isinstance(version, dict) else version for version in raw]
+        model["modelVersions"] = raw
+        versions = _versions(model)
         index = len(self.models)
-        stats = model.get("stats") or {}
-        username = (model.get("creator") or {}).get("username") or ""
-        dates = [v.get("publishedAt") or v.get("createdAt") or "" for v in versions]
+        stats, username = _dict(model.get("stats")), _dict(model.get("creator")).get("username")
+        dates = [_text(v.get("publishedAt")) or _text(v.get("createdAt")) for _, v in versions]
         self.models.append(
             ModelRow(
                 id=model["id"],
@@ -150,34 +176,35 @@ class Replay:
                 type=str(model.get("type")),
                 levels=model_levels(model),
                 nsfw=model.get("nsfw") is True,
-                tags=frozenset(t for t in model.get("tags") or () if isinstance(t, str)),
-                username=username,
-                base_models=frozenset(str(v.get("baseModel")) for v in versions),
-                version_ids=tuple(v["id"] for v in versions),
-                checkpoint_type=model.get("checkpointType"),
+                tags=frozenset(t for t in _list(model.get("tags")) if isinstance(t, str)),
+                username=_text(username),
+                base_models=frozenset(str(v.get("baseModel")) for _, v in versions),
+                version_ids=tuple(number for number, _ in versions),
+                checkpoint_type=_text(model.get("checkpointType")) or None,
                 downloads=_count(stats, "downloadCount"),
                 thumbs=_count(stats, "thumbsUpCount") or _count(stats, "favoriteCount"),
                 comments=_count(stats, "commentCount"),
-                images=sum(len(v.get("images") or ()) for v in versions),
+                images=sum(len(_list(v.get("images"))) for _, v in versions),
                 earliest=min(filter(None, dates), default=""),
             )
         )
         self.model_index[model["id"]] = index
         self.model_json.append(orjson.dumps(model))
         self.tags.update(self.models[-1].tags)
-        if username:
-            self.creators[username] += 1
-        for version, date in zip(versions, dates, strict=True):
-            self.version_model.setdefault(version["id"], index)
-            for file in version.get("files") or ():
-                for value in (file.get("hashes") or {}).values():
+        if self.models[-1].username:
+            self.creators[self.models[-1].username] += 1
+        for (number, version), date in zip(versions, dates, strict=True):
+            self.version_model.setdefault(number, index)
+            for file in _list(version.get("files")):
+                for value in _dict(_dict(file).get("hashes")).values():
                     if isinstance(value, str):
                         # Duplicates resolve to the earliest published version.
-                        self.by_hash.setdefault(value.upper(), []).append((date, version["id"]))
+                        key = (date or _UNDATED, number)
+                        self.by_hash.setdefault(value.upper(), []).append(key)
         return True
 
     def _add_image(self, record: dict[str, Any]) -> bool:
-        context = record.get("_context") or {}
+        context = _dict(record.get("_context"))
         image = _plain(record)
         if image["id"] in self.image_index:
             return False
@@ -185,11 +212,13 @@ class Replay:
         if image.get("minor") is True or image.get("poi") is True:
             return True
         meta = image.pop("meta", None)
+        tags = orjson.dumps(image.pop("tags")) if "tags" in image else b""
         if "modelVersionIds" not in image:
             image["modelVersionIds"] = _version_ids(context, meta)
         base = image.get("baseModel") or context.get("baseModel")
         if base:
             image.setdefault("baseModel", base)
+        if isinstance(base, str):
             self.images_of_base.setdefault(base, []).append(len(self.image_id))
         index = len(self.image_id)
         self.image_index[image["id"]] = index
@@ -197,19 +226,44 @@ class Replay:
         self.image_level.append(image_level(image))
         media = image.get("type")
         self.image_media.append(MEDIA.index(media) if media in MEDIA else 0)
-        stats = image.get("stats") or {}
+        stats = _dict(image.get("stats"))
         kinds = ("likeCount", "heartCount", "laughCount", "cryCount")
         self.image_reactions.append(sum(_count(stats, kind) for kind in kinds))
         self.image_comments.append(_count(stats, "commentCount"))
-        for version_id in image["modelVersionIds"]:
-            self.images_of_version.setdefault(version_id, []).append(index)
+        for version_id in set(map(whole_number, _list(image["modelVersionIds"]))):
+            if version_id is not None:
+                self.images_of_version.setdefault(version_id, []).append(index)
         if isinstance(image.get("postId"), int):
             self.images_of_post.setdefault(image["postId"], []).append(index)
-        if image.get("username"):
-            self.images_of_user.setdefault(image["username"], []).append(index)
+        if username := _text(image.get("username")):
+            self.images_of_user.setdefault(username, []).append(index)
         self.image_json.append(orjson.dumps(image)[:-1])
         self.image_meta.append(orjson.dumps(meta))
+        self.image_tags.append(tags)
         return True
+
+
+#: Sorts behind every date.
+_UNDATED = "9999"
+
+
+def _versions(model: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
+    """Versions of a model that have an id, each with it."""
+    versions = (v for v in _list(model.get("modelVersions")) if isinstance(v, dict))
+    numbered = ((whole_number(version.get("id")), version) for version in versions)
+    return [(number, version) for number, version in numbered if number is not None]
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def _plain(record: dict[str, Any]) -> dict[str, Any]:
@@ -226,4 +280,4 @@ def _version_ids(context: dict[str, Any], meta: Any) -> list[int]:
 
 def _count(stats: dict[str, Any], key: str) -> int:
     value = stats.get(key)
-    return int(value) if isinstance(value, int | float) else 0
+    return min(max(int(value), 0), _MOST) if isinstance(value, int | float) else 0

@@ -51,11 +51,18 @@ from diffagent.civitai.listing import (
 )
 from diffagent.civitai.replay import PAGE_ONLY_MODEL, PAGE_ONLY_VERSION, Replay
 from diffagent.errors import CivitaiError
-from schemas.civitai import MODEL_TYPES, PG, image_level
+from schemas.civitai import MODEL_TYPES, PG, image_level, paid_access, whole_number
 
 log = logging.getLogger(__name__)
 
 _PAGE_CAP = 1000
+#: Hits that a search gives at most, by any number of cursors.
+_SEARCH_HITS = 100_000
+#: Ids above are out of range (400). The site's end at 2^31; those of local files are above 2^52.
+_MAX_ID = 2**53
+_BULK = {"": 100, "/ids": 10_000}  # hashes that by-hash takes in one request
+_MAX_REQUEST = 1 << 20
+_MAX_NAME = 200  # characters of a name in a header; readers of HTTP refuse long ones
 _PREVIEWS, _SHOWCASE = 20, 10
 _PUBLIC_CACHE = {"Cache-Control": "public, s-maxage=300, stale-while-revalidate=150"}
 _DISABLED = "The creator of this asset has disabled downloads on this file"
@@ -90,6 +97,8 @@ class LocalCivitai:
         routes: list[tuple[str, Handler]] = [
             (f"{api}/models", list_models),
             (f"{api}/models/{{id}}", get_model),
+            (f"{api}/model-versions/by-hash", get_by_hashes),
+            (f"{api}/model-versions/by-hash/ids", get_by_hashes),
             (f"{api}/model-versions/by-hash/{{hash}}", get_by_hash),
             (f"{api}/model-versions/{{id}}", get_version),
             (f"{api}/images", list_images),
@@ -103,7 +112,12 @@ class LocalCivitai:
         ]
         return Starlette(
             routes=[
-                Route(path, self._endpoint(handler), methods=["GET"]) for path, handler in routes
+                Route(
+                    path,
+                    self._endpoint(handler),
+                    methods=["POST" if handler is get_by_hashes else "GET"],
+                )
+                for path, handler in routes
             ]
         )
 
@@ -120,6 +134,8 @@ class LocalCivitai:
             early = _refusal(fault)
             if early is not None:
                 return early
+            if request.method == "POST":
+                request.state.body = await _small_body(request)
             try:
                 response = handler(self, request)
             except ApiFailure as failure:
@@ -168,6 +184,7 @@ def list_images(site: LocalCivitai, request: Request) -> Response:
         limit = _limit(parameters, high=200)
         page = parameters.number("page", low=1)
         with_meta = parameters.flag("withMeta") is True
+        with_tags = parameters.flag("withTags") is True
         flat = parameters.flag("flatMeta")
     except BadParameter as problem:
         raise ApiFailure(400, _zod(problem)) from None
@@ -181,7 +198,9 @@ def list_images(site: LocalCivitai, request: Request) -> Response:
         meta = replay.image_meta[i] if with_meta else b"null"
         if with_meta and not flat:
             meta = b'{"id":%d,"meta":%s}' % (replay.image_id[i], meta)
-        items.append(replay.image_json[i] + b',"meta":' + meta + b"}")
+        tags = replay.image_tags[i] if with_tags else b""
+        tags = b',"tags":' + tags if tags else b""
+        items.append(replay.image_json[i] + tags + b',"meta":' + meta + b"}")
     if site.faults.schema_has_changed:
         items = [orjson.dumps(site.faults.evolve(orjson.loads(item))) for item in items]
     return window.response(items)
@@ -218,7 +237,7 @@ class _Window:
         try:
             if cursor and self.numeric:
                 (self.start,), self.marked = decode_cursor(cursor, 1, 0)
-                if self.start < 0:
+                if not 0 <= self.start < _SEARCH_HITS:
                     raise StaleCursor(cursor)
             elif cursor:
                 key, self.marked = decode_cursor(cursor, selection.columns, self.epoch)
@@ -242,7 +261,8 @@ class _Window:
         if follows and served and not self.marked and faults.page("empty", key, attempt):
             self._more(self.start, empty=True)
             return []
-        if stop < len(self.selection.items) and self.limit:
+        more = stop < len(self.selection.items) and self.limit
+        if more and not (self.numeric and stop >= _SEARCH_HITS):
             back = max(self.start - self.limit, 1)
             looping = follows and self.start > 1 and faults.page("loop", key, attempt)
             self._more(back if looping else stop)
@@ -256,6 +276,8 @@ class _Window:
 
     def response(self, items: list[bytes]) -> Response:
         """The JSON answer."""
+        if drops := self.site.replay.drops:  # the site has no such field
+            self.metadata["dropped"] = drops
         body = b'{"items":[%s],"metadata":%s}' % (b",".join(items), orjson.dumps(self.metadata))
         return Response(body, media_type="application/json", headers=_PUBLIC_CACHE)
 
@@ -356,29 +378,80 @@ def get_by_hash(site: LocalCivitai, request: Request) -> Response:
     return _version_answer(site, request, min(found)[1])
 
 
+def get_by_hashes(site: LocalCivitai, request: Request) -> Response:
+    """POST /model-versions/by-hash (versions) and /by-hash/ids, a list of SHA256s as its body.
+
+    What no file has is missing in the answer.
+    """
+    route = request.url.path.rpartition("/by-hash")[2]
+    try:
+        hashes = orjson.loads(request.state.body)
+    except orjson.JSONDecodeError:
+        hashes = None
+    good = isinstance(hashes, list) and len(hashes) <= _BULK[route]
+    if not good or not all(isinstance(h, str) and len(h) == 64 for h in hashes):
+        raise ApiFailure(400, {"error": "Request must include an array of SHA256 Hashes."})
+    found = {
+        h.upper(): min(rows)[1] for h in hashes if (rows := site.replay.by_hash.get(h.upper()))
+    }
+    if not route:
+        bodies = [bytes(_version_answer(site, request, number).body) for number in found.values()]
+        return Response(b"[%s]" % b",".join(bodies), media_type="application/json")
+    models, index = site.replay.models, site.replay.version_model
+    return _json(
+        [
+            {"modelVersionId": number, "modelId": models[index[number]].id, "hash": digest}
+            for digest, number in found.items()
+        ]
+    )
+
+
+async def _small_body(request: Request) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > _MAX_REQUEST:
+            return b""
+    return bytes(body)
+
+
 def _version_answer(site: LocalCivitai, request: Request, version_id: int) -> Response:
     found = site.replay.model_of_version(version_id)
     if found is None:
         raise ApiFailure(404, {"error": "Model not found"})
     model, version = found
-    kind = {"LORA": "lora", "LoCon": "lycoris", "TextualInversion": "embedding"}
+    kinds = {"LORA": "lora", "LoCon": "lycoris", "TextualInversion": "embedding"}
+    kind = str(model.get("type"))
+    kind = kinds.get(kind, kind.lower())
+    files = version.get("files")
+    if kind == "checkpoint" and _has_only_diffusion_models(files):
+        kind = "diffusionmodel"  # weights without text encoder and VAE, since June 2026
     # "SD 1.5" is sd1, "SDXL 1.0" sdxl, "Flux.1 D" flux1.
     base = str(version.get("baseModel")).lower()
     ecosystem = f"sd{base[3:4]}" if base.startswith("sd ") else base.partition(" ")[0]
     ecosystem = re.sub(r"[^a-z0-9]", "", ecosystem)
-    air = f"{kind.get(model['type'], str(model['type']).lower())}:civitai"
     head = {key: model[key] for key in ("name", "type", "nsfw", "poi", "mode") if key in model}
     body = _rest_version(version, _origin(request), adult=True, previews=_SHOWCASE, meta=True)
     body = {
         "modelId": model["id"],
         "status": "Published",
-        "air": f"urn:air:{ecosystem}:{air}:{model['id']}@{version_id}",
+        "air": f"urn:air:{ecosystem}:{kind}:civitai:{model['id']}@{version_id}",
         "model": head,
         **body,
     }
-    for file in body.get("files") or ():
+    for file in _objects(body.get("files")):
         file["primary"] = file.get("primary") is True  # here a boolean on every file
     return _json(body)
+
+
+def _has_only_diffusion_models(files: Any) -> bool:
+    kinds = {str(file.get("type")) for file in _objects(files)}
+    return bool(kinds) and kinds <= {"Diffusion Model", "UNet"}
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    """The objects of a list; records may hold anything."""
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
 
 
 def _known_model(site: LocalCivitai, request: Request) -> dict[str, Any]:
@@ -394,6 +467,8 @@ def _number(request: Request) -> int:
     if not (text.isascii() and text.isdigit()):
         issue = BadParameter("id", f"Expected number, received {text[:40]!r}")
         raise ApiFailure(400, _zod(issue))
+    if len(text) > 16 or int(text) > _MAX_ID:
+        raise ApiFailure(400, _zod(BadParameter("id", f"Number must be at most {_MAX_ID}")))
     return int(text)
 
 
@@ -401,10 +476,14 @@ def _rest_model(model: dict[str, Any], host: str, *, adult: bool) -> dict[str, A
     """A model as /models shows it: no meta in the previews, what only the page has left out."""
     for key in PAGE_ONLY_MODEL:
         model.pop(key, None)
-    model["modelVersions"] = [
-        _rest_version(v, host, adult=adult, previews=_PREVIEWS, meta=False)
-        for v in model["modelVersions"]
-    ]
+    versions = model["modelVersions"]
+    if isinstance(versions, list):
+        model["modelVersions"] = [
+            _rest_version(v, host, adult=adult, previews=_PREVIEWS, meta=False)
+            if isinstance(v, dict)
+            else v
+            for v in versions
+        ]
     return model
 
 
@@ -414,15 +493,16 @@ def _rest_version(
     for key in PAGE_ONLY_VERSION:
         version.pop(key, None)
     images = version.get("images")
-    if images:
+    if images and isinstance(images, list):
+        images = _objects(images)
         shown = [image for image in images if adult or image_level(image) & PG][:previews]
         if not meta:
             for image in shown:
                 image.pop("meta", None)
         version["images"] = shown
-    for item in (version, *(version.get("files") or ())):
+    for item in (version, *_objects(version.get("files"))):
         link = item.get("downloadUrl")
-        if link:
+        if link and isinstance(link, str):
             item["downloadUrl"] = _DOWNLOAD_LINK.sub(lambda match: host + match[1], link)
             if item["downloadUrl"].startswith("/"):
                 item["downloadUrl"] = host + item["downloadUrl"]
@@ -435,12 +515,13 @@ def _rest_version(
 def model_page(site: LocalCivitai, request: Request) -> Response:
     """The page of a model: what its Next.js state holds, with hardly any HTML around."""
     text = request.path_params["id"]
-    index = site.replay.model_index.get(int(text)) if text.isdigit() else None
+    ident = whole_number(text)
+    index = None if ident is None else site.replay.model_index.get(ident)
     if index is None:
         return HTMLResponse("<!doctype html><title>404</title><h1>404</h1>", 404)
     model = site.replay.model(index)
     name = str(model.get("name") or "")
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "model"
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()[:_MAX_NAME]).strip("-") or "model"
     if request.path_params.get("slug") != slug:
         return RedirectResponse(f"/models/{model['id']}/{slug}", 308)
     state = {"data": model, "status": "success"}
@@ -469,16 +550,21 @@ def download(site: LocalCivitai, request: Request) -> Response:
         raise ApiFailure(410, {"error": "Model archived, not available for download"})
     if version.get("usageControl") not in (None, "Download"):
         raise ApiFailure(401, {"error": "Unauthorized", "message": _DISABLED})
-    if version.get("availability") == "EarlyAccess":
-        deadline = version.get("earlyAccessEndsAt")
+    closed = paid_access(version, time.strftime("%Y-%m-%d", time.gmtime()))
+    if closed or version.get("availability") == "EarlyAccess":
+        paid = version.get("paidAccess")
+        deadline = (
+            paid.get("endsAt") if isinstance(paid, dict) else version.get("earlyAccessEndsAt")
+        )
         text = "This asset is in Early Access. You can use Buzz access it now!"
         raise ApiFailure(403, {"error": "Early Access", "deadline": deadline, "message": text})
     file = _chosen_file(version, Parameters(parse_qsl(request.url.query)))
-    digest = str((file.get("hashes") or {}).get("SHA256") or "").lower()
+    hashes = file.get("hashes")
+    digest = str(hashes.get("SHA256") or "").lower() if isinstance(hashes, dict) else ""
     if not digest:
         raise ApiFailure(404, {"error": "Missing model file"})
     expires = str(int(time.time()) + 86400)
-    name = str(file.get("name") or "model.safetensors")
+    name = str(file.get("name") or "model.safetensors")[:_MAX_NAME]
     query = {
         "X-Amz-Expires": "86400",
         "X-Amz-Date": expires,
@@ -491,7 +577,7 @@ def download(site: LocalCivitai, request: Request) -> Response:
 
 
 def _chosen_file(version: dict[str, Any], parameters: Parameters) -> dict[str, Any]:
-    files = version.get("files") or []
+    files = _objects(version.get("files"))
     wanted = parameters.text("fileId")
     if wanted:
         files = [file for file in files if str(file.get("id")) == wanted]
@@ -501,7 +587,8 @@ def _chosen_file(version: dict[str, Any], parameters: Parameters) -> dict[str, A
         for name in ("format", "size", "fp"):
             value = parameters.text(name)
             if value:
-                files = [f for f in files if (f.get("metadata") or {}).get(name) == value]
+                metadata = ((f, f.get("metadata")) for f in files)
+                files = [f for f, m in metadata if isinstance(m, dict) and m.get(name) == value]
     if not files:
         raise ApiFailure(404, {"error": "Missing model file"})
     chosen: dict[str, Any] = next((file for file in files if file.get("primary")), files[0])
@@ -560,8 +647,10 @@ def _refusal(fault: str | None) -> Response | None:
             return HTMLResponse("<h1>429 Too Many Requests</h1>", 429)
         case "too_many_wait":
             return _json({"error": "Too many requests"}, 429, {"Retry-After": "1"})
-        case "unavailable":
+        case "unavailable":  # heavy routes fail fast with it, and searches that may work later
             return _json({"error": "Model search is temporarily overloaded"}, 503)
+        case "aborted":  # somebody between gave up; 500 and 408 of before June 2026 mean the same
+            return _json({"error": "Client Closed Request"}, 499)
         case "timeout":
             return HTMLResponse("<!doctype html><title>524: A timeout occurred</title>", 524)
         case "html":

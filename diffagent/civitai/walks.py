@@ -11,9 +11,9 @@ from __future__ import annotations
 import heapq
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -21,7 +21,8 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from diffagent.civitai.client import CivitaiClient, is_site_host, origin_of
+from diffagent.civitai.address import Address
+from diffagent.civitai.client import CivitaiClient
 from diffagent.civitai.journal import Item, Journal
 from diffagent.civitai.known import (
     Known,
@@ -30,9 +31,11 @@ from diffagent.civitai.known import (
     downloads_of,
     has_meta,
 )
-from diffagent.civitai.pagination import Fetch, Page, Walk
+from diffagent.civitai.pagination import Drop, Fetch, Page, Walk
 from diffagent.errors import ArtifactError, CivitaiError, ServerError
+from diffagent.threads import ContextThreadPool
 from schemas.civitai import canonical, unwrap_meta, versions_of, whole_number
+from schemas.printable import printable
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +99,9 @@ class Walks:
         self.failed: dict[str, list[int]] = {}
         self.on_item: Callable[[str, dict[str, Any]], None] = lambda kind, item: None
         self._walks: dict[str, WalkState] = {}
+        #: Kind -> mark of what cannot be kept -> reason; what a local server could not list.
+        self._dropped: dict[str, dict[str, str]] = {}
+        self._source_drops: Mapping[str, Mapping[str, int]] = {}
         names = ("loops", "restarts", "repeated", "malformed", "text_ids", "hollow")
         self._counts = dict.fromkeys(names, 0)
         self._fetched = 0
@@ -155,7 +161,7 @@ class Walks:
                 return
             running[pool.submit(call)] = job
 
-        with ThreadPoolExecutor(number, thread_name_prefix="crawl") as pool:
+        with ContextThreadPool(number, thread_name_prefix="crawl") as pool:
             try:
                 while True:
                     while len(running) < number and (job := next(waiting, None)) is not None:
@@ -180,7 +186,7 @@ class Walks:
         """
         number = threads or self._threads
         asked: deque[tuple[int, Future[T]]] = deque()
-        with ThreadPoolExecutor(number, thread_name_prefix="crawl") as pool:
+        with ContextThreadPool(number, thread_name_prefix="crawl") as pool:
             try:
                 for ident, call in calls:
                     asked.append((ident, pool.submit(call)))
@@ -262,7 +268,7 @@ class Walks:
             # An empty page in the middle says nothing.
             quiet = 0 if news else reached.quiet + bool(page.items)
             last = page.cursor is None or self._reaches_limit(kind, page, new, maximum)
-            state = {
+            state: dict[str, Any] = {
                 "listing": key,
                 "asked": walk.asked,
                 "cursor": page.cursor,
@@ -270,13 +276,39 @@ class Walks:
                 "complete": walk.complete,
                 "quiet": quiet,
             }
+            self.drop(kind, page.dropped, state)
+            if page.source_drops:
+                state["source_drops"] = page.source_drops
             self.save(state, kind, new)
-            self._counts["malformed"] += page.malformed
             self._counts["text_ids"] += page.text_ids
             more(len(new))
         self._counts["loops"] += walk.loops
         self._counts["restarts"] += walk.restarts
         return reached
+
+    def drop(self, kind: str, dropped: Iterable[Drop], state: dict[str, Any]) -> None:
+        """Count what cannot be kept, each once, and write it into a ``state`` to be saved."""
+        known = self._dropped.get(kind, {})
+        new = {mark: reason for mark, reason in dropped if mark not in known}
+        if new:
+            reasons = "; ".join(sorted(set(new.values())))
+            log.warning("%d of %s left out: %s", len(new), kind, printable(reasons))
+            state["dropped"] = [kind, new]
+            self._counts["malformed"] += len(new)
+
+    def drops(self) -> dict[str, dict[str, int]]:
+        """What was left out of each kind: reason -> number.
+
+        Entries of answers that cannot be kept, and those of a local server's source, which it
+        counts by the same rules and does not list.
+        """
+        result: dict[str, dict[str, int]] = {}
+        for kind in ("images", "models"):
+            counts = Counter(self._dropped.get(kind, {}).values())
+            counts.update(self._source_drops.get(kind, {}))
+            for reason, number in sorted(counts.items()):
+                result.setdefault(kind, {})[printable(reason)[:100]] = number
+        return result
 
     def unseen(self, kind: str, items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """Those of the items, each once, that this crawl does not have yet."""
@@ -375,6 +407,10 @@ class Walks:
                     self.downloads[ident] = downloads_of(item)
                     self.creators |= dict.fromkeys(self.versions[ident], creator_of(item))
                 self.on_item(kind, item)
+        if "dropped" in state:
+            kind, drops = state["dropped"]
+            self._dropped.setdefault(kind, {}).update(drops)
+        self._source_drops = state.get("source_drops", self._source_drops)
         if "showcase" in state:
             self.showcases.add(state["showcase"])
         if "judged" in state:
@@ -423,6 +459,9 @@ class Walks:
         link = item.get("downloadUrl") if isinstance(item, dict) else None
         if not isinstance(link, str):
             return
-        parts = urlsplit(link)
-        if origin_of(link) == self._client.origin or is_site_host(parts.hostname or ""):
+        try:
+            address, parts = Address.parse(link), urlsplit(link)
+        except ValueError:
+            return  # not the site's; what it is good for is seen when it is used
+        if address.origin == self._client.origin or address.is_site:
             item["downloadUrl"] = parts.path + (f"?{parts.query}" if parts.query else "")

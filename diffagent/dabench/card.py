@@ -1,27 +1,72 @@
-"""The dataset card: what is in DABench, where it comes from, what was left out and why."""
+"""The dataset card: what is in DABench, where it comes from, what was left out and why.
+
+Names of models, base models and reasons are what strangers wrote: `literal` shows them as they are,
+and a figure draws them as they are.
+"""
 
 from __future__ import annotations
 
+import html
+import re
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import urlsplit
 
+import pyarrow as pa
+import yaml
+
+from diffagent.civitai.sources import SOURCES, SYNTHETIC
+from diffagent.dabench import columns
+from diffagent.dabench.base_models import base_model_of
 from diffagent.dabench.catalogue import Catalogue
+from diffagent.dabench.layout import one_line
 from schemas.config import DABenchConfig
+from schemas.dabench import CATALOGUE, DABENCH
 from schemas.manifest import Funnel
 
-#: Licences of base models; what is trained from one is bound by its terms.
-BASE_LICENCES: Mapping[str, str] = {
-    "SD 1.4": "CreativeML Open RAIL-M",
-    "SD 1.5": "CreativeML Open RAIL-M",
-    "SD 2.0": "CreativeML Open RAIL++-M",
-    "SD 2.0 768": "CreativeML Open RAIL++-M",
-    "SD 2.1": "CreativeML Open RAIL++-M",
-    "SD 2.1 768": "CreativeML Open RAIL++-M",
-    "SDXL 1.0": "CreativeML Open RAIL++-M",
+#: Kinds of sites. ``api``: an address that is not Civitai's.
+Source = Literal["civitai", "api", "dump", "local", "release", "sandbox", "unknown"]
+
+_FROM: Mapping[Source, str] = {
+    "civitai": "built from answers of Civitai's public API",
+    "api": "built from answers of a site whose API has the shape of Civitai's",
+    "dump": "built from a dump of records in the shape of Civitai's public API",
+    "local": "built from a folder of model files, their sidecars and the pictures next to them",
+    "release": "built from instruction-API pairs in the layout of the authors' release",
+    "sandbox": "built from the embedded sandbox: an invented site with toy models that draw shapes",
+    "unknown": "built from records in the shape of Civitai's public API",
 }
+#: Limits that hold for some sources.
+_RATED = (
+    "NSFW filters rely on the flags of the site; what is flagged wrongly passes. Prompts are as "
+    "their users wrote them."
+)
+_POPULAR = (
+    "Popular models, anime and portraits of women are strongly overrepresented, as on the site."
+)
+_LIMITS_OF: Mapping[Source, tuple[str, ...]] = {
+    "civitai": (_RATED, _POPULAR),
+    "api": (_RATED,),
+    "dump": (_RATED, _POPULAR),
+    "local": (
+        "The pictures of a folder were rated by no site: they count as PG unless a sidecar or the "
+        "model's flag states otherwise.",
+    ),
+    "release": ("A release states no levels, scans or licences.",),
+    "sandbox": ("Models, users and prompts are invented; numbers mean nothing outside the demo.",),
+    "unknown": (_RATED,),
+}
+_CIVITAI = re.compile(r"(.+\.)?civitai\.(com|green|red)")
+_SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
+_SIZE_NAMES = ("1K", "10K", "100K", "1M", "10M", "100M")
+#: Escapes that keep Markdown from taking a text for anything else.
+_SPECIAL = re.compile(r"[\\`*~\[\]|$@]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.")
+_MAX_NAME = 100
+LICENCE_FILE = "LICENSE.md"
 
 _TITLES: Mapping[str, str] = {
     "model_type": "Model type",
@@ -30,6 +75,7 @@ _TITLES: Mapping[str, str] = {
     "file_availability": "File availability",
 }
 _MAX_BARS = 15
+_MAX_LABEL = 40
 
 
 @dataclass(frozen=True)
@@ -43,6 +89,7 @@ class CardFacts:
 
     rows: Mapping[str, int]
     models_used: int
+    source: Source
     groups: int
     largest_group: int
     random_rows: Mapping[str, int]
@@ -54,24 +101,90 @@ class CardFacts:
 
 
 def write_card(out: Path, facts: CardFacts, catalogue: Catalogue) -> None:
-    """Write ``README.md`` and ``plots/*.png`` into ``out``; equal facts give equal bytes."""
+    """Write ``README.md``, ``LICENSE.md`` and ``plots/*.png``; equal facts give equal bytes."""
     for name, distribution in facts.distributions.items():
         _plot(out / "plots" / f"{name}.png", _TITLES[name], distribution)
     sections = [
-        _front_matter(facts),
+        front_text(front_matter(facts.rows.items())),
         _summary(facts, catalogue),
+        USE,
+        _columns(),
         "## How pairs were chosen\n\nEvery item seen is kept or dropped for exactly one reason.",
         *(_funnel(funnel) for funnel in facts.funnels),
         _source(facts),
         _splits(facts),
         _licences(catalogue),
-        _LIMITS,
+        _LIMITS + "".join(f"\n- {limit}" for limit in _LIMITS_OF[facts.source]),
+        CITATION,
     ]
     (out / "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    (out / LICENCE_FILE).write_text(LICENCE, encoding="utf-8")
+
+
+def source_of(site: str | None) -> Source:
+    """The kind of a crawl's ``site``; None: not known."""
+    if site is None:
+        return "unknown"
+    kind = site.partition(":")[0]
+    if kind == "sandbox" or kind in SOURCES:
+        return kind  # type: ignore[return-value]
+    host = urlsplit(site).hostname or ""
+    return "civitai" if _CIVITAI.fullmatch(host) else "api"
+
+
+def literal(value: object) -> str:
+    """A stranger's text as Markdown, within a line, that shows it as it is: no markup, no HTML.
+
+    Line breaks become spaces; longer texts are cut at 100 characters.
+    """
+    return html.escape(_SPECIAL.sub(r"\\\g<0>", one_line(value, _MAX_NAME)), quote=False)
+
+
+def front_matter(rows: Iterable[tuple[str, int]]) -> dict[str, Any]:
+    """The metadata of the card as the Hugging Face Hub reads it.
+
+    Args:
+        rows: (split, its rows). ``datasets`` cannot load an empty one, so those are left out.
+    """
+    sizes = dict(rows)
+    files = [
+        {"split": split, "path": f"data/{split}-*.parquet"}
+        for split, count in sizes.items()
+        if count
+    ]
+    return {
+        "pretty_name": "DABench",
+        "license": "other",
+        "license_name": "terms-of-each-model-and-prompt",
+        "license_link": LICENCE_FILE,
+        "language": ["en"],
+        "task_categories": ["text-generation"],
+        "tags": ["text-to-image", "model-selection", "tool-use", "stable-diffusion"],
+        "size_categories": [size_category(sum(sizes.values()))],
+        "configs": [
+            {"config_name": "default", "default": True, "data_files": files},
+            {"config_name": "catalogue", "data_files": "catalogue.parquet"},
+        ],
+    }
+
+
+def front_text(front: Mapping[str, Any]) -> str:
+    """Front matter between its rules."""
+    return f"---\n{yaml.safe_dump(dict(front), sort_keys=False, allow_unicode=True)}---"
+
+
+def size_category(rows: int) -> str:
+    """The Hub's name of a size, as ``10K<n<100K``."""
+    place = bisect_right(_SIZES, rows)
+    if place == 0:
+        return f"n<{_SIZE_NAMES[0]}"
+    if place == len(_SIZES):
+        return f"n>{_SIZE_NAMES[-1]}"
+    return f"{_SIZE_NAMES[place - 1]}<n<{_SIZE_NAMES[place]}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table; numbers are set to the right."""
+    """A Markdown table of literal texts; numbers are set to the right."""
     lines = [list(map(_cell, row)) for row in rows]
     numeric = [bool(lines) and all(_is_number(row[i]) for row in lines) for i in range(len(header))]
     rule = ["---:" if right else "---" for right in numeric]
@@ -79,7 +192,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def _cell(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|")
+    return f"{value:,}" if isinstance(value, int) else literal(value)
 
 
 def _is_number(text: str) -> bool:
@@ -90,24 +203,19 @@ def _share(count: int, total: int) -> str:
     return f"{100 * count / max(total, 1):.1f} %"
 
 
-def _front_matter(facts: CardFacts) -> str:
-    files = "\n".join(
-        f"      - split: {split}\n        path: data/{split}-*.parquet" for split in facts.rows
-    )
-    return (
-        "---\npretty_name: DABench\nlicense: other\nlanguage: en\ntask_categories:\n"
-        "  - text-generation\nconfigs:\n  - config_name: default\n    data_files:\n"
-        f"{files}\n---"
-    )
-
-
 def _summary(facts: CardFacts, catalogue: Catalogue) -> str:
     total = sum(facts.rows.values())
     rows = [(split, count, _share(count, total)) for split, count in facts.rows.items()]
+    own = sum(entry.model_id >= SYNTHETIC for entry in catalogue.entries)
+    own_text = f"""
+
+{own:,} of the versions are files that no site knows: their ids come from their SHA256, the source \
+of their AIR is `local`, and their download paths lead somewhere only while the folder that they \
+came from is served."""
     return f"""# DABench
 
 (instruction, API) pairs for learning which text-to-image model to call, and how, for a prompt: \
-after DiffAgent (CVPR 2024, arXiv 2404.01342), built from answers of Civitai's public API. The \
+after DiffAgent (CVPR 2024, arXiv 2404.01342), {_FROM[facts.source]}. The \
 instruction is a user's prompt; the API names a checkpoint and its version, LoRAs and embeddings \
 with weights, sampler, steps, CFG scale, size, CLIP skip, seed and negative prompt.
 
@@ -117,7 +225,30 @@ The pairs call {facts.models_used:,} models. The catalogue holds \
 {len(catalogue.checkpoints):,} checkpoint versions, {len(catalogue.loras):,} LoRA versions and \
 {len(catalogue.embeddings):,} embeddings (textual inversions) that may be called. \
 `catalogue.parquet` and `mapping/models.json` lead from a name to ids, AIR, SHA256 and download \
-path (relative to the site); `mapping/samplers.json` from a sampler to its diffusers scheduler."""
+path (relative to the site); `mapping/samplers.json` from a sampler to its diffusers scheduler.\
+{own_text if own else ""}"""
+
+
+def _columns() -> str:
+    parts = ["## Columns"]
+    for title, schema, texts in (
+        ("Pairs (`data/*.parquet`)", DABENCH, columns.PAIRS),
+        ("Catalogue (`catalogue.parquet`)", CATALOGUE, columns.CATALOGUE),
+    ):
+        rows = [(field.name, _type(field), texts[field.name]) for field in schema]
+        parts.append(f"### {title}\n\n{table(('column', 'type', 'meaning'), rows)}")
+    return "\n\n".join(parts)
+
+
+def _type(field: pa.Field) -> str:
+    """The type of a column in short, as ``list of string``."""
+    kind = field.type
+    if pa.types.is_list(kind):
+        inner = kind.value_type
+        name = "list of " + ("structs" if pa.types.is_struct(inner) else f"{inner}")
+    else:
+        name = "struct" if pa.types.is_struct(kind) else str(kind)
+    return f"{name} or null" if field.nullable else name
 
 
 def _funnel(funnel: Funnel) -> str:
@@ -125,11 +256,13 @@ def _funnel(funnel: Funnel) -> str:
         (step.filter, step.reason, step.dropped, _share(step.dropped, funnel.seen))
         for step in funnel.steps
     ]
-    return (
+    text = (
         f"### {funnel.unit.capitalize()}\n\n"
-        f"{funnel.seen:,} seen, {funnel.kept:,} kept ({_share(funnel.kept, funnel.seen)}).\n\n"
-        + table(("filter", "dropped because", "dropped", "of those seen"), rows)
+        f"{funnel.seen:,} seen, {funnel.kept:,} kept ({_share(funnel.kept, funnel.seen)})."
     )
+    if not rows:
+        return text
+    return f"{text}\n\n{table(('filter', 'dropped because', 'dropped', 'of those seen'), rows)}"
 
 
 def _source(facts: CardFacts) -> str:
@@ -165,11 +298,14 @@ def _splits(facts: CardFacts) -> str:
 Prompts that are alike (Jaccard similarity of their word pairs of \
 {config.near_duplicate_jaccard:g} or more), pictures of one post, and one creator's series \
 ({config.series_jaccard:g} or more) form a group, transitively, and a group lies in one split: \
-{facts.groups:,} groups, the largest of {facts.largest_group:,} pairs. What a refresh adds joins \
-the oldest group that it touches; what is tied to two splits is left out, so no pair ever moves \
-to another split. A hash of the group's first id and the seed {config.seed} decides for new \
-groups, stratified by base model: test {config.test_fraction:g}, validation \
-{config.validation_fraction:g}, the rest train.
+{facts.groups:,} groups, the largest of {facts.largest_group:,} pairs. What is new joins the \
+oldest group that it touches; what is tied to two splits is left out. A hash of the group's first \
+id and the seed {config.seed} decides for new groups, stratified by base model: test \
+{config.test_fraction:g}, validation {config.validation_fraction:g}, the rest train.
+
+`splits.parquet` remembers what was decided, and the next version that is built in the same store \
+begins with it: no pair moves to another split. It keeps its own, or is left out where it would \
+leak since it changed or came back.
 
 The column `random_split` holds, for comparison, the split by a hash of the pair's own id. Of its \
 {chance["test"]:,} test pairs {facts.exposed:,} ({_share(facts.exposed, chance["test"])}) have a \
@@ -190,8 +326,9 @@ def _licences(catalogue: Catalogue) -> str:
     return f"""## Licences
 
 Each model has its creator's terms; the columns `allow_commercial_use`, `allow_derivatives` and \
-`allow_no_credit` of the catalogue are what the site stated when it was read. Prompts are their \
-users'. Check the terms of a model at its page before using it.
+`allow_no_credit` of the catalogue are what was stated when it was read. Prompts are their users'. \
+What is made from a base model is bound by its licence, too. Check the terms of a model before \
+using it.
 
 {table(("commercial use allowed", "model versions"), _by_count(uses))}
 
@@ -199,7 +336,7 @@ users'. Check the terms of a model at its page before using it.
         table(
             ("base model", "its licence", "model versions"),
             [
-                (name, BASE_LICENCES.get(name, "see its publisher"), n)
+                (name, base_model_of(name).licence or "not known: see its publisher", n)
                 for name, n in _by_count(bases)
             ],
         )
@@ -221,10 +358,55 @@ the API; `loras_dropped` and `embeddings_dropped` count them. An embedding that 
 not prove is a word of the prompt, and stays one. Hypernetworks, ControlNet, upscaling and \
 inpainting steps are not represented.
 - The size is the one the sampler ran at, before upscaling. Where the metadata has none, the \
-picture's own size stands in.
-- NSFW filters rely on the flags of the site; what is flagged wrongly passes. Prompts are as \
-their users wrote them.
-- Popular models, anime and portraits of women are strongly overrepresented, as on the site."""
+picture's own size stands in."""
+
+USE = """## Use
+
+In this directory:
+
+```python
+from pathlib import Path
+
+from datasets import load_dataset
+
+dabench = str(Path.cwd())  # or its path, or the name of a copy on a hub
+pairs = load_dataset(dabench)  # train, validation, test
+catalogue = load_dataset(dabench, "catalogue", split="train")
+```
+
+Without `datasets`:
+
+```python
+import polars as pl
+
+train = pl.read_parquet("data/train-*.parquet")
+catalogue = pl.read_parquet("catalogue.parquet")
+```"""
+
+CITATION = """## Citation
+
+The method, and the dataset that this one is modelled on:
+
+```bibtex
+@inproceedings{zhao2024diffagent,
+  title     = {{DiffAgent}: Fast and Accurate Text-to-Image {API} Selection with Large Language
+               Model},
+  author    = {Zhao, Lirui and Yang, Yue and Zhang, Kaipeng and Shao, Wenqi and Zhang, Yuxin and
+               Qiao, Yu and Luo, Ping and Ji, Rongrong},
+  booktitle = {Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  year      = {2024}
+}
+```"""
+
+LICENCE = """# Terms
+
+This dataset has no licence of its own, and grants none.
+
+- A prompt is its user's; `creator` and `url` name the user and the picture.
+- A model has its creator's terms: `allow_commercial_use`, `allow_derivatives` and `allow_no_credit`
+  of `catalogue.parquet` are what was stated when it was read. Check the model's own page.
+- What is made from a base model is bound by that model's licence: `base_model_licence`.
+"""
 
 
 def _plot(path: Path, title: str, distribution: Mapping[str, Any]) -> None:
@@ -236,14 +418,15 @@ def _plot(path: Path, title: str, distribution: Mapping[str, Any]) -> None:
     shown, rest = items[:_MAX_BARS], items[_MAX_BARS:]
     if rest:
         shown.append((f"{len(rest)} others", sum(count for _, count in rest)))
-    labels = [label for label, _ in reversed(shown)]
+    labels = [one_line(label, _MAX_LABEL) for label, _ in reversed(shown)]
     values = [count for _, count in reversed(shown)]
     figure = Figure(figsize=(7, 1.2 + 0.3 * len(shown)), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     bars = axes.barh(range(len(values)), values, color="#3b6ea5")
     axes.bar_label(bars, labels=[f" {value:,}" for value in values], fontsize=8)
-    axes.set_yticks(range(len(labels)), labels, fontsize=8)
+    # Names are drawn as they are: "a$x_$b" is no formula.
+    axes.set_yticks(range(len(labels)), labels, fontsize=8, parse_math=False)
     axes.set_xlabel(distribution["unit"])
     axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)

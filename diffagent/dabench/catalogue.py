@@ -14,14 +14,17 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import quote
 
 import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diffagent.artifacts import describe_directory
+from diffagent.civitai.sources import SYNTHETIC
 from diffagent.dabench.base_models import NON_COMMERCIAL, base_model_of, ecosystem
 from diffagent.errors import ArtifactError, ConfigError
+from diffagent.failures import reading
 from diffagent.render.samplers import SAMPLERS, SamplerSpec
 from schemas.civitai import commercial_use, generation_of
 from schemas.dabench import CATALOGUE
@@ -38,6 +41,7 @@ AIR_TYPES = {CHECKPOINT: "checkpoint", **LORA_TYPES, EMBEDDING: "embedding"}
 #: Files of a version that hold the weights of the model itself.
 WEIGHT_TYPES = ("Model", "Pruned Model", "UNet", "Diffusion Model")
 
+_QUERY = "%&=+,;:@/?!$'()*~"  # what has a meaning in a query, or is encoded already
 _MAX_DESCRIPTION = 300
 _MAX_HTML = 10_000  # descriptions of megabytes exist; the first sentences are at the beginning
 
@@ -120,16 +124,25 @@ class Catalogue:
         path = Path(directory, "catalogue.parquet")
         try:
             table = pq.ParquetFile(path).read()  # read_table would import pandas
-        except (OSError, pa.ArrowInvalid) as error:
-            raise ArtifactError(f"cannot read the catalogue {str(path)!r}: {error}") from None
+        except FileNotFoundError:
+            raise ArtifactError(
+                f"no catalogue in {str(directory)!r}: {describe_directory(Path(directory))}"
+            ) from None
+        except (OSError, pa.ArrowException) as error:
+            raise ArtifactError(
+                f"cannot read the catalogue {str(path)!r}: {error}; the file is damaged: copy it "
+                "again, or build the dataset again"
+            ) from None
         if table.schema.names != CATALOGUE.names:
             raise ArtifactError(
                 f"{str(path)!r} has columns {table.schema.names}, not those of this version; "
                 "build the dataset again"
             )
         mapping = Path(directory, "mapping", "samplers.json")
-        samplers = orjson.loads(mapping.read_bytes()) if mapping.exists() else None
-        return cls(_from_table(table), samplers)
+        with reading(mapping):
+            samplers = orjson.loads(mapping.read_bytes()) if mapping.exists() else None
+        with reading(path):
+            return cls(_from_table(table), samplers)
 
     @cached_property
     def checkpoints(self) -> tuple[Entry, ...]:
@@ -235,8 +248,9 @@ def choose_file(
     """The file of a version to download, and why there is none: ``(file, "")`` or ``(None, why)``.
 
     Only safetensors of these ``types`` (the model's own weights; None: any), that passed both scans
-    and have a SHA256, are eligible; the site's own score decides between them (pruned +10,
-    fp16 +1), then its primary flag, then the lowest id.
+    and have a SHA256, are eligible. Whole numbers (fp16, bf16, fp32, or nothing stated) come before
+    float8, and float8 before 4-bit and other packings, which cannot be drawn with; then the site's
+    own score decides (pruned +10, fp16 +1), then its primary flag, then the lowest id.
     """
     weights = [
         f for f in files if isinstance(f, dict) and (types is None or f.get("type") in types)
@@ -277,11 +291,33 @@ def _scans_passed(file: Mapping[str, Any]) -> bool:
     return file.get("pickleScanResult") == file.get("virusScanResult") == "Success"
 
 
-def _file_score(file: Mapping[str, Any]) -> tuple[int, bool, int]:
+def _file_score(file: Mapping[str, Any]) -> tuple[int, int, bool, int]:
     metadata = _metadata(file)
     score = 10 * (metadata.get("size") == "pruned") + (metadata.get("fp") == "fp16")
     ident = file.get("id")
-    return score, file.get("primary") is True, -ident if isinstance(ident, int) else 0
+    primary = file.get("primary") is True
+    return -_packing(file), score, primary, -ident if isinstance(ident, int) else 0
+
+
+def _packing(file: Mapping[str, Any]) -> int:
+    """How far a file is from whole numbers: 0 float16 and wider, 1 float8, 2 anything smaller.
+
+    The name counts too: the site's ``fp`` and ``quantType`` are often empty or wrong.
+    """
+    metadata = _metadata(file)
+    stated = " ".join(str(metadata.get(key) or "") for key in ("fp", "quantType"))
+    text = f"{stated} {str(file.get('name') or '')[:300]}".lower()
+    if _PACKED.search(text):
+        return 2
+    return 1 if _FLOAT8.search(text) else 0
+
+
+#: Marks of weights in four bits, in integers, or in packings of llama.cpp, Nunchaku and others.
+_PACKED = re.compile(
+    r"(?<![a-z0-9])(?:nf4|fp4|nvfp4|mxfp4|mxfp8|int[48]|w[48]a(?:4|8|16)|i?q[2-8](?:_\w+)?|gguf"
+    r"|svdq\w*|nunchaku|gptq|awq|bnb|4bit|8bit)(?![a-z0-9])"
+)
+_FLOAT8 = re.compile(r"(?<![a-z0-9])(?:fp8|f8|float8|e4m3\w*|e5m2\w*)(?![a-z0-9])")
 
 
 def describe(model: Mapping[str, Any]) -> str:
@@ -292,6 +328,18 @@ def describe(model: Mapping[str, Any]) -> str:
     if not isinstance(html, str):
         return ""
     return first_sentences(plain_text(html[:_MAX_HTML], enough=_MAX_DESCRIPTION))
+
+
+def air_of(root: str, kind: str, model_id: int, version_id: int) -> str:
+    """The AIR of a version; its source is ``local`` when the file is of no site (by its id).
+
+    Args:
+        root: ecosystem of the base model.
+        kind: the site's type, as ``LORA``.
+        model_id, version_id: ids.
+    """
+    source = "civitai" if model_id < SYNTHETIC else "local"
+    return f"urn:air:{root}:{AIR_TYPES.get(kind, kind.lower())}:{source}:{model_id}@{version_id}"
 
 
 def make_entry(
@@ -312,7 +360,6 @@ def make_entry(
     """
     kind, base_model = str(model["type"]), str(version["baseModel"])
     model_id, version_id = int(model["id"]), int(version["id"])
-    air_type = AIR_TYPES.get(kind, kind.lower())
     creator = model.get("creator")
     username = creator.get("username") if isinstance(creator, dict) else None
     known = base_model_of(base_model)
@@ -325,7 +372,7 @@ def make_entry(
         base_model=base_model,
         model_id=model_id,
         version_id=version_id,
-        air=f"urn:air:{known.ecosystem}:{air_type}:civitai:{model_id}@{version_id}",
+        air=air_of(known.ecosystem, kind, model_id, version_id),
         file_name=str(file.get("name") or ""),
         file_id=int64(file.get("id")),
         size_bytes=_size_bytes(file.get("sizeKB")),
@@ -334,7 +381,7 @@ def make_entry(
         description=description,
         tags=_texts(model.get("tags")),
         trained_words=_texts(version.get("trainedWords")),
-        downloads=downloads(version),
+        downloads=stated_downloads(version) or 0,
         creator=username if isinstance(username, str) else None,
         allow_commercial_use=uses,
         allow_derivatives=_flag(model.get("allowDerivatives")),
@@ -376,10 +423,10 @@ def int64(value: object) -> int | None:
     return value if type(value) is int and -(2**63) <= value < 2**63 else None
 
 
-def downloads(version: Mapping[str, Any]) -> int:
-    """How often a version was downloaded; 0 when its creator hides that."""
+def stated_downloads(version: Mapping[str, Any]) -> int | None:
+    """How often a version was downloaded; None when its creator hides that."""
     stats = version.get("stats")
-    return (int64(stats.get("downloadCount")) if isinstance(stats, dict) else None) or 0
+    return int64(stats.get("downloadCount")) if isinstance(stats, dict) else None
 
 
 def _name(value: object) -> str:
@@ -408,8 +455,9 @@ def _download_path(version_id: int, file: Mapping[str, Any]) -> str:
     file_id = int64(file.get("id"))
     if file_id is not None:
         return f"{path}?fileId={file_id}"
-    query = urlsplit(str(file.get("downloadUrl") or "")).query
-    return f"{path}?{query}" if query else path
+    # The record's text, whatever it is: no parser refuses it, and no odd character is sent.
+    query = str(file.get("downloadUrl") or "").partition("?")[2].partition("#")[0]
+    return f"{path}?{quote(query, safe=_QUERY)}" if query else path
 
 
 def first_sentences(text: str, limit: int = _MAX_DESCRIPTION) -> str:

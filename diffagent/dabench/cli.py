@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from schemas.printable import printable, printable_json
+
 app = typer.Typer(
     help="Look at a DABench, compare two, check one, export one.", no_args_is_help=True
 )
@@ -20,6 +22,11 @@ def artifact_path(text: str | Path) -> Path:
     from diffagent.artifacts import artifact_directory
 
     return artifact_directory(str(text))
+
+
+def directory_to_check(text: str | Path) -> Path:
+    """Parses DIR of a command that looks for damage itself."""
+    return artifact_path(text) if "://" in str(text) else Path(text)
 
 
 Directory = Annotated[Path, typer.Argument(parser=artifact_path, metavar="DIR", help=_HELP)]
@@ -45,7 +52,7 @@ def inspect(
     from diffagent.dabench.summary import summarise, summary_text
 
     found = summarise(open_dataset(directory), rows=rows, seed=seed)
-    _print(found) if as_json else typer.echo(summary_text(found))
+    _print(found) if as_json else typer.echo(printable(summary_text(found), lines=True))
 
 
 @app.command()
@@ -64,25 +71,38 @@ def diff(
     from diffagent.dabench.dataset import open_dataset
 
     found = compare(open_dataset(a), open_dataset(b), examples=examples)
-    _print(found) if as_json else typer.echo(comparison_text(found))
+    _print(found) if as_json else typer.echo(printable(comparison_text(found), lines=True))
     if found["leaks"]:
         raise typer.Exit(1)
 
 
 @app.command()
 def verify(
-    directory: Directory,
+    directory: Annotated[
+        Path, typer.Argument(parser=directory_to_check, metavar="DIR", help=_HELP)
+    ],
     limit: Annotated[int, typer.Option(min=1, help="Problems of a kind to list.")] = 20,
     leaks: Annotated[
         bool, typer.Option(help="Compare prompts across splits (most of the time).")
     ] = True,
+    before: Annotated[
+        Path | None,
+        typer.Option(
+            parser=artifact_path,
+            metavar="DIR",
+            help="An older version, in whose splits all records must still be. "
+            "[default: the one that it went on from]",
+        ),
+    ] = None,
     as_json: AsJSON = False,
 ) -> None:
     """Check files, schema, references, ranges, mappings and splits; exit code 1 on any problem."""
     from diffagent.dabench.verify import verdict_text, verify_dabench
 
-    verdict = verify_dabench(directory, limit=limit, leaks=leaks)
-    _print(verdict.to_dict()) if as_json else typer.echo(verdict_text(verdict))
+    verdict = verify_dabench(directory, limit=limit, leaks=leaks, before=before)
+    _print(verdict.to_dict()) if as_json else typer.echo(
+        printable(verdict_text(verdict), lines=True)
+    )
     if not verdict.sound:
         raise typer.Exit(1)
 
@@ -110,7 +130,8 @@ def _print(value: dict[str, Any]) -> None:
     import orjson
 
     options = orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS
-    typer.echo(orjson.dumps(value, option=options, default=str).decode())
+    text = orjson.dumps(value, option=options, default=str).decode()
+    typer.echo("\n".join(map(printable_json, text.split("\n"))))
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffagent.dabench.dataset import Dataset
-from diffagent.dabench.layout import aligned, printable
+from diffagent.dabench.layout import aligned, one_line, paragraphs
 from diffagent.dabench.splits import SPLITS
 from diffagent.errors import ArtifactError, SchemaError
+from diffagent.failures import reading
 
 _RANGE = 50_000  # ids compared at once
 _SPLIT = "\0split"  # no column has this name
@@ -159,11 +160,13 @@ def _read_ids(dataset: Dataset) -> tuple[_Ids, dict[Path, _File]]:
 
 def _rows_between(files: Mapping[Path, _File], low: int, high: int) -> pl.DataFrame:
     inside = pl.col("id").is_between(low, high)
-    return pl.concat(
-        pl.scan_parquet(path).filter(inside).with_columns(pl.lit(split).alias(_SPLIT)).collect()
-        for path, (split, least, most) in files.items()
-        if least <= high and low <= most
-    )
+    tables = []
+    for path, (split, least, most) in files.items():
+        if least <= high and low <= most:
+            rows = pl.scan_parquet(path).filter(inside).with_columns(pl.lit(split).alias(_SPLIT))
+            with reading(path):
+                tables.append(rows.collect())
+    return pl.concat(tables)
 
 
 def _join(a: pl.DataFrame, b: pl.DataFrame, key: str) -> pl.DataFrame:
@@ -334,7 +337,7 @@ def comparison_text(found: Mapping[str, Any]) -> str:
         *(_funnel_text(unit, reasons) for unit, reasons in found["funnels"].items()),
         _leak_text(found),
     ]
-    return "\n\n".join("\n".join(part) for part in parts if part)
+    return paragraphs(parts)
 
 
 def _split_text(found: Mapping[str, Any]) -> list[str]:
@@ -357,11 +360,11 @@ def _changes_text(title: str, changes: Mapping[str, Any]) -> list[str]:
 
 def _example_lines(item: Any) -> list[str]:
     if not isinstance(item, dict):
-        return [printable(item, 120)]
+        return [one_line(item, 120)]
     columns = item["columns"]
     key = next(name for name in item if name != "columns")
     return [f"{key} {item[key]}"] + [
-        f"  {name}: {printable(repr(old), 70)} -> {printable(repr(new), 70)}"
+        f"  {name}: {one_line(repr(old), 70)} -> {one_line(repr(new), 70)}"
         for name, (old, new) in columns.items()
     ]
 
@@ -369,7 +372,7 @@ def _example_lines(item: Any) -> list[str]:
 def _keys_text(title: str, keys: Mapping[str, Any]) -> list[str]:
     lines = [f"  {kind}: {', '.join(keys[kind])}" for kind in ("added", "removed") if keys[kind]]
     lines += [
-        f"  changed: {name}: {printable(old, 70)} -> {printable(new, 70)}"
+        f"  changed: {name}: {one_line(old, 70)} -> {one_line(new, 70)}"
         for name, (old, new) in keys["changed"].items()
     ]
     return [title, *lines] if lines else []

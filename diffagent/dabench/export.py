@@ -10,7 +10,6 @@ import logging
 import os
 import shutil
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -30,6 +29,7 @@ from diffagent.artifacts import (
     peak_memory_bytes,
     sha256_file,
 )
+from diffagent.dabench.card import LICENCE, LICENCE_FILE, USE, front_matter, front_text
 from diffagent.dabench.catalogue import Catalogue
 from diffagent.dabench.dataset import DISTRIBUTIONS, Dataset, read_file
 from diffagent.dabench.pairs import API_KEYS, PAIR_KEYS, api_mapping, to_pair
@@ -42,8 +42,6 @@ Layout = Literal["hf", "instruction-api"]
 _VERSION = 1
 #: Names of types that are not Arrow's.
 _DTYPES = {"double": "float64", "float": "float32", "halffloat": "float16", "date32[day]": "date32"}
-_SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
-_SIZE_NAMES = ("1K", "10K", "100K", "1M", "10M", "100M")
 
 
 def export_dabench(
@@ -158,11 +156,13 @@ def _write_hf(dataset: Dataset, folder: Path) -> None:
         _copy(dataset, f"plots/{plot.name}", folder)
     front, body = _card(dataset.path / "README.md")
     schema = pq.read_schema(next(folder.glob("data/*.parquet")))
-    front |= _front_matter(folder, schema, sizes)
-    text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
-    body = body.removesuffix(_HF_USE).strip()  # of an export that is exported again
-    card = f"---\n{text}---\n\n{body}\n\n{_HF_USE}"
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    front |= front_matter(dataset.rows.items())
+    front["dataset_info"] = _dataset_info(folder, schema, sizes)
+    parts = [front_text(front), body.strip()]
+    if "## Use\n" not in body:  # of a card that this version did not write
+        parts.append(USE)
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    (folder / LICENCE_FILE).write_text(LICENCE, encoding="utf-8")
 
 
 def _card(path: Path) -> tuple[dict[str, Any], str]:
@@ -177,44 +177,27 @@ def _card(path: Path) -> tuple[dict[str, Any], str]:
     return (found if isinstance(found, dict) else {}), body
 
 
-def _front_matter(
+def _dataset_info(
     folder: Path, schema: pa.Schema, sizes: Mapping[str, Mapping[str, int]]
-) -> dict[str, Any]:
+) -> list[dict[str, Any]]:
+    """Columns and sizes, which ``datasets`` then need not find out."""
     splits = {name: size for name, size in sizes.items() if size["num_examples"]}
     if empty := sorted(sizes.keys() - splits.keys()):
         log.warning("'datasets' cannot load an empty split: the card leaves out %s", empty)
-    rows = sum(size["num_examples"] for size in splits.values())
-    catalogue = folder / "catalogue.parquet"
-    return {
-        "pretty_name": "DABench",
-        "license": "other",
-        "license_name": "terms-of-each-model-and-prompt",
-        "license_link": "README.md",
-        "task_categories": ["text-generation"],
-        "tags": ["text-to-image", "model-selection", "tool-use", "stable-diffusion"],
-        "size_categories": [_size_category(rows)],
-        "configs": [
-            {
-                "config_name": "default",
-                "default": True,
-                "data_files": [{"split": n, "path": f"data/{n}-*.parquet"} for n in splits],
-            },
-            {"config_name": "catalogue", "data_files": catalogue.name},
-        ],
-        "dataset_info": [
-            {
-                "config_name": "default",
-                "features": _features(schema),
-                "splits": [
-                    {"name": name, **{k: size[k] for k in ("num_bytes", "num_examples")}}
-                    for name, size in splits.items()
-                ],
-                "download_size": sum(size["download_size"] for size in splits.values()),
-                "dataset_size": sum(size["num_bytes"] for size in splits.values()),
-            },
-            {"config_name": "catalogue", "features": _features(pq.read_schema(catalogue))},
-        ],
-    }
+    catalogue = pq.read_schema(folder / "catalogue.parquet")
+    return [
+        {
+            "config_name": "default",
+            "features": _features(schema),
+            "splits": [
+                {"name": name, **{k: size[k] for k in ("num_bytes", "num_examples")}}
+                for name, size in splits.items()
+            ],
+            "download_size": sum(size["download_size"] for size in splits.values()),
+            "dataset_size": sum(size["num_bytes"] for size in splits.values()),
+        },
+        {"config_name": "catalogue", "features": _features(catalogue)},
+    ]
 
 
 def _features(columns: Iterable[pa.Field]) -> list[dict[str, Any]]:
@@ -231,31 +214,11 @@ def _feature(kind: pa.DataType) -> dict[str, Any]:
     return {"dtype": _DTYPES.get(str(kind), str(kind))}
 
 
-def _size_category(rows: int) -> str:
-    """The site's name of a size, as ``10K<n<100K``."""
-    place = bisect_right(_SIZES, rows)
-    if place == 0:
-        return f"n<{_SIZE_NAMES[0]}"
-    if place == len(_SIZES):
-        return f"n>{_SIZE_NAMES[-1]}"
-    return f"{_SIZE_NAMES[place - 1]}<n<{_SIZE_NAMES[place]}"
-
-
 _CARD = """# DABench
 
 (instruction, API) pairs: which text-to-image model to call, and how, for a prompt. Each model \
 has its creator's terms, which the columns of the catalogue state as the site did; prompts are \
 their users'."""
-
-_HF_USE = """## Use
-
-```python
-from datasets import load_dataset
-
-pairs = load_dataset("DIRECTORY OR NAME")  # train, validation, test
-catalogue = load_dataset("DIRECTORY OR NAME", "catalogue", split="train")
-```
-"""
 
 
 def _copy_catalogue(dataset: Dataset, folder: Path) -> None:

@@ -30,7 +30,7 @@ _SMALL = 2**23  # bytes of compressed records that are read before a second proc
 _UNITS = {"model_type": "models", "nsfw": "models"}
 
 
-@stage("filter", version=3, config=FilterConfig)
+@stage("filter", version=4, config=FilterConfig)
 def filter_records(config: FilterConfig, context: StageContext) -> StageResult:
     """Turn a snapshot into the catalogue and the (prompt, API) pairs that pass all filters.
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Sequence
 
+from schemas.printable import printable
 
-def printable(value: object, limit: int = 0) -> str:
+
+def one_line(value: object, limit: int = 0) -> str:
     """One line without control characters (a prompt may hold a terminal's escape codes).
 
     With ``limit`` a longer text is cut there and ends in an ellipsis.
@@ -14,7 +15,12 @@ def printable(value: object, limit: int = 0) -> str:
     text = " ".join(str(value).split())
     if limit and len(text) > limit:
         text = text[: limit - 1] + "…"
-    return "".join(c if unicodedata.category(c)[0] != "C" else f"\\x{ord(c):02x}" for c in text)
+    return printable(text)
+
+
+def paragraphs(parts: Iterable[Sequence[str]]) -> str:
+    """Parts with an empty line between them; whatever a line holds, it is one, and harmless."""
+    return "\n\n".join("\n".join(map(printable, part)) for part in parts if part)
 
 
 def aligned(
@@ -47,7 +53,7 @@ class _Number(str):
 
 def _cell(value: object) -> str:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return printable("-" if value is None else value)
+        return one_line("-" if value is None else value)
     return _Number(f"{value:,}" if isinstance(value, int) else f"{value:,.1f}")
 
 

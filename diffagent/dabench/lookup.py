@@ -8,6 +8,7 @@ from pathlib import Path
 
 from diffagent.civitai.client import CivitaiClient
 from diffagent.errors import NotFound
+from schemas.civitai import whole_number
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +31,9 @@ class SiteLookup:
         if digest in self._answers or len(self._answers) >= self._limit:
             return self._answers.get(digest)
         try:
-            found = self._client.get_by_hash(digest).get("id")
+            answer = whole_number(self._client.get_by_hash(digest).get("id"))
         except NotFound:
-            found = None
-        answer = found if type(found) is int else None
+            answer = None
         self._answers[digest] = answer
         with self._path.open("a", encoding="utf-8") as file:
             file.write(_line((digest, answer)))

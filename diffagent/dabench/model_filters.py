@@ -20,15 +20,18 @@ from diffagent.dabench.catalogue import (
     choose_file,
     commercial_state,
     describe,
-    downloads,
     make_entry,
+    stated_downloads,
 )
 from diffagent.dabench.funnel import FunnelCounter
 from diffagent.dabench.resolve import Resolver
-from schemas.civitai import commercial_use, generation_of
+from schemas.civitai import commercial_use, generation_of, paid_access
 from schemas.config import FilterConfig, ModelFilter
+from schemas.printable import printable
 
 GONE = "gone from the site"
+#: A day after every end of an early access: what is still closed then is for sale for good.
+_FOREVER = "9999"
 _FORMS = {"inpaint": "Inpainting", "pix2pix": "Pix2Pix"}
 
 Payload = Mapping[str, Any]
@@ -84,6 +87,8 @@ def file_availability(model: Payload, version: Payload, config: FilterConfig) ->
         return "not published"
     if version.get("usageControl") not in (None, "Download"):
         return "download not allowed"
+    if paid_access(version, _FOREVER):
+        return "paid access"
     file, reason = choose_file(_items(version.get("files")), require_scans=config.require_scans)
     if file is None:
         return reason
@@ -100,8 +105,11 @@ def licence(model: Payload, version: Payload, config: FilterConfig) -> str | Non
 
 
 def popularity(model: Payload, version: Payload, config: FilterConfig) -> str | None:
-    """Versions that were downloaded often enough."""
-    return None if downloads(version) >= config.min_downloads else "too few downloads"
+    """Versions that were downloaded often enough; a number that is hidden is not a small one."""
+    number = stated_downloads(version)
+    if number is None:
+        return "downloads not stated" if config.min_downloads else None
+    return None if number >= config.min_downloads else "too few downloads"
 
 
 MODEL_FILTERS: Mapping[ModelFilter, Check] = {
@@ -118,7 +126,7 @@ _OF_VERSIONS = ("base_model", "licence", "downloads")
 
 def _label(value: object) -> str:
     """A value of the site's open enumerations as a reason of bounded length."""
-    return str(value)[:40] if value not in (None, "") else "not stated"
+    return printable(str(value)[:40]) if value not in (None, "") else "not stated"
 
 
 def _true(value: object) -> bool:
@@ -148,6 +156,7 @@ class ModelSift:
     ) -> None:
         self._config, self._resolver, self._gone = config, resolver, gone
         self._dates = dates or {}
+        self._day = max(self._dates.values(), default="")
         self._checks = [(name, MODEL_FILTERS[name]) for name in config.models]
         names = ("record", *config.models)
         self.models = FunnelCounter("models", names)
@@ -197,11 +206,17 @@ class ModelSift:
 
     def _unusable(self, model: Payload, version: Payload) -> str | None:
         ident = version.get("id")
-        if self._is_gone(model, version):
-            return GONE
+        if reason := self._closed(model, version):
+            return reason
         if type(ident) is not int or not 0 <= ident < 2**63:
             return "version without id"
         return "version listed twice" if ident in self._version_ids else None
+
+    def _closed(self, model: Payload, version: Payload) -> str | None:
+        """Why nobody can download a version now, as far as its own record cannot tell."""
+        if self._is_gone(model, version):
+            return GONE
+        return paid_access(version, self._day) or None
 
     def _without_versions(self, model: Payload) -> tuple[int, str] | None:
         for position, (name, check) in enumerate(self._checks):
@@ -231,7 +246,7 @@ class ModelSift:
         for version in versions:
             counts["base_model"][_label(version.get("baseModel"))] += 1
             reason = file_availability(model, version, _STRICT)
-            reason = reason or (GONE if self._is_gone(model, version) else None)
+            reason = reason or self._closed(model, version)
             counts["file_availability"][reason or "available"] += 1
 
 

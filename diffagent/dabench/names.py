@@ -25,6 +25,7 @@ _NOISE = frozenset(
     | {"safetensors", "ckpt", "the", "and", "of", "a", "0"}
 )
 _MAX_NAME = 200  # characters; merges are called after their whole recipe
+_MAX_NAMES = 1000  # of a model and its version: to normalise Unicode takes the square of its length
 
 
 def file_stem(name: str) -> str:
@@ -52,6 +53,7 @@ def titles(name: object) -> list[str]:
     """
     if not isinstance(name, str):
         return []
+    name = name[:_MAX_NAMES]
     bare = _BRACKETS.sub(" ", name)
     found = [name, bare, _SUBTITLE.split(bare.strip(" -|/:"), maxsplit=1)[0]]
     if not name.isascii():
@@ -60,4 +62,5 @@ def titles(name: object) -> list[str]:
 
 
 def _plain(name: str) -> str:
+    name = name[:_MAX_NAMES]
     return name if name.isascii() else unicodedata.normalize("NFKC", name)

@@ -184,6 +184,8 @@ def parameters_parsed(record: Record, config: FilterConfig) -> str | None:
         return "no steps"
     if made.cfg_scale is None:
         return "no cfg_scale"
+    if made.not_known:
+        return f"{made.not_known[0]} not known"
     return None if made.width and made.height else "no size"
 
 

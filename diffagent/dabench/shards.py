@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,22 @@ import numpy.typing as npt
 import orjson
 import pyarrow as pa
 
-from diffagent.artifacts import Artifact, StageContext, StageResult, stage
-from diffagent.dabench.card import CardFacts, write_card
+from diffagent.artifacts import PREVIOUS, Artifact, StageContext, StageResult, stage
+from diffagent.dabench.card import CardFacts, source_of, write_card
 from diffagent.dabench.catalogue import Catalogue, Entry, renderable_samplers
 from diffagent.dabench.dataset import DISTRIBUTIONS, damaged
 from diffagent.dabench.funnel import FunnelCounter
+from diffagent.dabench.history import (
+    SPLITS_FILE,
+    VERSION,
+    check_kept,
+    find_previous,
+    history_of,
+    read_decisions,
+    site_of,
+    store_of,
+    write_decisions,
+)
 from diffagent.dabench.neighbours import Flags, Ints
 from diffagent.dabench.splits import (
     NO_SPLIT,
@@ -33,21 +44,27 @@ from diffagent.dabench.tables import TableWriter, read_batches, read_rows, table
 from diffagent.errors import ArtifactError
 from schemas.config import DABenchConfig
 from schemas.dabench import DABENCH, RECORDS
+from schemas.manifest import Funnel
 
 log = logging.getLogger(__name__)
+
+#: Reasons why a pair is left out: a new record, and one that an earlier version decided.
+NEW_APART = "would straddle two splits"
+KNOWN_APART = "changed or came back, and would straddle two splits now"
 
 
 @dataclass(frozen=True)
 class _Plan:
     """Of each record its split (NO_SPLIT: left out), its group and its split by chance.
 
-    ``exposed``: rows of the random test split with a near-duplicate, post- or series-mate in the
-    random train split.
+    ``known``: which splits were decided by an earlier version. ``exposed``: rows of the random test
+    split with a near-duplicate, post- or series-mate in the random train split.
     """
 
     ids: Ints
     split: Codes
     group: Ints
+    known: Flags
     by_chance: Codes
     bases: npt.NDArray[np.int16]
     base_models: list[str]
@@ -60,19 +77,22 @@ class _Plan:
         return inside
 
 
-@stage("shard", version=2, config=DABenchConfig)
+@stage("shard", version=VERSION, config=DABenchConfig, history=find_previous)
 def build_dabench(config: DABenchConfig, context: StageContext) -> StageResult:
-    """Make the dataset of the filtered pairs.
+    """Make the dataset of the filtered pairs, with the splits that earlier versions decided.
 
-    Writes ``data/SPLIT-00000-of-0000N.parquet`` (DABENCH, rows by id), ``catalogue.parquet``
-    (CATALOGUE, complete), ``mapping/models.json``, ``mapping/samplers.json``, ``README.md`` (the
-    dataset card), ``plots/*.png`` and ``distributions.json`` (of the source, as filtered).
+    Writes ``data/SPLIT-00000-of-0000N.parquet`` (DABENCH, rows by id), ``splits.parquet``
+    (DECISIONS), ``catalogue.parquet`` (CATALOGUE, complete), ``mapping/models.json``,
+    ``mapping/samplers.json``, ``README.md`` (the dataset card), ``LICENSE.md``, ``plots/*.png`` and
+    ``distributions.json`` (of the source, as filtered).
 
     Raises:
-        ArtifactError: there are no pairs, or the filter artefact is damaged.
+        ArtifactError: there are no pairs, the filter artefact or an earlier version is damaged,
+            or a record would move to another split than an earlier version has it in.
     """
     filtered = context.one("filtered")
-    plan = _plan(filtered, config, context.out)
+    versions = [*_itself(context), *context.inputs.get(PREVIOUS, ())]
+    plan = _plan(filtered, config, context.out, versions)
     if not len(plan.ids):
         raise ArtifactError(
             f"{str(filtered.path)!r} holds no pairs: see the funnel of 'records' in its manifest"
@@ -81,10 +101,8 @@ def build_dabench(config: DABenchConfig, context: StageContext) -> StageResult:
     for split, count in rows.items():
         if not count:
             log.warning("split %r is empty: %d pairs are too few", split, len(plan.ids))
-    funnel = FunnelCounter("pairs", ("splits",))
-    funnel.keep(int(plan.inside.sum()))
-    if left_out := int((~plan.inside).sum()):
-        funnel.drop("splits", "would straddle two splits", left_out)
+    if versions:
+        check_kept(plan.ids[plan.inside], plan.split[plan.inside], versions[0])
     models = _write_shards(filtered, config, context.out, plan)
     catalogue = Catalogue.load(filtered.path)
     write_table(context.out / "catalogue.parquet", catalogue.to_table())
@@ -96,13 +114,14 @@ def build_dabench(config: DABenchConfig, context: StageContext) -> StageResult:
     facts = CardFacts(
         rows=rows,
         models_used=models,
+        source=source_of(site_of(filtered.manifest, store_of(filtered))),
         groups=len(sizes),
         largest_group=int(sizes.max(initial=0)),
         random_rows=_count(np.where(plan.inside, plan.by_chance, np.int8(NO_SPLIT))),
         exposed=plan.exposed,
         base_models=_base_models(plan),
         distributions=orjson.loads(distributions),
-        funnels=(*filtered.manifest.funnels, funnel.result()),
+        funnels=(*filtered.manifest.funnels, _funnel(plan)),
         config=config,
     )
     write_card(context.out, facts, catalogue)
@@ -115,6 +134,9 @@ def build_dabench(config: DABenchConfig, context: StageContext) -> StageResult:
             "models_used": models,
             "random_split": {"rows": facts.random_rows, "exposed": facts.exposed},
             "base_models": facts.base_models,
+            "history": history_of(
+                filtered.manifest, config.model_dump(mode="json"), store_of(filtered)
+            ),
         },
     )
 
@@ -132,12 +154,21 @@ def read_split(dabench: Artifact, split: Split) -> Iterator[dict[str, Any]]:
             raise damaged(path, error) from None
 
 
-def _plan(filtered: Artifact, config: DABenchConfig, out: Path) -> _Plan:
+def _itself(context: StageContext) -> list[Artifact]:
+    """The dataset that is built anew, when it is: it decided, too."""
+    return [context.previous] if context.previous else []
+
+
+def _plan(
+    filtered: Artifact, config: DABenchConfig, out: Path, versions: Sequence[Artifact]
+) -> _Plan:
     scratch = out / ".scratch"
     shutil.rmtree(scratch, ignore_errors=True)  # of an interrupted run
     try:
         with closing(Prints(filtered.file("prints.parquet"), config, scratch)) as prints:
-            made = prints.splits()
+            before = read_decisions(versions)
+            made = prints.splits(before)
+            write_decisions(out / SPLITS_FILE, before, prints, made)
             by_chance = random_splits(prints.ids, config)
             inside = prints.kept & (made.split != NO_SPLIT)
             exposed = prints.exposed(np.where(inside, by_chance, np.int8(NO_SPLIT)))
@@ -148,11 +179,22 @@ def _plan(filtered: Artifact, config: DABenchConfig, out: Path) -> _Plan:
         prints.ids[kept],
         made.split[kept],
         made.group[kept],
+        made.known[kept],
         by_chance[kept],
         prints.bases[kept],
         prints.base_models,
         int(exposed.sum()),
     )
+
+
+def _funnel(plan: _Plan) -> Funnel:
+    """What became of the pairs."""
+    funnel = FunnelCounter("pairs", ("splits",))
+    funnel.keep(int(plan.inside.sum()))
+    for known, reason in ((False, NEW_APART), (True, KNOWN_APART)):
+        if left_out := int((~plan.inside & (plan.known == known)).sum()):
+            funnel.drop("splits", reason, left_out)
+    return funnel.result()
 
 
 def _count(codes: Codes) -> dict[str, int]:
@@ -258,7 +300,8 @@ def sampler_mapping() -> dict[str, Any]:
             "scheduler": spec.scheduler,
             "options": dict(spec.options),
             "steps_multiplier": spec.steps_multiplier,
-            "note": spec.note,
+            "sigmas": spec.sigmas,
+            "note": "; ".join(filter(None, (spec.note, spec.difference))),
         }
         for name, spec in sorted(renderable_samplers().items())
     }

@@ -8,18 +8,19 @@ ones: people post series, and copy each other. So three things tie pictures toge
 * the pictures of one post;
 * an author's series: the same creator, and a similarity of at least ``series_jaccard``.
 
-Splits are decided generation by generation (see `Prints.splits`), from the prints of *all* records
-whose checkpoint is known, whether the filters keep them or not. What was decided for a generation
-depends on it and older ones alone, and prints never vanish: so no record ever moves to another
-split, whatever is added, goes from the site, or is filtered in another way.
+Splits are decided from the prints of *all* records whose checkpoint is known, whether the filters
+keep them or not. A dataset carries what was decided (`Decisions`), and the next one begins with it
+(`diffagent.dabench.history` finds it): a decided record keeps its split, or is left out where it
+would leak, whatever resolves later, changes, goes, comes back or is filtered in another way. What
+is new is decided generation by generation.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -126,11 +127,69 @@ def _cut(values: Words, test: float, validation: float) -> Codes:
 
 
 @dataclass(frozen=True)
+class Decisions:
+    """The split of every record that was ever decided; arrays with an element a record, by id.
+
+    ``group`` names its group and ``age`` is the rank of the group, oldest first. ``mark`` is a hash
+    of what ties it to others; ``present``: it was among the prints from which the last version was
+    made, with that mark and this split. ``cuts``: base model -> the frozen cut points of `_Cuts`.
+    """
+
+    ids: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    split: Codes = field(default_factory=lambda: np.zeros(0, np.int8))
+    group: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    age: Int32s = field(default_factory=lambda: np.zeros(0, np.int32))
+    mark: Words = field(default_factory=lambda: np.zeros(0, np.uint64))
+    present: Flags = field(default_factory=lambda: np.zeros(0, bool))
+    cuts: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def find(self, ids: Ints) -> tuple[Ints, Flags]:
+        """The place of each id (0 where it is not here), and whether it is here."""
+        if not len(self.ids):
+            return np.zeros(len(ids), np.int64), np.zeros(len(ids), bool)
+        places = np.searchsorted(self.ids, ids)
+        places[places == len(self.ids)] = 0
+        here: Flags = self.ids[places] == ids
+        return np.where(here, places, 0), here
+
+    def groups(self) -> tuple[Ints, Codes, Int32s]:
+        """Names and splits of all groups, oldest first; and the number of each record's group."""
+        names, first, places = np.unique(self.group, return_index=True, return_inverse=True)
+        ages = np.full(len(names), _NONE, np.int32)
+        np.minimum.at(ages, places, self.age)
+        order = np.lexsort((names, ages))
+        numbers = np.empty(len(names), np.int32)
+        numbers[order] = np.arange(len(names), dtype=np.int32)
+        return names[order], self.split[first][order], numbers[places]
+
+    def followed_by(self, later: Decisions) -> Decisions:
+        """The decisions of ``later``, and those of here that it lacks, which are not present."""
+        _, again = later.find(self.ids)
+        here = ~again
+        columns = {
+            name: np.concatenate([getattr(self, name)[here], getattr(later, name)])
+            for name in ("ids", "split", "group", "age", "mark", "present")
+        }
+        columns["present"][: here.sum()] = False
+        order = np.argsort(columns["ids"], kind="stable")
+        return Decisions(
+            **{name: column[order] for name, column in columns.items()},
+            cuts={**self.cuts, **later.cuts},
+        )
+
+
+@dataclass(frozen=True)
 class Assignment:
-    """Of each print its split (NO_SPLIT: left out) and the id that names its group."""
+    """Of each print its split (NO_SPLIT: left out), and the name and the rank of its group.
+
+    ``known``: its split was decided before. ``cuts``: the cut points that are frozen by now.
+    """
 
     split: Codes
     group: Ints
+    age: Int32s
+    known: Flags
+    cuts: Mapping[str, tuple[float, float]]
 
 
 class Prints:
@@ -152,6 +211,8 @@ class Prints:
         self._path, self._config = path, config
         self.base_models: list[str] = []
         keys, posts, creators = self._read_rows()
+        #: A hash of what ties a row to others.
+        self.marks: Words = mix(keys + mix(posts + mix(creators)))
         scratch.mkdir(parents=True, exist_ok=True)
         self._store = SetStore(scratch / "sets.bin")
         sets, first = _numbered(keys, keys != 0)
@@ -239,47 +300,93 @@ class Prints:
         """Close the temporary files."""
         self._store.close()
 
-    def splits(self) -> Assignment:
-        """Split all prints, one generation after the other.
+    def splits(self, before: Decisions | None = None) -> Assignment:
+        """Split all prints: those that were decided before first, then generation by generation.
 
         The new rows of a generation are grouped among themselves, transitively. A group that
-        touches older rows takes the split of the oldest group (lowest generation, then lowest id)
-        that it touches, and joins it; but those of its rows that are themselves near-duplicates,
-        of one post or of one series with an older row of *another* split are left out: whichever
-        split they were in, they would straddle two. A group that touches none is a new one, named
-        by its smallest id, and its split is a hash of that id (`_Cuts`).
+        touches older rows takes the split of the oldest group (lowest rank) that it touches, and
+        joins it; but those of its rows that are themselves near-duplicates, of one post or of one
+        series with an older row of *another* split are left out: whichever split they were in,
+        they would straddle two. A group that touches none is a new one, named by its smallest id,
+        and its split is a hash of that id (`_Cuts`).
         """
+        before = before or Decisions()
         links = _Links(self._nodes)
-        cuts = _Cuts(self._config, self.base_models)
-        anchors, splits = np.zeros(0, np.int64), np.zeros(0, np.int8)  # of each group, by age
-        made = Assignment(np.full(len(self.ids), NO_SPLIT, np.int8), np.zeros_like(self.ids))
-        for generation in np.unique(self.generations):
-            rows = np.flatnonzero(self.generations == generation).astype(np.int32)
+        cuts = _Cuts(self._config, self.base_models, before.cuts)
+        anchors, splits, numbers = before.groups()  # of each group, by age
+        known, split, age = self._decided(before, numbers)
+        self._keep(links, before, split, age)
+        for generation in np.unique(self.generations[~known]):
+            rows = np.flatnonzero(~known & (self.generations == generation)).astype(np.int32)
             if (np.diff(self.ids[rows]) < 0).any():
                 rows = rows[np.argsort(self.ids[rows], kind="stable")]
-            whole = len(rows) == len(self.ids) and rows[0] == 0 and (np.diff(rows) == 1).all()
-            columns = self._columns if whole else [column[rows] for column in self._columns]
-            links.begin(columns)
-            self._ask(links)
-            heads, places = links.components(columns[0])
-            oldest, touched = links.answer(columns, places, len(heads))
+            columns = self._columns_of(rows)
+            heads, places, oldest, touched = self._link(links, columns)
             new = np.flatnonzero(oldest == _NONE)
             oldest[new] = len(anchors) + np.arange(len(new), dtype=np.int32)
             first = self.ids[rows[heads[new]]]
-            anchors = np.concatenate([anchors, first])
+            # An old group may have been named by a row that is new in this history.
+            anchors = np.concatenate([anchors, np.where(np.isin(first, anchors), ~first, first)])
             number = np.full(len(heads), -1, np.int32)
             number[new] = np.arange(len(new), dtype=np.int32)
             fresh = number[places]
             bases = self.bases[rows]
             decided = cuts.decide(first, fresh[fresh >= 0], bases[fresh >= 0])
             splits = np.concatenate([splits, decided])
-            group = oldest[places]
-            split = splits[group]
-            straddling = (touched & ~(1 << split)) != 0
-            made.split[rows] = np.where(straddling, np.int8(NO_SPLIT), split)
-            made.group[rows] = anchors[group]
-            links.settle(columns, group, made.split[rows])
-        return made
+            age[rows] = oldest[places]
+            split[rows] = _unless_apart(splits[age[rows]], touched)
+            links.settle(columns, age[rows], split[rows])
+        group = anchors[age] if len(anchors) else self.ids
+        return Assignment(split, group, age, known, cuts.frozen)
+
+    def _decided(self, before: Decisions, numbers: Int32s) -> tuple[Flags, Codes, Int32s]:
+        """Which rows were decided before; of these (else NO_SPLIT, 0) the split and the group."""
+        split = np.full(len(self.ids), NO_SPLIT, np.int8)
+        age = np.zeros(len(self.ids), np.int32)
+        places, known = before.find(self.ids)
+        split[known], age[known] = before.split[places[known]], numbers[places[known]]
+        return known, split, age
+
+    def _keep(self, links: _Links, before: Decisions, split: Codes, age: Int32s) -> None:
+        """Settle the rows that were decided before; ``split`` of one that would leak is cleared.
+
+        Rows that were present in the version before, as they are now, cannot leak: they were
+        compared with each other then. The others (their prompt, post or author changed, they were
+        away, another branch of the history decided them) are compared with those that are in.
+        Of two of them that are tied, the one of train stays: a held-out one can be spared.
+        """
+        places, same = before.find(self.ids)
+        same[same] = before.present[places[same]]
+        same[same] = before.mark[places[same]] == self.marks[same]
+        rounds = [~same & (split == code) for code in range(len(SPLITS))]
+        rows = np.flatnonzero(same).astype(np.int32)
+        links.settle([column[rows] for column in self._columns], age[rows], split[rows])
+        for chosen in rounds:
+            rows = np.flatnonzero(chosen).astype(np.int32)
+            if len(rows):
+                columns = self._columns_of(rows)
+                *_, touched = self._link(links, columns)
+                split[rows] = _unless_apart(split[rows], touched)
+                links.settle(columns, age[rows], split[rows])
+
+    def _columns_of(self, rows: Int32s) -> list[Int32s]:
+        """The nodes of these rows (not copied when they are all of them, in order)."""
+        whole = len(rows) == len(self.ids) and rows[0] == 0 and (np.diff(rows) == 1).all()
+        return self._columns if whole else [column[rows] for column in self._columns]
+
+    def _link(
+        self, links: _Links, columns: list[Int32s]
+    ) -> tuple[Int32s, Int32s, Int32s, npt.NDArray[np.uint8]]:
+        """Group rows among themselves and with older ones.
+
+        Returns:
+            The first row of each group, the group of each row, the oldest group that each group
+            touches (_NONE: none), and the splits of the older rows that each row touches, as bits.
+        """
+        links.begin(columns)
+        self._ask(links)
+        heads, places = links.components(columns[0])
+        return heads, places, *links.answer(columns, places, len(heads))
 
     def exposed(self, splits: Codes) -> Flags:
         """Which rows of test have a near-duplicate, a post- or a series-mate in train.
@@ -302,6 +409,12 @@ class Prints:
     def _ask(self, question: _Links | _Exposure) -> None:
         for question.offset, join in self._joins:
             join.ask(question)
+
+
+def _unless_apart(split: Codes, touched: npt.NDArray[np.uint8]) -> Codes:
+    """The split of each row; NO_SPLIT where it touches an older row of another one."""
+    apart = (touched & ~(1 << split)) != 0
+    return np.where(apart, np.int8(NO_SPLIT), split)
 
 
 def _nodes(column: Int32s) -> Int32s:
@@ -454,17 +567,22 @@ class _Cuts:
     point, for validation below another, else for training. Groups differ in size, so cut points at
     the nominal fractions give shares of rows that scatter. In the first generation in which a base
     model has ENOUGH_GROUPS new groups its cut points are therefore put where the shares of its
-    *rows* are what is wanted; later generations use the same ones. They depend on the prints of
-    that generation alone, so no later one can move them. Until a base model has them the fractions
-    themselves are used. Giant groups would be most of a held-out split, with one prompt in endless
-    variation: they are for training.
+    *rows* are what is wanted; later generations use the same ones, and so do later versions of
+    the dataset (``frozen``). Until a base model has them the fractions themselves are used. Giant
+    groups would be most of a held-out split, with one prompt in endless variation: they are for
+    training.
     """
 
-    def __init__(self, config: DABenchConfig, base_models: list[str]) -> None:
+    def __init__(
+        self,
+        config: DABenchConfig,
+        base_models: list[str],
+        frozen: Mapping[str, tuple[float, float]],
+    ) -> None:
         self._names, self._nominal = base_models, _nominal(config)
         self._held_out = min(config.test_fraction, config.validation_fraction)
         self._salts = [salt(config.seed, "group", name) for name in base_models]
-        self._cuts: dict[int, tuple[float, float]] = {}
+        self.frozen = dict(frozen)
 
     def decide(self, ids: Ints, groups: Int32s, bases: npt.NDArray[np.int16]) -> Codes:
         """The splits of the new groups of a generation.
@@ -486,12 +604,13 @@ class _Cuts:
             values = mix(ids[at].view(np.uint64) ^ self._salts[base])
             own = np.bincount(groups[mine], minlength=len(ids))[at]
             large = giant[at] | self._giant(own)
-            if len(at) >= ENOUGH_GROUPS and base not in self._cuts:
+            name = self._names[base]
+            if len(at) >= ENOUGH_GROUPS and name not in self.frozen:
                 placed = mine & (rarest[groups] < rank)  # in groups of rarer base models
                 known = np.bincount(splits[groups[placed]], minlength=len(SPLITS))
                 known[TRAIN] += own[large].sum()
-                self._cuts[base] = self._fit(values[~large], own[~large], known)
-            decided = _cut(values, *self._cuts.get(base, self._nominal))
+                self.frozen[name] = self._fit(values[~large], own[~large], known)
+            decided = _cut(values, *self.frozen.get(name, self._nominal))
             splits[at] = np.where(large, np.int8(TRAIN), decided)
         return splits
 

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from diffagent.dabench.catalogue import Catalogue
 from diffagent.dabench.dataset import Batch, Dataset
-from diffagent.dabench.layout import aligned, printable, share
+from diffagent.dabench.layout import aligned, one_line, paragraphs, share
 from diffagent.errors import DiffAgentError, SchemaError
 from schemas.api import T2IAPI
 from schemas.manifest import Funnel
@@ -244,7 +244,7 @@ def summary_text(summary: Mapping[str, Any]) -> str:
         parts.insert(3, ["funnel: not known here (it lies with the artefact of 'filter')"])
     if summary["lineage"]:
         parts.insert(1, ["made from", *(f"  {line}" for line in summary["lineage"])])
-    return "\n\n".join("\n".join(part) for part in parts if part)
+    return paragraphs(parts)
 
 
 def _facts(summary: Mapping[str, Any]) -> list[tuple[str, object]]:
@@ -301,7 +301,7 @@ def _counts_text(
     if not counts:
         return []
     items = list(counts.items())
-    rows = [(count, share(count, total), printable(value, 60)) for value, count in items[:shown]]
+    rows = [(count, share(count, total), one_line(value, 60)) for value, count in items[:shown]]
     if rest := items[shown:]:
         left = sum(count for _, count in rest)
         rows.append((left, share(left, total), f"({len(rest):,} others)"))
@@ -316,7 +316,7 @@ def _lines_text(title: str, columns: Mapping[str, Mapping[str, int]], total: int
 def _short(counts: Mapping[str, int], total: int) -> str:
     """The most frequent values of a column in one line."""
     items = list(counts.items())
-    shown = [f"{printable(v, 24)} {share(count, total)}" for v, count in items[:_IN_LINE]]
+    shown = [f"{one_line(v, 24)} {share(count, total)}" for v, count in items[:_IN_LINE]]
     rest = [f"{len(items) - _IN_LINE:,} others"] if len(items) > _IN_LINE else []
     return ", ".join([*shown, *rest])
 
@@ -342,5 +342,5 @@ def _row_text(row: Mapping[str, Any]) -> list[str]:
     facts |= {k: v for k, v in row.items() if k not in (*facts, "api", "id", "split")}
     if facts.get("prompt_raw") == row["prompt"]:
         del facts["prompt_raw"]
-    shown = [(name, printable(v, 160)) for name, v in facts.items() if v not in (None, "", [])]
+    shown = [(name, one_line(v, 160)) for name, v in facts.items() if v not in (None, "", [])]
     return [f"row {row['id']} ({row['split']})", *aligned(shown)]

@@ -1,8 +1,9 @@
 """Is a DABench what it says it is? Every problem with its file, row, value and remedy.
 
 Digests, schema and counts against the manifest; every row against the catalogue and the mapping
-dictionaries; and no near-duplicate prompt, group, post or series on both sides of a split. One
-pass over the rows, a batch in memory at a time, and some over the prompts (`find_leaks`).
+dictionaries; no near-duplicate prompt, group, post or series on both sides of a split; and no
+record in another split than in the version before. One pass over the rows, a batch in memory at a
+time, and some over the prompts (`find_leaks`).
 """
 
 from __future__ import annotations
@@ -22,18 +23,25 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffagent.artifacts import MANIFEST, read_manifest, sha256_file
+from diffagent.artifacts import MANIFEST, PREVIOUS, Artifact, read_manifest, sha256_file
 from diffagent.dabench.base_models import ecosystem
-from diffagent.dabench.catalogue import AIR_TYPES, Catalogue, Entry
+from diffagent.dabench.catalogue import AIR_TYPES, Catalogue, Entry, air_of
 from diffagent.dabench.dataset import Batch, Dataset, count_rows, find_shards, read_file
-from diffagent.dabench.layout import printable
+from diffagent.dabench.history import (
+    SPLITS_FILE,
+    find_moved,
+    read_decisions,
+    version_before,
+)
+from diffagent.dabench.layout import one_line
 from diffagent.dabench.leaks import Chunk, Leak, chunk, find_leaks
 from diffagent.dabench.shards import model_mapping, sampler_mapping
-from diffagent.dabench.splits import SPLITS, Split
+from diffagent.dabench.splits import SPLITS, Codes, Split
 from diffagent.errors import ArtifactError, DiffAgentError
 from schemas.api import T2IAPI, ApiError, parse_api
 from schemas.dabench import CATALOGUE, DABENCH
 from schemas.manifest import Manifest
+from schemas.printable import printable
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +50,10 @@ _MAX_LEAKS = 1000  # near-duplicates that are counted
 _REBUILD = "build the dataset again (diffagent shard)"
 _RESTORE = "copy the dataset again from where it was made, or build it again (diffagent shard)"
 _SPLITS = "build the dataset again with leak-free splits (diffagent shard)"
+_UNDO = (
+    "test agents of a version with that version alone; to undo it, delete this version and build "
+    "it again (diffagent shard): it then goes on from the version before"
+)
 _REPORT = "build it again from a new 'filter' artefact; if that stays, the parser is at fault"
 
 #: Kind of problem -> remedy. The order is that of the report.
@@ -64,6 +76,8 @@ REMEDIES: Mapping[str, str] = {
     "post in two splits": _SPLITS,
     "near-duplicate in two splits": _SPLITS,
     "series in two splits": _SPLITS,
+    "moved since the version before": _UNDO,
+    "decided otherwise": f"{SPLITS_FILE} and the shards differ: {_RESTORE}",
     "empty prompt": _REPORT,
     "value out of range": _REPORT,
     "api unreadable": _REPORT,
@@ -139,7 +153,7 @@ class Verdict:
     ) -> None:
         """Count a problem."""
         if self.totals[kind] < self.limit:
-            self.problems.append(Problem(kind, file, row, printable(value, 120), message))
+            self.problems.append(Problem(kind, file, row, one_line(value, 120), message))
         self.totals[kind] += 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,13 +169,17 @@ class Verdict:
         }
 
 
-def verify_dabench(directory: str | Path, *, limit: int = 20, leaks: bool = True) -> Verdict:
+def verify_dabench(
+    directory: str | Path, *, limit: int = 20, leaks: bool = True, before: Path | None = None
+) -> Verdict:
     """Check the DABench in ``directory``, whatever state it is in.
 
     Args:
         directory: a ``shard`` artefact, or an export of one.
         limit: problems of each kind to list; all are counted.
         leaks: compare the prompts of different splits (most of the time on large datasets).
+        before: an older version, in whose splits all records must still be; None: the one that it
+            went on from, when its store still has that.
 
     Raises:
         ArtifactError: it holds no DABench at all.
@@ -190,6 +208,9 @@ def verify_dabench(directory: str | Path, *, limit: int = 20, leaks: bool = True
     complete = all(whole) and not verdict.totals["file unreadable"]
     if manifest and complete and not verdict.totals["shard missing"]:
         _check_counts(verdict, manifest, rows.per_split)
+    if rows.ids_are_unique:
+        codes = rows.places.splits().astype(np.int8)
+        _check_history(verdict, dataset, rows.ids, codes, before)
     if leaks and complete:
         _check_leaks(verdict, rows.places, files, dataset)
     return verdict
@@ -253,10 +274,9 @@ def _check_catalogue(verdict: Verdict) -> Catalogue | None:
 
 def _entry_problem(entry: Entry) -> str:
     """What is wrong between an entry's type, base model, ids and AIR; '' when nothing is."""
-    kind = AIR_TYPES.get(entry.type)
-    if kind is None:
+    if entry.type not in AIR_TYPES:
         return f"type {entry.type!r} cannot be called"
-    air = f"urn:air:{entry.ecosystem}:{kind}:civitai:{entry.model_id}@{entry.version_id}"
+    air = air_of(entry.ecosystem, entry.type, entry.model_id, entry.version_id)
     return "" if entry.air == air else f"the AIR of these ids is {air}"
 
 
@@ -454,11 +474,21 @@ class _Rows:
                 message = f"made for {laid.base_model}, not for {api.base_model}"
                 self._add("LoRA does not fit", message, file, row, named)
 
+    @property
+    def ids(self) -> npt.NDArray[np.int64]:
+        """The ids of all rows whose file has them."""
+        return np.concatenate([*self._keys["id"], np.zeros(0, np.int64)])
+
+    @property
+    def ids_are_unique(self) -> bool:
+        """Whether every row that was read has an id of its own."""
+        return len(np.unique(self.ids)) == self.places.count
+
     def finish(self) -> None:
         """Check what takes all rows: unique ids, and groups and posts that lie in one split."""
         splits = self.places.splits()
         for name, found in self._keys.items():
-            values = np.concatenate(found) if found else np.zeros(0, np.int64)
+            values = np.concatenate([*found, np.zeros(0, np.int64)])
             if not len(values) or len(values) != len(splits):  # a file has no such column
                 continue
             if name == "id":
@@ -500,6 +530,46 @@ def _check_counts(verdict: Verdict, manifest: Manifest, found: Mapping[str, int]
             value = f"{found.get(split, 0)} rows"
             verdict.add("row count", f"the manifest says {wanted} of {split}", value=value)
     verdict.checked.append("counts against the manifest")
+
+
+def _check_history(
+    verdict: Verdict,
+    dataset: Dataset,
+    ids: npt.NDArray[np.int64],
+    splits: Codes,
+    before: Path | None,
+) -> None:
+    """No record left its split, and the decisions that the dataset hands on are what it has."""
+    artifact = dataset.artifact
+    try:
+        if artifact and (verdict.path / SPLITS_FILE).is_file():
+            decided = read_decisions([artifact])
+            places, known = decided.find(ids)
+            for row in np.flatnonzero(~(known & (decided.split[places] == splits))):
+                message = f"the row is in {SPLITS[splits[row]]}"
+                verdict.add("decided otherwise", message, file=SPLITS_FILE, value=int(ids[row]))
+            verdict.checked.append(f"rows against {SPLITS_FILE}")
+        if before is None and artifact:
+            before = _version_before(artifact)
+        if before is not None:
+            moved = find_moved(ids, splits, before)
+            for ident, old, new in zip(moved.ids, moved.old, moved.new, strict=True):
+                message = f"{SPLITS[old]} in {str(before)!r}, {SPLITS[new]} here"
+                verdict.add("moved since the version before", message, value=int(ident))
+            verdict.checked.append(f"splits against those of {before}")
+    except ArtifactError as error:
+        verdict.add("file unreadable", str(error))
+
+
+def _version_before(artifact: Artifact) -> Path | None:
+    version = version_before(artifact)
+    if version is None and artifact.manifest.inputs.get(PREVIOUS):
+        log.warning(
+            "%s: the version that it went on from is not in its store, so moves were not looked "
+            "for; name an older version with --before",
+            artifact.location,
+        )
+    return version.local() if version else None
 
 
 def _check_leaks(
@@ -575,7 +645,7 @@ def verdict_text(verdict: Verdict) -> str:
             row = "" if problem.row is None else f" row {problem.row}"
             where = f"{problem.file}{row}: " if problem.file else ""
             value = f"{problem.value!r}: " if problem.value else ""
-            lines.append(f"  {where}{value}{printable(problem.message, 300)}")
+            lines.append(f"  {where}{value}{one_line(problem.message, 300)}")
         if total > len(shown):
             lines.append(f"  ... and {total - len(shown):,} more")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))

@@ -20,6 +20,7 @@ from typing import Any, Literal, get_args
 from diffagent.dabench import names
 from diffagent.dabench.base_models import ecosystem
 from diffagent.dabench.catalogue import CHECKPOINT, WEIGHT_TYPES
+from diffagent.dabench.metadata.values import file_hash
 from diffagent.dabench.name_words import NameWords
 from diffagent.errors import ArtifactError
 from schemas.civitai import generation_of
@@ -204,10 +205,9 @@ def _is_text(value: object) -> bool:
 def _hashes(file: Mapping[str, Any]) -> Iterator[str]:
     hashes = file.get("hashes")
     for value in hashes.values() if isinstance(hashes, dict) else ():
-        if isinstance(value, str) and len(value) >= _SHORT:
-            digest = value.upper()
-            if not set(digest) - set("0123456789ABCDEF") and not _EMPTY.startswith(digest):
-                yield digest
+        digest = file_hash(value)
+        if digest and not _EMPTY.startswith(digest):
+            yield digest
 
 
 def _version_keys(

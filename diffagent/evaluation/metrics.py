@@ -12,6 +12,7 @@ from typing import Literal
 
 import polars as pl
 
+from diffagent.agent.verify import TRUNCATED
 from diffagent.errors import SchemaError
 from schemas.api import T2IAPI, parse_api
 from schemas.dabench import EVALUATION
@@ -35,7 +36,7 @@ METRICS: tuple[Metric, ...] = (
         "unified score",
         "score",
         "reward",
-        "the rewards as one number; an invalid answer gets the floor",
+        "the rewards as one number; a hallucination gets the floor",
     ),
     Metric("unified_valid", "unified score, valid answers", "score", "reward", "without the floor"),
     Metric("clip", "CLIP score", "score", "reward", "prompts with a picture only"),
@@ -49,6 +50,14 @@ METRICS: tuple[Metric, ...] = (
         "rate",
         "validity",
         "answers that are no call of the catalogue",
+        better="lower",
+    ),
+    Metric(
+        "truncated",
+        "truncated",
+        "rate",
+        "validity",
+        "answers that max_new_tokens cut; they have no picture and no score",
         better="lower",
     ),
     Metric(
@@ -172,11 +181,13 @@ def evaluation_table(
                 field="prompt_id",
             )
     invalid = pl.col("status") != "valid"
+    truncated = invalid & (pl.col("reason") == TRUNCATED).fill_null(False)
     return (
         table.with_columns(
             selector="source",
             reason=pl.when(invalid).then(pl.col("reason").fill_null("unknown")),
-            hallucinated=invalid.cast(pl.Float64),
+            hallucinated=(invalid & ~truncated).cast(pl.Float64),
+            truncated=truncated.cast(pl.Float64),
             unified_valid=pl.when(~invalid).then(pl.col("unified")),
             render_failed=pl.when(~invalid).then(pl.col("failed")),
         )

@@ -16,7 +16,7 @@ import jinja2
 import polars as pl
 import pyarrow.parquet as pq
 
-from diffagent.agent.verify import KINDS
+from diffagent.agent.verify import KINDS, TRUNCATED
 from diffagent.artifacts import (
     Artifact,
     StageContext,
@@ -58,7 +58,7 @@ SANDBOX_AGENT_NOTE = (
 _SHOWN_PIXELS = 384
 
 
-@stage("evaluate", version=2, config=EvaluationConfig)
+@stage("evaluate", version=3, config=EvaluationConfig)
 def evaluate(config: EvaluationConfig, context: StageContext) -> StageResult:
     """Compare selectors on the same held-out prompts.
 
@@ -105,6 +105,7 @@ def evaluate(config: EvaluationConfig, context: StageContext) -> StageResult:
             "latency": latency,
             "unified": {n: m["unified"]["mean"] for n, m in metrics["selectors"].items()},
             "hallucinated": {n: m["hallucinated"]["mean"] for n, m in metrics["selectors"].items()},
+            "truncated": {n: m["truncated"]["mean"] for n, m in metrics["selectors"].items()},
         },
         content_digest=hashlib.sha256(
             canonical_json([sha256_file(numbers), sha256_file(rows)])
@@ -288,7 +289,7 @@ def _answer(
         return Answer(
             selector,
             SELECTORS[selector],
-            problem=f"invalid: {candidate['reason'] or 'unknown'}",
+            problem=_invalid(candidate["reason"]),
             text=_shorten(candidate["text"], 300),
             unified=unified,
         )
@@ -302,6 +303,10 @@ def _answer(
     return _describe_api(
         selector, parse_api(candidate["api"]), picture=picture, problem=problem, unified=unified
     )
+
+
+def _invalid(reason: str | None) -> str:
+    return "truncated" if reason == TRUNCATED else f"invalid: {reason or 'unknown'}"
 
 
 def _describe_api(selector: str, api: T2IAPI, **shown: Any) -> Answer:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from diffagent.agent.verify import TRUNCATED
 from diffagent.artifacts import Artifact
 from diffagent.evaluation.bootstrap import Array, Interval, bootstrap_intervals, wins
 from diffagent.evaluation.metrics import METRICS, Metric
@@ -57,7 +58,7 @@ def summarise(table: pl.DataFrame, config: EvaluationConfig) -> Metrics:
         name: table.filter(pl.col("selector") == name).sort("prompt_id")
         for name in config.selectors
     }
-    kinds = sorted(table["reason"].drop_nulls().unique())
+    kinds = sorted(set(table["reason"].drop_nulls()) - {TRUNCATED})
     asked = [m for m in METRICS if m.group != "judge" or table[m.key].drop_nulls().len()]
     reference = best_baseline(rows)
     columns: _Columns = {}

@@ -37,7 +37,7 @@ from diffagent.render.remote import (
     stem,
     stems,
 )
-from diffagent.render.samplers import SAMPLERS, normalise
+from diffagent.render.samplers import SAMPLERS, WEBUI_LABELS, normalise
 from diffagent.render.server import ServerRenderer
 
 if TYPE_CHECKING:
@@ -398,7 +398,7 @@ class A1111Renderer(ServerRenderer[_Prepared]):
         if not labels and whole:
             return whole[0], None
         if labels and solvers:
-            schedule = spec.schedule or "Uniform"
+            schedule = WEBUI_LABELS.get(spec.schedule, spec.schedule)
             if normalise(spec.solver, "Karras") == spec.solver:  # it ignores schedules
                 return solvers[0], "Automatic"
             if schedule in labels:

@@ -7,12 +7,13 @@ whether it predicts velocity from what is known of it: see `scheduler_overrides`
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -22,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 from diffagent import compat
 from diffagent.errors import RenderError
 from diffagent.render.base import ModelRef
-from diffagent.render.weights import Tensor, read_header
+from diffagent.render.quantised import check_quantisation, load_tensors
+from diffagent.render.weights import Tensor, read_header, read_metadata, reading
 
 if TYPE_CHECKING:
     import torch
@@ -84,18 +86,18 @@ def find_config(name: str, tensors: Mapping[str, Tensor], configs: Sequence[Path
             f"{name!r} is not a Stable Diffusion checkpoint in the single-file layout",
             reason="bad-model-file",
         )
-    width, channels = tensors[_FIRST_CONVOLUTION].shape[:2]
-    contexts = {t.shape[-1] for key, t in tensors.items() if key.endswith(_CROSS_ATTENTION)}
+    width, channels = (*tensors[_FIRST_CONVOLUTION].shape, 0, 0)[:2]
+    contexts = {t.shape[-1:] for key, t in tensors.items() if key.endswith(_CROSS_ATTENTION)}
     is_sdxl = any(key.startswith(_SDXL_ENCODER) for key in tensors)
     for config in configs:
         unet = json.loads((config / "unet" / "config.json").read_text(encoding="utf-8"))
         fits = (unet["block_out_channels"][0], unet["in_channels"]) == (width, channels)
-        if fits and contexts == {unet["cross_attention_dim"]} and _is_sdxl(config) == is_sdxl:
+        if fits and contexts == {(unet["cross_attention_dim"],)} and _is_sdxl(config) == is_sdxl:
             return config
     raise RenderError(
         f"{name!r} is of an architecture that is not known (width {width}, {channels} channels in, "
-        f"context {sorted(contexts)}): inpainting models and refiners are not drawn with; for "
-        "another, put its pipeline configuration into the folder 'configs' of the model cache",
+        f"context {sorted(sum(contexts, ()))}): inpainting models and refiners are not drawn with; "
+        "for another, put its pipeline configuration into the folder 'configs' of the model cache",
         reason="bad-model-file",
     )
 
@@ -115,10 +117,7 @@ def scheduler_overrides(
     ``parameterization: "v"`` (as of Stable Diffusion 2), or a base model called '... 768'. A tensor
     ``ztsnr`` says that the last step is pure noise. The tensors are the WebUI's convention.
     """
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        metadata: Mapping[str, str] = file.metadata() or {}
+    metadata = read_metadata(path)
     yaml = path.with_suffix(".yaml")
     says_v = (
         "v_pred" in tensors
@@ -144,27 +143,27 @@ def load_checkpoint(file: ModelRef, configs: Sequence[Path], dtype: torch.dtype)
     path = local_path(file)
     tensors = read_header(path)
     config = find_config(path.name, tensors, configs)
+    has_scales = check_quantisation(path)
+    _check_parts(path.name, tensors)
     diffusers = quiet_diffusers()
     family = "sdxl" if _is_sdxl(config) else "sd2" if _is_sd2(config) else "sd1"
     components: dict[str, Any] = {} if family == "sdxl" else {"safety_checker": None}
     components |= _tokenizers(config)
     name = "StableDiffusionXLPipeline" if family == "sdxl" else "StableDiffusionPipeline"
     try:
-        pipeline = getattr(diffusers, name).from_single_file(
-            str(path), config=str(config), torch_dtype=dtype, local_files_only=True, **components
-        )
-        _check_whole(pipeline)
+        with _loading(path.name, "cannot be loaded by diffusers"):
+            if has_scales:
+                components |= _models(load_tensors(path, dtype), config, dtype)
+            pipeline = getattr(diffusers, name).from_single_file(
+                str(path), config=str(config), torch_dtype=dtype, local_files_only=True,
+                **components,
+            )  # fmt: skip
+        _check_whole(path.name, pipeline)
         if family == "sdxl" and pipeline.vae.config.force_upcast:
             pipeline.vae.float()
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:  # all that `reading` lets through
         raise RenderError(
             f"{path.name!r} does not fit into main memory", reason="out-of-memory"
-        ) from error
-    except Exception as error:  # an untrusted file can make a loader fail in any way
-        raise RenderError(
-            f"diffusers cannot load {path.name!r}: {type(error).__name__}: {error}; parts that "
-            "it lacks (VAE, text encoder) cannot be had from elsewhere",
-            reason="bad-model-file",
         ) from error
     channels_last(pipeline.unet)
     channels_last(pipeline.vae)
@@ -185,22 +184,15 @@ def load_vae(file: ModelRef, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         RenderError: it is none of this architecture; reason 'bad-vae'.
     """
     path = local_path(file)
-    read_header(path)
     diffusers = quiet_diffusers()
-    try:
+    with _loading(path.name, f"is no VAE for a checkpoint of {checkpoint.family}", "bad-vae"):
         vae = diffusers.AutoencoderKL.from_single_file(
-            str(path),
+            load_tensors(path, dtype),
             config=str(checkpoint.config),
             subfolder="vae",
             torch_dtype=dtype,
             local_files_only=True,
         )
-    except Exception as error:  # an untrusted file can make a loader fail in any way
-        raise RenderError(
-            f"{path.name!r} is no VAE for a checkpoint of {checkpoint.family}: "
-            f"{type(error).__name__}: {error}",
-            reason="bad-vae",
-        ) from error
     return channels_last(vae)
 
 
@@ -228,17 +220,79 @@ def quiet_diffusers() -> Any:
     return diffusers
 
 
-def _check_whole(pipeline: Any) -> None:
-    """Raise a ValueError when tensors were missing: they are still without data."""
+@contextlib.contextmanager
+def _loading(name: str, problem: str, reason: str = "bad-model-file") -> Iterator[None]:
+    """`reading`, and the words for how diffusers fails over tensors that a file lacks."""
+    with reading(name, problem, reason):
+        try:
+            yield
+        except KeyError as error:
+            raise RenderError(
+                f"{name!r} {problem}: it lacks tensor {error}", reason=reason
+            ) from error
+        except NotImplementedError as error:  # of a parameter that got no data
+            raise RenderError(
+                f"{name!r} {problem}: it lacks tensors of the architecture; get the whole file",
+                reason=reason,
+            ) from error
+
+
+def _models(tensors: dict[str, Any], config: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """Build the networks of a pipeline from tensors in memory, as from_single_file does of a file.
+
+    Args:
+        tensors: of a single file.
+        config: a pipeline's configuration.
+        dtype: of the weights.
+    """
+    from diffusers import pipelines
+    from diffusers.loaders.single_file import load_single_file_sub_model
+
+    index = json.loads((config / "model_index.json").read_text(encoding="utf-8"))
+    return {
+        name: load_single_file_sub_model(
+            library_name=index[name][0],
+            class_name=index[name][1],
+            name=name,
+            checkpoint=dict(tensors),  # some readers take away what they have read
+            pipelines=pipelines,
+            is_pipeline_module=False,
+            cached_model_config_path=str(config),
+            local_files_only=True,
+            torch_dtype=dtype,
+        )
+        for name in ("unet", "vae", "text_encoder", "text_encoder_2")
+        if name in index
+    }
+
+
+def _check_parts(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise a RenderError when a network of the pipeline is not in the file at all."""
+    parts = {"VAE": ("first_stage_model.",), "text encoder": ("cond_stage_model.", "conditioner.")}
+    for part, prefixes in parts.items():
+        if not any(key.startswith(prefixes) for key in tensors):
+            raise RenderError(
+                f"{name!r} lacks the {part}, which cannot be had from elsewhere; get the file that "
+                "holds the whole checkpoint",
+                reason="bad-model-file",
+            )
+
+
+def _check_whole(name: str, pipeline: Any) -> None:
+    """Raise a RenderError when tensors were missing: they are still without data."""
     modules = {n: m for n, m in pipeline.components.items() if hasattr(m, "named_parameters")}
     missing = [
-        f"{component}.{name}"
+        f"{component}.{parameter_name}"
         for component, module in modules.items()
-        for name, parameter in module.named_parameters()
+        for parameter_name, parameter in module.named_parameters()
         if parameter.is_meta
     ]
     if missing:
-        raise ValueError(f"{len(missing)} tensors are missing, such as {missing[0]!r}")
+        raise RenderError(
+            f"{name!r} lacks {len(missing)} tensors, such as {missing[0]!r}, which cannot be had "
+            "from elsewhere",
+            reason="bad-model-file",
+        )
 
 
 def _is_sd2(config: Path) -> bool:

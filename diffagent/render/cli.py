@@ -414,10 +414,21 @@ def _make(
         if row["api"]
     }
     missing = _sheet(out, title, renders, apis)
-    if score and missing < renders.manifest.rows["renders.parquet"]:
+    total = renders.manifest.rows["renders.parquet"]
+    if score and missing < total:
         scores = score_stage.score.run(run.rewards, {"renders": [renders]}, run.runtime)
         missing = _sheet(out, title, renders, apis, scores)
+    _end(missing, total, out)
+
+
+def _end(missing: int, total: int, out: Path) -> None:
+    """Exit with code 1, and say where the reasons are, when pictures are missing."""
     if missing:
+        typer.echo(
+            f"error: {missing} of {total} pictures failed; {out / 'index.html'} shows why, and "
+            "results.jsonl beside it",
+            err=True,
+        )
         raise typer.Exit(1)
 
 
@@ -460,14 +471,16 @@ def _sheet(
 
 
 def _score_files(pictures: list[Path], prompt: str | None, run: PipelineConfig, out: Path) -> None:
+    import pyarrow.parquet as pq
+
     from diffagent.render import sheet_rows
     from diffagent.render.prompts_file import pictures_in
     from diffagent.rewards import stage as score_stage
 
     config, apis = sheet_rows.pictures_config(list(pictures_in(pictures)), prompt)
     renders = sheet_rows.pictures.run(config, {}, run.runtime)
-    if _sheet(out, "Scores", renders, apis) == renders.manifest.rows["renders.parquet"]:
-        raise typer.Exit(1)  # nothing to score: no scorer is loaded
-    scores = score_stage.score.run(run.rewards, {"renders": [renders]}, run.runtime)
-    if _sheet(out, "Scores", renders, apis, scores):
-        raise typer.Exit(1)
+    statuses = pq.read_table(renders.file("renders.parquet"), columns=["status"])["status"]
+    scores = None
+    if "ok" in statuses.to_pylist():  # else there is nothing to load a scorer for
+        scores = score_stage.score.run(run.rewards, {"renders": [renders]}, run.runtime)
+    _end(_sheet(out, "Scores", renders, apis, scores), len(statuses), out)

@@ -52,13 +52,18 @@ _LISTED = MappingProxyType(
         "vae": ("VAELoader", "vae_name", "vae"),
     }
 )
+#: The schedules of KSampler; its beta and kl_optimal are not the WebUI's.
 _SCHEDULES: Mapping[str, str] = MappingProxyType(
     {
         "": "normal",
         "Karras": "karras",
         "Exponential": "exponential",
         "SGM Uniform": "sgm_uniform",
-        "Beta": "beta",
+        "Simple": "simple",
+        "DDIM Uniform": "ddim_uniform",
+        "Beta (ComfyUI)": "beta",
+        "KL Optimal (ComfyUI)": "kl_optimal",
+        "Linear Quadratic": "linear_quadratic",
     }
 )
 #: Solvers that have a schedule of their own in the WebUI; here it is named.
@@ -301,8 +306,8 @@ class ComfyUIRenderer(ServerRenderer[_Prepared]):
         solvers = [
             name for name in listed if not name.endswith("_gpu") and normalise(name) == spec.solver
         ]
-        schedule = _OWN_SCHEDULES.get(spec.solver, _SCHEDULES[spec.schedule])
-        if not solvers or schedule not in self._list("KSampler", "scheduler"):
+        schedule = _OWN_SCHEDULES.get(spec.solver, _SCHEDULES.get(spec.schedule))
+        if not solvers or schedule is None or schedule not in self._list("KSampler", "scheduler"):
             raise RenderError(
                 f"{self.server.url} has no sampler {recipe.sampler!r}", reason="unsupported-sampler"
             )

@@ -58,7 +58,10 @@ def check_output(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Card:
-    """One picture, or why there is none (``problem``)."""
+    """One picture, or why there is none (``problem``).
+
+    ``note``: how the picture differs from what its call means.
+    """
 
     number: str
     prompt: str
@@ -68,6 +71,7 @@ class Card:
     picture: Path | None = None
     href: str = ""
     problem: str = ""
+    note: str = ""
     scores: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -157,6 +161,7 @@ def write_results(path: Path, cards: Sequence[Card]) -> None:
                 "api": json.loads(card.api.to_json()) if card.api else None,
                 "picture": card.href or None,
                 "problem": card.problem or None,
+                "note": card.note or None,
                 "scores": dict(card.scores),
             },
             ensure_ascii=False,

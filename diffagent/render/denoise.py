@@ -14,23 +14,22 @@ see docs/rendering.md): in batches of another size the same row differs by some 
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from diffagent.errors import RenderError
-from diffagent.render.prompts import Conditioning
+from diffagent.render.prompts import Conditioning, Guide
 from diffagent.render.recipe import Recipe
 from diffagent.render.samplers import SAMPLERS
+from diffagent.render.solvers import solver_for
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
 
-_ZERO_SNR = "rescale_betas_zero_snr"
 #: Passes that the pictures under way would fill, while there are that many.
 _UNDER_WAY = 3
 
@@ -50,13 +49,14 @@ class Sampling:
     ``latents``: (1, C, H, W), float32. ``error`` says why they will never be those of the picture.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917  as the picture is made up
         self,
         recipe: Recipe,
         scheduler_config: Mapping[str, Any],
-        said: tuple[Conditioning, Conditioning],
+        said: tuple[Guide, Guide],
         latent_shape: Sequence[int],
         device: torch.device,
+        family: str = "sd1",
     ) -> None:
         """Draw the noise; ``said`` is the positive and the negative conditioning.
 
@@ -68,30 +68,27 @@ class Sampling:
         import torch
 
         self.recipe = recipe
-        spec = SAMPLERS[recipe.sampler]
-        if spec.scheduler is None:
-            raise RenderError(f"no scheduler for {recipe.sampler!r}", reason="unsupported-sampler")
-        import diffusers
-
-        scheduler = getattr(diffusers, spec.scheduler)
-        known = inspect.signature(scheduler.__init__).parameters
-        if scheduler_config.get(_ZERO_SNR) and _ZERO_SNR not in known:
-            raise RenderError(
-                f"{spec.scheduler} cannot begin with pure noise, as this checkpoint must; take "
-                "'Euler', 'Euler a', 'DPM++ 2M' or 'DDIM'",
-                reason="unsupported-sampler",
-            )
-        self._scheduler = scheduler.from_config(scheduler_config, **spec.options)
-        self._scheduler.set_timesteps(recipe.steps * spec.steps_multiplier)  # on the CPU: no waits
-        self._generator = torch.Generator("cpu").manual_seed(recipe.seed)
-        takes = inspect.signature(self._scheduler.step).parameters
-        self._options = {"generator": self._generator} if "generator" in takes else {}
-        self._step = 0
         self.error: RenderError | None = None
+        self._evaluation = 0
+        self._positive, self._negative = said
         # As the WebUI and diffusers: at a scale of 1 the negative prompt has no say.
-        self._said = said if recipe.cfg_scale > 1 else said[:1]
-        noise = torch.randn(tuple(latent_shape), generator=self._generator)
-        self.latents = noise.to(device) * float(self._scheduler.init_noise_sigma)
+        weights = (weight for _, weight in self._positive.parts(0))
+        self._guided = recipe.cfg_scale * sum(weights) != 1
+        generator = torch.Generator("cpu").manual_seed(recipe.seed)
+        noise = torch.randn(tuple(latent_shape), generator=generator).to(device)
+        self._solver = solver_for(
+            SAMPLERS[recipe.sampler],
+            recipe.steps,
+            scheduler_config,
+            noise,
+            generator,
+            sdxl=family == "sdxl",
+        )
+
+    @property
+    def latents(self) -> torch.Tensor:
+        """As far as they are."""
+        return self._solver.latents
 
     @property
     def done(self) -> bool:
@@ -100,36 +97,48 @@ class Sampling:
 
     @property
     def left(self) -> int:
-        """Steps that are left."""
-        return len(self._scheduler.timesteps) - self._step
+        """Evaluations of the U-Net that are left."""
+        return self._solver.left
 
     @property
     def context_length(self) -> int:
         """Tokens of the conditionings: rows of one pass share it."""
-        return self._said[0].context.shape[1]
+        return self._positive.parts(0)[0][0].context.shape[1]
 
     @property
     def width(self) -> int:
-        """Rows that each step asks for."""
-        return len(self._said)
+        """Rows that each evaluation asks for."""
+        return len(self._positive.parts(0)) + self._guided
 
     def rows(self) -> list[Row]:
-        """What the next step asks the U-Net: the positive first."""
-        timestep = self._scheduler.timesteps[self._step]
-        latents = self._scheduler.scale_model_input(self.latents, timestep)
-        return [Row(latents, float(timestep), said) for said in self._said]
+        """Give the U-Net's inputs for the next evaluation, the positive prompt's parts first."""
+        latents, timestep = self._solver.input()
+        guides = [guide for guide, _ in self._positive.parts(self._evaluation)]
+        if self._guided:
+            guides.append(self._negative.parts(self._evaluation)[0][0])
+        return [Row(latents, timestep, guide) for guide in guides]
 
     def advance(self, predictions: Sequence[torch.Tensor]) -> None:
-        """Take the step with the U-Net's answers to `rows`, each (1, C, H, W)."""
-        positive = predictions[0].float()
-        guided = positive
-        if len(predictions) == 2:
-            negative = predictions[1].float()
-            guided = negative + self.recipe.cfg_scale * (positive - negative)
-        self.latents = self._scheduler.step(
-            guided, self._scheduler.timesteps[self._step], self.latents, **self._options
-        ).prev_sample
-        self._step += 1
+        """Take the step with the U-Net's answers to `rows`, each (1, C, H, W).
+
+        Parts of a prompt are summed as in the WebUI (Liu et al. 2022, arXiv 2206.01714):
+        ``negative + sum of cfg_scale * weight * (part - negative)``.
+        """
+        import torch
+
+        weights = [weight for _, weight in self._positive.parts(self._evaluation)]
+        own = predictions[: len(weights)]
+        if self._guided:
+            negative = guided = predictions[-1].float()
+            for weight, prediction in zip(weights, own, strict=True):
+                scale = self.recipe.cfg_scale * weight
+                guided = guided + scale * (prediction.float() - negative)
+        else:
+            guided = torch.zeros_like(own[0], dtype=torch.float32)
+            for weight, prediction in zip(weights, own, strict=True):
+                guided = guided + self.recipe.cfg_scale * weight * prediction.float()
+        self._solver.advance(guided)
+        self._evaluation += 1
 
 
 class Denoiser:
@@ -149,7 +158,9 @@ class Denoiser:
         following = next(waiting, None)
         active: list[Sampling] = []
         while active or following:
-            while following and _width(active) + following.width <= _UNDER_WAY * self.rows:
+            while following and (
+                not active or _width(active) + following.width <= _UNDER_WAY * self.rows
+            ):
                 active.append(following)
                 following = next(waiting, None)
             chosen = self._choose(active)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 from diffagent.civitai.meter import meter
 from diffagent.civitai.sources.local import Hashes, LocalFile, look, model_files
 from diffagent.errors import ConfigError, RenderError
+
+log = logging.getLogger(__name__)
 
 #: Sites state sizes in kilobytes, rounded.
 _SIZE_SLACK = 1024
@@ -29,7 +32,8 @@ class ModelFolders:
         self.folders = tuple(folders)
         for folder in self.folders:
             if not folder.is_dir():
-                raise ConfigError(f"model folder {str(folder)!r} is not there; see model_folders")
+                why = "is a file, not a folder" if folder.exists() else "is not there"
+                raise ConfigError(f"model folder {str(folder)!r} {why}; see model_folders")
         self._hashes = Hashes(index)
         self._lock = threading.Lock()
         self._sizes: dict[Path, int] | None = None
@@ -51,16 +55,19 @@ class ModelFolders:
             flaw = self._hashes.flaw(found) if found else ""
             self._hashes.save()
         if flaw:
-            raise RenderError(f"{str(found)!r}: {flaw}", reason="bad-model-file")
+            raise RenderError(flaw, reason="bad-model-file")
         return found
 
     def files(self) -> Iterator[LocalFile]:
         """Every model file, hashed; also those that are refused, with the reason."""
-        paths = [path for folder in self.folders for path in model_files(folder)]
+        paths = list(model_files(*self.folders))
         try:
             with meter(lambda *_: None, "model files", len(paths)) as more:
                 for path in paths:
-                    yield look(path, self._hashes)
+                    try:
+                        yield look(path, self._hashes)
+                    except OSError as error:
+                        log.warning("%r is left out: %s", str(path), error.strerror)
                     more(1)
         finally:
             self._hashes.save()
@@ -68,9 +75,10 @@ class ModelFolders:
     def _candidates(self, size_bytes: int | None) -> list[Path]:
         """Files that it may be, those first that need not be read to know."""
         if self._sizes is None:
-            every = (path for folder in self.folders for path in model_files(folder))
             self._sizes = {
-                path: path.stat().st_size for path in every if path.suffix.lower() == ".safetensors"
+                path: path.stat().st_size
+                for path in model_files(*self.folders)
+                if path.suffix.lower() == ".safetensors"
             }
         there = [
             path
@@ -80,4 +88,8 @@ class ModelFolders:
         return sorted(there, key=lambda path: not self._hashes.know(path))
 
     def _is(self, path: Path, sha256: str) -> bool:
-        return self._hashes.of(path)["SHA256"].lower() == sha256
+        try:
+            return self._hashes.of(path)["SHA256"].lower() == sha256
+        except OSError as error:
+            log.warning("%r cannot be read: %s", str(path), error.strerror)
+            return False

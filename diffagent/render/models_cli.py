@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from schemas.printable import printable
+
 if TYPE_CHECKING:
     from diffagent.civitai.client import CivitaiClient
+    from diffagent.dabench.catalogue import Entry
+    from diffagent.errors import DiffAgentError
     from diffagent.render.cache import CachedModel, ModelCache
     from diffagent.render.store import ModelStore
     from schemas.config import RuntimeConfig
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 app = typer.Typer(
     help="Model files: fetch, list, pin, evict, import; look at folders of them.",
@@ -70,17 +77,38 @@ def fetch(
     """Print the local file of each model, downloaded and verified where it is not there."""
     from diffagent.render.references import find
 
+    def look_up(reference: str) -> Entry | Path:
+        local = _local(store, reference)
+        return local or find(client, reference, require_scans=not allow_unscanned)
+
+    def bring(entry: Entry | Path) -> Path:
+        return entry if isinstance(entry, Path) else store.fetch(entry)
+
+    errors: list[DiffAgentError] = []
     with _open_store(config, models, folders, site, limit_gb) as (store, client):
-        found = [
-            _local(store, reference) or find(client, reference, require_scans=not allow_unscanned)
-            for reference in references
-        ]
-        store.prefetch(entry for entry in found if not isinstance(entry, Path))
-        for entry in found:
-            path = entry if isinstance(entry, Path) else store.fetch(entry)
+        entries = list(_without_errors(look_up, references, errors))
+        store.prefetch(entry for entry in entries if not isinstance(entry, Path))
+        for path in _without_errors(bring, entries, errors):
             if pin and path.is_relative_to(store.cache.directory):
                 store.cache.pin(path.stem)
             typer.echo(path)
+    for error in errors[1:]:
+        typer.echo(f"error: {printable(str(error))}", err=True)
+    if errors:
+        raise errors[0]
+
+
+def _without_errors(
+    action: Callable[[A], B], items: Iterable[A], errors: list[DiffAgentError]
+) -> Iterator[B]:
+    """What an action makes of each item; errors are collected, so that the others are tried."""
+    from diffagent.errors import DiffAgentError
+
+    for item in items:
+        try:
+            yield action(item)
+        except DiffAgentError as error:
+            errors.append(error)
 
 
 @app.command("list")
@@ -92,10 +120,15 @@ def list_models(config: Config = None, models: Models = None, as_json: AsJSON = 
         typer.echo(json.dumps([asdict(file) for file in files], indent=2))
         return
     for file in files:
-        states = {"pinned": file.pinned, "in use": file.in_use, "unfinished": not file.complete}
+        states = {
+            "pinned": file.pinned,
+            "imported": file.imported,
+            "in use": file.in_use,
+            "unfinished": not file.complete,
+        }
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.used))
         told = ", ".join(name for name, holds in states.items() if holds)
-        name = f"{file.model} {file.air}".strip()
+        name = printable(f"{file.model} {file.air}".strip())
         typer.echo(f"{file.sha256[:10]}  {file.size / 1e9:8.3f} GB  {used}  {told:<10}  {name}")
     limit = f" of {runtime.models_max_gb:g}" if runtime.models_max_gb else ""
     total = sum(file.size for file in files) / 1e9
@@ -108,7 +141,7 @@ def pin(which: Which, config: Config = None, models: Models = None) -> None:
     cache = _cache(_runtime(config, models))
     for file in _chosen(cache, which):
         cache.pin(file.sha256)
-        typer.echo(f"pinned {file.sha256[:10]} {file.model}")
+        typer.echo(f"pinned {file.sha256[:10]} {printable(file.model)}")
 
 
 @app.command()
@@ -117,7 +150,7 @@ def unpin(which: Which, config: Config = None, models: Models = None) -> None:
     cache = _cache(_runtime(config, models))
     for file in _chosen(cache, which):
         cache.pin(file.sha256, pinned=False)
-        typer.echo(f"unpinned {file.sha256[:10]} {file.model}")
+        typer.echo(f"unpinned {file.sha256[:10]} {printable(file.model)}")
 
 
 @app.command()
@@ -126,9 +159,14 @@ def evict(
     config: Config = None,
     models: Models = None,
     limit_gb: LimitGB = None,
+    imported: Annotated[
+        bool, typer.Option("--imported", help="Also files that were imported.")
+    ] = False,
 ) -> None:
-    """Delete files from the cache: those named, else what was not used for longest until the
-    limit is kept. What is pinned or in use stays."""
+    """Delete files from the cache: those named, else the longest unused until the limit is kept.
+
+    Files that are pinned or in use stay, and imported ones unless named or with --imported.
+    """
     from diffagent.errors import ConfigError
 
     runtime = _runtime(config, models, limit_gb=limit_gb)
@@ -140,9 +178,10 @@ def evict(
         for file in gone:
             cache.remove(file.sha256)
     else:
-        gone = cache.make_room()
+        gone = cache.make_room(imported=imported)
     for file in gone:
-        typer.echo(f"evicted {file.sha256[:10]} {file.model}: {file.size / 1e9:.3f} GB")
+        name = printable(file.model)
+        typer.echo(f"evicted {file.sha256[:10]} {name}: {file.size / 1e9:.3f} GB")
 
 
 @app.command("import")
@@ -154,17 +193,19 @@ def import_models(
     models: Models = None,
 ) -> None:
     """Copy files into the cache, checked; what is refused is told, and exit code 1 at the end."""
-    from diffagent.civitai.sources.local import model_files
+    from diffagent.civitai.sources.local import model_files, undrawable
     from diffagent.errors import RenderError
 
     cache, refused = _cache(_runtime(config, models)), False
-    found = [model_files(path) if path.is_dir() else [path] for path in paths]
-    for path in chain.from_iterable(found):
+    files = [model_files(path) if path.is_dir() else [path] for path in paths]
+    for path in chain.from_iterable(files):
         try:
-            typer.echo(f"{cache.add(path)[0]}  {path}")
+            typer.echo(f"{cache.add(path)[0]}  {printable(str(path))}")
+            if why := undrawable(path):
+                typer.echo(f"not drawn with  {printable(f'{path}: {why}')}", err=True)
         except RenderError as error:
             refused = True
-            typer.echo(f"refused  {path}: {error}", err=True)
+            typer.echo(f"refused  {printable(f'{path}: {error}')}", err=True)
     if refused:
         raise typer.Exit(1)
 
@@ -183,23 +224,31 @@ def scan(
 
     Hashes are kept beside the cache, so that a second look reads nothing.
     """
+    from diffagent.civitai.sources.local import record_of
     from diffagent.render.folders import ModelFolders
 
     runtime = _runtime(config, models)
     for file in ModelFolders(folders, runtime.models_directory / "folders.json").files():
-        base = file.architecture.base_model or "?"
+        model, version = record_of(file)
+        base = version.get("baseModel")
         if as_json:
             row: dict[str, Any] = {
                 "path": str(file.path),
                 "sha256": file.sha256,
                 "refused": file.refused,
+                "undrawable": file.undrawable,
+                "type": model["type"],
+                "base_model": base,
+                "model": model["name"],
+                "version": version["name"],
             }
-            row |= {"type": file.architecture.type, "base_model": file.architecture.base_model}
             typer.echo(json.dumps(row))
         else:
-            told = f"  refused: {file.refused}" if file.refused else ""
+            why = f"  refused: {file.refused}" if file.refused else ""
+            why = f"  not drawn with: {file.undrawable}" if file.undrawable else why
             typer.echo(
-                f"{file.sha256[:10]}  {file.architecture.type:<16}  {base:<8}  {file.path}{told}"
+                f"{file.sha256[:10]}  {model['type']:<16}  {base or '?':<8}  "
+                f"{printable(str(file.path))}{printable(why)}"
             )
 
 

@@ -34,7 +34,7 @@ from diffagent.render.checkpoints import (
     weights_size,
 )
 from diffagent.render.denoise import Denoiser, Sampling, failure, free_memory, is_out_of_memory
-from diffagent.render.prompts import PromptEncoder
+from diffagent.render.prompts import PromptEncoder, check_prompt
 from diffagent.render.recipe import SUPPORTED, Recipe
 from diffagent.render.samplers import SAMPLERS
 
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 #: Raise it when the same recipe gives another picture.
-VERSION = 2
+VERSION = 3
 #: Recipes whose prompts are encoded before the first is drawn: up to 1.2 MB each.
 _WINDOW = 256
 #: Pixels of all rows of a pass, by the kind of device; a picture with guidance is two rows.
@@ -117,8 +117,8 @@ class DiffusersRenderer:
 
     def check(self, recipe: Recipe, files: Files) -> None:
         """See the protocol; reasons 'unsupported-sampler', 'unsupported-size',
-        'unsupported-base-model', 'lora-base-mismatch', 'embedding-base-mismatch' and
-        'vae-base-mismatch'."""
+        'prompt-too-long', 'unsupported-base-model', 'lora-base-mismatch',
+        'embedding-base-mismatch' and 'vae-base-mismatch'."""
         if recipe.width % 8 or recipe.height % 8:
             raise RenderError(
                 f"{recipe.width}x{recipe.height} is no multiple of 8 pixels",
@@ -126,6 +126,9 @@ class DiffusersRenderer:
             )
         if not SAMPLERS[recipe.sampler].renderable:
             raise RenderError(f"no scheduler for {recipe.sampler!r}", reason="unsupported-sampler")
+        evaluations = SAMPLERS[recipe.sampler].evaluations(recipe.steps)
+        check_prompt(recipe.prompt, evaluations)
+        check_prompt(recipe.negative_prompt, evaluations, negative=True)
         base = _ecosystem(files.checkpoint)
         if base is not None and base not in SUPPORTED:
             raise RenderError(
@@ -368,9 +371,15 @@ class _Ready:
                 _with_tokens(recipe.prompt, recipe, negative=False),
                 _with_tokens(recipe.negative_prompt, recipe, negative=True),
                 recipe.clip_skip,
+                SAMPLERS[recipe.sampler].evaluations(recipe.steps),
             )
-            return Sampling(recipe, self.checkpoint.scheduler_config, said, shape, device)
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            checkpoint = self.checkpoint
+            return Sampling(
+                recipe, checkpoint.scheduler_config, said, shape, device, checkpoint.family
+            )
+        except RenderError:
+            raise
+        except Exception as error:  # the checkpoint and what is laid over it are strangers'
             raise failure(recipe, error) from error
 
     def picture(self, sampling: Sampling) -> Image | RenderError:

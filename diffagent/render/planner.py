@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from diffagent.errors import CivitaiError, RenderError
 from diffagent.render.base import Files, ModelRef, Renderer
 from diffagent.render.recipe import Recipe
+from diffagent.render.weights import reading
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -98,7 +99,7 @@ def draw(
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as ahead:
         arriving = ahead.submit(supply.files, groups[0].files) if groups else None
         for group, following in zip_longest(groups, groups[1:]):
-            failed = _prepare(renderer, arriving)
+            failed = _prepare(renderer, group, arriving)
             # Not before this group's own checkpoint is loaded, which would have to wait.
             arriving = ahead.submit(supply.read_ahead, following.files) if following else None
             name, number = group.files.checkpoint.name, len(group.recipes)
@@ -113,16 +114,30 @@ def draw(
                     release(ref)
 
 
-def _prepare(renderer: Renderer, arriving: Future[Files] | None) -> RenderError | None:
-    """Make arriving files the ones that are drawn with; the error that the whole group has."""
+def _prepare(
+    renderer: Renderer, group: Group, arriving: Future[Files] | None
+) -> RenderError | None:
+    """Make arriving files the ones that are drawn with; the error that the whole group has.
+
+    Readers turn what they raise into such errors; what escapes them is the group's too.
+    """
     try:
-        if arriving:
-            renderer.prepare(arriving.result())
+        with reading(group.files.checkpoint.name, "cannot be drawn with", "render-error"):
+            if arriving:
+                renderer.prepare(arriving.result())
     except RenderError as error:
         if error.retryable:
             raise
-        return error
+        return _named(error, error.reason, *group.files.all)
     return None
+
+
+def _named(error: Exception, reason: str, *refs: ModelRef) -> RenderError:
+    """The error with models' names in place of the cache's file names, which are their hashes."""
+    text = str(error)
+    for ref in refs:
+        text = text.replace(f"{ref.sha256}.safetensors", ref.name)
+    return RenderError(text, reason=reason)
 
 
 class _Supply:
@@ -160,11 +175,12 @@ class _Supply:
             raise self._failed[ref.sha256]
         try:
             if ref.sha256 not in self._paths:
-                self._paths[ref.sha256] = self._fetch(ref)
+                with reading(ref.name, "cannot be had", "download"):
+                    self._paths[ref.sha256] = self._fetch(ref)
         except (RenderError, CivitaiError) as error:
             if error.retryable:
                 raise
             reason = error.reason if isinstance(error, RenderError) else "download"
-            self._failed[ref.sha256] = RenderError(str(error), reason=reason)
+            self._failed[ref.sha256] = _named(error, reason, ref)
             raise self._failed[ref.sha256] from error
         return replace(ref, path=self._paths[ref.sha256])

@@ -23,7 +23,7 @@ from diffagent.dabench.metadata import Generation, Reference, write_parameters
 from diffagent.dabench.metadata.a1111 import shortest
 from diffagent.errors import RenderError
 from diffagent.render.recipe import Recipe
-from diffagent.render.samplers import SAMPLERS, normalise
+from diffagent.render.samplers import SAMPLERS, WEBUI_LABELS, normalise
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -90,9 +90,9 @@ def sampler_fields(name: str) -> tuple[str, str | None]:
     """
     spec = SAMPLERS[name]
     if spec.schedule not in ("", "Karras", "Exponential"):
-        return spec.solver, spec.schedule
+        return spec.solver, WEBUI_LABELS.get(spec.schedule, spec.schedule)
     if not spec.schedule and normalise(name, "Automatic") != name:
-        return name, "Uniform"
+        return name, WEBUI_LABELS[""]
     return name, None
 
 

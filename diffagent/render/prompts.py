@@ -1,81 +1,40 @@
-"""Prompts as the WebUI writes them, encoded by compel.
+"""Prompts in the WebUI's syntax (`diffagent.render.prompt_syntax`), encoded by compel.
 
-``(word)`` and ``(word:1.2)`` strengthen, ``[word]`` weakens, a backslash takes a bracket's meaning
-away, ``BREAK`` starts a new window of CLIP's 77 tokens, and longer prompts take several windows.
-The syntax is AUTOMATIC1111's, since that is what records and people write. The arithmetic is
-compel's (weights above 1 move away from the empty prompt's embedding, weights below 1 towards
-that of the prompt without the words), so weighted prompts look alike in both, not equal.
+The arithmetic of weights is compel's (weights above 1 move away from the empty prompt's embedding,
+weights below 1 towards that of the prompt without the words), so weighted prompts look alike in
+both, not equal. Longer prompts take several windows of CLIP's 77 tokens.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from diffagent.errors import RenderError
+from diffagent.render.prompt_syntax import Fragment, compose, parse, schedule
 
 if TYPE_CHECKING:
     import torch
 
-#: A part of a prompt and its weight.
-Fragment = tuple[str, float]
-
 _KEPT = 256  # encoded prompts: up to 0.6 MB each
-_STEP = 1.1  # what one pair of brackets does in the WebUI
-_TOKEN = re.compile(
-    r"\\[()\[\]\\]|[(\[]|:\s*(?P<weight>[+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[)\]]"
-    r"|\s*\bBREAK\b\s*|[^\\()\[\]:B]+|."
-    , re.DOTALL,
-)  # fmt: skip
+#: Characters of a prompt; real ones have up to 6,000.
+MAX_CHARACTERS = 10_000
+_MAX_WINDOWS = 64
+_MAX_PARTS = 16  # between ANDs: each is another row of every pass
+#: Characters that are encoded for one prompt: its texts at all steps, each once more for every
+#: fragment that is weakened.
+_MAX_WORK = 500_000
 
 
-def parse(prompt: str) -> list[list[Fragment]]:
-    """The windows of a prompt (one more than it has ``BREAK``), as weighted fragments.
+class Guide(Protocol):
+    """A prompt as the U-Net is given it: one or several conditionings, at each evaluation."""
 
-    A bracket that is never closed reaches to the end; one that was never opened is text.
-    """
-    pieces: list[tuple[str, float] | None] = []  # None: BREAK
-    opened: dict[str, list[int]] = {"(": [], "[": []}
-
-    def close(kind: str, factor: float) -> None:
-        start = opened[kind].pop()
-        pieces[start:] = [piece and (piece[0], piece[1] * factor) for piece in pieces[start:]]
-
-    for match in _TOKEN.finditer(prompt):
-        token = match.group()
-        if token in opened:
-            opened[token].append(len(pieces))
-        elif match["weight"] and opened["("]:
-            close("(", float(match["weight"]))
-        elif token == ")" and opened["("]:
-            close("(", _STEP)
-        elif token == "]" and opened["["]:
-            close("[", 1 / _STEP)
-        elif token.strip() == "BREAK":
-            pieces.append(None)
-        else:
-            pieces.append((token[1:] if len(token) == 2 and token[0] == "\\" else token, 1.0))
-    for kind, factor in (("(", _STEP), ("[", 1 / _STEP)):
-        while opened[kind]:
-            close(kind, factor)
-    return _windows(pieces)
-
-
-def _windows(pieces: Sequence[Fragment | None]) -> list[list[Fragment]]:
-    """Split at the breaks, join neighbours of one weight, leave out what is only space."""
-    windows: list[list[Fragment]] = [[]]
-    for piece in pieces:
-        window = windows[-1]
-        if piece is None:
-            windows.append([])
-        elif window and window[-1][1] == piece[1]:
-            window[-1] = (window[-1][0] + piece[0], piece[1])
-        else:
-            window.append(piece)
-    return [[part for part in window if part[0].strip()] or [("", 1.0)] for window in windows]
+    def parts(self, evaluation: int) -> Sequence[tuple[Conditioning, float]]:
+        """Conditionings with their weights, always as many and of one length."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -84,6 +43,75 @@ class Conditioning:
 
     context: torch.Tensor
     pooled: torch.Tensor | None = None
+
+    def parts(self, evaluation: int) -> Sequence[tuple[Conditioning, float]]:
+        """Itself, at every evaluation."""
+        return ((self, 1.0),)
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A prompt of several parts, or of parts that change.
+
+    ``timelines``: of each part its weight, and its conditionings with the last step of each. Steps
+    are counted as in the WebUI: the evaluations of the U-Net, from 0.
+    """
+
+    timelines: tuple[tuple[float, tuple[tuple[int, Conditioning], ...]], ...]
+
+    def parts(self, evaluation: int) -> Sequence[tuple[Conditioning, float]]:
+        """See the protocol."""
+        return [
+            (next((item for end, item in spans if evaluation <= end), spans[-1][1]), weight)
+            for weight, spans in self.timelines
+        ]
+
+
+#: The texts of each part of a prompt with the last step of each, and the part's weight.
+_Timelines = list[tuple[float, list[tuple[int, str]]]]
+
+
+def check_prompt(prompt: str, evaluations: int, *, negative: bool = False) -> None:
+    """Refuse a prompt that would take too long.
+
+    Raises:
+        RenderError: reason 'prompt-too-long'.
+    """
+    if len(prompt) > MAX_CHARACTERS:
+        raise _too_long(f"{len(prompt)} characters, more than {MAX_CHARACTERS}")
+    timelines = _timelines(prompt, evaluations, negative=negative)
+    if len(timelines) > _MAX_PARTS:
+        raise _too_long(f"{len(timelines)} parts between AND, more than {_MAX_PARTS}")
+    texts = {text for _, spans in timelines for _, text in spans}
+    if sum(map(len, texts)) > _MAX_WORK or sum(map(_work, texts)) > _MAX_WORK:
+        raise _too_long("so many texts and weakened words that encoding it would take minutes")
+
+
+def _timelines(prompt: str, evaluations: int, *, negative: bool = False) -> _Timelines:
+    parts = [(prompt, 1.0)] if negative else compose(prompt)  # AND is a word in a negative prompt
+    return [(weight, schedule(text, evaluations)) for text, weight in parts]
+
+
+def _work(text: str) -> int:
+    """Characters that compel encodes: it weakens a fragment by encoding the rest without it."""
+    weakened = sum(weight < 1 for window in parse(text) for _, weight in window)
+    return len(text) * (1 + weakened)
+
+
+def _too_long(why: str) -> RenderError:
+    return RenderError(f"the prompt has {why}; shorten it", reason="prompt-too-long")
+
+
+def _guide(timelines: _Timelines, encoded: Mapping[str, Conditioning]) -> Conditioning | Composed:
+    (weight, spans), *others = timelines
+    if not others and len(spans) == 1 and weight == 1:
+        return encoded[spans[0][1]]
+    return Composed(
+        tuple(
+            (weight, tuple((end, encoded[text]) for end, text in spans))
+            for weight, spans in timelines
+        )
+    )
 
 
 class PromptEncoder:
@@ -123,6 +151,9 @@ class PromptEncoder:
         import torch
 
         windows = parse(prompt)
+        number = sum(map(self._windows_of, windows))
+        if number > _MAX_WINDOWS:
+            raise _too_long(f"{number} windows of tokens, more than {_MAX_WINDOWS}")
         contexts = [
             torch.cat([self._window(*encoder, window, clip_skip) for window in windows], dim=1)
             for encoder in self._encoders
@@ -136,24 +167,49 @@ class PromptEncoder:
         return Conditioning(torch.cat(contexts, dim=-1), pooled)
 
     def pair(
-        self, prompt: str, negative_prompt: str, clip_skip: int
-    ) -> tuple[Conditioning, Conditioning]:
-        """Both conditionings of a recipe, of equal length: the shorter gets empty windows.
+        self, prompt: str, negative_prompt: str, clip_skip: int, evaluations: int = 1
+    ) -> tuple[Conditioning | Composed, Conditioning | Composed]:
+        """Both guides of a recipe, all of equal length: the shorter get empty windows.
 
         An empty negative prompt of SDXL is zeros, as it was trained and as the WebUI does it.
+
+        Args:
+            prompt: with ``AND`` of several parts, each with its own edits and alternations.
+            negative_prompt: of one part.
+            clip_skip: see `encode`.
+            evaluations: of the U-Net, which edits and alternations count.
+
+        Raises:
+            RenderError: reasons 'clip-skip', 'prompt-too-long'.
         """
         import torch
 
-        positive, negative = self.encode(prompt, clip_skip), self.encode(negative_prompt, clip_skip)
-        length = max(positive.context.shape[1], negative.context.shape[1])
-        positive, negative = (
-            Conditioning(self._lengthened(item.context, length, clip_skip), item.pooled)
-            for item in (positive, negative)
+        both = (
+            _timelines(prompt, evaluations),
+            _timelines(negative_prompt, evaluations, negative=True),
         )
-        if negative.pooled is not None and not negative_prompt.strip():
+        texts = {text for timelines in both for _, spans in timelines for _, text in spans}
+        encoded = {text: self.encode(text, clip_skip) for text in sorted(texts)}
+        length = max(item.context.shape[1] for item in encoded.values())
+        for text, item in encoded.items():
+            if item.context.shape[1] < length:
+                context = self._lengthened(item.context, length, clip_skip)
+                encoded[text] = Conditioning(context, item.pooled)
+        positive, negative = (_guide(timelines, encoded) for timelines in both)
+        if self._family == "sdxl" and not negative_prompt.strip():
+            empty = encoded[negative_prompt]
+            assert empty.pooled is not None
             zeros = torch.zeros_like
-            negative = Conditioning(zeros(negative.context), zeros(negative.pooled))
+            negative = Conditioning(zeros(empty.context), zeros(empty.pooled))
         return positive, negative
+
+    def _windows_of(self, fragments: Sequence[Fragment]) -> int:
+        """Count the windows that fragments take at least."""
+        tokenizer, _ = self._encoders[0]
+        text = "".join(text for text, _ in fragments)
+        tokens = len(tokenizer(text, add_special_tokens=False).input_ids)
+        room: int = tokenizer.model_max_length - 2
+        return max(1, math.ceil(tokens / room))
 
     def _window(
         self, tokenizer: Any, encoder: Any, window: Sequence[Fragment], clip_skip: int

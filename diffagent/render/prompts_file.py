@@ -23,18 +23,22 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from diffagent.agent.candidates import Row, write_candidates
 from diffagent.agent.selector import Selector
 from diffagent.artifacts import StageContext, StageResult, stage
-from diffagent.civitai.sources import synthetic_id
-from diffagent.civitai.sources.local import Hashes, look, model_files
+from diffagent.civitai.sources import SYNTHETIC, synthetic_id
+from diffagent.civitai.sources.architecture import UNKNOWN
+from diffagent.civitai.sources.local import LocalFile, record_of
 from diffagent.dabench.catalogue import (
     CHECKPOINT,
     EMBEDDING,
     LORA_TYPES,
     Catalogue,
     Entry,
+    make_entry,
     unique_names,
 )
 from diffagent.dabench.metadata.prompts import split_prompt
 from diffagent.errors import ConfigError
+from diffagent.render.folders import ModelFolders
+from diffagent.render.recipe import UNKNOWN_BASE_MODEL
 from schemas.api import T2IAPI, ApiError, Embedding, LoRA, Params, parse_api
 
 log = logging.getLogger(__name__)
@@ -43,8 +47,6 @@ log = logging.getLogger(__name__)
 _SIDES = {"sd1": 512, "sd2": 768, "sdxl": 1024}
 #: Version of the files of a folder, which have none.
 LOCAL_VERSION = "local"
-#: Base model of a file that states none, unless --base-model gives one.
-UNKNOWN_BASE = "Other"
 _SHORTEST_HASH = 6
 
 
@@ -103,57 +105,77 @@ def prompts_config(rows: Sequence[Row], entries: Iterable[Entry]) -> PromptsConf
 def folder_entries(
     folders: Iterable[Path], hashes: Path, base_model: str | None = None
 ) -> list[Entry]:
-    """The model files of folders as rows of a catalogue; those that are refused are told.
+    """The model files of folders as rows of a catalogue, by their headers and sidecars.
 
     Args:
         folders: of model files at any depth, or installations of A1111 or ComfyUI.
         hashes: file that keeps their hashes for the next time.
-        base_model: of files whose tensors and notes do not tell.
+        base_model: of files whose tensors, notes and sidecars do not state it.
 
     Raises:
         ConfigError: there is no usable model file.
     """
-    known = Hashes(hashes)
-    found: dict[str, Entry] = {}
-    for folder in folders:
-        for path in model_files(folder):
-            file = look(path, known)
-            kind = file.architecture.type
-            if file.refused:
-                log.warning("%s is left out: %s", path, file.refused)
-            if file.refused or kind not in (CHECKPOINT, EMBEDDING, *LORA_TYPES):
-                continue
-            base = file.architecture.base_model or base_model
-            if base is None:
-                log.warning("%s: nobody knows its base model; say --base-model", path)
-            found.setdefault(
-                file.sha256, _local_entry(path, file.sha256, kind, base or UNKNOWN_BASE)
-            )
-    known.save()
-    if not any(entry.is_checkpoint for entry in found.values()):
+    folders = tuple(folders)
+    entries: dict[tuple[str, str], Entry] = {}
+    refused, baseless = [], []
+    for file in ModelFolders(folders, hashes).files():
+        model, version = record_of(file)
+        kinds = [model["type"]]
+        if file.refused:
+            refused.append(file)
+            # What names it is a failed row with the reason, whatever it was meant to be.
+            is_unknown = kinds == [UNKNOWN.type] and file.path.suffix.lower() == ".safetensors"
+            kinds = [CHECKPOINT, "LORA"] if is_unknown else kinds
+        if kinds[0] == CHECKPOINT and not (file.refused or version.get("baseModel") or base_model):
+            baseless.append(file.path)
+        base = version.get("baseModel") or base_model or UNKNOWN_BASE_MODEL
+        for kind in kinds:
+            if kind in (CHECKPOINT, EMBEDDING, *LORA_TYPES) and not _is_pickle(file):
+                entry = _local_entry(file, {**model, "type": kind}, version, base)
+                entries.setdefault((file.sha256, kind), entry)
+    if refused:
+        log.warning(
+            "%d of the files cannot be drawn with, such as %r: %s; `diffagent models scan` lists "
+            "them",
+            len(refused), str(refused[0].path), refused[0].refused,
+        )  # fmt: skip
+    if baseless:
+        log.warning(
+            "%d checkpoints do not state their base model, such as %r; --base-model gives it",
+            len(baseless), str(baseless[0]),
+        )  # fmt: skip
+    if not any(entry.is_checkpoint for entry in entries.values()):
         raise ConfigError(
-            f"{', '.join(map(str, folders))}: no checkpoint in safetensors at any depth; see "
-            "-v for the files that were left out"
+            f"{', '.join(map(str, folders))}: no checkpoint in safetensors at any depth; "
+            "`diffagent models scan DIR` lists what is there"
         )
-    names = unique_names({entry.version_id: entry.model for entry in found.values()})
-    return [replace(entry, model=names[entry.version_id]) for entry in found.values()]
+    names = unique_names({entry.version_id: entry.model for entry in entries.values()})
+    return [replace(entry, model=names[entry.version_id]) for entry in entries.values()]
 
 
-def _local_entry(path: Path, sha256: str, kind: str, base_model: str) -> Entry:
-    ident = synthetic_id(sha256)
-    return Entry(
-        model=path.stem[:270],
-        version=LOCAL_VERSION,
-        type=kind,
-        base_model=base_model,
+def _is_pickle(file: LocalFile) -> bool:
+    return file.path.suffix.lower() != ".safetensors"
+
+
+def _local_entry(
+    file: LocalFile, model: Mapping[str, Any], version: Mapping[str, Any], base_model: str
+) -> Entry:
+    """A file under its own name, with what its record states."""
+    ident = synthetic_id(file.sha256)
+    is_guess = bool(file.refused) and model["type"] != file.architecture.type
+    known = make_entry(model, {**version, "baseModel": base_model}, version["files"][0])
+    return replace(
+        known,
+        model=file.path.stem[:270],
+        version=f"{LOCAL_VERSION} {model['type']}" if is_guess else LOCAL_VERSION,
         model_id=ident,
         version_id=ident,
-        air="",
-        file_name=path.name,
-        file_id=None,
-        size_bytes=path.stat().st_size,
-        sha256=sha256,
+        air=known.air if known.version_id < SYNTHETIC else "",
+        file_name=file.path.name,
+        size_bytes=file.path.stat().st_size,
+        sha256=file.sha256,
         download_path="",
+        page=known.page if known.version_id < SYNTHETIC else "",
     )
 
 
@@ -199,12 +221,12 @@ def _spellings(entry: Entry) -> set[str]:
 
 
 def read_lines(text: str, name: str) -> list[str]:
-    """The lines that are not blank; only a line feed ends a line (U+2028 is part of a prompt).
+    """The lines that are not blank; LF, CR LF or CR ends one (U+2028 is part of a prompt).
 
     Raises:
         ConfigError: there are none.
     """
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    lines = [line.strip() for line in re.split(r"\r\n?|\n", text) if line.strip()]
     if not lines:
         raise ConfigError(f"{name} holds no line")
     return lines
@@ -255,7 +277,7 @@ def _lora(tag: str, entries: Sequence[Entry]) -> LoRA:
     """``NAME`` or ``NAME:WEIGHT``"""
     name, colon, weight = tag.rpartition(":")
     try:
-        strength = float(weight) if colon else 1.0
+        strength = float(weight.replace(",", ".")) if colon else 1.0  # 0,6 is 0.6
     except ValueError:
         name, strength = tag, 1.0
     entry = find_entry(entries, name if colon else tag, LORA_TYPES)
@@ -374,7 +396,7 @@ def _named_here(api: T2IAPI, entries: list[Entry], hashes: Any) -> T2IAPI:
         entry = None
         if (place := places.get(str(digests.get(key)).lower())) is not None:
             entry = entries[place]
-            if entry.base_model == UNKNOWN_BASE:
+            if entry.base_model == UNKNOWN_BASE_MODEL:
                 entries[place] = replace(entry, base_model=api.base_model)
         elif (use.model, use.version) not in names:
             try:

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 SUPPORTED = frozenset({"sd1", "sd2", "sdxl"})
 
 
+#: Base model of a file of one's own that does not state it: drawing decides whether it fits.
+UNKNOWN_BASE_MODEL = "unknown"
+
+
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -87,7 +91,7 @@ def resolve(api: T2IAPI, prompt: str, seed: int, catalogue: Catalogue) -> Recipe
             f"the catalogue has no checkpoint {api.model!r}, {api.version!r}",
             reason="unknown-model",
         )
-    if checkpoint.ecosystem not in SUPPORTED:
+    if checkpoint.ecosystem not in SUPPORTED and checkpoint.base_model != UNKNOWN_BASE_MODEL:
         raise RenderError(
             f"{api.model!r} is based on {checkpoint.base_model!r}, which is not supported",
             reason="unsupported-base-model",
@@ -125,7 +129,8 @@ def _fitting(kind: str, network: Network, entry: Entry | None, checkpoint: Entry
             f"the catalogue has no {kind} {network.model!r}, {network.version!r}",
             reason=f"unknown-{kind}",
         )
-    if entry.ecosystem != checkpoint.ecosystem:
+    is_known = UNKNOWN_BASE_MODEL not in {entry.base_model, checkpoint.base_model}
+    if is_known and entry.ecosystem != checkpoint.ecosystem:
         raise RenderError(
             f"{kind} {network.model!r} is for {entry.base_model!r}, "
             f"{checkpoint.model!r} is {checkpoint.base_model!r}",

@@ -13,13 +13,13 @@ from diffagent.errors import ConfigError, NotFound, RenderError
 from schemas.civitai import whole_number
 
 _AIR = re.compile(
-    r"(?:urn:)?(?:air:)?(?:[\w.-]+:){0,2}civitai:(?P<model>\d+)"
-    r"(?:@(?P<version>\d+))?(?:\+(?P<file>\d+))?(?::[\w-]+)?(?:\.\w+)?",
-    re.IGNORECASE,
+    r"(?:urn:)?(?:air:)?(?:[\w.-]+:){0,2}civitai:(?P<model>\d{1,15})"
+    r"(?:@(?P<version>\d{1,15}))?(?:\+(?P<file>\d{1,15}))?(?::[\w-]+)?(?:\.\w+)?",
+    re.IGNORECASE | re.ASCII,
 )
 #: Lengths of AutoV1 and CRC32, AutoV2, AutoV3, and of SHA256 and BLAKE3.
 _HASH = re.compile(r"[0-9a-f]{8}|[0-9a-f]{10}|[0-9a-f]{12}|[0-9a-f]{64}", re.IGNORECASE)
-_PAGE = re.compile(r"/(?:api/download/)?model(?:s|-versions)/(\d+)")
+_PAGE = re.compile(r"/(?:api/download/)?model(?:s|-versions)/(\d{1,15})(?!\d)", re.ASCII)
 _FORMS = (
     "an AIR (urn:air:sdxl:checkpoint:civitai:MODEL@VERSION), the id of a version, a page's address "
     "(.../models/MODEL?modelVersionId=VERSION) or a hash (AutoV1, AutoV2, AutoV3, SHA256, ...; "
@@ -64,9 +64,13 @@ def parse_reference(text: str) -> Reference:
     digest = text.removeprefix("hash:")
     if _HASH.fullmatch(digest):
         return Reference(digest=digest.lower())
-    parts = urlsplit(text)
+    try:
+        parts = urlsplit(text)
+    except ValueError as error:  # such as 'http://['
+        raise ConfigError(f"{text!r} is no address ({error}), nor {_FORMS}") from None
     if page := _PAGE.match(parts.path) if parts.scheme in ("http", "https") else None:
-        query = {name: int(v[0]) for name, v in parse_qs(parts.query).items() if v[0].isdigit()}
+        values = {name: whole_number(v[0]) for name, v in parse_qs(parts.query).items()}
+        query = {name: number for name, number in values.items() if number is not None}
         number, version_page = int(page[1]), "/models/" not in parts.path or "/api/" in parts.path
         version_id = number if version_page else query.get("modelVersionId")
         return Reference(

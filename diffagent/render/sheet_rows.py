@@ -120,6 +120,8 @@ def pictures_config(
 def _api(made: Generation) -> T2IAPI | None:
     """What a picture says as an API call; None when it does not say enough."""
     checkpoint = made.checkpoints[0] if made.checkpoints else None
+    if made.not_known:
+        return None
     try:
         return T2IAPI(
             model=(checkpoint and checkpoint.name) or "",
@@ -178,7 +180,8 @@ def _card(
         api=parse_api(api) if api else None,
         picture=renders.file(f"images/{row['recipe']}.png") if drawn else None,
         href=f"{number}.png" if drawn else "",
-        problem=REASONS.get(reason, reason),
+        problem=row.get("problem") or REASONS.get(reason, reason),
+        note=row.get("note") or "",
         scores={n: told[n] for n in SCORES if told.get(n) is not None} if drawn else {},
     )
 

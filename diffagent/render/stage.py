@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffagent.artifacts import StageContext, StageResult, stage
+from diffagent.artifacts import Progress, StageContext, StageResult, stage
 from diffagent.civitai.client import client_for
 from diffagent.dabench.catalogue import Catalogue
 from diffagent.errors import RenderError
 from diffagent.render.backends import open_renderer
 from diffagent.render.base import Files, ModelRef, Renderer
+from diffagent.render.notes import note_on
 from diffagent.render.pictures import PictureCache
 from diffagent.render.planner import draw
 from diffagent.render.pnginfo import payload_hash, write_png
-from diffagent.render.recipe import Recipe, by_hash, resolve
+from diffagent.render.recipe import UNKNOWN_BASE_MODEL, Recipe, by_hash, resolve
 from diffagent.render.safety import check_pictures
 from diffagent.render.store import ModelStore
 from schemas.api import ApiError, parse_api
@@ -51,8 +52,10 @@ REASONS: Mapping[str, str] = {
     "no-hash": "the catalogue has no SHA256 of the file",
     "unsupported-sampler": "the backend has nothing like it",
     "unsupported-size": "no multiple of 8 pixels",
+    "prompt-too-long": "a prompt is longer than what is encoded; shorten it",
     "too-large": "more pixels than render.max_pixels",
     "download": "the site does not give the file, or gives another",
+    "no-room": "the file does not fit on the disk, or into runtime.models_max_gb",
     "bad-model-file": "not a safetensors file that diffusers can load",
     "bad-vae": "the VAE does not fit the checkpoint",
     "vae-base-mismatch": "the VAE is for another architecture",
@@ -82,7 +85,11 @@ REASONS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Job:
-    """One row of the table: a candidate with a seed. ``status`` 'ok' once it has a picture."""
+    """One row of the table: a candidate with a seed. ``status`` 'ok' once it has a picture.
+
+    ``problem``: the message of a failed picture, beside the kind of failure in ``reason``.
+    ``note``: how the picture differs from what the call means.
+    """
 
     row: Mapping[str, Any]
     seed: int
@@ -90,9 +97,11 @@ class Job:
     status: str
     reason: str | None
     nsfw: float | None = None
+    problem: str | None = None
+    note: str | None = None
 
 
-@stage("render", version=2, config=RenderConfig)
+@stage("render", version=3, config=RenderConfig)
 def render(config: RenderConfig, context: StageContext) -> StageResult:
     """Render the candidates that are valid.
 
@@ -117,12 +126,12 @@ def render(config: RenderConfig, context: StageContext) -> StageResult:
     ):
         cache = PictureCache(context.runtime.local_store / "pictures", renderer)
         album = Album(by_hash(catalogue), store, cache, context.out / "images")
-        failed = album.fill(wanted.values(), renderer)
-        backend = f"{renderer.name} {renderer.version}"
+        failed = album.fill(wanted.values(), renderer, context.progress)
+        name, backend = renderer.name, f"{renderer.name} {renderer.version}"
     seconds = time.monotonic() - started
     unsafe = album.check_safety(config)
-    failed |= dict.fromkeys(unsafe, "unsafe")
-    jobs = [finish(job, failed, album.nsfw) for job in jobs]
+    failed |= {digest: RenderError(REASONS["unsafe"], reason="unsafe") for digest in unsafe}
+    jobs = [finish(job, failed, album.nsfw, name) for job in jobs]
     check_failures(jobs, config.max_failed_fraction)
     pq.write_table(to_table(jobs), context.out / "renders.parquet", compression="zstd")
     return StageResult(
@@ -136,6 +145,7 @@ def render(config: RenderConfig, context: StageContext) -> StageResult:
             "render_seconds": round(seconds, 3),
             "seconds_per_picture": round(seconds / album.drawn, 4) if album.drawn else None,
             "backend": backend,
+            "renders_noted": sum(job.note is not None for job in jobs),
             "pictures_unsafe": sum(p >= config.safety_threshold for p in album.nsfw.values()),
         },
     )
@@ -161,7 +171,7 @@ def make_jobs(
                 yield Job(row, seed, _recipe(row, seed, catalogue, config), "ok", None)
             except RenderError as error:
                 log.warning("prompt %s, %s: %s", row["prompt_id"], row["source"], error)
-                yield Job(row, seed, None, "failed", error.reason)
+                yield Job(row, seed, None, "failed", error.reason, problem=str(error))
 
 
 def _recipe(
@@ -205,8 +215,13 @@ class Album:
         self._images = images
         self._payloads: dict[str, str] = {}
 
-    def fill(self, recipes: Iterable[Recipe], renderer: Renderer) -> dict[str, str]:
-        """Write the pictures of recipes; the reasons of those that failed, by digest."""
+    def fill(
+        self,
+        recipes: Iterable[Recipe],
+        renderer: Renderer,
+        progress: Progress = lambda fraction, text: None,
+    ) -> dict[str, RenderError]:
+        """Write the pictures of recipes; returns the errors of those that failed, by digest."""
         shutil.rmtree(self._images, ignore_errors=True)  # of an interrupted run: all is cached
         self._images.mkdir()
         missing = []
@@ -217,7 +232,7 @@ class Album:
                 continue
             self.cached += 1
             self._write(recipe, image)
-        failed: dict[str, str] = {}
+        failed: dict[str, RenderError] = {}
         drawn = draw(
             missing,
             renderer,
@@ -225,10 +240,11 @@ class Album:
             fetch=lambda ref: self._store.fetch(self._models[ref.sha256]),
             release=lambda ref: self._store.release(self._models[ref.sha256]),
         )
-        for recipe, outcome in drawn:
+        for number, (recipe, outcome) in enumerate(drawn, start=1):
+            progress(number / len(missing), f"{number} of {len(missing)} pictures")
             if isinstance(outcome, RenderError):
                 log.warning("%s: %s", recipe.digest[:12], outcome)
-                failed[recipe.digest] = outcome.reason
+                failed[recipe.digest] = outcome
                 continue
             self.drawn += 1
             self._cache.put(recipe, outcome)
@@ -266,7 +282,8 @@ class Album:
         entry = self._models.get(sha256)
         if entry is None:
             raise RenderError(f"the catalogue has no file {sha256!r}", reason="unknown-model")
-        return ModelRef(sha256, entry.model, entry.base_model, entry.file_name)
+        base_model = "" if entry.base_model == UNKNOWN_BASE_MODEL else entry.base_model
+        return ModelRef(sha256, entry.model, base_model, entry.file_name)
 
     def _write(self, recipe: Recipe, image: Image) -> None:
         payloads = {
@@ -285,13 +302,24 @@ class Album:
         return self._payloads[sha256]
 
 
-def finish(job: Job, failed: Mapping[str, str], nsfw: Mapping[str, float]) -> Job:
-    """The job with what became of its recipe, and what the safety check said of its picture."""
+def finish(
+    job: Job, failed: Mapping[str, RenderError], nsfw: Mapping[str, float], backend: str
+) -> Job:
+    """Complete a job with what became of its recipe, its safety check, and its note.
+
+    Args:
+        job: as `make_jobs` gives it.
+        failed: the errors of recipes without a picture, by digest.
+        nsfw: probabilities by digest.
+        backend: name of the renderer.
+    """
     if job.recipe is None:
         return job
     done = replace(job, nsfw=nsfw.get(job.recipe.digest))
-    reason = failed.get(job.recipe.digest)
-    return replace(done, recipe=None, status="failed", reason=reason) if reason else done
+    error = failed.get(job.recipe.digest)
+    if error:
+        return replace(done, recipe=None, status="failed", reason=error.reason, problem=str(error))
+    return replace(done, note=note_on(job.recipe, backend) or None)
 
 
 def check_failures(jobs: Iterable[Job], limit: float) -> None:
@@ -323,6 +351,8 @@ def to_table(jobs: Iterable[Job]) -> pa.Table:
             "nsfw": job.nsfw,
             "status": job.status,
             "reason": job.reason,
+            "problem": job.problem,
+            "note": job.note,
         }
         for job in jobs
     ]

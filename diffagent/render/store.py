@@ -116,23 +116,31 @@ class ModelStore:
         It is not evicted until ``release``, once for each ``fetch``, or ``close``.
 
         Raises:
-            RenderError: not a sound safetensors file ('bad-model-file'), or the catalogue has no
-                hash to verify it by ('no-hash').
+            RenderError: not a sound safetensors file ('bad-model-file'), the catalogue has no
+                hash to verify it by ('no-hash'), or it does not fit on the disk or into the limit
+                ('no-room').
             CivitaiError: the site does not give it, or gives something else. EarlyAccess and
                 DownloadsDisabled say why.
         """
         sha256 = _hash(file)
-        target = self.path(sha256)
-        if not target.exists() and (local := self.folders.find(sha256, file.size_bytes)):
-            return local
-        self.cache.use(sha256, size=file.size_bytes or 0, model=file.model, air=file.air)
+        target = self.cache.verified(sha256)
+        if not target:
+            if local := self.folders.find(sha256, file.size_bytes):
+                return local
+            self.cache.check_room(file.size_bytes or 0)
+        target = self.cache.use(sha256, size=file.size_bytes or 0, model=file.model, air=file.air)
         try:
-            if not target.exists():
+            if not self.cache.verified(sha256):
                 with self._first_of([self.cache.download_lock(sha256)]):
-                    if not target.exists():
-                        self._download(file, target)
-        except BaseException:
+                    if not self.cache.verified(sha256):
+                        self._download(file, sha256)
+        except BaseException as error:
             self.cache.release(sha256)
+            if isinstance(error, OSError) and error.errno is not None:  # of the disk
+                raise RenderError(
+                    f"{file.model!r} cannot be stored in the model cache: {error.strerror}",
+                    reason="no-room",
+                ) from error
             raise
         return target
 
@@ -151,8 +159,7 @@ class ModelStore:
 
     def local(self, sha256: str) -> Path | None:
         """The file of this hash, lower case, where it needs no download."""
-        target = self.path(sha256)
-        return self.folders.find(sha256) or (target if target.exists() else None)
+        return self.folders.find(sha256) or self.cache.verified(sha256)
 
     def close(self) -> None:
         """Break off what is prefetched, and let everything be evicted.
@@ -171,7 +178,7 @@ class ModelStore:
         else:
             self.release(file)
 
-    def _download(self, file: ModelFile, target: Path) -> None:
+    def _download(self, file: ModelFile, sha256: str) -> None:
         if not file.download_path:
             raise RenderError(
                 f"{file.model!r} is in none of the model folders; --download, or the site that "
@@ -180,9 +187,11 @@ class ModelStore:
             )
         if self._away:
             raise self._away
-        unchecked = target.with_suffix(".unchecked")
+        unchecked = self.path(sha256).with_suffix(".unchecked")
+        part = unchecked.with_name(f"{unchecked.name}.part")
         with self._turn(), meter(lambda *_: None, file.model, file.size_bytes, "B") as more:
-            self.cache.make_room(file.size_bytes or 0)
+            there = part.stat().st_size if part.exists() else 0
+            self.cache.make_room(max((file.size_bytes or 0) - there, 0))
 
             def on_bytes(number: int) -> None:
                 more(number)
@@ -204,10 +213,11 @@ class ModelStore:
                 raise
             try:
                 check_weights(unchecked)
-            except DiffAgentError:
+            except RenderError as error:
                 unchecked.unlink()
-                raise
-            unchecked.replace(target)
+                problem = str(error).replace(unchecked.name, file.model)
+                raise RenderError(problem, reason=error.reason) from error
+            target = self.cache.settle(unchecked, sha256)
         log.info("fetched %r: %d bytes", file.model, target.stat().st_size)
         self.cache.make_room()
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from diffagent.artifacts import sha256_file
 from diffagent.errors import ConfigError, ScoreError
+from diffagent.pretrained import split_revision
 
 if TYPE_CHECKING:
     import torch
@@ -322,6 +323,10 @@ class PromptCache(Generic[T]):
 def hub_or_local(weights: str | Path, filename: str) -> Path:
     """A weights file: a local path as it is, or `filename` out of a Hugging Face repository.
 
+    Args:
+        weights: a path, or the repository's name, perhaps with a revision: NAME@REVISION.
+        filename: of the file in the repository.
+
     Raises:
         ConfigError: it is neither; see `diffagent.rewards.hub.hub_file`.
     """
@@ -330,4 +335,5 @@ def hub_or_local(weights: str | Path, filename: str) -> Path:
         return path
     from diffagent.rewards.hub import hub_file
 
-    return hub_file(str(weights), filename)
+    repository, revision = split_revision(weights)
+    return hub_file(repository, filename, revision=revision)

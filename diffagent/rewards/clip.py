@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from diffagent import compat
 from diffagent.errors import ConfigError, ScoreError
+from diffagent.pretrained import no_remote_code
 from diffagent.rewards.base import (
     PixelScorer,
     PromptCache,
@@ -196,16 +197,18 @@ def load_open_clip(
     file = _download(tag) if tag else Path(weights)
     check_sha256(file, sha256)
     try:
-        network = open_clip.create_model(
-            model,
-            pretrained=str(file),
-            force_quick_gelu=bool(tag and tag.get("quick_gelu")),
-            force_preprocess_cfg=tag or None,
-            weights_only=True,
-        )
+        with no_remote_code(model):
+            network = open_clip.create_model(
+                model,
+                pretrained=str(file),
+                force_quick_gelu=bool(tag and tag.get("quick_gelu")),
+                force_preprocess_cfg=tag or None,
+                weights_only=True,
+            )
+            tokenizer = open_clip.get_tokenizer(model)
     except RuntimeError as error:
         raise ScoreError(f"{str(weights)!r} does not fit {model!r}: {error}") from error
-    return network, open_clip.get_tokenizer(model), f"{model}/{Path(weights).stem}"
+    return network, tokenizer, f"{model}/{Path(weights).stem}"
 
 
 def _download(tag: Mapping[str, Any]) -> Path:
@@ -243,7 +246,8 @@ def _load_directory(
         )
     check_sha256(directory / WEIGHTS, sha256)
     try:
-        network = open_clip.create_model(f"local-dir:{directory}")
+        with no_remote_code(directory):
+            network = open_clip.create_model(f"local-dir:{directory}", weights_only=True)
     except RuntimeError as error:
         raise ScoreError(
             f"{WEIGHTS} in {str(directory)!r} does not fit {CONFIG}: {error}"
@@ -258,7 +262,8 @@ def directory_tokenizer(directory: Path) -> Any:
     import open_clip
 
     if not (directory / VOCABULARY).is_file():
-        return open_clip.get_tokenizer(f"local-dir:{directory}")
+        with no_remote_code(directory):
+            return open_clip.get_tokenizer(f"local-dir:{directory}")
     text = json.loads((directory / CONFIG).read_text(encoding="utf-8"))["model_cfg"]["text_cfg"]
     return open_clip.SimpleTokenizer(
         bpe_path=str(directory / VOCABULARY), context_length=text["context_length"]

@@ -14,12 +14,13 @@ from diffagent.errors import ConfigError
 log = logging.getLogger(__name__)
 
 
-def hub_file(repository: str, *names: str) -> Path:
+def hub_file(repository: str, *names: str, revision: str | None = None) -> Path:
     """Return the first of some files that a repository has.
 
     Args:
         repository: 'OWNER/NAME'.
         names: files, the preferred one first.
+        revision: branch, tag or commit; None: the newest on the main branch.
 
     Raises:
         ConfigError: the hub does not answer, refuses, or has no such file; with the remedy.
@@ -36,12 +37,12 @@ def hub_file(repository: str, *names: str) -> Path:
     reason = "it has no such file"
     for name in names:
         try:
-            cached = try_to_load_from_cache(repository, name)
+            cached = try_to_load_from_cache(repository, name, revision=revision)
             if isinstance(cached, str):
                 return Path(cached)
-            size = get_hf_file_metadata(hf_hub_url(repository, name)).size
+            size = get_hf_file_metadata(hf_hub_url(repository, name, revision=revision)).size
             log.warning("downloading %s of %s: %.1f GB", name, repository, (size or 0) / 1e9)
-            return Path(hf_hub_download(repository, name))
+            return Path(hf_hub_download(repository, name, revision=revision))
         except EntryNotFoundError:
             continue
         except (HTTPError, HFValidationError, OSError) as error:  # no connection, refused, disk

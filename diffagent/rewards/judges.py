@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from diffagent import compat
 from diffagent.errors import ConfigError, ScoreError
+from diffagent.pretrained import load_model
 from diffagent.rewards.base import (
     PixelScorer,
     Runtime,
@@ -58,7 +59,7 @@ class PickScoreScorer(ClipScorer):
 
         Args:
             model: directory with ``config.json`` and ``model.safetensors``, or a repository of
-                the hub that has them.
+                the hub that has them (perhaps NAME@REVISION).
             weights: none; the directory holds them.
             sha256: of ``model.safetensors``, which is checked.
             runtime: where and how to compute; float32 on the CPU when not given.
@@ -115,8 +116,8 @@ def _load_transformers_clip(directory: Path) -> Any:
     class TransformersClip(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.clip, report = CLIPModel.from_pretrained(
-                directory, use_safetensors=True, output_loading_info=True, dtype=torch.float32
+            self.clip, report = load_model(
+                CLIPModel, directory, output_loading_info=True, dtype=torch.float32
             )
             if report["missing_keys"] or report["mismatched_keys"]:
                 wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from diffagent.artifacts import Artifact
 from diffagent.errors import ScoreError
+from diffagent.failures import reading
 from diffagent.rewards.base import Scorer
 from diffagent.rewards.unified import Unifier
 
@@ -47,8 +48,9 @@ def write_scores(table: pa.Table, file: Path, definition: Definition) -> None:
 
 def read_definition(file: Path) -> Definition:
     """What the numbers of a file mean; nothing when it does not say (ratings by people)."""
-    metadata: Mapping[bytes, bytes] = pq.read_schema(file).metadata or {}
-    definition: Definition = json.loads(metadata.get(_KEY, b"{}"))
+    with reading(file):
+        metadata: Mapping[bytes, bytes] = pq.read_schema(file).metadata or {}
+        definition: Definition = json.loads(metadata.get(_KEY, b"{}"))
     return definition
 
 

@@ -19,7 +19,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffagent.artifacts import Artifact, StageContext, StageResult, stage
+from diffagent.agent.verify import TRUNCATED
+from diffagent.artifacts import Artifact, Progress, StageContext, StageResult, stage
 from diffagent.device import resolve_device
 from diffagent.rewards.base import Scorer
 from diffagent.rewards.load import judge_files, load_judges, load_scorers, reward_files
@@ -72,13 +73,13 @@ class Judged:
         }
 
 
-@stage("score", version=2, config=RewardsConfig, files=reward_files)
+@stage("score", version=3, config=RewardsConfig, files=reward_files)
 def score(config: RewardsConfig, context: StageContext) -> StageResult:
     """Score the pictures of a ``render`` artefact.
 
     Input: ``renders``. File: scores.parquet (``schemas.dabench.SCORES``), one row a row of
-    renders.parquet in the same order. The unified score of an invalid answer is
-    ``invalid_floor``; of a failed picture it is null, and so are its rewards.
+    renders.parquet in the same order. The unified score of a hallucination is
+    ``invalid_floor``; of a truncated answer and a failed picture it is null.
 
     Raises:
         ConfigError: the scorers or their reference are not usable.
@@ -142,6 +143,7 @@ def _judge_renders(
         [renders.file(f"images/{recipe}.png") for _, recipe in pairs],
         batch_size=batch_size,
         threads=context.runtime.decode_threads,
+        progress=context.progress,
     )
     return rows, pairs, judged
 
@@ -153,6 +155,7 @@ def score_pictures(
     *,
     batch_size: int = 32,
     threads: int = 4,
+    progress: Progress = lambda fraction, text: None,
 ) -> Judged:
     """Score picture i against prompt i with every scorer.
 
@@ -166,6 +169,7 @@ def score_pictures(
         pictures: files, or pictures in memory.
         batch_size: pictures at a time.
         threads: that decode.
+        progress: called after each batch.
 
     Returns:
         Scores in the order of the pictures; one that cannot be read is a failure.
@@ -174,6 +178,7 @@ def score_pictures(
     scores: dict[str, list[Any]] = {scorer.name: [] for scorer in scorers}
     cut: dict[str, set[str]] = {scorer.name: set() for scorer in scorers}
     failures: dict[int, str] = {}
+    done = 0
     for batch in load_pictures(
         pictures,
         [scorer.preparation for scorer in scorers],
@@ -194,6 +199,8 @@ def score_pictures(
             rewards, truncated = scorer.score_pixels(texts, pixels[scorer.preparation])
             scores[scorer.name].append(rewards)
             cut[scorer.name] |= {texts[row] for row in np.flatnonzero(truncated)}
+        done += len(batch.numbers)
+        progress(done / len(pictures), f"{done} of {len(pictures)} pictures")
     metrics = {name: _to_numpy(parts) for name, parts in scores.items()}
     for number, reason in failures.items():
         log.warning("picture %s cannot be read: %s", pictures[number], reason)
@@ -252,7 +259,7 @@ def _rows(
         result = {name: row.get(name) for name in schema.names}
         pair = row["prompt"], row["recipe"]
         if row["status"] == "invalid":
-            result.update(floor)
+            result.update({} if row["reason"] == TRUNCATED else floor)
         elif pair in failed:
             result.update(status="failed", reason=failed[pair])
         elif row["status"] == "ok":

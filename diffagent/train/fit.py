@@ -1,4 +1,8 @@
-"""What both stages of training share: arguments, adapters, and a run that survives a kill."""
+"""What both stages of training share: arguments, adapters, and a run that survives a kill.
+
+Every step is logged, so that the log of a resumed run is that of an undisturbed one; people are
+shown every `LOGGING_STEPS`-th.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +11,48 @@ import logging
 import math
 import shutil
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from diffagent.agent.llm import hide_progress_bars
+from diffagent.artifacts import atomic_file
 from diffagent.errors import TrainingError
+from diffagent.train.report_to import ReportTo
 from schemas.config import RRHFConfig, SFTConfig
 
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 LOGGING_STEPS = 20
+#: What the stored log has of a step: nothing in it depends on the clock or the machine's load.
+LOGGED = (
+    "epoch",
+    "learning_rate",
+    "loss",
+    "rank_loss",
+    "sft_loss",
+    "grad_norm",
+    "mean_token_accuracy",
+    "eval_loss",
+    "eval_mean_token_accuracy",
+)
 
 
 def training_arguments(
     config: SFTConfig | RRHFConfig, out: Path, device: torch.device
 ) -> dict[str, Any]:
-    """Keyword arguments of ``transformers.TrainingArguments`` and its subclasses."""
+    """Keyword arguments of ``transformers.TrainingArguments`` and its subclasses.
+
+    They name no device but the CPU: see `place`.
+    """
+    evaluates = config.eval_steps > 0
+    best = evaluates and config.load_best_model_at_end
     bf16 = config.bf16
     if bf16 is None:
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -39,21 +64,52 @@ def training_arguments(
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "learning_rate": config.learning_rate,
         "warmup_steps": config.warmup_ratio,  # below 1 it is a fraction of all steps
-        "lr_scheduler_type": "linear",
+        "lr_scheduler_type": config.lr_scheduler_type,
         "weight_decay": getattr(config, "weight_decay", 0.0),
         "activation_checkpointing": False,  # `prepare` does it; TRL would, of all layers
         "bf16": bf16,
         "use_cpu": device.type == "cpu",
         "seed": config.seed,
-        "save_steps": config.save_steps,
-        "save_total_limit": 1,
-        "logging_steps": LOGGING_STEPS,
+        "save_steps": config.eval_steps or config.save_steps,
+        "save_total_limit": 2 if best else 1,  # the last one and the best one
+        "eval_strategy": "steps" if evaluates else "no",
+        "eval_steps": config.eval_steps or None,
+        "per_device_eval_batch_size": config.per_device_train_batch_size,
+        "prediction_loss_only": True,
+        "load_best_model_at_end": best,
+        "metric_for_best_model": "eval_loss" if best else None,
+        "greater_is_better": False if best else None,
+        "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "report_to": [],
         "remove_unused_columns": False,
         "dataloader_pin_memory": device.type == "cuda",
         "disable_tqdm": not sys.stderr.isatty(),
     }
+
+
+def place(args: TrainingArguments, device: torch.device | None = None) -> None:
+    """Let one process train on one device.
+
+    Left alone, transformers takes the first GPU whatever was asked for, and wraps the model in
+    ``DataParallel`` when there are more, which the packed pass evades. Several GPUs are for several
+    processes (torchrun), each of which has its own.
+
+    Args:
+        args: of the run; changed.
+        device: where to train; None for the device of ``args``.
+    """
+    if args.world_size > 1:
+        return
+    if device is not None and device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+        args.__dict__["_setup_devices"] = device  # what `args.device` has cached
+        args.distributed_state.device = device  # where accelerate puts batches
+    if args.n_gpu > 1:
+        log.info("training on %s, one of %d GPUs; torchrun uses several", args.device, args.n_gpu)
+        args._n_gpu = 1
 
 
 def enable_checkpointing(model: Any, share: float) -> None:
@@ -76,21 +132,30 @@ def weights_dtype(lora_rank: int, device: torch.device) -> torch.dtype:
 
 
 def prepare(model: Any, config: SFTConfig | RRHFConfig) -> Any:
-    """``model`` with adapters on all linear layers and checkpointing, where asked for."""
+    """``model`` with adapters and checkpointing, where asked for.
+
+    Raises:
+        TrainingError: the model has none of ``lora_target_modules``.
+    """
     if not config.lora_rank:
         enable_checkpointing(model, config.gradient_checkpointing)
         return model
     from peft import LoraConfig, get_peft_model
 
+    targets = config.lora_target_modules
     lora = LoraConfig(
         r=config.lora_rank,
-        lora_alpha=2 * config.lora_rank,
-        target_modules="all-linear",
+        lora_alpha=2 * config.lora_rank if config.lora_alpha is None else config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = get_peft_model(model, lora)
+        try:
+            model = get_peft_model(model, lora)
+        except ValueError as error:
+            raise TrainingError(f"lora_target_modules: {error}") from error
     enable_checkpointing(model, config.gradient_checkpointing)
     return model
 
@@ -100,14 +165,30 @@ def merged(model: Any) -> Any:
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
-def fit(trainer: Trainer) -> dict[str, float | int]:
+@dataclass(frozen=True)
+class Fit:
+    """What a run of training has to tell.
+
+    Attributes:
+        metrics: steps; step that it was resumed at; mean loss of the first and of the last
+            `LOGGING_STEPS` steps; where measured, the last loss on held-out prompts, the lowest,
+            and the step of the weights that were kept.
+        history: a row a step with what there is of `LOGGED`, and ``step``.
+    """
+
+    metrics: dict[str, float | int]
+    history: list[dict[str, float | int]]
+
+
+def fit(trainer: Trainer, report_to: ReportTo | None = None) -> Fit:
     """Train, from the last whole checkpoint of an interrupted run when there is one.
 
     The continuation is the one that the undisturbed run would have made: data order, optimizer,
-    schedule and random state come from the checkpoint.
+    schedule, random state and best checkpoint come from the checkpoint.
 
-    Returns:
-        Steps, resumed step, first and last logged loss.
+    Args:
+        trainer: of either stage.
+        report_to: who else gets each step's numbers.
 
     Raises:
         TrainingError: the loss is not finite.
@@ -115,17 +196,46 @@ def fit(trainer: Trainer) -> dict[str, float | int]:
     hide_progress_bars()
     trainer.remove_callback(PrinterCallback)  # the library prints nothing
     trainer.add_callback(_LogCallback())
+    for callback in report_to.callbacks() if report_to else ():
+        trainer.add_callback(callback)
     checkpoint = last_checkpoint(Path(str(trainer.args.output_dir)))
     if checkpoint is not None:
         log.info("resuming from %s", checkpoint.name)
+        _name_best_checkpoint(checkpoint)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    metrics: dict[str, float | int] = {"steps": trainer.state.global_step}
+    state = trainer.state
+    metrics: dict[str, float | int] = {"steps": state.global_step}
     if checkpoint is not None:
         metrics["resumed_at_step"] = int(checkpoint.name.rpartition("-")[2])
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
     if losses:
-        metrics |= {"first_loss": losses[0], "last_loss": losses[-1]}
-    return metrics
+        for name, part in (("first", losses[:LOGGING_STEPS]), ("last", losses[-LOGGING_STEPS:])):
+            metrics[f"{name}_loss"] = sum(part) / len(part)
+    evaluated = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+    if evaluated:
+        metrics |= {"eval_loss": evaluated[-1], "best_eval_loss": min(evaluated)}
+        best = state.best_global_step if trainer.args.load_best_model_at_end else None
+        metrics["kept_step"] = best or state.global_step
+    return Fit(metrics, _history(state.log_history))
+
+
+def _history(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, float | int]]:
+    rows: dict[int, dict[str, float | int]] = {}
+    for entry in log_history:
+        values = {n: entry[n] for n in LOGGED if n in entry and math.isfinite(entry[n])}
+        if "loss" in entry or "eval_loss" in entry:
+            rows.setdefault(entry["step"], {"step": entry["step"]}).update(values)
+    return [rows[step] for step in sorted(rows)]
+
+
+def _name_best_checkpoint(checkpoint: Path) -> None:
+    """Correct the path of the best checkpoint, which is where the store was when it was written."""
+    file = checkpoint / "trainer_state.json"
+    state = json.loads(file.read_bytes())
+    if best := state.get("best_model_checkpoint"):
+        state["best_model_checkpoint"] = str(checkpoint.with_name(Path(best).name))
+        with atomic_file(file) as temporary:
+            temporary.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
 
 def last_checkpoint(directory: Path) -> Path | None:
@@ -165,14 +275,15 @@ class _LogCallback(TrainerCallback):  # type: ignore[misc]  # transformers is un
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any
     ) -> None:
-        if not logs or "loss" not in logs:
+        if not logs or not logs.keys() & {"loss", "eval_loss"}:
             return
-        if not math.isfinite(logs["loss"]):
+        loss = logs.get("loss", logs.get("eval_loss", 0))
+        if not math.isfinite(loss):
             raise TrainingError(
-                f"the loss is {logs['loss']} at step {state.global_step}: training has diverged; "
+                f"the loss is {loss} at step {state.global_step}: training has diverged; "
                 "lower learning_rate"
             )
-        told = {k: v for k, v in logs.items() if isinstance(v, int | float)}
-        told.pop("num_tokens", None)  # TRL counts one row of a packed batch
-        numbers = " ".join(f"{name} {value:.4g}" for name, value in told.items())
+        if state.global_step % LOGGING_STEPS and "eval_loss" not in logs:
+            return
+        numbers = " ".join(f"{name} {logs[name]:.4g}" for name in LOGGED if name in logs)
         log.info("step %d of %d: %s", state.global_step, state.max_steps, numbers)

@@ -29,6 +29,8 @@ LOGITS_AT_ONCE = 2**23
 #: Probabilities that wait for the backward pass instead of being made again: 256 MB in float32.
 PROBABILITIES_KEPT = 2**26
 
+_ADVANTAGE_EPSILON = 1e-4
+
 Loss = Literal["rrhf", "dpo", "simpo", "gspo"]
 
 
@@ -225,14 +227,17 @@ def _over_pairs(
 def group_advantages(rewards: Tensor, mask: Tensor) -> Tensor:
     """GRPO's (r - mean) / (std + 1e-4) within each prompt (P, K), as TRL has it.
 
-    An invalid answer counts as one below the worst valid one (rewards are standard scores). A
-    prompt without a valid candidate has advantages of 0.
+    An invalid answer is as far below the worst valid one as that is below the best, whatever the
+    scale of the rewards; where the valid ones are all equal any distance gives the same, and 1 is
+    taken. A prompt without a valid candidate has advantages of 0.
     """
     valid = mask & (rewards > INVALID_REWARD)
     worst = torch.where(valid, rewards, torch.inf).min(1, keepdim=True).values
-    filled = torch.where(valid, rewards, worst - 1)
+    best = torch.where(valid, rewards, -torch.inf).max(1, keepdim=True).values
+    distance = torch.where(best - worst > 10 * _ADVANTAGE_EPSILON, best - worst, 1.0)
+    filled = torch.where(valid, rewards, worst - distance)
     filled = torch.where(mask & valid.any(1, keepdim=True), filled, 0.0)
     count = mask.sum(1, keepdim=True)
     centred = torch.where(mask, filled - filled.sum(1, keepdim=True) / count, 0.0)
     std = (centred.square().sum(1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
-    return centred / (std + 1e-4)
+    return centred / (std + _ADVANTAGE_EPSILON)

@@ -15,13 +15,16 @@ from trl import SFTTrainer, pack_dataset
 
 from diffagent.agent.format import Example, encode_example, response_text
 from diffagent.agent.llm import AgentInfo, align_special_tokens, save_agent
-from diffagent.agent.prompts import read_split
+from diffagent.agent.prompts import draw, read_split
 from diffagent.agent.smollm2 import SMOLLM2, load_smollm2
-from diffagent.artifacts import StageContext, StageResult, named_files, stage
+from diffagent.artifacts import StageContext, StageResult
 from diffagent.device import resolve_device
 from diffagent.errors import TrainingError
+from diffagent.pretrained import load_model, load_tokenizer
 from diffagent.train import fit
+from diffagent.train.agent_card import TrainingFacts, write_card
 from diffagent.train.collate import PackCollator
+from diffagent.train.report_to import ReportTo
 from diffagent.train.sandbox_llama import build_model, build_tokenizer
 from schemas.config import SFTConfig
 
@@ -48,7 +51,14 @@ class EpochLengthSampler(LengthGroupedSampler):  # type: ignore[misc]  # transfo
 
 
 class ResponseTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
-    """TRL's SFTTrainer without its telemetry and its model card, and with batches by length."""
+    """TRL's SFTTrainer without its telemetry and its model card, and with batches by length.
+
+    One process trains on one device.
+    """
+
+    def __init__(self, *, args: TRLConfig, **options: Any) -> None:
+        fit.place(args)
+        super().__init__(args=args, **options)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Any:
         args, rows = self.args, train_dataset or self.train_dataset
@@ -64,17 +74,22 @@ class ResponseTrainer(SFTTrainer):  # type: ignore[misc]  # trl is untyped
         """An agent directory has agent.json."""
 
 
-@stage("sft", version=2, config=SFTConfig, files=lambda config: named_files(config.model))
-def train_sft(config: SFTConfig, context: StageContext) -> StageResult:
+def train(config: SFTConfig, context: StageContext) -> StageResult:
     """DABench's train split -> agent directory."""
     dabench = context.one("dabench")
     device = resolve_device(context.runtime.device)
     train = read_split(dabench.path, "train")
     pairs = [(pair.prompt, response_text(pair.api)) for pair in train]
+    report_to = ReportTo.of(context, "sft")
     model, tokenizer = load_base(config, pairs, fit.weights_dtype(config.lora_rank, device))
     examples, counts = encode_pairs(tokenizer, pairs, config.max_length)
-    trainer = build_trainer(config, model, tokenizer, examples, out=context.out, device=device)
-    metrics = fit.fit(trainer)
+    held_out: list[Example] = []
+    if config.eval_steps:
+        held_out, _ = encode_pairs(tokenizer, _validation(config, dabench.path), config.max_length)
+    trainer = build_trainer(
+        config, model, tokenizer, examples, out=context.out, device=device, held_out=held_out
+    )
+    fitted = fit.fit(trainer, report_to)
     info = AgentInfo(
         # A path would name this machine; its last part says enough.
         base_model=Path(config.model).name if Path(config.model).exists() else config.model,
@@ -82,11 +97,21 @@ def train_sft(config: SFTConfig, context: StageContext) -> StageResult:
         max_length=config.max_length,
     )
     save_agent(context.out, fit.merged(trainer.model), tokenizer, info, dabench.path)
+    counts |= {"eval_examples": len(held_out)} if held_out else {}
+    counts["parameters"] = model.num_parameters()
+    metrics = {k: v for k, v in fitted.metrics.items() if k != "resumed_at_step"} | counts
+    facts = TrainingFacts("sft", info, config, dabench, metrics, fitted.history)
+    write_card(context.out, facts)
     fit.discard_checkpoints(context.out)
     return StageResult(
-        rows={"pairs": len(pairs), "examples": len(examples)},
-        metrics={**metrics, **counts, "parameters": model.num_parameters()},
+        rows={"pairs": len(pairs), "examples": len(examples)}, metrics=fitted.metrics | metrics
     )
+
+
+def _validation(config: SFTConfig, dabench: Path) -> list[tuple[str, str]]:
+    """The pairs of the validation split whose loss is measured."""
+    drawn = draw(read_split(dabench, "validation"), config.eval_prompts, config.seed)
+    return [(pair.prompt, response_text(pair.api)) for pair in drawn]
 
 
 def build_trainer(
@@ -97,30 +122,42 @@ def build_trainer(
     *,
     out: Path,
     device: torch.device,
+    held_out: Sequence[Example] = (),
 ) -> ResponseTrainer:
-    """The trainer of a run, whose batches are made as ``config.batching`` says."""
-    rows = Dataset.from_dict(
-        {
-            "input_ids": [example.input_ids for example in examples],
-            "labels": [example.labels for example in examples],
-        }
-    )
+    """The trainer of a run, whose batches are made as ``config.batching`` says.
+
+    Args:
+        config: of the stage.
+        model: to train.
+        tokenizer: of the model.
+        examples: to train on.
+        out: directory of the run.
+        device: where to train.
+        held_out: examples whose loss is measured, where ``config.eval_steps`` says so.
+    """
     batching = config.batching
     if batching == "packed" and not keeps_packs_apart(model, examples):
         log.warning("%s cannot read packed rows; batching by length", type(model).__name__)
         batching = "by_length"
-    if batching == "packed":
-        rows = pack_dataset(rows, config.max_length, "bfd")
+    args = TRLConfig(
+        **fit.training_arguments(config, out, device),
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=config.max_length,
+        train_sampling_strategy="group_by_length" if batching == "by_length" else "random",
+    )
+    fit.place(args, device)
+
+    def rows(chosen: Sequence[Example]) -> Dataset:
+        columns = ("input_ids", "labels")
+        table = Dataset.from_dict({name: [getattr(e, name) for e in chosen] for name in columns})
+        return pack_dataset(table, config.max_length, "bfd") if batching == "packed" else table
+
     return ResponseTrainer(
         model=fit.prepare(model, config),
-        args=TRLConfig(
-            **fit.training_arguments(config, out, device),
-            dataset_kwargs={"skip_prepare_dataset": True},
-            max_length=config.max_length,
-            train_sampling_strategy="group_by_length" if batching == "by_length" else "random",
-        ),
+        args=args,
         data_collator=PackCollator(tokenizer.pad_token_id) if batching == "packed" else None,
-        train_dataset=rows,
+        train_dataset=rows(examples),
+        eval_dataset=rows(held_out) if held_out else None,
         processing_class=tokenizer,
     )
 
@@ -171,18 +208,16 @@ def load_base(
     elif config.model == SMOLLM2:
         model, tokenizer = load_smollm2(dtype)
     else:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(config.model)
-            model = AutoModelForCausalLM.from_pretrained(
-                config.model, dtype=dtype, use_safetensors=True
-            )
+            tokenizer = load_tokenizer(config.model)
+            model = load_model(AutoModelForCausalLM, config.model, dtype=dtype)
         except (OSError, ValueError) as error:
             raise TrainingError(
                 f"sft.model: cannot load {config.model!r}: {error}; give the name of a causal LM "
-                "on the Hugging Face hub, a local directory with safetensors, 'smollm2-135m' or "
-                "'sandbox-llama'"
+                "on the Hugging Face hub (or NAME@REVISION), a local directory with safetensors, "
+                "'smollm2-135m' or 'sandbox-llama'"
             ) from error
     align_special_tokens(model, tokenizer)
     return model, tokenizer

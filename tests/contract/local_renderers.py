@@ -188,6 +188,7 @@ class LocalWebUI(LocalServer):
         calls["sd-modules" if self.forge else "sd-vae"] = lambda: vaes
         if not self.old:
             labels = ("Automatic", "Uniform", "Karras", "Exponential", "SGM Uniform", "Beta")
+            labels += ("Simple", "DDIM")
             calls["schedulers"] = lambda: [{"name": n.lower(), "label": n} for n in labels]
         if path == "/internal/progress":
             return reply({"active": body["id_task"] == self.running, "queued": False})
@@ -331,6 +332,7 @@ class LocalComfyUI(LocalServer):
     def _inputs(self, node: str) -> dict[str, Any]:
         samplers = ["euler", "euler_ancestral", "dpmpp_2m", "dpmpp_sde_gpu", "dpmpp_sde", "ddim"]
         schedulers = ["normal", "karras", "exponential", "sgm_uniform", "ddim_uniform", "beta"]
+        schedulers += ["simple", "kl_optimal"]
         return {
             "CheckpointLoaderSimple": {"ckpt_name": [self.models["checkpoints"], {}]},
             "LoraLoader": {"model": ["MODEL"], "clip": ["CLIP"],

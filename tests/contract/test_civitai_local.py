@@ -166,7 +166,7 @@ def test_one_command_makes_a_dataset_of_a_folder(folder: Path, tmp_path: Path) -
     config = ["--config", str(ROOT / "configs/paper.yaml")]
     done = CliRunner().invoke(app, ["shard", *config, *settings])
     assert done.exit_code == 0, done.output
-    (shards,) = store.glob("shard/*/manifest.json")
+    (shards,) = store.glob("shard/[0-9a-f]*/manifest.json")
     made = open_artifact(shards.parent)
     assert made.manifest.rows["catalogue"] == 10
     found = [r for p in made.glob("data/*.parquet") for r in pq.read_table(p).to_pylist()]
@@ -230,6 +230,17 @@ def test_what_two_processes_have_hashed_is_merged(tmp_path: Path) -> None:
     assert Hashes(cache).flaw(paths[0]) == "" and cache.stat().st_mtime_ns == before
 
 
+def test_hashes_that_cannot_be_kept_are_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "a.safetensors"
+    put(path, safetensors({"x": (4,)}))
+    hashes = Hashes(path / "below" / "hashes.json")
+    assert hashes.of(path) == hash_file(path)
+    hashes.save()
+    assert "cannot be kept" in caplog.text
+
+
 def test_a_whole_installation_is_its_model_folders(tmp_path: Path) -> None:
     for name in ("launch.py", "models/Lora/a.safetensors", "embeddings/b.pt", "venv/c.safetensors"):
         put(tmp_path / name, b"")
@@ -291,9 +302,9 @@ def test_what_is_no_safetensors_is_refused(tmp_path: Path, start: bytes) -> None
 
 
 def test_links_odd_names_and_broken_sidecars_do_no_harm(folder: Path, tmp_path: Path) -> None:
-    secret = tmp_path / "secret.safetensors"
-    put(secret, safetensors(SD1, fill=9))
-    (folder / "link.safetensors").symlink_to(secret)
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    put(elsewhere, safetensors(SD1, fill=9))
+    (folder / "link.safetensors").symlink_to(elsewhere)
     (folder / "folder.safetensors").mkdir()
     (folder / "circle").symlink_to(folder)
     os.mkfifo(folder / "pipe.safetensors")
@@ -312,9 +323,8 @@ def test_links_odd_names_and_broken_sidecars_do_no_harm(folder: Path, tmp_path: 
     strange |= {"files": [None], "images": [None, {"meta": 3}], "publishedAt": 7, "creator": "x"}
     put(folder / "strange.civitai.info", strange)
     names = {m["name"] for m in rows(run(folder, tmp_path / "store"), "models")}
-    assert names == {"Ours", "Their Model", "style_xl", "old", "broken", "liar", "strange"} | {
-        "odd\ufffd\n<b>"
-    }
+    expected = {"Ours", "Their Model", "style_xl", "old", "broken", "liar", "strange", "link"}
+    assert names == expected | {"odd\ufffd\n<b>"}
 
 
 def test_the_manager_s_notes_name_what_the_site_does_not_know(tmp_path: Path) -> None:
@@ -329,6 +339,154 @@ def test_the_manager_s_notes_name_what_the_site_does_not_know(tmp_path: Path) ->
     assert named["modelVersions"][0]["baseModel"] == "SD 1.5"
 
 
+def test_stability_matrix_notes_name_the_model(tmp_path: Path) -> None:
+    sha = put(tmp_path / "a.safetensors", safetensors({"x": (4,)}))
+    notes: dict[str, Any] = {"ModelId": 5, "VersionId": 6, "ModelName": "Theirs", "Nsfw": False}
+    notes |= {"VersionName": "v2", "BaseModel": "Pony", "ModelType": "LORA", "TrainedWords": ["x"]}
+    put(tmp_path / "a.cm-info.json", {**notes, "Hashes": {"SHA256": sha.upper()}})
+    put(tmp_path / "b.safetensors", safetensors({"y": (4,)}))
+    put(tmp_path / "b.cm-info.json", {**notes, "Hashes": {"SHA256": "0" * 64}})
+    known, other = sorted(open_source(f"local:{tmp_path}").models, key=lambda m: m["id"])
+    (version,) = known["modelVersions"]
+    assert (known["id"], known["name"], known["type"]) == (5, "Theirs", "LORA")
+    assert (version["id"], version["baseModel"], version["trainedWords"]) == (6, "Pony", ["x"])
+    assert other["name"] == "b", "notes of another file"
+
+
 def test_an_empty_folder_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no model file"):
         open_source(f"local:{tmp_path}")
+
+
+def names(*folders: Path) -> list[str]:
+    return [path.name for path in model_files(*folders)]
+
+
+def test_links_are_followed_and_everything_counts_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    top, other = tmp_path / "webui" / "models", tmp_path / "disk" / "loras"
+    put(top / "a.safetensors", b"")
+    put(other / "deep" / "b.safetensors", b"")
+    put(tmp_path / "blobs" / "0123abcd", b"")  # as the hub's cache keeps files
+    (top / "Lora").symlink_to(other)
+    (top / "again").symlink_to(other / "deep")
+    (top / "same.safetensors").symlink_to(top / "a.safetensors")
+    (top / "hub.safetensors").symlink_to(tmp_path / "blobs" / "0123abcd")
+    assert names(top) == ["a.safetensors", "hub.safetensors", "b.safetensors"]
+    assert not caplog.records
+    assert names(top, tmp_path / "disk") == names(top), "whatever folders are named"
+
+    (other / "circle").symlink_to(top)
+    (other / "self").symlink_to(other)
+    (top / "root").symlink_to("/")
+    (top / "gone.safetensors").symlink_to(tmp_path / "nowhere")
+    (top / "gone").symlink_to(tmp_path / "nowhere")
+    assert names(top) == ["a.safetensors", "hub.safetensors", "b.safetensors"]
+    told = [record.getMessage() for record in caplog.records]
+    assert any("'root' is a link to a folder around it" in text.replace(str(top) + "/", "")
+               for text in told)  # fmt: skip
+    assert any("gone.safetensors' is a link that leads nowhere" in text for text in told)
+    linked = tmp_path / "linked"
+    linked.symlink_to(top)
+    assert names(linked) == names(top)
+
+
+def test_a_linked_folder_is_served_like_any_other(tmp_path: Path) -> None:
+    sha256 = put(tmp_path / "disk/ours.safetensors", safetensors(SD1))
+    put(tmp_path / "disk/ours.civitai.info", answer(77, 7, sha256))
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/Stable-diffusion").symlink_to(tmp_path / "disk")
+    snapshot = run(tmp_path / "models", tmp_path / "store")
+    assert [m["name"] for m in rows(snapshot, "models")] == ["Their Model"]
+    with embedded_site(f"local:{tmp_path / 'models'}") as url, CivitaiClient(url) as client:
+        path = client.download("/api/download/models/77", tmp_path / "file", sha256=sha256)
+        assert path.read_bytes() == safetensors(SD1)
+
+
+def test_comfyuis_extra_model_paths_are_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    install, disk = tmp_path / "ComfyUI", tmp_path / "disk"
+    for path in (
+        install / "main.py",
+        install / "models/checkpoints/a.safetensors",
+        install / "output/never.safetensors",
+        disk / "ckpt/b.safetensors",
+        disk / "lora one/c.safetensors",
+        disk / "two/d.safetensors",
+        disk / "other/e.safetensors",
+    ):
+        put(path, b"")
+    (install / "extra_model_paths.yaml").write_text(
+        f"""
+a111:
+    base_path: {disk}
+    is_default: true
+    checkpoints: ckpt
+    loras: |
+        lora one
+        two
+        gone
+    custom_nodes: other
+nothing: null
+""",
+        encoding="utf-8",
+    )
+    assert names(install) == [f"{letter}.safetensors" for letter in "abcd"]
+    assert "names 'gone', which is no folder" in caplog.text
+    for text in ("- [", "just text", "a: {checkpoints: 5}", "[1, 2]", "\x00"):
+        (install / "extra_model_paths.yaml").write_text(text)
+        assert names(install) == ["a.safetensors"]
+
+
+PIPELINE = {
+    "unet/diffusion_pytorch_model.safetensors": {"down_blocks.0.resnets.0.conv1.weight": (1,)},
+    "text_encoder/model.safetensors": {"text_model.encoder.layers.0.mlp.fc1.weight": (1,)},
+    "transformer/diffusion_pytorch_model-00001-of-00003.safetensors": {"x.weight": (1,)},
+}
+
+
+def test_parts_of_a_pipeline_and_shards_are_no_checkpoints(tmp_path: Path) -> None:
+    top = tmp_path / "Stable-diffusion"
+    for name, shapes in PIPELINE.items():
+        put(top / "pipe" / name, safetensors(shapes))
+        put((top / "pipe" / name).with_name("config.json"), {})
+    put(top / "pipe/model_index.json", {})
+    put(top / "big-00001-of-00002.safetensors", safetensors(SD1))
+    put(top / "renamed-unet.safetensors", safetensors(PIPELINE[next(iter(PIPELINE))]))
+    put(top / "model.safetensors", safetensors(SD1, fill=1))
+    put(top / "whole.safetensors", safetensors(SD1, fill=2))
+    files = {
+        path.relative_to(top).as_posix(): look(path, Hashes(None)) for path in model_files(top)
+    }
+    whole = {name for name, file in files.items() if file.architecture.type == "Checkpoint"}
+    assert whole == {"model.safetensors", "whole.safetensors"}
+    reasons = {name: file.undrawable for name, file in files.items() if name not in whole}
+    assert reasons.keys() == {
+        *(f"pipe/{name}" for name in PIPELINE),
+        *("big-00001-of-00002.safetensors", "renamed-unet.safetensors"),
+    }
+    assert all("; get the model in one file" in reason for reason in reasons.values())
+    assert reasons["big-00001-of-00002.safetensors"].startswith("part 1 of 2 of a sharded model")
+
+
+@pytest.mark.parametrize(
+    "sidecar",
+    [
+        b'{"id": 1, "modelId": 2, "x": ' + b"[" * 300 + b"]" * 300 + b"}",
+        b'{"id": 1, "modelId": 2, "x": ' + b"[" * 100_000 + b"}",
+        b'{"id": 1, "modelId": 2, "stats": {"downloadCount": 1e999}}',
+        b'{"id": 9223372036854775808, "modelId": 2}',
+        b'{"id": -5, "modelId": 2}',
+        b'{"id": 1, "modelId": 2, "images": [{"id": 9223372036854775808, "meta": {}}]}',
+        b"\xff\xfe",
+        b"[]",
+    ],
+)
+def test_a_sidecar_that_no_store_can_hold_is_left_out(tmp_path: Path, sidecar: bytes) -> None:
+    put(tmp_path / "models/a.safetensors", safetensors(SD1))
+    (tmp_path / "models/a.civitai.info").write_bytes(sidecar)
+    put(tmp_path / "models/b.safetensors", safetensors(SD1, fill=1))
+    snapshot = run(tmp_path / "models", tmp_path / "store")
+    assert {m["name"] for m in rows(snapshot, "models")} == {"a", "b"}

@@ -98,7 +98,7 @@ def test_an_unchanged_refresh_costs_few_requests_and_finds_nothing_new(tmp_path,
     # Two pages of models (one and the overlap), the other 30 by ids, two pages of images.
     assert len(asked) == 5
     assert not list(tmp_path.glob("crawl/.*partial"))
-    assert len(list(tmp_path.glob("crawl/*/manifest.json"))) == 1
+    assert len(list(tmp_path.glob("crawl/[0-9a-f]*/manifest.json"))) == 1
 
 
 def test_new_models_and_images_are_found_and_nothing_else_is_asked_for(tmp_path, asked):

@@ -7,6 +7,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
+from random import Random
 from typing import Any
 
 import orjson
@@ -237,3 +239,36 @@ def test_the_dataset_holds_every_pair_once_without_leaks(filtered: Artifact) -> 
     splits = [split for split, _ in rows]
     for split, share in (("train", 0.8), ("validation", 0.1), ("test", 0.1)):
         assert abs(splits.count(split) / len(rows) - share) < 0.05
+
+
+def test_models_that_resolve_old_pictures_move_no_record(
+    models: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """The pictures stay, the models grow, as behind refreshes; filters change in between."""
+    pictures = [as_api(item) for item in islice(dump("images"), 0, None, 3)]
+    pictures = list({item["id"]: item for item in pictures}.values())
+    pictures.sort(key=lambda item: int(item["id"]))
+    grown = list(models)
+    Random(7).shuffle(grown)
+    runtime = RuntimeConfig(store=str(tmp_path / "store"))
+    decided: dict[int, str] = {}
+    for crawl, (count, level) in enumerate(((400, 1), (800, 31))):
+        known = [
+            {**model, "_generation": int(place >= 400)} for place, model in enumerate(grown[:count])
+        ]
+        for model in known:
+            model["modelVersions"] = [
+                {**version, "_generation": model["_generation"]}
+                for version in model["modelVersions"]
+            ]
+        known.sort(key=lambda item: int(item["id"]))
+        source = snapshot(tmp_path / f"snapshot-{crawl}", known, pictures)
+        config = FilterConfig(max_image_nsfw_level=level)
+        filtered = filter_records.run(config, {"snapshot": [source]}, runtime)
+        made = build_dabench.run(DABenchConfig(), {"filtered": [filtered]}, runtime)
+        now = {row["id"]: split for split in SPLITS for row in read_split(made, split)}
+        assert {ident: now[ident] for ident in now.keys() & decided.keys()} == {
+            ident: decided[ident] for ident in now.keys() & decided.keys()
+        }
+        decided |= now
+    assert verify_dabench(made.path).problems == []

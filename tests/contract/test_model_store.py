@@ -10,6 +10,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
@@ -75,7 +76,7 @@ HARMFUL: dict[str, tuple[bytes, str]] = {
     "pickle": (b"\x80\x02}q\x00." + bytes(2000), "a pickle"),
     "zip bomb": (zip_bomb(), "a zip archive or a PyTorch pickle"),
     "absurd header": (header({}, bytes(100), length=2**62), "a header of 4611686018427387904"),
-    "header beyond the file": (header({}, b"", length=5000), "a header of 5000 bytes"),
+    "header beyond the file": (header({}, b"", length=5000), "cut off after 10 bytes"),
     "nan": (weights(float("nan")), "'unet.weight' holds NaN"),
     "infinity": (weights(float("inf")), "'unet.weight' holds NaN or infinity"),
     "overlap": (
@@ -618,3 +619,89 @@ def test_the_command_refuses_by_name(site: str, tmp_path: Path) -> None:
     assert "has disabled downloads" in invoke("fetch", "1004", *models, fails=DownloadsDisabled)
     assert "--allow-unscanned" in invoke("fetch", "1006", *models, fails=RenderError)
     assert invoke("fetch", "1006", "--allow-unscanned", *models).strip().endswith(".safetensors")
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut"])
+def test_a_damaged_file_is_fetched_again(site: str, tmp_path: Path, damage: str) -> None:
+    models = ["--models", tmp_path, "--site", site]
+    path = Path(invoke("fetch", "1001", *models).strip())
+    for reference in (sha256(GOOD), "civitai:1@1001"):
+        damaged = GOOD[:-9] if damage == "cut" else GOOD[:-1] + bytes([GOOD[-1] ^ 1])
+        path.write_bytes(damaged)
+        assert invoke("fetch", reference, *models).strip().endswith(str(path))
+        assert path.read_bytes() == GOOD
+
+
+def test_a_record_of_an_impossible_size_evicts_nothing(site: str, tmp_path: Path) -> None:
+    with opened(site, tmp_path) as (store, client):
+        entry, other = find(client, "1001"), find(client, "1002")
+        store.fetch(entry)
+        store.release(entry)
+        with pytest.raises(RenderError, match="does not fit on the disk") as refused:
+            store.fetch(replace(other, size_bytes=10**15))
+        assert refused.value.reason == "no-room"
+        assert [file.sha256 for file in store.cache.files()] == [entry.sha256]
+
+
+def test_a_disk_that_fills_is_a_line(
+    site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(CivitaiClient, "download", full)
+    with opened(site, tmp_path) as (store, client):
+        with pytest.raises(RenderError, match=r"'Model 1' cannot be stored.*No space left") as said:
+            store.fetch(find(client, "1001"))
+        assert said.value.reason == "no-room"
+
+
+def test_import_tells_what_it_refuses_and_takes_the_rest(tmp_path: Path) -> None:
+    good, odd, link = (tmp_path / f"{name}.safetensors" for name in ("good", "odd", "link"))
+    good.write_bytes(GOOD)
+    entry = {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}
+    odd.write_bytes(header({"__metadata__": {"a": 5}, "w": entry}, b"1234"))  # type: ignore[dict-item]
+    link.symlink_to(tmp_path / "nowhere")
+    paths = [tmp_path / "nope", odd, link, good]
+    models = ["--models", str(tmp_path / "cache")]
+    result = CliRunner().invoke(app, ["models", "import", *map(str, paths), *models])
+    assert result.exit_code == 1
+    assert "nope': there is no such file" in result.output
+    assert "its __metadata__ has 5 for 'a'" in result.output
+    assert "link.safetensors': there is no such file" in result.output
+    (row,) = json.loads(invoke("list", "--json", *models))
+    assert (row["sha256"], row["imported"]) == (sha256(GOOD), True)
+    assert "imported" in invoke("list", *models)
+    assert invoke("evict", "--limit-gb", "0", *models) == ""
+    assert "evicted" in invoke("evict", "--limit-gb", "0", "--imported", *models)
+    out = invoke("scan", tmp_path, *models)
+    assert "refused: 'odd.safetensors' is refused: its __metadata__ has 5" in out
+
+
+@pytest.mark.parametrize(
+    "text", ["1\u00b2", "9" * 5000, "http://[", "https://civitai.com/models/" + "9" * 5000]
+)
+def test_odd_references_are_refused_in_a_line(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"is no address|is not an AIR"):
+        parse_reference(text)
+    assert parse_reference("https://civitai.com/models/1?modelVersionId=\u00b2").version is None
+
+
+def test_import_tells_what_cannot_be_drawn_with(tmp_path: Path) -> None:
+    path = tmp_path / "packed.safetensors"
+    path.write_bytes(save({"x.weight": np.zeros((4, 4), np.uint8)}))
+    arguments = ["models", "import", str(path), "--models", str(tmp_path / "cache")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0
+    assert "not drawn with" in result.output and "packed or quantised as U8" in result.output
+
+
+def test_one_bad_reference_stops_no_other(site: str, tmp_path: Path) -> None:
+    references = ["1001", "nonsense", "1004", "1002"]
+    arguments = ["models", "fetch", *references, "--models", str(tmp_path), "--site", site]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, ConfigError) and "'nonsense'" in str(result.exception)
+    assert "has disabled downloads" in result.output
+    assert kept(tmp_path) == sorted(
+        f"{sha256(content)}.{end}" for content in (GOOD, PRUNED) for end in ("json", "safetensors")
+    )

@@ -83,7 +83,8 @@ def test_the_manifest_is_the_last_object(s3: S3Server, tmp_path: Path) -> None:
     made = write_words.run(Words(), {}, on("one", tmp_path))
     sent = [path for path in s3.asked("PUT") if ".diffagent" not in path]
     assert sorted(p.rsplit("/", 1)[1] for p in sent[:3]) == ["0.txt", "1.txt", "2.txt"]
-    assert [p.rsplit("/", 1)[1] for p in sent[3:]] == ["manifest.json"] * 2
+    pointers = ["latest", f"latest-{made.manifest.series}"]
+    assert [p.rsplit("/", 1)[1] for p in sent[3:]] == ["manifest.json"] * 2 + pointers
     assert sent[4] == f"/bucket/some/prefix/toy-words/{made.path.name}/manifest.json"
 
     s3.requests.clear()

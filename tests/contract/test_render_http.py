@@ -188,13 +188,27 @@ def test_a1111_draws_the_recipe(kind: str, local: Callable[[str], Path | None]) 
     assert renderer.loads == 1
 
 
-@pytest.mark.parametrize("sampler", ["DPM++ 2M", "DPM++ 2M SGM Uniform", "Euler a", "DDIM"])
-def test_a1111_schedules(webui: LocalWebUI, sampler: str) -> None:
+@pytest.mark.parametrize(
+    ("sampler", "label"),
+    [
+        ("DPM++ 2M", "Uniform"),
+        ("DPM++ 2M SGM Uniform", "SGM Uniform"),
+        ("DPM++ 2M Simple", "Simple"),
+        ("DPM++ 2M DDIM Uniform", "DDIM"),
+        ("Euler a Beta", "Beta"),
+        ("Euler a", "Uniform"),
+        ("DDIM", "Automatic"),
+    ],
+)
+def test_a1111_schedules(webui: LocalWebUI, sampler: str, label: str) -> None:
     draw(a1111(webui), RECIPE.model_copy(update={"sampler": sampler}))
     (body,) = webui.bodies(TXT2IMG)
-    spec = SAMPLERS[sampler]
-    expected = "Automatic" if sampler == "DDIM" else spec.schedule or "Uniform"
-    assert (body["sampler_name"], body["scheduler"]) == (spec.solver, expected)
+    assert (body["sampler_name"], body["scheduler"]) == (SAMPLERS[sampler].solver, label)
+
+
+def test_the_webui_lacks_the_schedules_of_comfyui(webui: LocalWebUI) -> None:
+    recipe = RECIPE.model_copy(update={"sampler": "Euler a Beta (ComfyUI)"})
+    fails(a1111(webui), "unsupported-sampler", recipe)
 
 
 def test_a_file_that_the_webui_has_not_hashed_is_found_by_name_and_proven(
@@ -474,12 +488,22 @@ def test_comfyui_ignores_clip_skip_for_sdxl(comfyui: LocalComfyUI) -> None:
 @pytest.mark.parametrize(
     ("sampler", "names"),
     [("DPM++ SDE", ("dpmpp_sde", "normal")), ("DDIM", ("ddim", "ddim_uniform")),
-     ("Euler a SGM Uniform", ("euler_ancestral", "sgm_uniform"))],
+     ("Euler a SGM Uniform", ("euler_ancestral", "sgm_uniform")),
+     ("Euler Simple", ("euler", "simple")), ("Euler DDIM Uniform", ("euler", "ddim_uniform")),
+     ("Euler Beta (ComfyUI)", ("euler", "beta")),
+     ("Euler KL Optimal (ComfyUI)", ("euler", "kl_optimal"))],
 )  # fmt: skip
 def test_comfyui_samplers(comfyui: LocalComfyUI, sampler: str, names: tuple[str, str]) -> None:
     draw(comfy(comfyui), RECIPE.model_copy(update={"sampler": sampler}))
     inputs = comfyui.bodies("/prompt")[0]["prompt"]["sample"]["inputs"]
     assert (inputs["sampler_name"], inputs["scheduler"]) == names
+
+
+@pytest.mark.parametrize("sampler", ["Euler Beta", "Euler KL Optimal", "Euler Turbo"])
+def test_comfyui_lacks_the_schedules_of_the_webui(comfyui: LocalComfyUI, sampler: str) -> None:
+    """Its beta and kl_optimal are other formulae: never another schedule in silence."""
+    recipe = RECIPE.model_copy(update={"sampler": sampler})
+    fails(comfy(comfyui), "unsupported-sampler", recipe)
 
 
 def test_what_comfyui_lacks_is_missing(

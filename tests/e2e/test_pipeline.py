@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ from diffagent.artifacts import Artifact, verify_artifact
 from diffagent.pipeline import find_cached, plan
 from schemas.config import load_config
 from tests.conftest import ROOT
-from tests.e2e.conftest import Prefect, small_config
+from tests.e2e.conftest import Prefect, dump_dom, small_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 GROUPS = ("build-dabench", "train-sft", "train-rrhf", "evaluate-agent")
@@ -101,22 +99,7 @@ def test_the_report_is_whole(finished: Finished) -> None:
 
 def test_the_dashboard_shows_the_stages(finished: Finished, chromium: str) -> None:
     page = f"{finished.prefect.url}/runs/flow-run/{finished.runs['train-rrhf']['id']}"
-    with tempfile.TemporaryDirectory() as profile:
-        dom = subprocess.run(
-            [
-                chromium,
-                *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic"),
-                *("--no-first-run", "--disable-background-networking"),
-                *("--disable-component-update", "--disable-sync"),
-                f"--user-data-dir={profile}",
-                *("--virtual-time-budget=20000", "--timeout=60000", "--dump-dom", page),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=180,
-            check=True,
-        ).stdout
-    text = " ".join(re.sub(r"<[^>]+>", " ", dom).split())
+    text = dump_dom(chromium, page)
     tasks = finished.prefect.task_states(finished.runs["train-rrhf"]["id"])
     assert "Deployment train-rrhf" in text and "Completed" in text
     assert f"{len(tasks)} Task runs" in text

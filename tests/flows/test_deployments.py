@@ -47,8 +47,11 @@ def test_entrypoint_and_parameters(name: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_dataset_refresh_is_scheduled() -> None:
-    [schedule] = DEPLOYMENTS["build-dabench"]["schedules"]
-    assert schedule["parameters"] == {"refresh": True}
+    deployment = DEPLOYMENTS["build-dabench"]
+    [schedule] = deployment["schedules"]
+    # Not the schedule's parameters: Prefect's PATCH of a schedule (resume, the UI's toggle) drops
+    # them (https://github.com/PrefectHQ/prefect/issues/17982).
+    assert deployment["parameters"]["refresh"] is True and "parameters" not in schedule
     assert schedule["slug"] and len(schedule["cron"].split()) == 5
     assert ZoneInfo(schedule["timezone"])
 

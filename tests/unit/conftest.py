@@ -30,7 +30,7 @@ def agent_run(tmp_path_factory: pytest.TempPathFactory) -> AgentRun:
     """An agent of 0.1 M parameters after seconds of training: it writes valid APIs."""
     import torch
 
-    from diffagent.train.sft import train_sft
+    from diffagent.train.stages import train_sft
 
     torch.set_num_threads(1)
     store = Path(tmp_path_factory.mktemp("agent"))

@@ -16,12 +16,13 @@ from diffagent.agent.decoding import DiverseBeams, TopP
 from diffagent.agent.format import response_text
 from diffagent.agent.grammar import Grammar, State
 from diffagent.agent.key_values import KeyValues
-from diffagent.agent.llm import Agent, AgentInfo
+from diffagent.agent.llm import Agent, AgentInfo, load_agent
 from diffagent.agent.llm_selector import LLM
 from diffagent.agent.selector import Choice
 from diffagent.agent.verify import verify
 from diffagent.dabench.catalogue import Catalogue
 from schemas.api import T2IAPI, Params
+from tests.unit.conftest import AgentRun
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red star", "", "夢の絵, masterpiece", "x" * 3000]
@@ -29,7 +30,7 @@ PROMPTS = ["a red star", "", "夢の絵, masterpiece", "x" * 3000]
 
 def make_agent(catalogue: Catalogue, seed: int = 0, calls: Calls | None = None) -> Agent:
     model, tokenizer = wandering_llm(catalogue, seed=seed)
-    info = AgentInfo(base_model="random", trained_by=(), max_length=96)
+    info = AgentInfo(base_model="random", trained_by=(), max_length=400)
     return Agent(model, tokenizer, info, catalogue, CPU, calls)
 
 
@@ -222,6 +223,34 @@ def test_a_temperature_flattens_the_probabilities(agent: Agent) -> None:
     assert sharp == sorted(sharp, reverse=True)
     assert sum(flat) <= 1
     assert flat[0] / flat[-1] < sharp[0] / sharp[-1]
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0, 5.0])
+def test_a_temperature_is_of_names_and_not_of_tokens(temperature: float) -> None:
+    """With every name scored the probabilities are the softmax over names."""
+    catalogue = ugly_catalogue(25, seed=4)
+    agent = make_agent(catalogue)
+    for parameter in agent.model.parameters():
+        parameter.data.mul_(0.3)
+    tempered = {name: p / temperature for name, p in exact(agent, "a red star").items()}
+    total = torch.tensor(list(tempered.values())).logsumexp(0).item()
+    shares = {name: math.exp(p - total) for name, p in tempered.items()}
+    every = LLM(agent, beams=25, temperature=temperature).select(["a red star"], 25)[0]
+    assert by_name(every) == pytest.approx(shares, rel=1e-3, abs=1e-9)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+def test_few_beams_state_nearly_the_exact_probability(
+    agent_run: AgentRun, temperature: float
+) -> None:
+    """Of an agent that writes names of its catalogue, tempered or not."""
+    agent = load_agent(agent_run.agent.path, "cpu")
+    for prompt in ("a red star on white, flat design", "a moon", "a blue ring, pencil sketch"):
+        tempered = {name: p / temperature for name, p in exact(agent, prompt).items()}
+        total = torch.tensor(list(tempered.values())).logsumexp(0).item()
+        few = by_name(LLM(agent, beams=4, temperature=temperature).select([prompt], 4)[0])
+        for name, probability in few.items():
+            assert probability == pytest.approx(math.exp(tempered[name] - total), abs=0.05)
 
 
 def test_choices_are_different_checkpoints(agent: Agent) -> None:

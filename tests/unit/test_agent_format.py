@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 
-from diffagent.agent.format import IGNORED, encode_example, encode_prompt, pad, response_text
+from diffagent.agent.format import (
+    IGNORED,
+    encode_example,
+    encode_prompt,
+    encode_responses,
+    pad,
+    prompt_room,
+    response_text,
+)
 from diffagent.errors import ConfigError
 from diffagent.train.sandbox_llama import build_tokenizer
 from schemas.api import parse_api
@@ -42,17 +50,40 @@ def test_labels_cover_the_response_and_the_eos_and_nothing_else(tokenizer: Any) 
     assert example.input_ids[:start] == encode_prompt(tokenizer, PROMPTS[0], 512)[0]
 
 
-def test_a_long_prompt_is_cut_and_counted_and_the_response_is_not(tokenizer: Any) -> None:
+@pytest.mark.parametrize("max_length", [90, 200])  # the response needs more than half, or less
+def test_a_long_prompt_is_cut_and_counted_and_the_response_is_not(
+    tokenizer: Any, max_length: int
+) -> None:
     long = " ".join(PROMPTS)
     whole = encode_example(tokenizer, long, RESPONSES[0], 10_000)
-    cut = encode_example(tokenizer, long, RESPONSES[0], 120)
+    cut = encode_example(tokenizer, long, RESPONSES[0], max_length)
     assert whole is not None
     assert cut is not None
-    assert len(cut.input_ids) == 120
+    answer = sum(label != IGNORED for label in cut.labels)
+    assert len(cut.input_ids) - answer == min(prompt_room(max_length), max_length - answer)
     assert whole.prompt_tokens_cut == 0
-    assert cut.prompt_tokens_cut == len(whole.input_ids) - 120
+    assert cut.prompt_tokens_cut == len(whole.input_ids) - len(cut.input_ids)
     assert [x for x in cut.labels if x != IGNORED] == [x for x in whole.labels if x != IGNORED]
     assert tokenizer.decode(cut.input_ids).count("\nAPI: ") == 1
+
+
+def test_all_responses_follow_one_cut_of_the_prompt(tokenizer: Any) -> None:
+    """What a prompt is conditioned on depends on none of its candidates alone."""
+    long, short = " ".join(PROMPTS), RESPONSES[0]
+    texts = [short, short + short, short * 3, short * 99]
+    examples = encode_responses(tokenizer, long, texts, 300)
+    assert examples[3] is None  # and does not count
+    questions = [
+        [i for i, label in zip(e.input_ids, e.labels, strict=True) if label == IGNORED]
+        for e in examples[:3]
+        if e
+    ]
+    assert questions[0] == questions[1] == questions[2]
+    assert len(examples[2].input_ids) == 300 if examples[2] else False
+    alone = encode_responses(tokenizer, long, [short], 300)[0]
+    assert alone is not None
+    assert alone.labels.count(IGNORED) == prompt_room(300) > len(questions[0])
+    assert encode_prompt(tokenizer, long, prompt_room(300))[0] == alone.input_ids[:150]
 
 
 def test_a_response_that_does_not_fit_is_refused(tokenizer: Any) -> None:

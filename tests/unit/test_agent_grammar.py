@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.hostile import ugly_catalogue
 from diffagent.agent.call_counts import Calls
-from diffagent.agent.format import _ids as encode
+from diffagent.agent.format import encode_text as encode
 from diffagent.agent.format import response_text
 from diffagent.agent.grammar import FreeText, Grammar, State
 from diffagent.agent.trie import TokenTrie

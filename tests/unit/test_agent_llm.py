@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from diffagent.agent.decoding import DiverseBeams, TopP
-from diffagent.agent.format import IGNORED, encode_example
+from diffagent.agent.format import IGNORED, encode_example, prompt_room
 from diffagent.agent.llm import Agent, align_special_tokens, load_agent, read_info
-from diffagent.agent.verify import verify
+from diffagent.agent.llm_selector import LLM
+from diffagent.agent.verify import TRUNCATED, verify
 from diffagent.errors import ArtifactError, TrainingError
 from diffagent.train.sandbox_llama import build_tokenizer
 from tests.unit.conftest import AgentRun
@@ -39,6 +41,23 @@ def test_an_answer_that_is_cut_has_not_ended(agent: Agent) -> None:
     [[whole], [cut]] = agent.generate(PROMPTS[:1]) + agent.generate(PROMPTS[:1], max_new_tokens=8)
     assert not cut.ended
     assert whole.text.startswith(cut.text)
+
+
+def test_an_answer_may_take_what_max_length_leaves_after_its_prompt(agent: Agent) -> None:
+    """Rows of a batch have rooms of their own, and a cut answer is truncated, not unparsable."""
+    short = dataclasses.replace(agent, info=agent.info.model_copy(update={"max_length": 48}))
+    prompts = ["a moon", " ".join(PROMPTS * 4)]
+    rooms = short.rooms(short.encode(prompts), None)
+    assert rooms[0] > rooms[1] == 48 - prompt_room(48)
+    together = [found[0] for found in short.generate(prompts)]
+    for prompt, room, completion in zip(prompts, rooms, together, strict=True):
+        assert short.generate([prompt])[0][0] == completion
+        assert not completion.ended
+        assert len(short.tokenizer(completion.text)["input_ids"]) == room
+        assert verify(completion.text, agent.catalogue, ended=False).reason == TRUNCATED
+    choices = LLM(short, constrained=False).select(prompts, 2)
+    assert {c.verdict.reason for found in choices for c in found} == {TRUNCATED}
+    assert all(c[0].verdict.api for c in LLM(short).select(prompts))
 
 
 def test_sampled_answers_do_not_depend_on_company(agent: Agent) -> None:

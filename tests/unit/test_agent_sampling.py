@@ -87,6 +87,16 @@ def test_diverse_beams_are_an_option(agent_run: AgentRun) -> None:
     assert table(artifact).filter(pl.col("source") == "sft")["prompt_id"].n_unique() > 0
 
 
+def test_answers_that_are_cut_are_counted_apart(agent_run: AgentRun) -> None:
+    artifact = run(agent_run, 1, max_new_tokens=20)
+    outcomes = artifact.manifest.metrics["outcomes"]
+    assert set(outcomes) == {"truncated", "valid"}  # those of the dataset are whole
+    rows = table(artifact).filter(source="sft")
+    assert set(rows["reason"]) == {"truncated"} and rows["api"].null_count() == rows.height
+    room = run(agent_run, 1, max_new_tokens=None).manifest.metrics["outcomes"]
+    assert "truncated" not in room
+
+
 def test_constrained_candidates_are_all_valid(agent_run: AgentRun) -> None:
     changes = {"temperature": 3.0, "top_p": 1.0, "max_new_tokens": 256}
     found = {
@@ -135,7 +145,8 @@ def test_vllm_is_asked_for_what_the_agent_would_do(
     settings = {"max_new_tokens": 9, "batch_size": 1}
     found = engine.generate(["a star", "a box"], decoding=TopP(2, 0.8, 0.9, 3), **settings)
     assert found == [[Completion('{"model":"x"}', True), Completion('{"model":"x"}', False)]] * 2
-    assert calls[0] == (str(agent_run.agent.path), {"enable_prefix_caching": True})
+    options = {"enable_prefix_caching": True, "trust_remote_code": False}
+    assert calls[0] == (str(agent_run.agent.path), options)
     prompts, params = calls[1]
     template = agent.info.prompt_template
     for prompt, given in zip(["a star", "a box"], prompts, strict=True):

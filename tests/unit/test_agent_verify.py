@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffagent.agent.verify import KINDS, verify
+from diffagent.agent.verify import KINDS, TRUNCATED, verify
 from tests.unit.agent_world import make_catalogue
 
 CATALOGUE = make_catalogue()
@@ -67,7 +67,24 @@ def test_an_embedding_of_the_catalogue_is_valid() -> None:
         ("[" * 100_000, "unparsable", ""),
         ("9" * 5000, "unparsable", ""),
         ("[]", "schema", ""),
+        ('{"model":"\\ud800"}', "unparsable", ""),
         (call(params={"steps": "many"}), "schema", "params.steps"),
+        (call(params={"steps": True}), "schema", "params.steps"),
+        (call(params={"steps": "20"}), "schema", "params.steps"),
+        (call(params={"steps": 20.0}), "schema", "params.steps"),
+        (call(params={"cfg_scale": True}), "schema", "params.cfg_scale"),
+        (call(params={"cfg_scale": "7"}), "schema", "params.cfg_scale"),
+        (call(params={"width": "64"}), "schema", "params.width"),
+        (call(loras=[{**lora("Thick Outlines", "v1")[0], "weight": "1"}]), "schema", "loras.0"),
+        (
+            call(embeddings=[{"model": "Bad Shapes", "version": "v1", "negative": 1}]),
+            "schema",
+            "embeddings.0",
+        ),
+        (call(negative_prompt=7), "schema", "negative_prompt"),
+        (call(air="urn:air:sd1:checkpoint:civitai:9@9"), "wrong_air", "air"),
+        (call(air="urn:air:sd1:checkpoint:civitai:2@1023"), "wrong_air", "air"),
+        (call(air=""), "wrong_air", "air"),
         (call(extra=1), "schema", "extra"),
         (json.dumps(call()).replace('"version"', '"model"'), "schema", "model"),
         (call(params={"steps": 0}), "param_out_of_range", "params.steps"),
@@ -95,6 +112,37 @@ def test_every_kind_of_hallucination_is_told_apart(answer: Any, kind: str, field
     assert (verdict.status, verdict.reason, verdict.api) == ("invalid", kind, None)
     assert verdict.detail.startswith(field)
     assert kind in KINDS
+
+
+@pytest.mark.parametrize("suffix", ["", "+4711", ":vae", ".safetensors"])
+def test_a_right_air_is_valid_with_what_names_the_file(suffix: str) -> None:
+    air = "urn:air:sd1:checkpoint:civitai:2@102"
+    verdict = verify(json.dumps(call(air=air.upper() + suffix)), CATALOGUE)
+    assert verdict.api is not None
+    assert verdict.api.air == air
+
+
+WHOLE = json.dumps(call(negative_prompt='tru "quoted" \U0001f600', params={"cfg_scale": 7.25}))
+
+
+@pytest.mark.parametrize("end", range(1, len(WHOLE)))
+def test_an_answer_that_was_cut_anywhere_is_truncated_and_not_unparsable(end: int) -> None:
+    verdict = verify(WHOLE[:end], CATALOGUE, ended=False)
+    assert (verdict.status, verdict.reason) == ("invalid", TRUNCATED)
+    assert verify(WHOLE[:end], CATALOGUE).reason == "unparsable"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Sure! Here is", WHOLE[:40] + "!" + WHOLE[40:90], '{"model" "version":"', "{} {}", "[1"],
+)
+def test_what_would_be_no_json_however_long_stays_unparsable(text: str) -> None:
+    assert verify(text, CATALOGUE, ended=False).reason == "unparsable"
+
+
+def test_an_answer_that_is_whole_is_judged_though_its_stop_was_cut_off() -> None:
+    assert verify(WHOLE, CATALOGUE, ended=False).status == "valid"
+    assert verify("{}", CATALOGUE, ended=False).reason == "schema"
 
 
 def edits() -> st.SearchStrategy[Callable[[str], str]]:

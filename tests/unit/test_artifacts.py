@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
-from diffagent import cache
+from diffagent import cache, child
 from diffagent.artifacts import (
     Artifact,
     StageContext,
@@ -26,10 +26,10 @@ from diffagent.artifacts import (
     canonical_json,
     named_files,
     open_artifact,
-    run_in_child,
     stage,
     verify_artifact,
 )
+from diffagent.child import run_in_child
 from diffagent.errors import ArtifactError, ServerError, TrainingError
 from diffagent.lineage import lineage_lines
 from schemas.config import ConfigFileError, RuntimeConfig, load_config
@@ -112,6 +112,8 @@ def test_identity_is_of_the_files_that_the_config_names(tmp_path: Path) -> None:
     weights.write_bytes(b"two!")
     assert reader.identity(config, {}) != first, "other weights under the same name"
     weights.write_bytes(b"one")
+    weights.with_name("README.md").write_text("a note")
+    weights.with_name(".DS_Store").write_text("of a file manager")
     assert reader.identity(config, {}) == first, "when they were written does not matter"
 
 
@@ -176,7 +178,8 @@ def test_kill_9_then_the_same_command(tmp_path: Path, kill_after: int) -> None:
 def test_refresh_keeps_what_did_not_change(runtime: RuntimeConfig) -> None:
     first = write_words.run(Words(), {}, runtime)
     assert write_words.run(Words(), {}, runtime, refresh=True) == first
-    assert [p.name for p in first.path.parent.iterdir() if p.is_dir()] == [first.path.name]
+    real = [p for p in first.path.parent.iterdir() if p.is_dir() and not p.is_symlink()]
+    assert real == [first.path]
 
 
 def test_a_refresh_knows_what_it_refreshes_and_a_memory_that_stays(runtime: RuntimeConfig) -> None:
@@ -223,6 +226,26 @@ def test_child_process(runtime: RuntimeConfig) -> None:
     with pytest.raises(ArtifactError, match="ended with code -9") as crashed:
         run_in_child(entry, Words(fail="crash"), {}, runtime)
     assert crashed.value.retryable, "killed from outside: the next try resumes"
+
+
+def test_lines_of_a_child_keep_their_level(caplog: pytest.LogCaptureFixture) -> None:
+    """A warning of a child, such as a retry, is a warning in the log of a flow's run too."""
+    caplog.set_level("INFO", "diffagent")
+    lines = ["WARNING diffagent.x: try 2 of 8", "INFO diffagent.x: fine", "ERROR diffagent: no"]
+    program = "import sys; print(*sys.argv[1:], sep='\\n')"
+    code, last = child._run_logged(
+        [sys.executable, "-c", program, *lines, "words"],
+        name="child",
+        timeout=60,
+        progress=lambda fraction, text: None,
+    )
+    assert (code, last) == (0, "words")
+    assert [(r.levelname, r.message) for r in caplog.records] == [
+        ("WARNING", "child | diffagent.x: try 2 of 8"),
+        ("INFO", "child | INFO diffagent.x: fine"),
+        ("ERROR", "child | diffagent: no"),
+        ("INFO", "child | words"),
+    ]
 
 
 def test_child_timeout(runtime: RuntimeConfig, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,11 +16,12 @@ import yaml
 from typer.testing import CliRunner
 
 from diffagent import cli, pipeline
-from diffagent.agent.selector import Choice
+from diffagent.agent.selector import Choice, call_line
 from diffagent.agent.verify import Verdict
 from diffagent.artifacts import StageContext, StageResult, stage
+from diffagent.dabench.catalogue import Catalogue
 from diffagent.errors import ArtifactError, ConfigError, SchemaError
-from schemas.api import T2IAPI, Params, parse_api
+from schemas.api import T2IAPI, Params
 from schemas.config import CrawlConfig, FilterConfig, PipelineConfig
 from schemas.manifest import Funnel, FunnelStep
 
@@ -120,7 +121,7 @@ def test_settings_change_the_run(config_file: Path, tmp_path: Path) -> None:
         *("--set", "crawl.model_types=[LORA]"),
     )
     assert str(tmp_path / "other") in out
-    (manifest,) = (tmp_path / "other").glob("crawl/*/manifest.json")
+    (manifest,) = (tmp_path / "other").glob("crawl/[0-9a-f]*/manifest.json")
     assert '"LORA"' in manifest.read_text() and '"Checkpoint"' not in manifest.read_text()
 
 
@@ -164,13 +165,25 @@ def test_errors_are_a_line_on_stderr_and_exit_code_1(
     assert "Traceback" not in error
 
 
-def test_errors_that_nobody_meant_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_is_a_line_too_and_v_shows_its_traceback(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     def fail(*_: Any) -> None:
         raise ZeroDivisionError
 
     monkeypatch.setattr(cli, "app", fail)
-    with pytest.raises(ZeroDivisionError):
+    monkeypatch.setattr(sys, "argv", ["diffagent", "run"])
+    with pytest.raises(SystemExit) as stopped:
         cli.main()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 1 and error.count("\n") == 1
+    assert "error: diffagent run: unexpected ZeroDivisionError" in error and "-v" in error
+    caplog.set_level("INFO", "diffagent.cli")
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "Traceback" in caplog.text and "ZeroDivisionError" in caplog.text
 
 
 def test_artifact_show_and_verify(config_file: Path) -> None:
@@ -178,7 +191,7 @@ def test_artifact_show_and_verify(config_file: Path) -> None:
     shown = invoke("artifact", "show", path)
     assert "models: 7 of 10 kept" in shown and "type: not a checkpoint" in shown
     assert "  snapshot: crawl " in shown
-    (snapshot,) = path.parent.parent.glob("crawl/*/")
+    (snapshot,) = path.parent.parent.glob("crawl/[0-9a-f]*/")
     assert ["rows", "models", "1,234"] in [
         line.split() for line in invoke("artifact", "show", snapshot).splitlines()
     ]
@@ -192,6 +205,7 @@ class Chooses:
     """An LLM that has one answer, and none to 'nothing'."""
 
     made: ClassVar[list[tuple[Any, ...]]] = []
+    catalogue = Catalogue([])
 
     def __init__(self, agent: Any, **options: Any) -> None:
         self.made.append((agent, options))
@@ -211,8 +225,10 @@ def chooses(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
 
 def test_select_prints_the_api(chooses: list[tuple[Any, ...]]) -> None:
-    assert invoke("select", "a red circle", "--agent", "here") == API.to_json() + "\n"
-    assert invoke("select", "a ring", "--agent", "here", "-n", 2) == 2 * (API.to_json() + "\n")
+    line = call_line("a ring", API, Catalogue([])) + "\n"
+    assert json.loads(line) == {"prompt": "a ring", **json.loads(API.to_json()), "hashes": {}}
+    assert invoke("select", "a ring", "--agent", "here") == line
+    assert invoke("select", "a ring", "--agent", "here", "-n", 2) == 2 * line
     ((where, device, quantization), options), *_ = chooses
     assert (str(where), device, quantization) == ("here", "auto", "none")
     assert options == {"constrained": True, "negative_prompts": "known"}
@@ -226,9 +242,11 @@ def test_select_prints_the_api(chooses: list[tuple[Any, ...]]) -> None:
 
 def test_select_answers_line_by_line(chooses: list[tuple[Any, ...]]) -> None:
     result = runner.invoke(cli.app, ["select", "-", "--agent", "x"], b"a\nnothing\r\n\xff\n\n")
-    lines = result.output.splitlines()
-    assert [line == API.to_json() for line in lines] == [True, False, True, True]
-    assert "no valid API for 'nothing'" in json.loads(lines[1])["error"]
+    lines = [json.loads(line) for line in result.output.splitlines()]
+    assert [(line["prompt"], "model" in line) for line in lines] == [  # the blank one is skipped
+        *(("a", True), ("nothing", False), ("\ufffd", True)),
+    ]
+    assert "no valid API for 'nothing'" in lines[1]["error"]
     assert len(chooses) == 1
 
 
@@ -238,7 +256,8 @@ def test_select_fits_on_a_dabench_once(tmp_path: Path) -> None:
     dabench = make_world(tmp_path, train=40, test=4)
     options = ("--dabench", dabench.path, "--store", tmp_path, "--selector", "neighbours", "--n", 3)
     lines = invoke("select", "a red star, line art", *options).splitlines()
-    assert len({parse_api(line).model for line in lines}) == 3
+    assert len({json.loads(line)["model"] for line in lines}) == 3
+    assert all(len(json.loads(line)["hashes"]["model"]) == 64 for line in lines)
     with pytest.raises(ConfigError, match="is none of neighbours"):
         invoke("select", "a red star", "--dabench", dabench.path, "--selector", "llm")
     with pytest.raises(ConfigError, match="--agent DIR, or --dabench DIR"):
@@ -258,3 +277,37 @@ def test_civitai_gets_its_arguments_untouched(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "diffagent.civitai", types.ModuleType("diffagent.civitai"))
     invoke("civitai", "serve", "--dump", "DIR", "--help")
     assert given["args"] == ["serve", "--dump", "DIR", "--help"]
+
+
+def test_every_command_has_the_short_help_and_v_and_q() -> None:
+    def walk(node: Any, path: tuple[str, ...]) -> None:
+        children = getattr(node, "commands", {})
+        for name, child in children.items():
+            walk(child, (*path, name))
+        if path != ("civitai",):  # hands its arguments on
+            shown = invoke(*path, "-h")
+            assert shown == invoke(*path, "--help")
+            assert children or ("--verbose" in shown and "--quiet" in shown), path
+
+    walk(typer.main.get_command(cli.app), ())
+
+
+@pytest.mark.parametrize("prompt", ["", "  ", "\n"])
+def test_an_empty_prompt_is_an_error(prompt: str, chooses: list[tuple[Any, ...]]) -> None:
+    with pytest.raises(ConfigError, match="the prompt is empty"):
+        invoke("select", prompt, "--agent", "here")
+    assert chooses == [], "nothing is loaded"
+
+
+def test_a_directory_of_another_kind_is_called_what_it_is(tmp_path: Path) -> None:
+    from tests.unit.agent_world import make_world
+
+    dabench = make_world(tmp_path, train=12, test=4).path
+    with pytest.raises(ArtifactError, match="it is an artefact of the stage 'shard'"):
+        invoke("select", "a star", "--agent", dabench)
+    with pytest.raises(ArtifactError, match=f"did you mean '{dabench.parent}/latest'"):
+        invoke("select", "a star", "--agent", dabench.parent)
+    with pytest.raises(ArtifactError, match=f"did you mean '{dabench.parent}/latest'"):
+        invoke("select", "a star", "--dabench", dabench.parent)
+    with pytest.raises(ArtifactError, match="no such directory"):
+        invoke("select", "a star", "--agent", tmp_path / "nothing")

@@ -81,6 +81,34 @@ def test_choose_file_prefers_pruned_fp16_safetensors() -> None:
     assert choose_file([{**good, "hashes": {}}], require_scans=True) == (None, "no SHA256")
 
 
+@pytest.mark.parametrize(
+    ("stated", "name"),
+    [
+        ({"fp": "fp8"}, "a.safetensors"),
+        ({"fp": "nf4"}, "a.safetensors"),
+        ({"quantType": "Q4_K_M"}, "a.safetensors"),
+        ({}, "model_fp8_e4m3fn.safetensors"),
+        ({"fp": "fp16"}, "model-svdq-int4_r32.safetensors"),
+        ({}, "model-bnb-nf4-v2.safetensors"),
+        ({}, "model Q4_K_S.safetensors"),
+        ({"fp": "mxfp8"}, "a.safetensors"),
+    ],
+)
+def test_choose_file_prefers_what_is_drawn_right(stated: dict[str, str], name: str) -> None:
+    good = version(1)["files"][0]
+    for fp in ("fp32", "bf16", "fp16", None):
+        whole = {**good, "id": 90, "primary": False, "name": "fp80s_style.safetensors"}
+        whole["metadata"] = {"format": "SafeTensor", "size": "full", "fp": fp}
+        small = {**good, "id": 1, "primary": True, "name": name}
+        small["metadata"] = {"format": "SafeTensor", "size": "pruned", **stated}
+        for files in ([whole, small], [small, whole]):
+            assert choose_file(files, require_scans=True) == (whole, "")
+        assert choose_file([small], require_scans=True) == (small, ""), "when it is the only one"
+        fp8 = {**whole, "metadata": {"format": "SafeTensor", "fp": "fp8"}}
+        if "8" not in str(stated) + name:
+            assert choose_file([small, fp8], require_scans=True) == (fp8, "")
+
+
 def test_first_sentences() -> None:
     assert first_sentences("One. Two.") == "One. Two."
     text = first_sentences("A sentence of some words. " * 40, limit=100)

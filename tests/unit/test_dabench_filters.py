@@ -25,7 +25,9 @@ from schemas.api import parse_api
 from schemas.config import FilterConfig, RuntimeConfig
 from schemas.dabench import CATALOGUE, PRINTS, RECORDS
 from schemas.manifest import Funnel
+from tests.conftest import reseal
 from tests.unit.dabench_records import hashes, image, model, snapshot, version
+from tests.unit.test_metadata_comfy import graph, node
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
@@ -41,6 +43,15 @@ def patched(base: dict[str, Any]) -> st.SearchStrategy[dict[str, Any]]:
     )
 
 
+#: A graph whose negative prompt comes from a node that nobody knows.
+UNKNOWN_NEGATIVE = {
+    "prompt": graph(
+        **{
+            "7": node("CLIPTextEncode", text=["20", 0], clip=["4", 1]),
+            "20": node("Random Negative", text="noise", seed=1),
+        }
+    )
+}
 FILES = patched(version(1)["files"][0])
 VERSIONS = st.lists(
     patched(version(1)) | FILES.map(lambda file: version(1, files=[file])), max_size=3
@@ -164,6 +175,16 @@ def dropped(found: object) -> tuple[str, str]:
         ),
         (image(1, steps="many"), "parameters_parsed", "no steps"),
         (image(1, cfgScale=None), "parameters_parsed", "no cfg_scale"),
+        (
+            image(1, prompt="a blue star on sand <lora:x:0.0.8>"),
+            "parameters_parsed",
+            "loras not known",
+        ),
+        (
+            image(1, comfy=UNKNOWN_NEGATIVE, negativePrompt="noise"),
+            "parameters_parsed",
+            "negative_prompt not known",
+        ),
         (image(1, steps=0), "parameters_in_range", "steps"),
         (image(1, cfgScale=99), "parameters_in_range", "cfg_scale"),
         (image(1, Size="8x512"), "parameters_in_range", "width"),
@@ -255,7 +276,9 @@ def test_filters_that_can_be_added(name: Any, item: Any, reason: str) -> None:
         ({"allowCommercialUse": []}, {}, "commercial use no"),
         ({"allowCommercialUse": None}, {}, "commercial use unknown"),
         ({"allowCommercialUse": None}, {"commercial_use": ("yes", "unknown")}, None),
-        ({"modelVersions": [version(1, stats=None)]}, {}, "too few downloads"),
+        ({"modelVersions": [version(1, stats=None)]}, {}, "downloads not stated"),
+        ({"modelVersions": [version(1, stats={"downloadCount": 0})]}, {}, "too few downloads"),
+        ({"modelVersions": [version(1, stats={})]}, {"min_downloads": 0}, None),
         (
             {"modelVersions": [version(1, baseModel="Flux.1 D")]},
             {"base_models": ("all",)},
@@ -435,6 +458,7 @@ def test_disorder_and_damage_are_errors(tmp_path: Path) -> None:
     source = snapshot(tmp_path / "b", [model(1)], [image(1)])
     path = source.path / "images" / "00000.jsonl.gz"
     path.write_bytes(path.read_bytes()[:-12] + bytes(12))
+    reseal(source)
     with pytest.raises(ArtifactError, match="crawl again"):
         filter_records.run(
             FilterConfig(), {"snapshot": [source]}, RuntimeConfig(store=str(tmp_path / "store"))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffagent.dabench.catalogue import Catalogue, make_entry
-from diffagent.dabench.metadata import Reference
+from diffagent.dabench.metadata import Reference, parse_generation
 from diffagent.dabench.names import exact_key, file_stem, titles, words
 from diffagent.dabench.resolve import CONFIDENCE, FIRST_VERSION, VIAS, Resolution, Resolver
 from tests.unit.dabench_records import model, version
@@ -75,6 +75,17 @@ def test_every_kind_of_hash_is_found_at_every_length(kind: str, digits: int) -> 
     assert index.checkpoint([Reference(hash=digest[:7] + "0" + digest[8:])]) == (
         "hash not in the snapshot"
     )
+
+
+@pytest.mark.parametrize("prefix", ["blake3:", "sha256:", "0x", "BLAKE3_single: "])
+def test_a_hash_with_a_prefix_is_found_on_both_sides(prefix: str) -> None:
+    one = version(1)
+    one["files"][0]["hashes"] = {"BLAKE3": "AB" * 32}
+    for listed in ("AB" * 32, f"{prefix}{'ab' * 32}"):
+        one["files"][0]["hashes"] = {"BLAKE3": listed}
+        meta = {"positive_prompt": "a", "model": {"name": "x", "hash": f"{prefix}{'ab' * 32}"}}
+        references = parse_generation(meta).checkpoints
+        assert ids(resolve(resolver(model(1, modelVersions=[one])), *references)) == [1]
 
 
 def test_ids_come_before_hashes_and_hashes_before_names() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -16,13 +17,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from diffagent.artifacts import MANIFEST, Artifact
+from diffagent.dabench.catalogue import renderable_samplers
+from diffagent.dabench.compare import compare, comparison_text
 from diffagent.dabench.dataset import open_dataset
-from diffagent.dabench.layout import aligned, printable
+from diffagent.dabench.layout import aligned, one_line
 from diffagent.dabench.shards import read_split
 from diffagent.dabench.splits import SPLITS
 from diffagent.dabench.summary import PERCENTILES, Lengths, summarise, summary_text
+from diffagent.dabench.verify import verdict_text, verify_dabench
 from diffagent.errors import ArtifactError, SchemaError
-from tests.unit.dabench_sets import copy_dabench, edit_row, make_dabench, shards
+from tests.unit.dabench_sets import copy_dabench, edit_json, edit_row, make_dabench, shards
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +62,8 @@ def test_counts_are_those_of_the_rows(made: Artifact, summary: dict[str, Any]) -
     assert "seed" not in summary["params"]
     assert summary["columns"]["form"] == dict(Counter(row["form"] for row in every).most_common())
     assert not {"id", "prompt", "url", "group", "model_id"} & set(summary["columns"])
-    assert summary["catalogue"] == {"checkpoints": 3, "loras": 2, "embeddings": 0, "samplers": 73}
+    kinds = {"checkpoints": 3, "loras": 2, "embeddings": 0}
+    assert summary["catalogue"] == {**kinds, "samplers": len(renderable_samplers())}
     lengths = [len(row["prompt"]) for row in every]
     assert summary["prompt_characters"]["p0"] == min(lengths)
     assert summary["prompt_characters"]["p100"] == max(lengths)
@@ -190,8 +195,27 @@ def test_percentiles(batches: list[list[int]]) -> None:
 
 
 def test_foreign_text_cannot_write_to_the_terminal() -> None:
-    assert printable("a\x1b[2Jb\n c") == "a\\x1b[2Jb c"
-    assert printable("abcdef", 4) == "abc…"
+    assert one_line("a\x1b[2Jb\n c") == "a\\x1b[2Jb c"
+    assert one_line("abcdef", 4) == "abc…"
+
+
+def test_no_line_of_a_report_can_write_to_the_terminal(made: Artifact, tmp_path: Path) -> None:
+    """Names of columns, reasons and files of a dataset that somebody else made."""
+    directory = copy_dabench(made, tmp_path)
+    data = json.loads((directory / MANIFEST).read_text())
+    data["funnels"][0]["unit"] = "models\x1b[2J"
+    data["funnels"][0]["steps"][0]["reason"] = "gone\x1b]0;x\x07"
+    (directory / MANIFEST).write_text(json.dumps(data))
+    (directory / "x\x1b[2J.txt").write_text("")
+    edit_json(directory / "mapping/samplers.json", lambda m: m.update({"e\x1b[31m": {}}))
+    one, other = open_dataset(made.path), open_dataset(directory)
+    texts = (
+        summary_text(summarise(other)),
+        comparison_text(compare(one, other)),
+        verdict_text(verify_dabench(directory)),
+    )
+    for text in texts:
+        assert "\\x1b" in text and "\x1b" not in text and "\x07" not in text
 
 
 def test_tables_line_up() -> None:

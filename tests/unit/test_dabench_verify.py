@@ -230,7 +230,8 @@ def test_what_is_broken_is_found(
 
 
 def test_every_kind_of_problem_has_a_test() -> None:
-    assert {kind for kind, _, _ in BREAKS} == set(REMEDIES)
+    with_history = {"moved since the version before", "decided otherwise"}  # test_dabench_history
+    assert {kind for kind, _, _ in BREAKS} == set(REMEDIES) - with_history
 
 
 def test_a_problem_names_file_row_and_value(made: Artifact, tmp_path: Path) -> None:
@@ -281,6 +282,6 @@ def test_rows_without_their_columns_are_not_read(made: Artifact, tmp_path: Path)
 def test_a_directory_of_something_else_is_an_error(made: Artifact, tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="holds no DABench"):
         verify_dabench(tmp_path)
-    (parent,) = made.path.parent.parent.glob("filter/*/")
+    (parent,) = made.path.parent.parent.glob("filter/[0-9a-f]*/")
     with pytest.raises(ArtifactError, match="an artefact of 'filter'"):
         verify_dabench(parent)

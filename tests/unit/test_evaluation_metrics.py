@@ -119,6 +119,26 @@ def test_the_table_has_one_row_an_answer_with_means_over_seeds() -> None:
     assert (invalid["reason"], invalid["steps"]) == ("not-json", 0.0)
 
 
+def test_a_truncated_answer_is_no_hallucination_and_has_no_score() -> None:
+    frames = rows()
+    cut = pl.when(pl.col("status") == "invalid")
+    frames["candidates"] = frames["candidates"].with_columns(
+        reason=cut.then(pl.lit("truncated")).otherwise(pl.col("reason"))
+    )
+    last = (pl.col("source") == "sft") & (pl.col("prompt_id") == 2)
+    frames["scores"] = frames["scores"].with_columns(
+        unified=pl.when(last).then(None).otherwise(pl.col("unified"))
+    )
+    table = evaluation_table(**frames)
+    (row,) = table.filter(selector="sft", prompt_id=2).to_dicts()
+    assert (row["truncated"], row["hallucinated"], row["unified"]) == (1.0, 0.0, None)
+    found = summarise(table, EvaluationConfig(selectors=("popular", "sft"), num_prompts=2))
+    assert found["selectors"]["sft"]["truncated"]["mean"] == 0.5
+    assert found["selectors"]["sft"]["hallucinated"]["mean"] == 0.0
+    assert "truncated" not in found["hallucinations"]["sft"]
+    assert tables(found)["selectors"][1]["truncated"].startswith("50.0 %")
+
+
 def test_selectors_must_answer_the_same_prompts() -> None:
     frames = rows()
     with pytest.raises(SchemaError, match="same split"):

@@ -95,7 +95,12 @@ def test_a_custom_sampler_has_its_settings_in_other_nodes() -> None:
             }
         )
     )  # fmt: skip
-    assert (made.seed, made.cfg_scale, made.sampler, made.steps) == (77, 4.5, "Euler a Beta", 28)
+    assert (made.seed, made.cfg_scale, made.sampler, made.steps) == (
+        77,
+        4.5,
+        "Euler a Beta (ComfyUI)",
+        28,
+    )
     assert (made.prompt, made.negative_prompt) == ("a blue star", "noise")
     assert made.checkpoints == PLAIN.checkpoints
 

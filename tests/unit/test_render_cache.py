@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from safetensors.numpy import save
 
 from diffagent.errors import ConfigError, RenderError
+from diffagent.render import cache as cache_module
 from diffagent.render.cache import CachedModel, ModelCache, to_evict
 from tests.conftest import ROOT
 
@@ -30,6 +31,7 @@ FILES = st.builds(
     complete=st.booleans(),
     pinned=st.booleans(),
     in_use=st.booleans(),
+    imported=st.booleans(),
 )
 
 
@@ -38,7 +40,7 @@ def test_eviction_takes_the_longest_unused_and_no_more_than_needed(
     files: list[CachedModel], excess: int
 ) -> None:
     gone = to_evict(files, excess)
-    free = [file for file in files if not file.pinned and not file.in_use]
+    free = [file for file in files if not (file.pinned or file.in_use or file.imported)]
     assert set(gone) <= set(free)
     if sum(file.size for file in free) >= excess:
         assert sum(file.size for file in gone) >= excess, "enough, where there is enough"
@@ -307,3 +309,193 @@ def test_processes_that_fetch_and_evict_at_once_never_lose_what_they_use(tmp_pat
     cache.make_room()
     files = cache.files()
     assert sum(file.size for file in files) <= 250 and not any(file.in_use for file in files)
+
+
+# --- room -------------------------------------------------------------------------------------
+
+
+def free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    usage = type("Usage", (), {"free": size})
+    monkeypatch.setattr("diffagent.render.cache.shutil.disk_usage", lambda path: usage)
+
+
+def test_what_cannot_fit_is_refused_before_anything_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ModelCache(tmp_path / "cache")
+    files = [put(cache, number) for number in range(3)]
+    free(monkeypatch, 1000)
+    for refuse in (cache.check_room, cache.make_room):
+        with pytest.raises(RenderError, match="1000 bytes are free and 300 can be evicted") as said:
+            refuse(1301)
+        assert said.value.reason == "no-room"
+    assert all(cache.path(sha256).exists() for sha256 in files)
+    assert len(cache.make_room(1250)) == 3, "all of it helps here"
+
+    limited = ModelCache(tmp_path / "cache", max_bytes=250)
+    files = [put(limited, number) for number in range(2)]
+    with pytest.raises(RenderError, match=r"larger than the model cache may be \(250\)") as said:
+        limited.make_room(251)
+    assert said.value.reason == "no-room"
+    source = tmp_path / "large.safetensors"
+    source.write_bytes(save({"w": np.ones(300, dtype=np.float16)}))
+    with pytest.raises(RenderError, match="larger than the model cache"):
+        limited.add(source)
+    free(monkeypatch, 0)
+    with pytest.raises(RenderError, match="0 bytes are free and 200 can be evicted"):
+        ModelCache(tmp_path / "cache").add(source)
+    assert [file.sha256 for file in limited.files()] == sorted(files), "nothing went, nothing came"
+
+
+def test_what_a_person_imported_goes_only_when_asked(tmp_path: Path) -> None:
+    cache = ModelCache(tmp_path / "cache", max_bytes=1000)
+    source = tmp_path / "ink.safetensors"
+    source.write_bytes(save({"w": np.ones(300, dtype=np.float16)}))
+    imported, _ = cache.add(source)
+    age(cache, imported, 1000)
+    downloaded = put(cache, 1, 800)
+    assert [file.sha256 for file in cache.make_room()] == [downloaded]
+    assert [(file.sha256, file.imported) for file in cache.files()] == [(imported, True)]
+    tight = ModelCache(tmp_path / "cache", max_bytes=10)
+    assert tight.make_room() == []
+    assert [file.sha256 for file in tight.make_room(imported=True)] == [imported]
+    cache.add(source)
+    cache.remove(imported)
+    assert cache.files() == []
+
+
+def test_a_full_disk_ends_an_import_with_a_line_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "ink.safetensors"
+    source.write_bytes(save({"w": np.ones(3, dtype=np.float16)}))
+    cache = ModelCache(tmp_path / "cache")
+
+    def full(_: Path, target: Path) -> None:
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("diffagent.render.cache.shutil.copyfile", full)
+    with pytest.raises(RenderError, match="No space left on device"):
+        cache.add(source)
+    assert cache.files() == []
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "fifo"])
+def test_what_is_no_file_is_not_imported(tmp_path: Path, kind: str) -> None:
+    source = tmp_path / "x.safetensors"
+    if kind == "folder":
+        source.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(source)
+    told = {"missing": "no such file", "folder": "it is a folder", "fifo": "no such file"}[kind]
+    with pytest.raises(RenderError, match=told):
+        ModelCache(tmp_path / "cache").add(source)
+
+
+def test_a_cache_that_cannot_be_written_is_told_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    for directory in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=r"cannot be written.*--models"):
+            ModelCache(directory).files()
+
+
+def test_a_disk_without_room_for_notes_is_a_file_s_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    cache = ModelCache(tmp_path)
+    monkeypatch.setattr(cache, "_note", full)
+    with pytest.raises(RenderError, match="No space left") as refused:
+        cache.use(digest(1))
+    assert refused.value.reason == "no-room"
+    assert cache.files() == [], "nor is it in use"
+
+
+# --- verification -----------------------------------------------------------------------------
+
+
+def imported(tmp_path: Path) -> tuple[ModelCache, str, Path]:
+    source = tmp_path / "ink.safetensors"
+    source.write_bytes(save({"w": np.ones(300, dtype=np.float16)}))
+    cache = ModelCache(tmp_path / "cache")
+    return cache, *cache.add(source)
+
+
+def test_a_file_is_hashed_once_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, sha256, path = imported(tmp_path)
+    hashed: list[Path] = []
+    sha256_file = cache_module.sha256_file
+    monkeypatch.setattr(cache_module, "sha256_file", lambda p: hashed.append(p) or sha256_file(p))
+    for _ in range(3):
+        assert ModelCache(tmp_path / "cache").verified(sha256) == path
+    assert hashed == [], "its hash was taken when it came"
+    os.utime(path, ns=(5, 5))
+    for _ in range(3):
+        assert ModelCache(tmp_path / "cache").verified(sha256) == path
+    assert hashed == [path]
+    assert cache.verified("0" * 64) is None
+
+
+@pytest.mark.parametrize("damage", ["flipped", "flipped, old time", "cut", "empty"])
+def test_a_damaged_file_is_none(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache, sha256, path = imported(tmp_path)
+    content, time = path.read_bytes(), path.stat().st_mtime_ns
+    flipped = content[:-1] + bytes([content[-1] ^ 1])
+    damaged = {"cut": content[:-100], "empty": b""}.get(damage, flipped)
+    path.write_bytes(damaged)
+    if "old time" in damage:
+        os.utime(path, ns=(time, time))
+    assert cache.verified(sha256) is None
+    assert not path.exists()
+    assert f"{len(damaged)} bytes with SHA256" in caplog.text
+
+
+def test_a_damaged_file_may_go_while_it_is_hashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, sha256, path = imported(tmp_path)
+    os.utime(path, ns=(5, 5))
+
+    def gone(target: Path) -> str:
+        target.unlink()  # by another thread that was faster
+        return hashlib.sha256(target.read_bytes()).hexdigest()
+
+    monkeypatch.setattr(cache_module, "sha256_file", gone)
+    assert cache.verified(sha256) is None
+
+
+def test_a_file_of_an_older_store_is_hashed_before_it_is_used(tmp_path: Path) -> None:
+    cache = ModelCache(tmp_path)
+    content = b"of an older store"
+    good, bad = hashlib.sha256(content).hexdigest(), digest(1)
+    for sha256 in (good, bad):
+        cache.path(sha256).parent.mkdir(parents=True, exist_ok=True)
+        cache.path(sha256).write_bytes(content)
+    assert cache.verified(good) == cache.path(good)
+    assert cache.verified(bad) is None
+
+
+def test_bytes_reach_the_disk_before_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def synced(descriptor: int) -> None:
+        events.append(f"sync {Path(f'/proc/self/fd/{descriptor}').readlink().suffix}")
+        fsync(descriptor)
+
+    def renamed(self: Path, target: Path) -> Path:
+        if self.suffix == ".unchecked":
+            events.append("rename")
+        return replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", renamed)
+    imported(tmp_path)
+    assert events == ["sync .unchecked", "rename", "sync "]

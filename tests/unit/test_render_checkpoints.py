@@ -201,6 +201,11 @@ def test_a_file_that_lacks_tensors_is_refused(tmp_path: Path) -> None:
         with pytest.raises(RenderError) as refused:
             load_checkpoint(ModelRef("a", "a", path=path), [config], torch.float32)
         assert refused.value.reason == "bad-model-file"
+        assert "lacks" in str(refused.value) and "tensors" in str(refused.value)
+    for prefix, part in (("first_stage_model.", "VAE"), ("cond_stage_model.", "text encoder")):
+        save_file({n: t for n, t in tensors.items() if not n.startswith(prefix)}, path)
+        with pytest.raises(RenderError, match=f"lacks the {part}, which cannot be had"):
+            load_checkpoint(ModelRef("a", "a", path=path), [config], torch.float32)
 
 
 def test_what_predicts_velocity_is_known_by_its_signs(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_prompts_are_rendered_scored_and_shown(tmp_path: Path, models: Path, run
     assert str(tmp_path) not in (out / "index.html").read_text()
     again = invoke(*arguments)  # nothing is drawn or scored twice
     assert again == said
-    assert len(list((tmp_path / "store" / "score").glob("*/manifest.json"))) == 1
+    assert len(list((tmp_path / "store" / "score").glob("[0-9a-f]*/manifest.json"))) == 1
 
 
 def test_the_page_needs_nothing_else_and_runs_no_other_script(tmp_path: Path, models: Path) -> None:
@@ -160,6 +160,19 @@ def test_the_page_needs_nothing_else_and_runs_no_other_script(tmp_path: Path, mo
     assert all(len(a["alt"] or "") > 10 for a in page.all("img"))
 
 
+def test_a_note_is_on_the_sheet(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Painter, "name", "diffusers")
+    text = "a __colour__ cat\na dog\n"
+    out = render(tmp_path, models, "-m", "dream", "--lora", "ink:0,6", text=text)
+    rows = results(out)
+    note = "wildcards like __colour__ are drawn as text"
+    assert [row["note"] for row in rows] == [note, None]
+    assert Page(out / "index.html").texts["p"].count(f"Note: {note}") == 1
+    assert {row["api"]["loras"][0]["weight"] for row in rows} == {0.6}
+
+
 def test_calls_are_lines_of_json(tmp_path: Path, models: Path) -> None:
     call = json.loads(api("dream_v8").to_json())  # version 8 of some catalogue
     lines = [
@@ -178,7 +191,7 @@ def test_calls_are_lines_of_json(tmp_path: Path, models: Path) -> None:
         *("dream_v8", "Toon XL", "dream_v8", None, "nobody"),
     ]
     assert [row["problem"] for row in rows] == [
-        *(None, None, None, "no-answer", "no such checkpoint in the catalogue"),
+        *(None, None, None, "no-answer", "the catalogue has no checkpoint 'nobody', '8'"),
     ]
     page = Page(out / "index.html")
     assert len(page.all("article")) == 5
@@ -384,9 +397,8 @@ def test_a_folder_means_that_folder(
 
     monkeypatch.setattr("diffagent.agent.opening.open_selector", opens)
     rows = results(render(tmp_path, models, "--dabench", dabench, "-n", 2, text="a cat", code=1))
-    assert [row["problem"] for row in rows] == [
-        *(None, "the model is not in the folder; --download fetches it"),
-    ]
+    assert rows[0]["problem"] is None
+    assert "is in none of the model folders" in rows[1]["problem"]
     assert (here.model, here.version) in usable[0]
     assert (away.model, away.version) not in usable[0]
     assert ("ink", "local") in usable[0]  # files that the catalogue does not have count as well

@@ -142,6 +142,12 @@ def test_a_picture_depends_on_its_recipe_alone(world: World) -> None:
     assert (pixels(again) == first).all()
 
 
+PROMPTS = (
+    *("a red circle", "a (blue:1.3) box", "box, " * 60, "a [red:blue:0.5] circle", "[a|b] box"),
+    *("a red circle AND a blue box :0.5", "a AND b AND c AND d AND e AND [f:g:2]"),
+)
+
+
 def test_any_batch_in_any_order_gives_the_same_pictures_to_the_bit(world: World) -> None:
     """Samplers, steps, guidance, prompts of all lengths and LoRA weights, shuffled and cut."""
     generator = np.random.default_rng(0)
@@ -150,7 +156,7 @@ def test_any_batch_in_any_order_gives_the_same_pictures_to_the_bit(world: World)
         RECIPE.model_copy(
             update={
                 "seed": seed,
-                "prompt": generator.choice(["a red circle", "a (blue:1.3) box", "box, " * 60]),
+                "prompt": generator.choice(PROMPTS),
                 "sampler": generator.choice(samplers),
                 "steps": int(generator.integers(2, 5)),
                 "cfg_scale": float(generator.choice([1.0, 4.0, 7.5])),
@@ -169,6 +175,103 @@ def test_any_batch_in_any_order_gives_the_same_pictures_to_the_bit(world: World)
         for part in (shuffled[:cut], shuffled[cut:]):
             drawn = list(renderer.render(part))
             assert [bytes_of(image) for image in drawn] == [alone[r.digest] for r in part]
+
+
+def test_a_prompt_is_edited_at_the_step_that_it_names(world: World) -> None:
+    """As in the WebUI: `when` counts evaluations from 0, so the first text is drawn once more."""
+    renderer = world.renderer()
+    use(renderer, world.files["one"])
+    texts = shown_at_each_evaluation(renderer, steps=4, sampler="Euler")
+    for prompt, at_each in (
+        ("a [red:blue:0.5] circle", "rrrb"),
+        ("a [red:blue:2] circle", "rrrb"),
+        ("a [red:blue:1] circle", "rrbb"),
+        ("a [red:blue:0] circle", "bbbb"),
+        ("a [red:blue:1.0] circle", "rrrr"),
+        ("a [red|blue] circle", "rrbr"),
+    ):
+        assert texts(prompt) == at_each, prompt
+        assert texts("a box", negative_prompt=prompt) == at_each, prompt
+    # Solvers of the second order are asked twice a step, and twice the steps count.
+    twice = shown_at_each_evaluation(renderer, steps=4, sampler="Heun")
+    assert twice("a [red:blue:0.5] circle") == "rrrrrbb"
+    plain = pixels(renderer, prompt="a red circle")
+    assert (pixels(renderer, prompt="a [red:blue:1.0] circle") == plain).all()
+    assert (pixels(renderer, prompt="a [red:blue:1] circle") != plain).any()
+    assert (pixels(renderer, prompt="a [red|blue] circle") != plain).any()
+    assert (pixels(renderer, prompt=r"a \[red|blue\] circle") != plain).any()
+
+
+def shown_at_each_evaluation(renderer: DiffusersRenderer, **changes: Any) -> Any:
+    """Which of "a red circle" and "a blue circle" the U-Net is shown, by the first letters."""
+    ready = renderer._current
+    assert ready is not None
+
+    @torch.inference_mode()
+    def texts(prompt: str, negative_prompt: str = "") -> str:
+        recipe = RECIPE.model_copy(
+            update={**changes, "prompt": prompt, "negative_prompt": negative_prompt}
+        )
+        contexts = {
+            color[0]: ready._encoder.encode(f"a {color} circle", 1).context
+            for color in ("red", "blue")
+        }
+        sampling, shown = ready.begin(recipe, renderer.device), ""
+        while not sampling.done:
+            rows = sampling.rows()
+            asked = rows[-1 if negative_prompt else 0].said.context
+            shown += next(color for color, item in contexts.items() if torch.equal(asked, item))
+            sampling.advance([torch.tanh(row.latents) for row in rows])
+        return shown
+
+    return texts
+
+
+def test_parts_between_and_are_summed_with_their_weights(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    renderer = world.renderer()
+    use(renderer, world.files["one"])
+    plain = pixels(renderer, prompt="a red circle")
+    composed = pixels(renderer, prompt="a red circle AND a blue box")
+    assert (composed != plain).any()
+    # The same part twice with half the weight each is that part; with no weight it is left out.
+    for prompt in ("a red circle :0.5 AND a red circle :0.5", "a red circle AND a blue box :0"):
+        difference = pixels(renderer, prompt=prompt).astype(int) - plain
+        assert np.abs(difference).max() <= 1, prompt
+    assert (pixels(renderer, prompt="a red circle AND a blue box :0.3") != composed).any()
+
+    ready = renderer._current
+    assert ready is not None
+    recipe = RECIPE.model_copy(update={"prompt": "a AND b :-0.5", "cfg_scale": 3.0})
+    with torch.inference_mode():
+        sampling = ready.begin(recipe, renderer.device)
+    taken: list[torch.Tensor] = []
+    monkeypatch.setattr(sampling._solver, "advance", taken.append)
+    first, second, negative = (torch.full((1, 4, 8, 8), value) for value in (1.0, 2.0, 5.0))
+    assert sampling.width == len(sampling.rows()) == 3
+    sampling.advance([first, second, negative])
+    assert taken[0].unique().item() == pytest.approx(5 + 3 * (1 - 5) + 3 * -0.5 * (2 - 5))
+
+
+def test_guidance_below_one_is_the_webui_s(world: World) -> None:
+    """At 1 the negative prompt has no say; between 0 and 1 it has."""
+    renderer = world.renderer()
+    use(renderer, world.files["one"])
+    for scale, same in ((1.0, True), (0.5, False)):
+        drawn = [
+            pixels(renderer, cfg_scale=scale, negative_prompt=text) for text in ("", "a blue box")
+        ]
+        assert (drawn[0] == drawn[1]).all() == same
+
+
+def test_more_parts_than_a_pass_has_rows(world: World) -> None:
+    renderer = world.renderer(rows=2)
+    use(renderer, world.files["one"])
+    prompt = " AND ".join("abcdefghijklmnop")
+    drawn = list(renderer.render([RECIPE.model_copy(update={"prompt": prompt}), RECIPE]))
+    assert not [outcome for outcome in drawn if isinstance(outcome, RenderError)]
+    assert bytes_of(drawn[1]) == bytes_of(next(renderer.render([RECIPE])))
 
 
 def bytes_of(drawn: Image | RenderError) -> bytes:
@@ -315,7 +418,7 @@ def test_a_bad_lora_is_refused_and_leaves_no_trace(world: World, tmp_path: Path)
             for name, value in tensors.items()}  # fmt: skip
     for name, bad, told in (
         ("wide", wide, "does not fit"),
-        ("foreign", {"nothing": torch.zeros(2)}, "nothing for this checkpoint"),
+        ("foreign", {"nothing": torch.zeros(2)}, "holds no LoRA layer, but 'nothing'"),
         ("dora", {**tensors, f"{stem}.dora_scale": torch.ones(1, 32)}, "DoRA"),
         ("loha", {f"{stem}.hada_w1_a": torch.ones(2, 2)}, "LoHa"),
     ):
@@ -333,6 +436,10 @@ def test_failures_have_reasons(world: World, tmp_path: Path) -> None:
     failed = outcome(renderer, clip_skip=3)
     assert isinstance(failed, RenderError)
     assert failed.reason == "clip-skip"
+    for prompt in ("a BREAK " * 100, "😀" * 9_000):  # few characters, many windows of tokens
+        failed = outcome(renderer, prompt=prompt)
+        assert isinstance(failed, RenderError)
+        assert failed.reason == "prompt-too-long"
     good = RECIPE.model_copy(update={"seed": 3})
     mixed = list(renderer.render([RECIPE.model_copy(update={"clip_skip": 3}), good]))
     assert [isinstance(drawn, RenderError) for drawn in mixed] == [True, False]
@@ -361,6 +468,8 @@ def test_what_cannot_be_drawn_is_told_before_anything_is_loaded(world: World) ->
     for reason, files, change in (
         ("unsupported-sampler", Files(sd1), {"sampler": "DPM adaptive"}),
         ("unsupported-size", Files(sd1), {"width": 68}),
+        ("prompt-too-long", Files(sd1), {"prompt": "(" * 20_000}),
+        ("prompt-too-long", Files(sd1), {"negative_prompt": "ugly, " * 200_000}),
         ("unsupported-base-model", Files(flux), {}),
         ("lora-base-mismatch", Files(sd1, loras=(sdxl,)), {}),
         ("embedding-base-mismatch", Files(sd1, embeddings=(sdxl,)), {}),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -35,6 +35,7 @@ from diffagent.rewards.unified import MetricReference
 from schemas.api import T2IAPI, LoRA, Params
 from schemas.config import RenderConfig, RewardsConfig, RuntimeConfig, ScorerConfig
 from schemas.dabench import CANDIDATES, RENDERS, SCORES
+from tests.conftest import sealed
 from tests.unit import tiny_sd
 from tests.unit.test_render_recipe import ENTRY
 
@@ -57,13 +58,12 @@ class World:
     def add_model(self, name: str, file: Path | None = None, **fields: Any) -> None:
         """Put a model into the catalogue and its file into the cache."""
         number = len(self.entries) + 1
-        sha256 = sha256_file(file) if file else f"{number:064x}"
+        content = file.read_bytes() if file else f"{number}: read by no renderer here".encode()
+        sha256 = hashlib.sha256(content).hexdigest()
         target = self.folder / "models" / sha256[:2] / f"{sha256}.safetensors"
         target.parent.mkdir(parents=True, exist_ok=True)
-        if file:
-            shutil.copy(file, target)
-        elif fields.pop("cached", True):
-            target.write_bytes(b"not read by the renderer of this test")
+        if fields.pop("cached", True):
+            target.write_bytes(content)
         self.entries.append(
             replace(ENTRY, **{"model": name, "version_id": number, "sha256": sha256, **fields})
         )
@@ -102,17 +102,7 @@ class World:
         pq.write_table(table, self.folder / "dabench" / "catalogue.parquet")
         candidates = pa.Table.from_pylist(self.rows, schema=CANDIDATES)
         pq.write_table(candidates, self.folder / "candidates" / "candidates.parquet")
-        return {
-            name: [
-                Artifact(
-                    stage=name,
-                    identity=name,
-                    content_digest=sha256_file(next((self.folder / name).glob("*.parquet"))),
-                    path=self.folder / name,
-                )
-            ]
-            for name in ("dabench", "candidates")
-        }
+        return {name: [sealed(name, self.folder / name)] for name in ("dabench", "candidates")}
 
     def render(self, store: str = "store", **config: Any) -> Artifact:
         runtime = self.runtime.model_copy(update={"store": str(self.folder / store)})
@@ -166,6 +156,32 @@ def rows(artifact: Artifact, name: str = "renders") -> list[dict[str, Any]]:
     return pq.read_table(artifact.file(f"{name}.parquet")).to_pylist()
 
 
+def test_a_damaged_file_is_never_drawn_from(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reader(Painter):
+        def prepare(self, files: Files) -> None:
+            assert files.checkpoint.path
+            assert sha256_file(files.checkpoint.path) == files.checkpoint.sha256
+
+    def download(_: Any, url: str, path: Path, *, sha256: str, **__: Any) -> None:
+        calls.append(sha256)
+        path.write_bytes(good)
+
+    calls: list[str] = []
+    world.answer("A")
+    path = (
+        world.folder / f"models/{world.entries[0].sha256[:2]}/{world.entries[0].sha256}.safetensors"
+    )
+    good = path.read_bytes()
+    monkeypatch.setattr(render_stage, "open_renderer", Reader)
+    monkeypatch.setattr("diffagent.civitai.client.CivitaiClient.download", download)
+    monkeypatch.setattr("diffagent.render.store.check_weights", lambda path: None)
+    world.entries[0] = replace(world.entries[0], download_path="/api/download/models/1")
+    path.write_bytes(bytes([good[0] ^ 1]) + good[1:])
+    (row,) = rows(world.render())
+    assert (row["status"], calls) == ("ok", [world.entries[0].sha256])
+    assert path.read_bytes() == good
+
+
 def test_equal_answers_share_a_picture(world: World) -> None:
     world.answer("B", seed=5)
     world.answer("A")
@@ -217,7 +233,10 @@ def test_every_failure_is_a_row_with_its_reason(world: World, monkeypatch: Any) 
 
     monkeypatch.setattr(render_stage.ModelStore, "fetch", fetch)
     artifact = world.render()
-    told = [(row["status"], row["reason"], row["recipe"] is None) for row in rows(artifact)]
+    renders = rows(artifact)
+    told = [(row["status"], row["reason"], row["recipe"] is None) for row in renders]
+    assert [bool(row["problem"]) for row in renders] == [s == "failed" for s, *_ in told]
+    assert "401: early access" in renders[8]["problem"]
     assert told == [
         ("ok", None, False),
         ("invalid", "unknown-model", True),
@@ -241,6 +260,34 @@ def test_every_failure_is_a_row_with_its_reason(world: World, monkeypatch: Any) 
     world.render(max_failed_fraction=0.91)
 
 
+@pytest.mark.parametrize("backend", ["diffusers", "a1111", "comfyui"])
+def test_pictures_say_how_they_differ_from_what_is_meant(
+    world: World, monkeypatch: Any, backend: str
+) -> None:
+    monkeypatch.setattr(Painter, "name", backend)
+    edited = "[a|b] AND c BREAK d"
+    world.answer("A")
+    world.answer("A", sampler="DPM++ 2M SDE Karras")
+    world.answer("A", sampler="LCM", steps=60)
+    world.answer("A", prompt="a __colour__ {red|blue} ball")
+    world.answer("A", prompt=edited)
+    artifact = world.render()
+    plain, noise, distilled, replaced, text = [row["note"] for row in rows(artifact)]
+    assert plain is None
+    assert (noise is None, distilled is None) == (backend != "diffusers",) * 2
+    if backend == "diffusers":
+        assert "Brownian" in noise
+        assert "50 steps" in distilled
+    assert "wildcards like __colour__" in replaced
+    assert "choices like {red|blue}" in replaced
+    assert ("unless an extension" in replaced) == (backend == "a1111")
+    assert (text is None) == (backend != "comfyui")
+    if backend == "comfyui":
+        assert all(word in text for word in ("[a|b]", "AND", "BREAK"))
+    noted = sum(row["note"] is not None for row in rows(artifact))
+    assert artifact.manifest.metrics["renders_noted"] == noted
+
+
 def test_trouble_of_the_site_is_not_a_failed_row(world: World, monkeypatch: Any) -> None:
     world.answer("A")
 
@@ -262,7 +309,7 @@ def test_nothing_valid_is_no_failure(world: World) -> None:
 
 KILLED = """
 import os, pathlib, signal, sys
-from diffagent.artifacts import Artifact
+from diffagent.artifacts import Artifact, sha256_file
 from diffagent.render import stage
 from schemas.config import RenderConfig, RuntimeConfig
 from tests.unit.test_render_stage import Painter
@@ -331,10 +378,8 @@ def test_real_pictures_load_each_checkpoint_once(tmp_path: Path) -> None:
         world.add_model(f"checkpoint {seed}", tmp_path / "checkpoint.safetensors")
         tiny_sd.save_kohya_lora(pipeline, tmp_path / "lora.safetensors", seed)
         world.add_model(f"lora {seed}", tmp_path / "lora.safetensors", type="LORA")
-    world.add_model("no checkpoint", tmp_path / "lora.safetensors", sha256="f" * 64)
-    broken = tmp_path / "models" / "ff" / f"{'f' * 64}.safetensors"
-    broken.parent.mkdir()
-    shutil.copy(tmp_path / "lora.safetensors", broken)
+    tiny_sd.save_kohya_lora(pipeline, tmp_path / "lora.safetensors", seed=2)
+    world.add_model("no checkpoint", tmp_path / "lora.safetensors")
     for prompt in range(2):
         for name in ("checkpoint 1", "checkpoint 0", "no checkpoint"):
             for loras in ((), ("lora 0",), ("lora 0", "lora 1")):
@@ -344,6 +389,10 @@ def test_real_pictures_load_each_checkpoint_once(tmp_path: Path) -> None:
     renders = rows(artifact)
     reasons = Counter(row["reason"] for row in renders)
     assert reasons == {None: 12, "bad-model-file": 6}
+    failed = {row["problem"] for row in renders if row["reason"]}
+    assert failed == {
+        "'no checkpoint' is not a Stable Diffusion checkpoint in the single-file layout"
+    }
     digests = {path.stem: path.read_bytes() for path in artifact.glob("images/*")}
     assert len(set(digests.values())) == 12
 
@@ -394,6 +443,19 @@ def rewards(folder: Path) -> RewardsConfig:
         invalid_floor=-50,
         batch_size=2,
     )  # fmt: skip
+
+
+def test_render_and_score_show_how_far_they_are(world: World, scorers: list[Brightness]) -> None:
+    for prompt in ("a red circle", "a blue star", "a ring"):
+        world.answer("A", prompt=prompt)
+    shown: list[tuple[float | None, str]] = []
+    options: dict[str, Any] = {"progress": lambda fraction, text: shown.append((fraction, text))}
+    runtime = world.runtime.model_copy(update={"store": str(world.folder / "store")})
+    renders = render.run(RenderConfig(), world.inputs(), runtime, site_url=NOWHERE, **options)
+    assert shown == [(n / 3, f"{n} of 3 pictures") for n in (1, 2, 3)]
+    shown.clear()
+    score.run(rewards(world.folder), {"renders": [renders]}, runtime, **options)
+    assert shown[-1] == (1, "3 of 3 pictures")
 
 
 def test_scores_follow_the_rows(world: World, scorers: list[Brightness]) -> None:

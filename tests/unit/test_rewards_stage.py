@@ -16,7 +16,8 @@ from diffagent.rewards import load
 from diffagent.rewards.load import load_scorers, sandbox_directory
 from diffagent.rewards.reference import main as measure
 from diffagent.rewards.scores import read_definition, read_scores
-from diffagent.rewards.stage import judge, score, score_pictures
+from diffagent.rewards.stage import Judged, judge, score, score_pictures, to_table
+from diffagent.rewards.unified import MetricReference, Unifier
 from diffagent.sandbox import world
 from schemas.config import JudgesConfig, RenderConfig, RewardsConfig, RuntimeConfig
 from schemas.dabench import JUDGEMENTS, RENDERS, SCORES
@@ -172,3 +173,16 @@ def test_judgements_are_a_table_of_their_own_that_no_training_reads(renders, run
     assert definition["scorers"]["aesthetic"]["version"] == "head on sandbox-clip-1"
     with pytest.raises(ArtifactError, match=r"scores\.parquet"):
         read_scores([judged])
+
+
+def test_a_truncated_answer_has_no_score_and_an_invalid_one_the_floor():
+    rows = [
+        {"prompt": "a", "recipe": None, "status": "invalid", "reason": reason}
+        | {"prompt_id": number, "source": "sft", "candidate": 0, "seed": 0}
+        for number, reason in enumerate(("truncated", "unparsable"))
+    ]
+    reference = {"clip": MetricReference(0.0, 1.0, "digest")}
+    unifier = Unifier("zscore", {"clip": 1.0}, -10.0, reference)
+    table = to_table(rows, [], Judged({"clip": np.zeros(0)}), SCORES, unifier)
+    assert table.column("unified").to_pylist() == [None, -10.0]
+    assert table.column("reason").to_pylist() == ["truncated", "unparsable"]

@@ -208,6 +208,18 @@ def test_gspo_in_closed_form() -> None:
     assert ours.rank.item() == pytest.approx(-sum(gain) / 4, rel=1e-6)
 
 
+@pytest.mark.parametrize("scale", [0.01, 1.0, 300.0])
+def test_an_invalid_answer_stands_out_at_any_scale_of_rewards(scale: float) -> None:
+    rewards = torch.tensor([[0.5, -0.5, 1.0, INVALID_REWARD]], dtype=torch.float64)
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    expected = group_advantages(rewards, mask)
+    ours = group_advantages(rewards * scale + 40 * scale, mask)
+    assert ours[0].tolist() == pytest.approx(expected[0].tolist(), rel=0.02)
+    # The worst valid answer is midway between the best and the invalid one.
+    best, worst, invalid = ours[0, 2], ours[0, 1], ours[0, 3]
+    assert (worst - invalid).item() == pytest.approx((best - worst).item())
+
+
 def test_advantages_of_ties_and_of_invalid_answers() -> None:
     rewards = torch.tensor(
         [[2.0, 2.0, 9.0], [1.0, INVALID_REWARD, 9.0], [INVALID_REWARD, INVALID_REWARD, 9.0]]

@@ -11,7 +11,8 @@ import torch
 from diffagent.agent.llm import load_agent
 from diffagent.errors import SchemaError
 from diffagent.train.ratings import import_ratings, read_ratings, response
-from diffagent.train.rrhf import rank, train_rrhf
+from diffagent.train.rrhf import rank
+from diffagent.train.stages import train_rrhf
 from schemas.config import RatingsConfig, RRHFConfig
 from tests.unit.conftest import AgentRun
 

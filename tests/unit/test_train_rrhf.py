@@ -30,8 +30,8 @@ from diffagent.train.rrhf import (
     RRHFTrainer,
     encode_ranked,
     rank,
-    train_rrhf,
 )
+from diffagent.train.stages import train_rrhf
 from schemas.config import RRHFConfig, RuntimeConfig
 from schemas.dabench import SCORES
 from tests.unit.agent_world import make_catalogue

@@ -26,6 +26,7 @@ from diffagent.artifacts import Artifact
 from diffagent.errors import TrainingError
 from diffagent.train import fit, sft
 from diffagent.train.sandbox_llama import build_tokenizer
+from diffagent.train.stages import train_sft
 from schemas.config import RuntimeConfig, SFTConfig
 from tests.unit.agent_world import make_world
 from tests.unit.conftest import AgentRun
@@ -43,7 +44,7 @@ TINY = SFTConfig(
 
 def train(config: SFTConfig, store: Path) -> Artifact:
     runtime = RuntimeConfig(store=str(store), device="cpu")
-    return sft.train_sft.run(config, {"dabench": [make_world(store, train=24, test=4)]}, runtime)
+    return train_sft.run(config, {"dabench": [make_world(store, train=24, test=4)]}, runtime)
 
 
 def state(artifact: Artifact) -> dict[str, torch.Tensor]:
@@ -71,19 +72,22 @@ def test_an_agent_directory_is_whole_and_names_no_place(agent_run: AgentRun) -> 
     path = agent_run.agent.path
     files = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
     assert files == {
+        "README.md",
         "agent.json",
         "calls.parquet",
         "catalogue.parquet",
         "config.json",
         "generation_config.json",
+        "loss.png",
         "manifest.json",
         "mapping/samplers.json",
         "model.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
+        "training_log.jsonl",
     }
     for name in files - {"manifest.json"}:
-        if name.endswith((".parquet", ".safetensors")):
+        if name.endswith((".parquet", ".safetensors", ".png")):
             continue
         assert str(path.parents[1]) not in (path / name).read_text(encoding="utf-8")
     info = json.loads((path / "agent.json").read_text())

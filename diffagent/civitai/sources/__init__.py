@@ -23,11 +23,22 @@ SYNTHETIC = 2**52
 
 
 @dataclass(frozen=True)
-class Records:
-    """What a source holds; ``files`` maps a SHA256 in lower case to a model file."""
+class Unreadable:
+    """Stands for a record that a source cannot read; ``reason`` is counted."""
 
-    models: Iterable[dict[str, Any]]
-    images: Iterable[dict[str, Any]]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Records:
+    """What a source holds; ``files`` maps a SHA256 in lower case to a model file.
+
+    Models and images are any JSON values, and ``Unreadable``: what is no record is left out and
+    counted by the server, as it is by a crawl.
+    """
+
+    models: Iterable[Any]
+    images: Iterable[Any]
     files: Mapping[str, Path] = field(default_factory=dict)
 
 

@@ -6,12 +6,17 @@ model files. Files with 'redacted' in their name are left out. In a snapshot, wh
 is not on the site.
 
 In parquet a record is a row and its columns are the API's fields; nested ones are nested columns,
-or text with JSON. An empty cell says nothing, as a missing key in JSON.
+or text with JSON, as they may be in JSON lines. An empty cell says nothing, as a missing key in
+JSON; a cell of a type that JSON has not (bytes) is left out.
+
+A dump is read as leniently as the site: what is no record is left out and counted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gzip
+import logging
 import math
 import re
 import zlib
@@ -21,25 +26,41 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import orjson
-
+from diffagent.civitai.lenient_json import loads
 from diffagent.civitai.snapshot import GONE
-from diffagent.civitai.sources import Records
+from diffagent.civitai.sources import Records, Unreadable
 from diffagent.errors import ConfigError
-from schemas.civitai import IMAGE_FIELDS, MODEL_FIELDS, canonical
+from schemas.civitai import (
+    FILE_FIELDS,
+    IMAGE_FIELDS,
+    MAX_RECORD_BYTES,
+    MODEL_FIELDS,
+    VERSION_FIELDS,
+    canonical,
+    flaw,
+    whole_number,
+)
+from schemas.printable import printable
+
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+Fields = Mapping[str, tuple[type, ...]]
+Gone = set[tuple[str, int | None]]
 _FORMATS = (".jsonl", ".jsonl.gz", ".parquet")
 _FIELDS = {"models": MODEL_FIELDS, "images": IMAGE_FIELDS}
+_NESTED = {"modelVersions": VERSION_FIELDS, "files": FILE_FIELDS}
 _BATCH = 1_000
+_MAX_LINE = 2 * MAX_RECORD_BYTES  # escapes make a record longer
+_TOLD = 10  # bad records of a file that are named one by one
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 def open_dump(directory: Path, cache: Path | None = None) -> Records:
-    """A dump.
+    """A dump. What is no record in it is yielded all the same, for the server to count.
 
     Raises:
-        ConfigError: there is none; while it is read: a record is not one, or a file is damaged.
+        ConfigError: there is none; while it is read: a file is damaged.
     """
     if not _parts(directory, "models"):
         raise ConfigError(
@@ -47,33 +68,44 @@ def open_dump(directory: Path, cache: Path | None = None) -> Records:
             "give the directory of a dump"
         )
     files = {p.name: p for p in directory.glob("files/*") if _SHA256.fullmatch(p.name)}
-    gone = {(row["kind"], row["id"]) for row in read_records(directory, GONE)}
-    images = (i for i in read_records(directory, "images") if ("images", i["id"]) not in gone)
+    tombstones = (row for row in read_records(directory, GONE) if isinstance(row, dict))
+    gone = {(str(row.get("kind")), whole_number(row.get("id"))) for row in tombstones}
+    images = (i for i in read_records(directory, "images") if not _is_gone("images", i, gone))
     return Records(_models(directory, gone), images, files)
 
 
-def _models(directory: Path, gone: set[tuple[str, int]]) -> Iterator[Row]:
+def _is_gone(kind: str, record: Any, gone: Gone) -> bool:
+    return isinstance(record, dict) and (kind, whole_number(record.get("id"))) in gone
+
+
+def _models(directory: Path, gone: Gone) -> Iterator[Any]:
     for model in read_records(directory, "models"):
-        if ("models", model["id"]) in gone:
+        if _is_gone("models", model, gone):
             continue
-        versions = model.get("modelVersions")
+        versions = model.get("modelVersions") if isinstance(model, dict) else None
         if gone and isinstance(versions, list):
-            there = [v for v in versions if ("versions", v.get("id")) not in gone]
-            model["modelVersions"] = there
+            model["modelVersions"] = [v for v in versions if not _is_gone("versions", v, gone)]
         yield model
 
 
-def read_records(directory: Path, kind: str) -> Iterator[Row]:
-    """Records of a kind ('models', 'images') of a dump, in the order of files and rows.
+def read_records(directory: Path, kind: str) -> Iterator[Any]:
+    """Values of a kind ('models', 'images') of a dump, in the order of files and rows.
+
+    They are records, and whatever else is there: ``Unreadable`` where it is no JSON.
 
     Raises:
-        ConfigError: a record is no object with an integer id, or a file is damaged.
+        ConfigError: a file is damaged.
     """
+    fields = _FIELDS.get(kind, {})
     for path in _parts(directory, kind):
-        rows = _parquet(path, _FIELDS.get(kind, {})) if path.suffix == ".parquet" else _lines(path)
-        for where, record in rows:
-            if not isinstance(record, dict) or type(record.get("id")) is not int:
-                raise ConfigError(f"{path}: {where} is no object with an integer id")
+        rows, bad = _parquet(path) if path.suffix == ".parquet" else _lines(path), 0
+        for where, value in rows:
+            record = _opened(value, fields) if isinstance(value, dict) else value
+            reason = record.reason if isinstance(record, Unreadable) else flaw(record)
+            bad += bool(reason) and kind in _FIELDS
+            if reason and bad <= _TOLD:
+                more = "; further ones of this file are counted alone" if bad == _TOLD else ""
+                log.warning("%s: %s is left out: %s%s", path, where, printable(reason), more)
             yield record
 
 
@@ -89,11 +121,16 @@ def _parts(directory: Path, kind: str) -> list[Path]:
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-            for number, line in enumerate(lines, 1):
-                yield f"line {number}", orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        raise ConfigError(f"{path}: line {number} is not JSON: {error}") from None
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+            while line := stream.readline(_MAX_LINE):
+                number += 1
+                is_long = len(line) == _MAX_LINE
+                while len(line) == _MAX_LINE and not line.endswith(b"\n"):
+                    line = stream.readline(_MAX_LINE)
+                if is_long:
+                    yield f"line {number}", Unreadable(f"a line of more than {_MAX_LINE} bytes")
+                elif line.strip():
+                    yield f"line {number}", _value(line)
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(
             f"{path} is damaged behind line {number} ({error}); put it back from a copy, or cut it "
@@ -101,7 +138,14 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
         ) from None
 
 
-def _parquet(path: Path, fields: Mapping[str, tuple[type, ...]]) -> Iterator[tuple[str, Any]]:
+def _value(line: bytes) -> Any:
+    try:
+        return loads(line)
+    except ValueError:
+        return Unreadable("no JSON")
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -111,49 +155,46 @@ def _parquet(path: Path, fields: Mapping[str, tuple[type, ...]]) -> Iterator[tup
             for batch in file.iter_batches(_BATCH):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"row {number}", _record(row, fields, f"{path}: row {number}")
+                    # An empty cell of a table says nothing; in JSON null says that.
+                    yield f"row {number}", {k: v for k, v in _plain(row).items() if v is not None}
     except (OSError, pa.ArrowInvalid) as error:
         raise ConfigError(f"{path} is no whole parquet file ({error}): make it again") from None
 
 
-def _record(row: Row, fields: Mapping[str, tuple[type, ...]], where: str) -> Row:
-    record = {}
-    for key, value in row.items():
+def _opened(record: Row, fields: Fields) -> Row:
+    """A record whose nested values may have been text with JSON, at any depth that the API has."""
+    for key, value in record.items():
         kinds = fields.get(key, ())
         if isinstance(value, str) and value[:1] in ("{", "[") and {dict, list} & set(kinds):
-            try:
-                record[key] = orjson.loads(value)
-                continue
-            except orjson.JSONDecodeError as error:
-                if str not in kinds:
-                    raise ConfigError(f"{where}: column {key!r} is no JSON: {error}") from None
-        plain = _plain(value, f"{where}: column {key!r}")
-        if plain is not None:
-            record[key] = plain
+            with contextlib.suppress(ValueError):  # a text that only begins like JSON stays one
+                record[key] = loads(value.encode("utf-8", "replace"))
+    for key, inner in _NESTED.items():
+        parts = record.get(key)
+        for part in parts if isinstance(parts, list) else ():
+            if isinstance(part, dict):
+                _opened(part, inner)
     return record
 
 
-def _plain(value: Any, where: str) -> Any:
-    """A cell as JSON has it; empty cells within it are left out."""
+def _plain(value: Any) -> Any:
+    """A cell as JSON has it; what JSON has not, and empty cells within it, are left out."""
     if isinstance(value, dict):
-        cells = {key: _plain(cell, where) for key, cell in value.items()}
+        cells = {str(key): _plain(cell) for key, cell in value.items()}
         return {key: cell for key, cell in cells.items() if cell is not None}
     if isinstance(value, list):
         if value and all(isinstance(cell, tuple) and len(cell) == 2 for cell in value):
-            return _plain(dict(value), where)  # a column of type map
-        return [_plain(cell, where) for cell in value]
+            return _plain({str(key): cell for key, cell in value})  # a column of type map
+        return [_plain(cell) for cell in value]
     if isinstance(value, datetime):
         moment = value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
         return f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d}Z"
     if isinstance(value, date):
         return value.isoformat()
+    if isinstance(value, Decimal | float) and not math.isfinite(value):
+        return None  # how a table without empty cells has them
     if isinstance(value, Decimal):
         return int(value) if value == value.to_integral_value() else float(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None  # how a table without empty cells has them
-    if value is None or isinstance(value, str | int | float):
-        return value
-    raise ConfigError(f"{where} holds {type(value).__name__}, which JSON has not: leave it out")
+    return value if isinstance(value, str | int | float) else None
 
 
 def write_dump(directory: Path, models: Any, images: Any) -> None:

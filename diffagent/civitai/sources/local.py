@@ -5,6 +5,7 @@ What a file is comes from the sidecars beside it, and where these say nothing fr
 * ``NAME.civitai.info`` (Civitai Helper): the answer of /model-versions/by-hash;
 * ``NAME.metadata.json`` (ComfyUI-Lora-Manager): ``civitai`` in it is such an answer, and it has a
   name, base model and tags of its own for what Civitai does not know;
+* ``NAME.cm-info.json`` (StabilityMatrix): the same facts under names of its own;
 * ``NAME.json`` (A1111): description, "sd version", "activation text", notes;
 * the header of a safetensors file: kohya's ``ss_*``, ``modelspec.*``, tensor names and shapes.
 
@@ -14,18 +15,23 @@ gets ids of its own from that SHA256 (``sources.synthetic_id``). Pictures beside
 nobody has rated them, so they count as PG unless the Lora Manager's notes or the model's nsfw flag
 say otherwise.
 
-Files are not trusted: headers are bounded and checked, pickles are hashed and never opened,
-symbolic links are not followed. What is refused is listed all the same, with the reason where the
-site has the result of its scan and without a way to download it. Nothing is written beside the
-files; hashes are kept in a file of the store, by size and time.
+Symbolic links are followed, since A1111 and ComfyUI are set up with them; each file counts once,
+and links that lead around the folder or nowhere are skipped with a word. A ComfyUI's
+``extra_model_paths.yaml`` is read. Parts of a diffusers pipeline and shards are no checkpoints.
+
+Files are not trusted: headers are bounded and checked, pickles are hashed and never opened. A
+refused file is listed all the same, with the reason where the site has the result of its scan and
+without a way to download it. Nothing is written beside the files; hashes are kept in a file of the
+store, by size and time.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
+import re
+import stat
 import threading
 import time
 import zlib
@@ -39,10 +45,11 @@ from filelock import FileLock
 
 from diffagent.artifacts import atomic_file
 from diffagent.civitai.client import parse_json
-from diffagent.civitai.sources import Records, synthetic_id
+from diffagent.civitai.sources import SYNTHETIC, Records, synthetic_id
 from diffagent.civitai.sources.architecture import UNKNOWN, Architecture, describe
 from diffagent.errors import CivitaiError, ConfigError, RenderError
-from diffagent.render.weights import check_weights, read_header
+from diffagent.render.quantised import check_quantisation
+from diffagent.render.weights import Tensor, check_weights, read_header, read_metadata, reading
 from schemas.civitai import (
     FILE_FIELDS,
     IMAGE_FIELDS,
@@ -50,6 +57,7 @@ from schemas.civitai import (
     PG,
     VERSION_FIELDS,
     X,
+    json_flaw,
     level_of,
     whole_number,
 )
@@ -57,6 +65,7 @@ from schemas.civitai import (
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+CHECKPOINT = "Checkpoint"  # Civitai's type
 _WEIGHTS = {
     ".safetensors": "SafeTensor",
     ".ckpt": "PickleTensor",
@@ -68,14 +77,18 @@ _PICTURES = tuple(
     f"{mark}.{end}" for end in ("png", "jpg", "jpeg", "webp") for mark in ("", ".preview")
 )
 _MAX_SIDECAR = 16 << 20
+_EXTRA_PATHS = "extra_model_paths.yaml"
+_MAX_EXTRA_PATHS = 1 << 20
 _CHUNK = 1 << 20
 _SAVE_SECONDS = 30.0
-_SD_VERSIONS = {"SD1": "SD 1.5", "SD2": "SD 2.1", "SDXL": "SDXL 1.0"}
+_SD_VERSIONS = {
+    "SD1": "SD 1.5", "SD2": "SD 2.1", "SDXL": "SDXL 1.0", "SD3": "SD 3", "Flux": "Flux.1 D",
+}  # fmt: skip
 #: A folder with ``models`` and one of these is an installation: A1111, Forge, SD.Next, ComfyUI.
 _PROGRAMS = ("webui.py", "launch.py", "main.py")
 #: What the folders of A1111 and ComfyUI hold, in lower case: for files whose tensors do not tell.
 _TYPES_BY_FOLDER = {
-    **dict.fromkeys(("stable-diffusion", "checkpoints", "diffusion_models", "unet"), "Checkpoint"),
+    **dict.fromkeys(("stable-diffusion", "checkpoints", "diffusion_models", "unet"), CHECKPOINT),
     **dict.fromkeys(("lora", "loras"), "LORA"),
     "lycoris": "LoCon",
     "vae": "VAE",
@@ -84,18 +97,28 @@ _TYPES_BY_FOLDER = {
     "controlnet": "Controlnet",
     **dict.fromkeys(("esrgan", "realesrgan", "upscale_models"), "Upscaler"),
 }
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
+#: Names that diffusers and transformers give to the weights of one part of a pipeline.
+_PART_NAMES = frozenset({"diffusion_pytorch_model", "pytorch_model", "model"})
+#: Beginnings of tensor names in such a part.
+_PART_TENSORS = ("down_blocks.", "text_model.", "vision_model.", "transformer_blocks.",
+                 "encoder.block.")  # fmt: skip
 _TENSORS_ONLY = "a checked safetensors file holds tensors alone"
 
 
 @dataclass
 class LocalFile:
-    """One model file: its hashes, and what its header says or why it is refused."""
+    """One model file: its hashes, and what its header says or why it is refused.
+
+    ``undrawable``: why a sound file cannot be drawn with; '' when nothing is known against it.
+    """
 
     path: Path
     hashes: dict[str, str]
     architecture: Architecture = UNKNOWN
     notes: Mapping[str, str] = field(default_factory=dict)
     refused: str = ""
+    undrawable: str = ""
 
     @property
     def sha256(self) -> str:
@@ -120,16 +143,18 @@ def open_folder(directory: Path, cache: Path | None = None) -> Records:
     for path in model_files(directory):
         try:
             file = look(path, hashes)
-        except OSError as error:
-            log.warning("%r cannot be read (%s); left out", str(path), error.strerror)
-            continue
-        if twin := files.get(file.sha256):
-            log.warning("%r holds the same as %r; left out", str(path), str(twin.path))
+            if twin := files.get(file.sha256):
+                log.warning("%r holds the same as %r; left out", str(path), str(twin.path))
+                continue
+            model, version = record_of(file)
+            pictures = list(pictures_of(file, version, model))
+        except Exception as error:  # one file, whatever is in it, does not stop the others
+            kind = type(error).__name__
+            log.warning("%r cannot be read (%s: %s); left out", str(path), kind, error)
             continue
         files[file.sha256] = file
-        model, version = record_of(file)
         _put(models, model, version)
-        for image in pictures_of(file, version, model):
+        for image in pictures:
             images.setdefault(image["id"], image)
         if file.refused:
             log.warning("%r is listed and not available: %s", str(path), file.refused)
@@ -141,21 +166,92 @@ def open_folder(directory: Path, cache: Path | None = None) -> Records:
     return Records(list(models.values()), list(images.values()), served)
 
 
-def model_files(directory: Path) -> Iterator[Path]:
-    """Model files at any depth in a stable order; of an installation those of its model folders."""
-    tops = [directory]
-    if (directory / "models").is_dir() and any((directory / name).exists() for name in _PROGRAMS):
-        tops = [directory / "embeddings", directory / "models"]
-    for folder, folders, names in (step for top in tops for step in os.walk(top)):
-        folders.sort()
-        for name in sorted(names):
-            path = Path(folder, name)
-            if path.suffix.lower() not in _WEIGHTS:
+def model_files(*directories: Path) -> Iterator[Path]:
+    """Find model files at any depth in a stable order; of an installation its model folders.
+
+    Symbolic links are followed. Each folder and each file counts once, however many links lead to
+    it, so that links that go in circles end. A link to a folder around the one that is searched,
+    and one that leads nowhere, is skipped with a warning.
+    """
+    seen: set[tuple[int, int]] = set()
+    for directory in directories:
+        for top in _tops(directory):
+            if not _is_new(top.stat(), seen):
                 continue
-            if path.is_symlink() or not path.is_file():
-                log.warning("%r is a link or no file; give the folder that holds it", str(path))
+            for folder, folders, names in os.walk(top, followlinks=True, onerror=_warn_unreadable):
+                folders[:] = sorted(n for n in folders if _is_to_enter(Path(folder, n), top, seen))
+                yield from (p for n in sorted(names) if _is_model(p := Path(folder, n), seen))
+
+
+def _warn_unreadable(error: OSError) -> None:
+    log.warning("%r cannot be read (%s); left out", error.filename, error.strerror)
+
+
+def _is_new(status: os.stat_result, seen: set[tuple[int, int]]) -> bool:
+    """Whether a file or folder was not seen before; it is from now on."""
+    key = (status.st_dev, status.st_ino)
+    is_new = key not in seen
+    seen.add(key)
+    return is_new
+
+
+def _is_to_enter(path: Path, top: Path, seen: set[tuple[int, int]]) -> bool:
+    """Whether a folder below ``top`` was not seen yet; a link to one around ``top`` is not new."""
+    try:
+        if path.is_symlink() and top.resolve().is_relative_to(path.resolve()):
+            log.warning("%r is a link to a folder around it; not followed", str(path))
+            return False
+        return _is_new(path.stat(), seen)
+    except OSError as error:
+        _warn_unreadable(error)
+        return False
+
+
+def _is_model(path: Path, seen: set[tuple[int, int]]) -> bool:
+    if path.suffix.lower() not in _WEIGHTS:
+        return False
+    try:
+        status = path.stat()
+    except OSError as error:
+        log.warning("%r is a link that leads nowhere (%s); left out", str(path), error.strerror)
+        return False
+    if not stat.S_ISREG(status.st_mode):
+        log.warning("%r is no file; left out", str(path))
+        return False
+    return _is_new(status, seen)
+
+
+def _tops(directory: Path) -> list[Path]:
+    """The folders to search: of an installation those with models, else the directory itself."""
+    is_installation = any((directory / name).exists() for name in _PROGRAMS)
+    if not ((directory / "models").is_dir() and is_installation):
+        return [directory]
+    tops = [directory / "embeddings", directory / "models", *_extra_paths(directory)]
+    return [top for top in tops if top.is_dir()]
+
+
+def _extra_paths(directory: Path) -> Iterator[Path]:
+    """The folders that a ComfyUI's extra_model_paths.yaml adds."""
+    import yaml
+
+    path = directory / _EXTRA_PATHS
+    if not path.is_file():
+        return
+    try:
+        with path.open("rb") as stream:
+            sections = yaml.safe_load(stream.read(_MAX_EXTRA_PATHS))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        log.warning("%r is left out: %s", str(path), error)
+        return
+    for section in _dict(sections).values():
+        base = directory / Path(_text(_dict(section).get("base_path"))).expanduser()
+        for kind, names in _dict(section).items():
+            if str(kind).lower() not in _TYPES_BY_FOLDER:
                 continue
-            yield path
+            for name in _text(names).splitlines():
+                if not (base / name.strip()).is_dir():
+                    log.warning("%r names %r, which is no folder", str(path), name.strip())
+                yield base / name.strip()
 
 
 def _put(models: dict[int, Row], model: Row, version: Row) -> None:
@@ -213,11 +309,17 @@ class Hashes:
             self._saved = time.monotonic()
             if not self._cache or not self._changed:
                 return
-            self._cache.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{self._cache}.lock"), atomic_file(self._cache) as file:
-                self._known = {**self._read(), **self._known}
-                file.write_bytes(orjson.dumps(self._known))
             self._changed = False
+            try:
+                self._cache.parent.mkdir(parents=True, exist_ok=True)
+                with FileLock(f"{self._cache}.lock"), atomic_file(self._cache) as file:
+                    self._known = {**self._read(), **self._known}
+                    file.write_bytes(orjson.dumps(self._known))
+            except OSError as error:
+                log.warning(
+                    "hashes cannot be kept in %r (%s): the next run computes them again",
+                    str(self._cache), error.strerror or error,
+                )  # fmt: skip
 
     def _read(self) -> dict[str, list[Any]]:
         if self._cache and self._cache.exists():
@@ -274,18 +376,50 @@ def look(path: Path, hashes: Hashes) -> LocalFile:
         return file
     try:
         tensors = read_header(path)
+        file.notes = read_metadata(path)
+        with reading(path.name, "cannot be described"):
+            architecture = describe(tensors, file.notes)
     except RenderError as error:
         file.refused = str(error)
         return file
-    with path.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    notes = header.get("__metadata__")
-    if isinstance(notes, dict):
-        file.notes = {k: v for k, v in notes.items() if isinstance(v, str)}
-    found = describe(tensors, file.notes)
-    told = file.architecture.type if found.type == UNKNOWN.type else found.type
-    file.architecture = replace(found, type=told)
+    kind, by_folder = architecture.type, file.architecture.type
+    if kind == UNKNOWN.type:
+        kind = by_folder
+    if kind == CHECKPOINT and (part := _part(path, tensors, architecture.type)):
+        kind, file.undrawable = UNKNOWN.type, part
+    else:
+        file.undrawable = undrawable(path)
+    file.architecture = replace(architecture, type=kind)
     return file
+
+
+def undrawable(path: Path) -> str:
+    """Why the weights of a sound file cannot be drawn with; '' when nothing is against them."""
+    try:
+        check_quantisation(path)
+    except RenderError as error:
+        return str(error)
+    return ""
+
+
+def _part(path: Path, tensors: Mapping[str, Tensor], kind: str) -> str:
+    """Why a file is no whole checkpoint but a part of one, by its name, place or tensors; or ''.
+
+    Args:
+        path: of the file.
+        tensors: in its header.
+        kind: its type by the tensors.
+    """
+    if shard := _SHARD.search(path.stem):
+        return (
+            f"part {int(shard[1])} of {int(shard[2])} of a sharded model; get the model in one file"
+        )
+    in_pipeline = (path.parent.parent / "model_index.json").is_file()
+    named = path.stem.partition(".")[0] in _PART_NAMES and (path.parent / "config.json").is_file()
+    by_tensors = kind == UNKNOWN.type and any(name.startswith(_PART_TENSORS) for name in tensors)
+    if in_pipeline or named or by_tensors:
+        return "one part of a pipeline in diffusers' layout; get the model in one file"
+    return ""
 
 
 def _type_by_folder(path: Path) -> str:
@@ -302,30 +436,58 @@ def _type_by_folder(path: Path) -> str:
 def record_of(file: LocalFile) -> tuple[Row, Row]:
     """The model without versions, and its version with this file, in the API's shape."""
     managed = _read_json(Path(f"{file.stem}.metadata.json"))
-    for answer in (_read_json(Path(f"{file.stem}.civitai.info")), _dict(managed.get("civitai"))):
+    answers = (
+        _read_json(Path(f"{file.stem}.civitai.info")),
+        _dict(managed.get("civitai")),
+        _of_stability_matrix(_read_json(Path(f"{file.stem}.cm-info.json"))),
+    )
+    for answer in answers:
         known = _known_file(answer, file)
         if known is not None:
             return _of_answer(answer, known, file)
     return _of_header(file, managed, _read_json(Path(f"{file.stem}.json")))
 
 
+def _of_stability_matrix(info: Row) -> Row:
+    """StabilityMatrix' notes in the shape of the site's answer."""
+    names = {"id": "VersionId", "modelId": "ModelId", "name": "VersionName",
+             "baseModel": "BaseModel", "trainedWords": "TrainedWords"}  # fmt: skip
+    answer = {name: info[key] for name, key in names.items() if key in info}
+    answer["model"] = {
+        name: info[key]
+        for name, key in {"name": "ModelName", "type": "ModelType", "nsfw": "Nsfw"}.items()
+        if key in info
+    }
+    if hashes := _dict(info.get("Hashes")):
+        answer["files"] = [{"hashes": hashes}]
+    return answer
+
+
 def _read_json(path: Path) -> Row:
     """A sidecar's object; {} when there is none."""
-    if path.is_symlink() or not path.is_file():
+    if not path.is_file():
         return {}
     try:
         if path.stat().st_size > _MAX_SIDECAR:
             raise CivitaiError(f"larger than {_MAX_SIDECAR} bytes")
-        found = parse_json(path.read_bytes(), path.name)
-    except (OSError, CivitaiError) as error:
+        content = parse_json(path.read_bytes(), path.name)
+        if reason := json_flaw(content):
+            raise CivitaiError(reason)
+    except (OSError, CivitaiError, ValueError, RecursionError) as error:
         log.warning("%r is left out: %s", str(path), error)
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
+
+
+def _site_id(value: Any) -> int | None:
+    """An id that the site can have given; None for anything else."""
+    number = whole_number(value)
+    return number if number is not None and 0 < number < SYNTHETIC else None
 
 
 def _known_file(answer: Row, file: LocalFile) -> Row | None:
     """The entry of an answer's ``files`` that is this file; {} when none of them has a hash."""
-    if whole_number(answer.get("id")) is None or whole_number(answer.get("modelId")) is None:
+    if _site_id(answer.get("id")) is None or _site_id(answer.get("modelId")) is None:
         return None  # what a tool writes for a file that the site does not know
     files = [f for f in _list(answer.get("files")) if isinstance(f, dict)]
     hashes = [str(_dict(f.get("hashes")).get("SHA256") or "").lower() for f in files]
@@ -341,14 +503,14 @@ def _of_answer(answer: Row, known: Row, file: LocalFile) -> tuple[Row, Row]:
     about = _typed(_dict(answer.get("model")), MODEL_FIELDS)
     model = {
         **about,
-        "id": whole_number(answer["modelId"]),
+        "id": _site_id(answer["modelId"]),
         "name": about.get("name") or _name(file),
         "type": about.get("type") or file.architecture.type,
         "modelVersions": [],
     }
     if isinstance(answer.get("creator"), dict):
         model["creator"] = answer["creator"]
-    ident = whole_number(answer["id"])
+    ident = _site_id(answer["id"])
     version = _typed(answer, VERSION_FIELDS)
     images = [_typed(i, IMAGE_FIELDS) for i in _list(answer.get("images")) if isinstance(i, dict)]
     version |= {"id": ident, "files": [_file_record(file, ident, known)], "images": images}
@@ -391,7 +553,7 @@ def _of_header(file: LocalFile, managed: Row, user: Row) -> tuple[Row, Row]:
 
 def _file_record(file: LocalFile, version: int | None, known: Row) -> Row:
     """The record of this file; ``known`` is what the site says of it."""
-    ident = whole_number(known.get("id")) or synthetic_id(file.sha256)
+    ident = _site_id(known.get("id")) or synthetic_id(file.sha256)
     form = _WEIGHTS[file.path.suffix.lower()]
     record = {
         "type": "Model",
@@ -457,29 +619,36 @@ def pictures_of(file: LocalFile, version: Row, model: Row) -> Iterator[Row]:
     for image in version["images"]:
         if image.get("meta"):
             url = _text(image.get("url"))
-            number = whole_number(image.get("id")) or whole_number(Path(url).stem)
+            number = _site_id(image.get("id")) or _site_id(Path(url).stem)
             made = number or synthetic_id(hashlib.sha256(url.encode()).hexdigest())
             yield {**base, **image, "id": made}
     rated = _read_json(Path(f"{file.stem}.metadata.json")).get("preview_nsfw_level")
     base["nsfwLevel"] = level_of(rated) or (X if model.get("nsfw") else PG)
-    yield from filter(None, (_picture(path, base) for path in _beside(file)))
+    for path in _beside(file):
+        try:
+            picture = _picture(path, base)
+        except Exception as error:  # a picture that claims more pixels than memory, for example
+            kind = type(error).__name__
+            log.warning("%r cannot be read (%s: %s); left out", str(path), kind, error)
+        else:
+            yield from [picture] if picture else []
 
 
 def _beside(file: LocalFile) -> Iterator[Path]:
     for end in _PICTURES:
         path = Path(f"{file.stem}{end}")
-        if path.is_file() and not path.is_symlink():
+        if path.is_file():
             yield path
 
 
 def _picture(path: Path, base: Row) -> Row | None:
-    """The record of a picture file; None when it does not say how it was made."""
+    """The record of a picture file; None when that lacks how it was made."""
     from PIL import Image
 
     from diffagent.dabench.metadata import read_image_metadata, write_parameters
 
     generation = read_image_metadata(path)
-    if not generation.prompt:
+    if not generation.prompt or generation.not_known:
         return None
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -20,7 +20,7 @@ from diffagent.dabench.metadata.parse import parse_generation, read_metadata
 from diffagent.dabench.metadata.prompts import clean_prompt
 
 #: Raised whenever a record may be read differently than before; part of every row's provenance.
-PARSER_VERSION = 2
+PARSER_VERSION = 3
 
 __all__ = [
     "NOTHING_NAMED",

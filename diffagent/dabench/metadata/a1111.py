@@ -49,6 +49,7 @@ _SETTINGS = frozenset(
     | {"Clip skip", "Hashes", "Civitai resources"}
 )
 _MIN_FIELDS = 3
+_MAX_BROKEN = 20  # values of one line that look like JSON; each one may be read to the line's end
 
 
 def read_parameters(text: str) -> Generation:
@@ -138,7 +139,7 @@ def read_fields(line: str) -> Iterator[tuple[str, object]]:
 
     A value is text, or what JSON says when it is an object or a list.
     """
-    at = 0
+    at, broken = 0, 0
     while (colon := line.find(":", at)) >= 0:
         run = _KEY.search(line, at, colon)
         name = run.group().lstrip(" -/") if run else ""
@@ -148,17 +149,19 @@ def read_fields(line: str) -> Iterator[tuple[str, object]]:
         at = colon + 1
         while at < len(line) and line[at].isspace():
             at += 1
-        value, at = _value(line, at)
+        begins = line[at : at + 1]
+        value, at = _value(line, at, is_json=broken < _MAX_BROKEN)
+        broken += begins in ("{", "[") and isinstance(value, str)
         yield name, value
 
 
-def _value(line: str, at: int) -> tuple[object, int]:
-    """The value that begins at ``at``, and where the next field begins."""
+def _value(line: str, at: int, *, is_json: bool) -> tuple[object, int]:
+    """The value that begins at ``at``, which may be JSON, and where the next field begins."""
     if line[at : at + 1] == '"':
         quoted = _QUOTED.match(line, at)
         if quoted:
             return _unquote(quoted.group()), quoted.end() + 1
-    elif line[at : at + 1] in ("{", "["):
+    elif is_json and line[at : at + 1] in ("{", "["):
         try:
             value, end = _DECODER.raw_decode(line, at)
         except (ValueError, RecursionError):

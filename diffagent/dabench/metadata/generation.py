@@ -19,6 +19,9 @@ Form = Literal[
     "ruinedfooocus",
     "invokeai",
     "novelai",
+    "drawthings",
+    "easydiffusion",
+    "stabilitymatrix",
     "external",  # another service's picture; the site keeps its fields apart
 ]
 
@@ -57,6 +60,9 @@ class Generation(NamedTuple):
     embeddings: tuple[Reference, ...] = ()  # of the prompt
     negative_embeddings: tuple[Reference, ...] = ()
     vae: Reference | None = None  # laid over the checkpoint's own
+    #: Fields of this that a graph computes in a way that the reader does not know: none of them
+    #: has the value that the picture was made with.
+    not_known: tuple[str, ...] = ()
 
     @property
     def sampler_raw(self) -> str | None:
@@ -71,6 +77,7 @@ class Reading(NamedTuple):
 
     ``keys`` are those of the WebUI's text as the site parses it; ``checkpoints`` and ``loras``
     are what keys cannot say. ``original`` has the prompts where ``keys`` has only parts of them.
+    ``literals`` is None where no sampler of a graph is known to have drawn the picture.
     """
 
     form: Form
@@ -79,3 +86,5 @@ class Reading(NamedTuple):
     loras: tuple[Reference, ...] = ()
     from_image: bool = False
     original: Mapping[str, Any] | None = None
+    not_known: tuple[str, ...] = ()  # keys, "size" and "loras", that a graph computes
+    literals: frozenset[Any] | None = None  # all that the nodes of a graph hold

@@ -3,7 +3,8 @@
 The API format ("prompt") is what ran: nodes by id, each with its class and named inputs; an input
 is a value or a link ``[node, output]``. The editor's format ("workflow") holds links in a list of
 its own and the values of widgets without their names, which are then known only for common nodes
-or when the editor is recent. Muted and bypassed nodes are in it too; the links go through them.
+or when the editor is recent. Muted nodes are in it too, which do not run, and bypassed ones, which
+links go through.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from diffagent.dabench.metadata.values import Bag, items, mapping
 
 MAX_NODES = 5000
 _MAX_DEPTH, _MAX_SUBGRAPHS = 4, 100  # of subgraphs within one another, and in all
+_MAX_SLOTS = 50  # outputs of a bypassed node
 _MUTED, _BYPASSED = 2, 4  # modes of the editor's nodes
 _CONTROL = frozenset({"fixed", "increment", "decrement", "randomize"})
 _SAMPLING = "steps cfg sampler_name scheduler denoise"
@@ -50,6 +52,20 @@ _WIDGETS: Mapping[str, str] = {
     "LoraLoader": "lora_name strength_model strength_clip",
     "LoraLoaderModelOnly": "lora_name strength_model",
     "PrimitiveNode": "value",
+    "LatentUpscale": "upscale_method width height crop",
+    "LatentUpscaleBy": "upscale_method scale_by",
+    "StringConcatenate": "string_a string_b delimiter",
+    "StringReplace": "string find replace",
+    "RegexReplace": "string regex_pattern replace case_insensitive multiline dotall count",
+    "MathExpression|pysssss": "expression",
+    "SimpleMath+": "value",
+    **dict.fromkeys(
+        ("CR SDXL Aspect Ratio", "CR SD1.5 Aspect Ratio"),
+        "width height aspect_ratio swap_dimensions upscale_factor batch_size",
+    ),
+    "CR Aspect Ratio": "width height aspect_ratio swap_dimensions upscale_factor prescale_factor "
+    "batch_size",
+    "CR Text List": "multiline_text start_index max_rows",
     "Efficient Loader": "ckpt_name vae_name clip_skip lora_name lora_model_strength "
     "lora_clip_strength positive negative token_normalization weight_interpretation "
     "empty_latent_width empty_latent_height batch_size",
@@ -140,11 +156,17 @@ class _Editor:
         self, node: Bag, prefix: str, links: Mapping[int, list[Any]], stored: Mapping[str, Bag]
     ) -> None:
         kind, key = str(node.get("type")), f"{prefix}{node.get('id')}"
+        if node.get("mode") == _MUTED:
+            return  # it did not run, and nothing is linked to it
         linked = {
             str(item.get("name") or slot): link
             for slot, item in enumerate(items(node.get("inputs")))
             if (link := _linked(item, links))
         }
+        if node.get("mode") == _BYPASSED:
+            through = _through(node, links)
+            self._nodes[key] = Node("Subgraph", through) if through else Node("Bypassed", linked)
+            return
         definition = self._definitions.get(kind)
         if definition is not None and key.count(":") < _MAX_DEPTH and self._left:
             self._left -= 1
@@ -154,13 +176,24 @@ class _Editor:
             # The node itself stays as a crossing: output slot -> where it comes from.
             self._nodes[key] = Node("Subgraph", {f"output_{slot}": to for slot, to in out.items()})
             return
-        if node.get("mode") in (_MUTED, _BYPASSED):
-            self._nodes[key] = Node("Bypassed", linked)
-            return
         if kind == "GetNode" and (source := stored.get(str(next(iter(_widgets(node)), "")))):
             at = [link for item in items(source.get("inputs")) if (link := _linked(item, links))]
             linked = {"value": at[0]} if at else {}
         self._nodes[key] = Node(kind, {**_named_widgets(node, kind), **linked})
+
+
+def _through(node: Bag, links: Mapping[int, list[Any]]) -> dict[str, Any]:
+    """Where the outputs of a bypassed node come from: its inputs of the same types."""
+    inputs = list(items(node.get("inputs")))
+    through: dict[str, Any] = {}
+    for slot, output in enumerate(list(items(node.get("outputs")))[:_MAX_SLOTS]):
+        same = [item for item in inputs if item.get("type") == output.get("type")]
+        if slot < len(inputs) and inputs[slot] in same:
+            same = [inputs[slot]]
+        link = _linked(same[0], links) if same and output.get("type") else None
+        if link:
+            through[f"output_{slot}"] = link
+    return through
 
 
 def _linked(item: Bag, links: Mapping[int, list[Any]]) -> list[Any] | None:
@@ -217,10 +250,13 @@ def _shown_names(node: Bag) -> list[str]:
 
 
 def _guess_widgets(kind: str, values: list[Any]) -> dict[str, Any]:
-    """Nodes of other authors: a list of LoRAs names itself, and a lone text is a text."""
+    """Nodes of other authors: a list of LoRAs names itself, and a lone value is one."""
     loras = [value for value in values if isinstance(value, dict) and "lora" in value]
     if loras:
         return {f"lora_{index}": value for index, value in enumerate(loras, 1)}
     texts = [value for value in values if isinstance(value, str)]
     is_text = re.search(r"text|prompt|string|positive|negative|wildcard", kind, re.I)
-    return {"text": texts[0]} if is_text and len(texts) == 1 else {}
+    if is_text and len(texts) == 1:
+        return {"text": texts[0]}
+    single = [value for value in values if not _is_control(value)]
+    return {"value": single[0]} if len(single) == 1 else {}

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from diffagent.dabench.metadata.generation import Form, Generation, Reading, Reference
+from diffagent.dabench.metadata.networks import merge_networks
 from diffagent.dabench.metadata.prompts import Prompt, split_prompt
 from diffagent.dabench.metadata.values import (
     Bag,
@@ -34,7 +35,7 @@ _cached = lru_cache(maxsize=4096)(normalise)  # a few spellings, millions of rec
 _split = lru_cache(maxsize=4096)(split_prompt)  # pictures of a post share theirs
 
 _PROMPT = ("prompt", "Prompt")
-_CHECKPOINT_AIRS = frozenset({"checkpoint"})
+_CHECKPOINT_AIRS = frozenset({"checkpoint", "diffusionmodel"})
 _LORA_TYPES = frozenset({"lora", "locon", "lycoris", "lyco", "dora"})
 _EMBEDDING_TYPES = frozenset({"embed", "embedding", "textualinversion"})
 _UPSCALED = re.compile(r"hires|upscal|first pass", re.I)
@@ -47,6 +48,7 @@ _TYPED = frozenset(
 )
 #: Names of a ControlNet's settings that the site's early parser spilled among the picture's own.
 _SPILLED = ('"preprocessor', "preprocessor", "control mode")
+_FIELDS = {"negativePrompt": "negative_prompt", "clipSkip": "clip_skip"}
 _OLD_FIRST_PASS = 512 * 512  # pixels
 
 
@@ -65,6 +67,7 @@ class Named(NamedTuple):
     checkpoints: tuple[Reference, ...]
     prompt: Prompt
     loras: tuple[Reference, ...]
+    weights_known: bool = True  # of the LoRAs
 
 
 NOTHING_NAMED = Named((), Prompt(), ())
@@ -74,10 +77,12 @@ def read_named(reading: Reading, named: tuple[Reference, ...] | None = None) -> 
     """The part of `read_keys` that names models; ``named``: its `checkpoints`, where known."""
     bag = reading.keys
     prompt = _prompt(text(first(bag, *_PROMPT)), _known_embeddings(bag))
+    loras, weights_known = _loras(bag, prompt.loras, reading.loras)
     return Named(
         checkpoints(reading) if named is None else named,
         prompt,
-        _loras(bag, prompt.loras, reading.loras),
+        loras,
+        weights_known and prompt.weights_known,
     )
 
 
@@ -109,6 +114,8 @@ def read_keys(
         schedule = text(bag["Scheduler"])
         schedule = schedule if sampler and _normalise(sampler, schedule) else None
     steps = number(first(bag, "steps", "Steps"))
+    if "size" in reading.not_known:
+        image_width = image_height = None
     width, height, from_picture = _size(bag, image_width, image_height)
     clip_skip = integer(first(bag, "clipSkip", "Clip skip", "clip_skip"))
     seed = integer(first(bag, "seed", "Seed"))
@@ -133,9 +140,14 @@ def read_keys(
         checkpoints=named.checkpoints,
         loras=named.loras,
         hypernetworks=_hypernetworks(bag, named.prompt.hypernetworks),
-        embeddings=named.prompt.embeddings,
-        negative_embeddings=negative.embeddings,
+        embeddings=named.prompt.embeddings + _site_embeddings(bag, negative_raw, negative=False),
+        negative_embeddings=negative.embeddings
+        + _site_embeddings(bag, negative_raw, negative=True),
         vae=_vae(bag),
+        not_known=(
+            *(_FIELDS.get(key, key) for key in reading.not_known),
+            *(() if named.weights_known else ("loras",)),
+        ),
     )
 
 
@@ -220,7 +232,7 @@ def _site_checkpoints(bag: Bag, model: object) -> Iterator[Reference]:
     """Checkpoints by the site's ids."""
     if "civitaiResources" in bag:
         for item in items(bag["civitaiResources"]):
-            if str(item.get("type", "")).lower() == "checkpoint":
+            if str(item.get("type", "")).lower() in _CHECKPOINT_AIRS:
                 yield Reference(version_id=integer(item.get("modelVersionId")))
     for value in (model, *_list(bag.get("models"))):
         if isinstance(value, str) and value.startswith("urn:air:"):
@@ -250,8 +262,11 @@ def _list(value: object) -> list[Any]:
 
 def _loras(
     bag: Bag, tagged: tuple[Reference, ...], given: tuple[Reference, ...]
-) -> tuple[Reference, ...]:
-    """LoRAs with weights. The on-site generator's list is complete, so it wins over the rest."""
+) -> tuple[tuple[Reference, ...], bool]:
+    """LoRAs with weights, and whether it is known which of them have which.
+
+    The on-site generator's list is complete, so it wins over the rest.
+    """
     if "civitaiResources" in bag:
         listed = tuple(
             Reference(
@@ -263,34 +278,17 @@ def _loras(
             if str(item.get("type", "")).lower() in _LORA_TYPES
         )
         if listed:
-            return listed
-    found: dict[str, Reference] = {}
-    hashes: set[str] = set()
+            return listed, True
+    tags: dict[str, Reference] = {}
     for reference in tagged:
-        if reference.name and (key := reference.name.casefold()) not in found:
+        if reference.name and (key := reference.name.casefold()) not in tags:
             digest = _spilled_hash(bag, reference.name)
-            found[key] = reference._replace(hash=digest) if digest else reference
-    for reference in (*given, *_listed_loras(bag)):
-        key = (reference.name or reference.hash or str(reference.version_id or "")).casefold()
-        if not key:
-            continue
-        key = key if key in found else _stem(key)
-        known = found.get(key)
-        if known is None:
-            if reference.hash not in hashes:  # the site shortens some names of AddNet
-                found[key] = reference
-        elif known.hash is None and reference.hash:  # the tag has the weight, the list the hash
-            found[key] = known._replace(hash=reference.hash)
-        if reference.hash:
-            hashes.add(reference.hash)
-    return tuple(found.values())
-
-
-def _stem(name: str) -> str:
-    """A file's name without folder and ending: programs differ in whether they show them."""
-    if "/" in name or "\\" in name:
-        name = name.replace("\\", "/").rpartition("/")[2]
-    return name.removesuffix(".safetensors")
+            tags[key] = reference._replace(hash=digest) if digest else reference
+    listed = (*given, *_listed_loras(bag))
+    hashed = tuple(_hashed_loras(bag))
+    if not listed and not hashed:
+        return tuple(tags.values()), True
+    return merge_networks(tags, listed, hashed)
 
 
 def _spilled_hash(bag: Bag, name: str) -> str | None:
@@ -300,7 +298,7 @@ def _spilled_hash(bag: Bag, name: str) -> str | None:
 
 
 def _listed_loras(bag: Bag) -> Iterator[Reference]:
-    """What lists LoRAs: AddNet, resources, ComfyUI's resources, hashes, "Lora hashes"."""
+    """What lists LoRAs with their weights: AddNet, resources, ComfyUI's resources."""
     if "AddNet Enabled" in bag or "AddNet Model 1" in bag:
         yield from _addnet_loras(bag)
     for item in items(bag.get("resources")):
@@ -315,16 +313,24 @@ def _listed_loras(bag: Bag) -> Iterator[Reference]:
             strength = weight(item.get("strength"))
             version = air(item.get("name"), _LORA_TYPES)
             yield Reference(version_id=version, name=text(item.get("name")), weight=strength)
+    if "Lora weights" in bag:
+        weights = dict(_pairs(bag["Lora weights"]))
+        for name, value in _pairs(bag.get("Lora hashes")):
+            if name in weights:
+                strength = weight(weights[name])
+                yield Reference(hash=file_hash(value), name=text(name), weight=strength)
+
+
+def _hashed_loras(bag: Bag) -> Iterator[Reference]:
+    """What lists only hashes of LoRAs; their weights are those of the prompt's tags."""
     hashes = bag.get("hashes")
     for key, value in hashes.items() if isinstance(hashes, dict) else ():
         kind, _, name = key.partition(":")
         if name and kind.lower() in _LORA_TYPES:
             yield Reference(hash=file_hash(value), name=text(name))
     if "Lora hashes" in bag:
-        weights = dict(_pairs(bag.get("Lora weights")))
         for name, value in _pairs(bag["Lora hashes"]):
-            strength = weight(weights.get(name))
-            yield Reference(hash=file_hash(value), name=text(name), weight=strength)
+            yield Reference(hash=file_hash(value), name=text(name))
 
 
 def _addnet_loras(bag: Bag) -> Iterator[Reference]:
@@ -340,12 +346,17 @@ def _addnet_loras(bag: Bag) -> Iterator[Reference]:
 
 
 def _pairs(value: object) -> Iterator[tuple[str, str]]:
-    """``a: 1, b: 2`` as text, or the object that the site makes of it."""
+    """``a: 1, b: 2`` as text, or the object that the site makes of it; names may have commas."""
     if isinstance(value, str):
+        pending: list[str] = []
         for part in value.split(","):
             name, colon, given = part.rpartition(":")
-            if colon:
-                yield name.strip(' "'), given.strip(' "')
+            given = given.strip(' "')
+            if colon and (file_hash(given) or number(given) is not None):
+                yield ",".join([*pending, name]).strip(' "'), given
+                pending = []
+            elif pending or part.strip():
+                pending.append(part)
     elif isinstance(value, dict):
         for name, given in value.items():
             yield name, str(given)
@@ -367,6 +378,29 @@ def _known_embeddings(bag: Bag) -> tuple[tuple[str, str | None], ...]:
         known[name] = known.get(name) or file_hash(value)
     known.pop("", None)
     return tuple(known.items())
+
+
+def _site_embeddings(
+    bag: Bag, negative_prompt: str | None, *, negative: bool
+) -> tuple[Reference, ...]:
+    """Embeddings of the on-site generator's list, which does not name their prompt."""
+    if "civitaiResources" not in bag:
+        return ()
+    words = (negative_prompt or "").casefold()
+    references = (
+        Reference(
+            version_id=integer(item.get("modelVersionId")),
+            name=text(item.get("modelVersionName")),
+            weight=weight(item.get("weight")),
+        )
+        for item in items(bag["civitaiResources"])
+        if str(item.get("type", "")).lower() in _EMBEDDING_TYPES
+    )
+    return tuple(
+        reference
+        for reference in references
+        if bool(reference.name and reference.name.casefold() in words) == negative
+    )
 
 
 def _vae(bag: Bag) -> Reference | None:

@@ -8,12 +8,20 @@ from diffagent.dabench.metadata.generation import Generation, Reading
 from diffagent.dabench.metadata.keys import form_of_keys, read_keys
 from diffagent.dabench.metadata.programs import read_program
 from diffagent.dabench.metadata.values import Bag, load_json
+from diffagent.dabench.names import file_stem
+from diffagent.render.samplers import normalise
 from schemas.civitai import unwrap_meta
 
+#: What the site reads from a graph, by the first sampler that it finds.
+_READ_BY_THE_SITE = (
+    *("prompt", "negativePrompt", "steps", "cfgScale", "sampler", "scheduler", "seed", "clipSkip"),
+    *("width", "height"),
+)
 #: Keys without which no program of `programs` has written the record.
 _PROGRAM_KEYS = frozenset(
-    {"sui_image_params", "software", "base_model", "Base Model", "positive_prompt", "uc"}
-    | {"model_weights"}
+    {"sui_image_params", "software", "base_model", "Base Model", "positive_prompt", "uc", "c"}
+    | {"model_weights", "Comment", "PositivePrompt", "use_stable_diffusion_model"}
+    | {"Stable Diffusion model"}
 )
 
 
@@ -57,7 +65,8 @@ def read_bag(bag: Bag) -> Reading:
         reading = read_program(bag)
         if reading is not None:
             return reading
-    if not isinstance(bag.get("prompt"), str):
+    prompt = bag.get("prompt")
+    if not isinstance(prompt, str) or prompt.lstrip()[:1] == "{":
         reading = _unparsed(bag)
         if reading is not None:
             return reading
@@ -74,8 +83,12 @@ def _unparsed(bag: Bag) -> Reading | None:
     details = bag.get("external")
     if isinstance(details, dict) and isinstance(details.get("details"), dict):
         return Reading("external", {**details["details"], **bag})
-    graph = isinstance(bag.get("prompt"), dict) or isinstance(bag.get("nodes"), list)
-    if graph or any(isinstance(node, dict) and "class_type" in node for node in bag.values()):
+    if (
+        isinstance(bag.get("nodes"), list)
+        or "prompt" in bag
+        or "workflow" in bag
+        or any(isinstance(node, dict) and "class_type" in node for node in bag.values())
+    ):
         return read_comfy(bag)
     return None
 
@@ -90,17 +103,45 @@ def _with_graph(bag: Bag) -> Reading:
     if graph is None:
         return Reading("civitai" if form == "civitai" else "comfyui", bag)
     keys: dict[str, object] = dict(bag)
-    for key, value in graph.keys.items():
-        if not keys.get(key) or isinstance(keys[key], dict | list):
-            keys[key] = value
+    for key in {**graph.keys, **dict.fromkeys(_READ_BY_THE_SITE)}:
+        if not keys.get(key) or isinstance(keys[key], dict | list) or _misread(key, keys, graph):
+            keys[key] = graph.keys.get(key)
     if graph.loras:
         keys.pop("additionalResources", None)
-    if not graph.checkpoints and not bag.get("Model hash"):
-        keys.pop("Model", None)  # the first of several loaders, which the graph does not tell apart
+    if any(reference.version_id for reference in graph.checkpoints):
+        keys = {key: value for key, value in keys.items() if key not in ("models", "versionIds")}
+    if not bag.get("Model hash") and (not graph.checkpoints or _other_model(keys, graph)):
+        keys.pop("Model", None)  # the first of several loaders
     return Reading(
         "civitai" if form == "civitai" else graph.form,
         keys,
         graph.checkpoints,
         graph.loras,
         graph.from_image,
+        not_known=tuple(
+            key for key in graph.not_known if key in ("size", "loras") or not keys.get(key)
+        ),
     )
+
+
+def _misread(key: str, keys: Bag, graph: Reading) -> bool:
+    """Whether the site took a value from a wrong place of the graph.
+
+    It takes what the first sampler and its text nodes hold. What no node holds was edited by hand.
+    """
+    value = keys[key]
+    if graph.literals is None or not isinstance(value, str | int | float):
+        return False
+    if key == "sampler" and isinstance(value, str):
+        ours = graph.keys.get("sampler")
+        name = normalise(value)  # the site translates ComfyUI's names
+        return name in graph.literals and not (isinstance(ours, str) and normalise(ours) == name)
+    return (value.strip() if isinstance(value, str) else value) in graph.literals
+
+
+def _other_model(keys: Bag, graph: Reading) -> bool:
+    """Whether the site names the model of another loader than that of the picture."""
+    name, ours = keys.get("Model"), graph.checkpoints[0].name
+    if graph.literals is None or not isinstance(name, str) or not ours:
+        return False
+    return file_stem(name) != file_stem(ours) and file_stem(name) in graph.literals

@@ -1,4 +1,5 @@
-"""JSON of other programs: SwarmUI, Fooocus, RuinedFooocus, InvokeAI, NovelAI.
+"""JSON of other programs: SwarmUI, Fooocus, RuinedFooocus, InvokeAI, NovelAI, Draw Things,
+Easy Diffusion, Stability Matrix.
 
 Each reader takes the object that the program writes into its pictures (or the site passes on)
 and gives the site's keys, or None when the object is not its own.
@@ -6,6 +7,7 @@ and gives the site's keys, or None when the object is not its own.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,7 @@ from diffagent.dabench.metadata.values import (
     items,
     load_json,
     mapping,
+    number,
     text,
     weight,
 )
@@ -177,12 +180,13 @@ def _invokeai(bag: Bag) -> Reading | None:
     )
     model = mapping(bag.get("model"))
     found["Model"] = first(model, "name", "model_name") or text(bag.get("model"))
+    found["Model hash"] = model.get("hash")
     loras = []
     for item in items(bag.get("loras")):
         lora = mapping(item.get("model") or item.get("lora"))
         name = text(first(lora, "name", "model_name"))
         if name:
-            loras.append(Reference(name=name, weight=weight(item.get("weight"))))
+            loras.append(_hashed(lora.get("hash"), name, item.get("weight")))
     mode = str(bag.get("generation_mode", ""))
     return Reading(
         "invokeai", found, loras=tuple(loras), from_image="img2img" in mode or "inpaint" in mode
@@ -196,16 +200,47 @@ def _invokeai_2(bag: Bag) -> Reading | None:
         return None
     found: dict[str, object] = {**image, "Model": bag.get("model_weights")}
     found["Model hash"] = bag.get("model_hash")
-    found["prompt"] = (
+    prompt = (
         ", ".join(str(item.get("prompt", "")) for item in items(prompts))
         if isinstance(prompts, list)
-        else prompts
+        else str(prompts)
     )
+    found["prompt"], found["negativePrompt"] = _bracketed(prompt)
     return Reading("invokeai", found, from_image=image.get("type") == "img2img")
 
 
+def _bracketed(prompt: str) -> tuple[str, str]:
+    """InvokeAI 2 has the negative prompt in brackets at the end: ``a cat [a dog]``."""
+    prompt = prompt.strip()
+    positive, bracket, negative = prompt.partition("[")
+    if not bracket or not prompt.endswith("]"):
+        return prompt, ""
+    return positive.strip(), negative[:-1].strip()
+
+
+_DREAM = re.compile(r"-(\w)\s?([\w.]+)")
+
+
+def read_dream(value: str) -> Reading | None:
+    """The command line of InvokeAI 1: ``"a cat [a dog]" -s 30 -S 5 -W 512 -H 512 -C 7 -A ddim``."""
+    prompt, quote, settings = value.strip().removeprefix('"').rpartition('"')
+    given = dict(_DREAM.findall(settings))
+    if not quote or "s" not in given:
+        return None
+    positive, negative = _bracketed(prompt)
+    names = {"s": "steps", "S": "seed", "W": "width", "H": "height", "C": "cfgScale"}
+    found: dict[str, object] = {names[key]: given[key] for key in names if key in given}
+    found |= {"prompt": positive, "negativePrompt": negative, "sampler": given.get("A")}
+    return Reading("invokeai", found, from_image="I" in given)
+
+
 def _novelai(bag: Bag) -> Reading | None:
-    """NovelAI's comment. Its checkpoints are its own, so none is named."""
+    """NovelAI's comment. Its checkpoints are its own, so none is named.
+
+    In files other than PNG, and in the alpha channel, the chunks are one object.
+    """
+    if "Comment" in bag:
+        bag = mapping(load_json(bag["Comment"]))
     if "uc" not in bag or "prompt" not in bag or "scale" not in bag:
         return None
     found = _renamed(
@@ -223,10 +258,96 @@ def _novelai(bag: Bag) -> Reading | None:
     return Reading("novelai", found, from_image="strength" in bag)
 
 
+def _draw_things(bag: Bag) -> Reading | None:
+    """Draw Things' comment in the XMP of its pictures. Its files have names of their own."""
+    if "c" not in bag or "steps" not in bag or not isinstance(bag["c"], str):
+        return None
+    found = _renamed(
+        bag,
+        prompt="c",
+        negativePrompt="uc",
+        steps="steps",
+        cfgScale="scale",
+        sampler="sampler",
+        seed="seed",
+        Size="size",
+        Model="model",
+    )
+    loras = tuple(
+        Reference(name=text(item.get("model")), weight=weight(item.get("weight")))
+        for item in items(bag.get("lora", bag.get("loras")))
+    )
+    strength = number(bag.get("strength"))
+    return Reading(
+        "drawthings",
+        found,
+        loras=tuple(use for use in loras if use.name),
+        from_image=strength is not None and strength < 1,
+    )
+
+
+def _easy_diffusion(bag: Bag) -> Reading | None:
+    """Easy Diffusion: keys of its requests or their labels, a chunk of a PNG each, or JSON."""
+    if "use_stable_diffusion_model" not in bag and "Stable Diffusion model" not in bag:
+        return None
+    model = text(first(bag, "use_stable_diffusion_model", "Stable Diffusion model")) or ""
+    found: dict[str, object] = {
+        "prompt": first(bag, "prompt", "Prompt"),
+        "negativePrompt": first(bag, "negative_prompt", "Negative Prompt"),
+        "steps": first(bag, "num_inference_steps", "Steps"),
+        "cfgScale": first(bag, "guidance_scale", "Guidance Scale"),
+        "sampler": first(bag, "sampler_name", "Sampler"),
+        "seed": first(bag, "seed", "Seed"),
+        "width": first(bag, "width", "Width"),
+        "height": first(bag, "height", "Height"),
+        "clipSkip": 2 if str(first(bag, "clip_skip", "Clip Skip")).casefold() == "true" else None,
+        "Model": model.replace("\\", "/").rpartition("/")[2],
+    }
+    names = _one_or_more(first(bag, "use_lora_model", "LoRA model"))
+    strengths = _one_or_more(first(bag, "lora_alpha", "LoRA Strength"))
+    loras = tuple(
+        Reference(name=text(str(name)), weight=weight(_at(strengths, i)))
+        for i, name in enumerate(names)
+        if name not in (None, "", "None")
+    )
+    return Reading("easydiffusion", found, loras=loras, from_image=bool(first(bag, "init_image")))
+
+
+def _one_or_more(value: object) -> list[Any]:
+    """A list, which may be JSON text, or the one value that stands for it."""
+    loaded = load_json(value)
+    if isinstance(loaded, list):
+        return loaded
+    return _listed(value) if isinstance(value, str) else [value]
+
+
+def _stability_matrix(bag: Bag) -> Reading | None:
+    """Stability Matrix's own chunk; it writes the WebUI's text too."""
+    if "PositivePrompt" not in bag:
+        return None
+    found = _renamed(
+        bag,
+        prompt="PositivePrompt",
+        negativePrompt="NegativePrompt",
+        steps="Steps",
+        cfgScale="CfgScale",
+        sampler="Sampler",
+        seed="Seed",
+        width="Width",
+        height="Height",
+        Model="ModelName",
+    )
+    found["Model hash"] = bag.get("ModelHash")
+    return Reading("stabilitymatrix", found)
+
+
 _READERS: tuple[Callable[[Bag], Reading | None], ...] = (
     _swarmui,
     _ruined_fooocus,
     _invokeai,
     _fooocus,
     _novelai,
+    _draw_things,
+    _easy_diffusion,
+    _stability_matrix,
 )

@@ -1,6 +1,6 @@
 """Values of an open bag: text, numbers, sizes and hashes, whatever JSON holds them.
 
-Every function takes any JSON, never raises, and takes time linear in it.
+Every function takes any JSON, never raises, and takes time linear in its length.
 """
 
 from __future__ import annotations
@@ -17,10 +17,18 @@ Bag = Mapping[str, Any]
 
 _INTEGER = re.compile(r"\s*([+-]?\d{1,20})\b")
 _SIZE = re.compile(r"\s*\(?(\d{1,5})\s?[x×,*]\s?(\d{1,5})\b", re.I)
-_HASH = re.compile(r"(?:0x)?([0-9a-f]{8,64})\Z", re.I)
+#: Algorithms whose digests the site lists, as programs write them before a digest. One of any
+#: other (InvokeAI's "md5:", "random:") is the digest of nothing that can be looked up.
+_HASH = re.compile(
+    r"(?:(?:sha-?256|blake3(?:_single|_multi)?|auto-?v[123]|crc-?32)\s?[:=-]\s?)?"
+    r"(?:0x)?([0-9a-f]{8,64})\Z",
+    re.I,
+)
+_DECIMAL_COMMA = re.compile(r"\s*([+-]?\d{0,9}),(\d{1,9})\s*\Z")
 _AIR = re.compile(r"urn:air:[^:]*:(?P<type>[^:]*):civitai:\d+@(?P<version>\d{1,15})")
-# A string, closed or not, or a word of JavaScript that JSON lacks.
-_UNDEFINED = re.compile(r'"(?:[^"\\]|\\.)*+(?:"|\Z)|\bundefined\b', re.S)
+# A string, closed or not, or a word of JavaScript that JSON lacks. A string matches wherever a
+# quotation mark is, so that no part of the text is read twice.
+_UNDEFINED = re.compile(r'"(?:[^"\\]++|\\.?)*+"?|\bundefined\b', re.S)
 
 
 def first(bag: Bag, *keys: str) -> Any:
@@ -70,13 +78,15 @@ def size(value: object) -> tuple[int, int] | None:
 
 
 def file_hash(value: object) -> str | None:
-    """A file's hash of 8 to 64 digits in upper case, or None."""
+    """A file's hash of 8 to 64 digits in upper case, without what is before it, or None."""
     match = _HASH.match(value.strip()) if isinstance(value, str) else None
     return match.group(1).upper() if match else None
 
 
 def weight(value: object) -> float:
-    """A network's strength; 1 when it is not said."""
+    """A network's strength; 1 when it is not said. Some write it with a comma: ``0,6``."""
+    if isinstance(value, str) and (match := _DECIMAL_COMMA.match(value)):
+        value = f"{match.group(1)}.{match.group(2)}"
     found = number(value)
     return 1.0 if found is None else round(found, 4)
 

@@ -1,0 +1,203 @@
+"""Any exception as one line with a remedy, and errors that cross a process boundary whole.
+
+``as_error`` is the one place that decides what a person reads about an exception that is no
+``DiffAgentError``: stages (``explained``), their child processes (``pack``, ``unpack``) and the
+command line end in it. The exception stays the error's cause, so -v shows its traceback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from diffagent import errors
+from diffagent.errors import (
+    ArtifactError,
+    ConfigError,
+    DiffAgentError,
+    SchemaError,
+    UnexpectedError,
+)
+from schemas.api import ApiError
+from schemas.config import ConfigFileError
+from schemas.printable import printable
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+#: Libraries in Rust and C++ keep the error number in their text at best.
+_FULL_TEXT = re.compile(
+    r"no space left on device|file too large|disk quota exceeded|os error (?:27|28|122)\b"
+    r"|PytorchStreamWriter failed writing|file write failed|inline_container.*unexpected pos",
+    re.IGNORECASE,
+)
+_MEMORY_TEXT = re.compile(
+    r"out of memory|cannot allocate memory|DefaultCPUAllocator", re.IGNORECASE
+)
+#: Characters of another library's message, and of a line on a terminal.
+_LINE, _LONG = 400, 1200
+
+
+def is_failure(error: BaseException) -> bool:
+    """Whether ``error`` is a failure: not an exit, an interruption, or the like.
+
+    A panic of a library in Rust (polars, tokenizers) is one, although it is no ``Exception``.
+    """
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def as_error(error: BaseException, doing: str, store: Path | None = None) -> DiffAgentError:
+    """The error that states ``error`` in one line: what failed, where, and the remedy.
+
+    Args:
+        error: any exception; a ``DiffAgentError`` comes back as it is.
+        doing: names the stage or the command, for example ``"stage 'sft'"``.
+        store: directory that is being written, where a full disk names no file.
+    """
+    if isinstance(error, DiffAgentError):
+        return error
+    if isinstance(error, ConfigFileError):
+        return ConfigError(str(error))
+    if isinstance(error, ValidationError):
+        faults = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        return ConfigError(f"{doing}: {printable('; '.join(faults)):.{_LINE}}")
+    if isinstance(error, ValueError) and "embedded null" in str(error):
+        return ConfigError(f"{doing}: a path holds a NUL character; leave it out")
+    if isinstance(error, UnicodeError):
+        return SchemaError(f"{doing}: text in no encoding that fits: {_reason(error)}; use UTF-8")
+    if isinstance(error, ApiError):
+        return SchemaError(f"{doing}: no API call: {_reason(error)}", field=error.field)
+    if (full := _full_disk(error)) is not None:
+        where = getattr(full, "filename", None) or store or "the disk"
+        return ArtifactError(
+            f"{doing}: cannot write {str(where)!r}: {_reason(full)}; nothing half-written is "
+            "visible. Make room, or move the store (runtime.store), then run the same command "
+            "again: it goes on from what was written"
+        )
+    if isinstance(error, OSError) and error.errno in _FORBIDDEN:
+        return ArtifactError(
+            f"{doing}: no access to {_place(error, store)}: {_reason(error)}; change its "
+            "permissions, or name another place (runtime.store, --store, --out, $HOME)"
+        )
+    if isinstance(error, OSError) and error.filename is not None:
+        return ArtifactError(
+            f"{doing}: cannot use {_place(error, store)}: {_reason(error)}; check that path, "
+            "or name another place (runtime.store, --store, --out); -v shows the traceback"
+        )
+    if _is_memory(error):
+        return UnexpectedError(
+            f"{doing}: out of memory: {_reason(error)}; use smaller batches or a smaller model, or "
+            "a machine with more memory, then run the same command again"
+        )
+    if isinstance(error, ImportError):
+        return ConfigError(
+            f"{doing}: {_reason(error)}; install what is missing (docs and pyproject.toml name the "
+            "extras), or run 'make install' again"
+        )
+    kind = type(error).__name__
+    if isinstance(error, RecursionError):
+        return UnexpectedError(
+            f"{doing}: {kind}: the input nests too deeply; make it flatter (-v shows the traceback)"
+        )
+    failure = UnexpectedError(
+        f"{doing}: unexpected {kind}: {_reason(error)}; run it again with -v for the traceback, "
+        "and report it if the input is as it should be"
+    )
+    failure.retryable = bool(getattr(error, "retryable", False))
+    return failure
+
+
+@contextlib.contextmanager
+def explained(doing: str, store: Path | None = None) -> Iterator[None]:
+    """Turn every exception of the block into a ``DiffAgentError`` (see ``as_error``)."""
+    try:
+        yield
+    except DiffAgentError:
+        raise
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        raise as_error(error, doing, store) from error
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Name the file that the block reads, whatever its reader raises about its contents."""
+    try:
+        yield
+    except DiffAgentError:
+        raise
+    except BaseException as error:
+        if not is_failure(error) or isinstance(error, MemoryError):
+            raise
+        raise ArtifactError(
+            f"cannot read {str(path)!r}: {_reason(error)}; the file is damaged: 'diffagent "
+            "artifact verify' lists what is; copy it again, or run the stage that wrote it again"
+        ) from error
+
+
+def pack(error: DiffAgentError) -> dict[str, Any]:
+    """An error as JSON: its class, message and fields (``retry_after``, ``field``, ``reason``)."""
+    fields = {
+        name: value
+        for name, value in vars(error).items()
+        if value is None or isinstance(value, bool | int | float | str)
+    }
+    return {
+        "module": type(error).__module__,
+        "error": type(error).__name__,
+        "message": str(error),
+        "fields": fields,
+    }
+
+
+def unpack(packed: dict[str, Any]) -> DiffAgentError:
+    """The error that ``pack`` was given, in another process."""
+    module = importlib.import_module(packed["module"])
+    kind = getattr(module, packed["error"], errors.UnexpectedError)
+    failure: DiffAgentError = kind.__new__(kind, packed["message"])
+    failure.args = (packed["message"],)
+    vars(failure).update(packed["fields"])
+    return failure
+
+
+def shown(error: DiffAgentError) -> str:
+    """The message of an error for a terminal: printable, each line of it short enough to read."""
+    lines = printable(error, lines=True).split("\n")
+    return "\n".join(
+        s if len(s) <= _LONG else f"{s[: _LONG // 2]} ... {s[-_LONG // 2 :]}" for s in lines
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """The start of an exception's own text on one line."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return f"{' '.join(printable(text).split()):.{_LINE}}" or "no message"
+
+
+def _place(error: OSError, store: Path | None) -> str:
+    return f"{str(error.filename or store or 'a file')!r:.300}"
+
+
+def _full_disk(error: BaseException) -> BaseException | None:
+    """The exception among ``error`` and its causes that stems from a full disk."""
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, OSError) and current.errno in _FULL:
+            return current
+        if not isinstance(current, DiffAgentError) and _FULL_TEXT.search(str(current)):
+            return current
+        current = current.__cause__ or current.__context__
+    return None
+
+
+def _is_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError | OSError) and bool(_MEMORY_TEXT.search(str(error)))
+    )
