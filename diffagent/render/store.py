@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.05
+_POLLS_UNTIL_WORD = 40  # two seconds
 
 
 class ModelFile(Protocol):
@@ -131,7 +132,7 @@ class ModelStore:
         target = self.cache.use(sha256, size=file.size_bytes or 0, model=file.model, air=file.air)
         try:
             if not self.cache.verified(sha256):
-                with self._first_of([self.cache.download_lock(sha256)]):
+                with self._first_of([self.cache.download_lock(sha256)], file.model):
                     if not self.cache.verified(sha256):
                         self._download(file, sha256)
         except BaseException as error:
@@ -189,7 +190,8 @@ class ModelStore:
             raise self._away
         unchecked = self.path(sha256).with_suffix(".unchecked")
         part = unchecked.with_name(f"{unchecked.name}.part")
-        with self._turn(), meter(lambda *_: None, file.model, file.size_bytes, "B") as more:
+        progress = meter(lambda *_: None, file.model, file.size_bytes, "B")
+        with self._turn(file.model), progress as more:
             there = part.stat().st_size if part.exists() else 0
             self.cache.make_room(max((file.size_bytes or 0) - there, 0))
 
@@ -221,16 +223,24 @@ class ModelStore:
         log.info("fetched %r: %d bytes", file.model, target.stat().st_size)
         self.cache.make_room()
 
-    def _turn(self) -> contextlib.AbstractContextManager[None]:
+    def _turn(self, model: str) -> contextlib.AbstractContextManager[None]:
         """One of the downloads that all processes together may run at once."""
         folder = self.cache.directory / "downloads"
         folder.mkdir(parents=True, exist_ok=True)
-        return self._first_of([FileLock(folder / f"{n}.lock") for n in range(self._max_downloads)])
+        locks = [FileLock(folder / f"{n}.lock") for n in range(self._max_downloads)]
+        return self._first_of(locks, model)
 
     @contextlib.contextmanager
-    def _first_of(self, locks: Sequence[FileLock]) -> Iterator[None]:
-        """Hold the first of some locks that is free."""
+    def _first_of(self, locks: Sequence[FileLock], model: str) -> Iterator[None]:
+        """Hold the first of some locks that is free; a long wait is logged once."""
+        polls = 0
         while not (held := next((lock for lock in locks if _try(lock)), None)):
+            polls += 1
+            if polls == _POLLS_UNTIL_WORD:
+                log.warning(
+                    "%r waits for downloads of other processes (%s); it goes on when one ends",
+                    *(model, locks[0].lock_file),
+                )
             if self._closed.wait(_POLL_SECONDS):
                 raise CivitaiError("the store was closed while a download waited for its turn")
         try:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from safetensors.numpy import save
 
 from diffagent.errors import CivitaiError, EarlyAccess, RenderError, ServerError
@@ -278,3 +279,18 @@ def test_a_site_that_is_away_is_waited_for_once(tmp_path: Path) -> None:
                 store.fetch(_file(content, model="Ink"))
             assert caught.value.retry_after == 7
     assert client.calls == 1
+
+
+def test_who_waits_for_another_download_hears_of_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ModelStore(tmp_path, Client()) as store:
+        path = store.cache.download_lock(File().sha256 or "").lock_file
+        other = FileLock(path, thread_local=False)
+        other.acquire()
+        timer = threading.Timer(3, other.release)
+        timer.start()
+        assert store.fetch(File(model="Ink")).read_bytes() == CONTENT
+        timer.join()
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "'Ink' waits for downloads of other processes" in warning
