@@ -28,6 +28,7 @@ from diffagent.render.models_cli import app as models_app
 from schemas.printable import printable, printable_json
 
 if TYPE_CHECKING:
+    from diffagent.agent.selector import Selector
     from diffagent.artifacts import Artifact
     from diffagent.pipeline import Node
 
@@ -224,7 +225,6 @@ def select(
     {"prompt": ..., "error": ...}.
     """
     from diffagent.agent.opening import open_selector
-    from diffagent.agent.selector import call_line, valid_apis
     from diffagent.errors import ConfigError, SchemaError
 
     if not prompt.strip():
@@ -242,22 +242,23 @@ def select(
         negative_prompts="free" if free_negative_prompt else "known",
     )
 
-    def answer(text: str) -> None:
-        for api in valid_apis(chooser, text, n):
-            typer.echo(printable_json(call_line(text, api, chooser.catalogue)))
-
     if prompt != "-":
-        answer(prompt)
+        _print_calls(chooser, prompt, n)
         return
     for line in typer.get_text_stream("stdin", "utf-8", "replace"):
-        text = line.strip()
-        if not text:
-            continue
-        try:
-            answer(text)
-        except SchemaError as error:
-            problem = {"prompt": text, "error": str(error)}
-            typer.echo(printable_json(json.dumps(problem, ensure_ascii=False)))
+        if text := line.strip():
+            try:
+                _print_calls(chooser, text, n)
+            except SchemaError as error:
+                problem = {"prompt": text, "error": str(error)}
+                typer.echo(printable_json(json.dumps(problem, ensure_ascii=False)))
+
+
+def _print_calls(chooser: Selector, prompt: str, n: int) -> None:
+    from diffagent.agent.selector import call_line, valid_apis
+
+    for api in valid_apis(chooser, prompt, n):
+        typer.echo(printable_json(call_line(prompt, api, chooser.catalogue)))
 
 
 @app.command(
