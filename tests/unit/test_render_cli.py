@@ -199,6 +199,29 @@ def test_calls_are_lines_of_json(tmp_path: Path, models: Path) -> None:
     assert page.texts["b"].count("No picture") == 2
 
 
+def test_a_prompt_that_names_no_lora_fails_alone(tmp_path: Path, models: Path) -> None:
+    tags = ("", "<lora:ink:0.5>", "<lora:nope:0.5>", "<lora:ink:9>", "<lora:ink:0.0.8>")
+    out = render(
+        tmp_path, models, "-m", "dream", text="".join(f"a {tag}\n" for tag in tags), code=1
+    )
+    problems = [row["problem"] for row in results(out)]
+    assert problems[:2] == [None, None]
+    assert "is called 'nope'; near: 'ink'" in problems[2]
+    assert "LoRA 'ink:9.0'" in problems[3]
+    assert "is no number" in problems[4]
+
+
+def test_a_line_that_is_no_call_fails_alone(tmp_path: Path, models: Path) -> None:
+    call = json.loads(api("dream_v8").to_json())
+    many = {**call, "params": {**call["params"], "steps": 500}}
+    lines = [json.dumps({"prompt": "a", **given}) for given in (call, many)]
+    out = render(tmp_path, models, text="\n".join([*lines, lines[0][:-9]]), code=1)
+    problems = [row["problem"] for row in results(out)]
+    assert problems[0] is None
+    assert "line 2 is no API call: params.steps: Input should be less" in problems[1]
+    assert "line 3 is not JSON" in problems[2]
+
+
 def test_calls_may_stand_beside_their_prompts(tmp_path: Path, models: Path) -> None:
     call = api("dream_v8").to_json()
     out = render(tmp_path, models, "--calls", "-", text="a cat\na dog\n", stdin=f"{call}\n{call}\n")
