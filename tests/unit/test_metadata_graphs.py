@@ -493,6 +493,25 @@ def test_conditionings_that_are_mixed() -> None:
     assert (made.prompt, made.negative_prompt) == ("noise", "a blue star")
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        node("ConditioningSetArea", width=256, height=512, x=0, y=0, conditioning=["22", 0]),
+        node("ConditioningSetMask", strength=1, mask=["40", 0], conditioning=["22", 0]),
+        node("ConditioningSetTimestepRange", start=0.5, end=1, conditioning=["22", 0]),
+    ],
+    ids=lambda part: part["class_type"],
+)
+def test_prompts_of_parts_of_a_picture_are_not_one_prompt(part: dict[str, Any]) -> None:
+    """Prompts of areas or of steps draw another picture than both in a line."""
+    mixed = node("ConditioningCombine", conditioning_1=["6", 0], conditioning_2=["21", 0])
+    nodes = {"3": sampler(positive=["20", 0]), "20": mixed, "21": part}
+    made = read(graph(**nodes, **{"22": node("CLIPTextEncode", text="a dog", clip=["4", 1])}))
+    assert (made.prompt, made.not_known) == ("", ("prompt",))
+    same = {"22": node("CLIPTextEncode", text="a blue star", clip=["4", 1])}
+    assert read(graph(**nodes, **same)).prompt == "a blue star"
+
+
 PATTERNS = [
     *("(a|a)*b", "(a+)+b", "(?:a*)*b", "a*a*a*a*b", "(a|aa)+$", r"(a)\1*b", "(?P<x>a*)*", "["),
     *("a{0,9}" * 30, "(a?)" * 40 + "a" * 40, "(a|b|ab)" * 20, "(?=a*a*a*)b", "(", "a**", "\\"),

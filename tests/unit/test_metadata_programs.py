@@ -114,6 +114,12 @@ def test_programs(meta: dict[str, Any], made: Generation) -> None:
     assert parse_generation(json.dumps(meta)) == made
 
 
+@pytest.mark.parametrize(("skipped", "clip_skip"), [(0, 1), (1, 2), ("2", 3), (None, 1), ([], 1)])
+def test_invokeai_counts_the_layers_that_it_leaves_out(skipped: Any, clip_skip: int) -> None:
+    """Its ``skipped_layers`` of 1 is the WebUI's clip skip of 2."""
+    assert parse_generation({**INVOKEAI, "clip_skip": skipped}).clip_skip == clip_skip
+
+
 def test_forms_of_the_sites_keys() -> None:
     typed = {"prompt": "a", "negativePrompt": "b", "cfgScale": 7, "steps": 20, "sampler": "Euler a",
              "seed": 1}  # fmt: skip

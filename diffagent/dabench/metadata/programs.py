@@ -16,6 +16,7 @@ from diffagent.dabench.metadata.values import (
     Bag,
     file_hash,
     first,
+    integer,
     items,
     load_json,
     mapping,
@@ -178,6 +179,8 @@ def _invokeai(bag: Bag) -> Reading | None:
         height="height",
         clipSkip="clip_skip",
     )
+    skipped = integer(found["clipSkip"])  # layers that are left out; the WebUI counts from 1
+    found["clipSkip"] = None if skipped is None else abs(skipped) + 1
     model = mapping(bag.get("model"))
     found["Model"] = first(model, "name", "model_name") or text(bag.get("model"))
     found["Model hash"] = model.get("hash")
