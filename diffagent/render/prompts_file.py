@@ -485,14 +485,28 @@ def _some(rows: list[Row]) -> list[Row]:
 
 
 def pictures_in(paths: Iterable[Path]) -> Iterator[Path]:
-    """Picture files, and those directly in folders, sorted."""
+    """Picture files, and those directly in folders, sorted.
+
+    A name in a folder that is no file that can be opened is left out with a warning.
+    """
     for path in paths:
         if path.is_dir():
-            yield from (p for p in sorted(path.iterdir()) if p.suffix.lower() in _PICTURES)
+            for item in sorted(path.iterdir()):
+                if item.suffix.lower() in _PICTURES and _opens(item):
+                    yield item
         elif path.is_file():
             yield path
         else:
             raise ConfigError(f"{str(path)!r} is not there")
+
+
+def _opens(path: Path) -> bool:
+    try:
+        with path.open("rb"):
+            return True
+    except OSError as error:  # a link to nothing, a directory, no permission
+        log.warning("%r is left out: %s", str(path), error.strerror)
+        return False
 
 
 _PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif"})
