@@ -6,6 +6,7 @@ what was drawn or scored once is not again; without a file they are the stages o
 
 from __future__ import annotations
 
+import codecs
 import logging
 import sys
 from copy import deepcopy
@@ -278,7 +279,8 @@ def _read(path: Path) -> list[str]:
     name = "standard input" if stdin else repr(str(path))
     try:
         data = sys.stdin.buffer.read() if stdin else path.read_bytes()
-        return read_lines(data.decode("utf-8-sig"), name)
+        wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as PowerShell writes text
+        return read_lines(data.decode("utf-16" if wide else "utf-8-sig"), name)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {name} as UTF-8 text: {error}") from None
 

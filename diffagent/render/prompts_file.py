@@ -237,9 +237,21 @@ def holds_calls(lines: Sequence[str], name: str) -> bool:
 
     Args:
         lines: of a file.
-        name: of the file; one that ends in '.jsonl' holds JSON whatever its first line is.
+        name: of the file; one that ends in '.jsonl' holds JSON whatever its lines are. Else the
+            first line is a JSON object, or all lines begin like one.
     """
-    return name.lower().endswith((".jsonl", ".ndjson")) or bool(_JSON_KEY.match(lines[0]))
+    if name.lower().endswith((".jsonl", ".ndjson")):
+        return True
+    if not _JSON_KEY.match(lines[0]):
+        return False
+    return _is_object(lines[0]) or all(map(_JSON_KEY.match, lines))
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return bool(_object(line, ""))
+    except ConfigError:
+        return False
 
 
 #: How a JSON object with a key begins, or an empty one.
@@ -338,10 +350,10 @@ def call_rows(
     Returns:
         The rows, and ``entries`` with the base model of calls where a file states none.
 
-        A line that is no API call is an invalid row that states why.
+        A line that is no API call, or has no prompt, is an invalid row that states why.
 
     Raises:
-        ConfigError: no line is an API call, one has no prompt, or the prompts are not as many.
+        ConfigError: no line is an API call with a prompt, or the prompts are not as many.
     """
     if given is not None and len(given) != len(lines):
         raise ConfigError(
@@ -358,10 +370,11 @@ def call_rows(
             call = _object(line, where)
         except ConfigError as error:
             problem = str(error)
-        stated, hashes = call.pop("prompt", line if problem else None), call.pop("hashes", None)
+        stated, hashes = call.pop("prompt", None), call.pop("hashes", None)
         prompt = stated if given is None else given[i]
         if not isinstance(prompt, str) or not prompt:
-            raise ConfigError(f"{where} has no prompt; give the file of prompts as well")
+            problem = problem or f"{where} has no prompt; give the file of prompts as well"
+            prompt = line
         number = numbers.setdefault(prompt, len(numbers) + 1) if given is None else i + 1
         candidate = counts[number] = counts.get(number, -1) + 1
         row = _row(number, prompt, candidate, "calls", None, line)

@@ -215,11 +215,12 @@ def test_a_line_that_is_no_call_fails_alone(tmp_path: Path, models: Path) -> Non
     call = json.loads(api("dream_v8").to_json())
     many = {**call, "params": {**call["params"], "steps": 500}}
     lines = [json.dumps({"prompt": "a", **given}) for given in (call, many)]
-    out = render(tmp_path, models, text="\n".join([*lines, lines[0][:-9]]), code=1)
+    out = render(tmp_path, models, text="\n".join([*lines, lines[0][:-9], '{"x": 1}']), code=1)
     problems = [row["problem"] for row in results(out)]
     assert problems[0] is None
     assert "line 2 is no API call: params.steps: Input should be less" in problems[1]
     assert "line 3 is not JSON" in problems[2]
+    assert "line 4 has no prompt" in problems[3]
 
 
 def test_calls_may_stand_beside_their_prompts(tmp_path: Path, models: Path) -> None:
@@ -352,6 +353,7 @@ def test_what_is_wrong_is_said(  # noqa: PLR0917
         ("{red|blue} star\n", ["{red|blue} star"]),
         ('{"quoted"|plain} star\n', ['{"quoted"|plain} star']),
         ("{}\n".replace("{}", "{a}"), ["{a}"]),
+        ('{"a red": star\na dog\n', ['{"a red": star', "a dog"]),
         ("one\u2028still\u2029and\u0085so\x0bon.\n", ["one\u2028still\u2029and\u0085so\x0bon."]),
         ("\ufeffa cat\r\n\r\n \t\r\na dog", ["a cat", "a dog"]),
     ],
@@ -361,6 +363,15 @@ def test_a_line_feed_ends_a_prompt_and_a_brace_begins_one(
 ) -> None:
     rows = results(render(tmp_path, models, "-m", "dream", text=text))
     assert [row["prompt"] for row in rows] == prompts
+
+
+def test_prompts_may_be_utf_16(tmp_path: Path, models: Path) -> None:
+    for encoding in ("utf-16-le", "utf-16-be"):
+        (tmp_path / "p.txt").write_bytes("\ufeffä cat\r\na dog\r\n".encode(encoding))
+        named = ("--models", models, "-m", "dream", "--base-model", "SD 1.5", "--no-score")
+        places = ("--out", tmp_path / "out", "--store", tmp_path / "store")
+        invoke("render", tmp_path / "p.txt", *named, *places)
+        assert [row["prompt"] for row in results(tmp_path / "out")] == ["ä cat", "a dog"]
 
 
 def test_a_call_s_text_may_hold_line_separators_and_lone_surrogates(
