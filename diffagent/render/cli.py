@@ -462,11 +462,15 @@ def _sheet(
 
 
 def _score_files(pictures: list[Path], prompt: str | None, run: PipelineConfig, out: Path) -> None:
+    from diffagent.errors import ConfigError
     from diffagent.render import sheet_rows
     from diffagent.render.prompts_file import pictures_in
     from diffagent.rewards import stage as score_stage
 
-    config, apis = sheet_rows.pictures_config(list(pictures_in(pictures)), prompt)
+    paths = list(pictures_in(pictures))
+    if any(path.resolve().parent == out.resolve() for path in paths):
+        raise ConfigError(f"--out {str(out)!r} holds the pictures themselves; give another folder")
+    config, apis = sheet_rows.pictures_config(paths, prompt)
     renders = sheet_rows.pictures.run(config, {}, run.runtime)
     if _sheet(out, "Scores", renders, apis) == renders.manifest.rows["renders.parquet"]:
         raise typer.Exit(1)  # nothing to score: no scorer is loaded

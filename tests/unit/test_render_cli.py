@@ -499,8 +499,14 @@ def test_a_stranger_s_files_are_not_overwritten(tmp_path: Path, models: Path, ru
         ("index.html", "<h1>My home page</h1>")
     ]
     (out / "index.html").unlink()
+    (out / "0001-0-0.png").write_text("my picture")
+    with pytest.raises(ConfigError, match=r"'0001-0-0.png', which no contact sheet wrote"):
+        render(tmp_path, models, "-m", "dream")
+    (out / "0001-0-0.png").unlink()
     render(tmp_path, models, "-m", "dream")
     render(tmp_path, models, "-m", "dream")  # its own is
+    with pytest.raises(ConfigError, match="holds the pictures themselves"):
+        invoke("score", out, "-c", run, "--out", out)
     with pytest.raises(ConfigError, match="is a file"):
         invoke("score", models, "-c", run, "--out", out / "index.html")
 
