@@ -474,6 +474,13 @@ def test_a_negative_prompt_that_is_not_known_is_no_empty_one() -> None:
     assert (made.negative_prompt_raw, made.not_known) == (None, ("negative_prompt",))
 
 
+def test_a_schedule_of_prompts_is_no_prompt() -> None:
+    text = '"0": "a cat", "12": "a dog"'
+    for kind in ("BatchPromptSchedule", "PromptScheduleEncodeSDXL", "PromptTravel Encode"):
+        made = read(graph(**{"6": node(kind, text=text, max_frames=24, clip=["4", 1])}))
+        assert (made.prompt, made.not_known) == ("", ("prompt",))
+
+
 def test_an_encoder_with_a_style_says_more_than_its_text() -> None:
     for style, prompt in (("anime", ""), ("None", "a cat"), ("", "a cat")):
         encoder = node("Styled Text Encode", text="a cat", style=style, clip=["4", 1])

@@ -90,7 +90,8 @@ _PAIRED = re.compile(r"ControlNetApply(?:Advanced|SD3)|CondPassThrough|InpaintMo
 _OF_A_PART = re.compile(r"SetArea|SetMask|SetProperties|SetTimestepRange|AreaConditioning", re.I)
 _LANGUAGE_MODEL = re.compile(
     r"llm|gpt|ollama|gemini|claude|llava|caption|florence|qwen|joy ?cap|chat|interrogat|describe"
-    r"|tagger|enhance|translat|prompt ?gen|generate ?prompt|random|wildcard(?!.*encode)",
+    r"|tagger|enhance|translat|prompt ?(?:gen|schedule|travel)|generate ?prompt|random"
+    r"|wildcard(?!.*encode)",
     re.I,
 )
 
