@@ -69,7 +69,8 @@ def read_lora(path: Path, pipeline: Any) -> LoRA:
 
     Raises:
         RenderError: 'bad-model-file' (no safetensors), or 'bad-lora': a decomposition that is not
-            supported, or no module of this pipeline in it.
+            supported, a layer with more tensors than are understood, or no module of this
+            pipeline in it.
     """
     tensors = load_tensors(path)
     with reading(path.name, "cannot be read as a LoRA", "bad-lora"):
@@ -80,6 +81,7 @@ def read_lora(path: Path, pipeline: Any) -> LoRA:
         rest = sorted(tensors.keys() - {key for layer in layers for key in layer})
         if not layers:
             raise _unfit(path, f"it holds no LoRA layer, but {_names(rest)}")
+        _check_rest(path, layers, rest)
         lora = _usable(path, layers, pipeline)
     if len(lora) < len(layers):
         log.warning(
@@ -89,6 +91,18 @@ def read_lora(path: Path, pipeline: Any) -> LoRA:
     if rest:
         log.warning("%r: tensors that are no LoRA layers are left out: %s", path.name, _names(rest))
     return lora
+
+
+def _check_rest(
+    path: Path, layers: Sequence[Mapping[str, torch.Tensor]], rest: Sequence[str]
+) -> None:
+    """Refuse tensors beside the factors of a layer: without them it is another one."""
+    downs = (next(iter(layer)) for layer in layers)
+    ends = [down for down, _ in _FACTORS]
+    stems = {name.removesuffix(end) for name in downs for end in ends if name.endswith(end)}
+    for name in rest:
+        if name.rpartition(".")[0] in stems:
+            raise _unfit(path, f"tensor {name!r} changes its layer in an unknown way")
 
 
 def _usable(

@@ -6,6 +6,7 @@ what was drawn or scored once is not again; without a file they are the stages o
 
 from __future__ import annotations
 
+import codecs
 import logging
 import sys
 from copy import deepcopy
@@ -278,7 +279,8 @@ def _read(path: Path) -> list[str]:
     name = "standard input" if stdin else repr(str(path))
     try:
         data = sys.stdin.buffer.read() if stdin else path.read_bytes()
-        return read_lines(data.decode("utf-8-sig"), name)
+        wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as PowerShell writes text
+        return read_lines(data.decode("utf-16" if wide else "utf-8-sig"), name)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {name} as UTF-8 text: {error}") from None
 
@@ -473,11 +475,15 @@ def _sheet(
 def _score_files(pictures: list[Path], prompt: str | None, run: PipelineConfig, out: Path) -> None:
     import pyarrow.parquet as pq
 
+    from diffagent.errors import ConfigError
     from diffagent.render import sheet_rows
     from diffagent.render.prompts_file import pictures_in
     from diffagent.rewards import stage as score_stage
 
-    config, apis = sheet_rows.pictures_config(list(pictures_in(pictures)), prompt)
+    paths = list(pictures_in(pictures))
+    if any(path.resolve().parent == out.resolve() for path in paths):
+        raise ConfigError(f"--out {str(out)!r} holds the pictures themselves; give another folder")
+    config, apis = sheet_rows.pictures_config(paths, prompt)
     renders = sheet_rows.pictures.run(config, {}, run.runtime)
     statuses = pq.read_table(renders.file("renders.parquet"), columns=["status"])["status"]
     scores = None

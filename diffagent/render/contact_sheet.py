@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -42,18 +43,23 @@ def check_output(folder: Path) -> None:
     """Refuse a folder with files that the sheet would overwrite and no earlier sheet wrote.
 
     Raises:
-        ConfigError: it is a file, or holds an index.html or results.jsonl of somebody else.
+        ConfigError: it is a file, or holds a file of somebody else that would be overwritten.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"--out {str(folder)!r} is a file; give a folder")
     page = folder / PAGE
-    if page.exists() or (folder / RESULTS).exists():
-        head = page.read_bytes()[:2000] if page.is_file() else b""
-        if _GENERATOR.encode() not in head:
-            raise ConfigError(
-                f"{str(folder)!r} holds a {PAGE} or {RESULTS} that no contact sheet wrote; it is "
-                "not overwritten: give another folder with --out"
-            )
+    if page.is_file() and _GENERATOR.encode() in page.read_bytes()[:2000]:
+        return
+    names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    if name := next((name for name in names if _OURS.fullmatch(name)), None):
+        raise ConfigError(
+            f"{str(folder)!r} holds {name!r}, which no contact sheet wrote; it is not overwritten: "
+            "give another folder with --out"
+        )
+
+
+#: Names of the files that a sheet writes.
+_OURS = re.compile(rf"{re.escape(PAGE)}|{re.escape(RESULTS)}|\d{{4,}}-\d+-\d+\.png")
 
 
 @dataclass(frozen=True)

@@ -247,7 +247,7 @@ def scan(
             why = f"  refused: {file.refused}" if file.refused else ""
             why = f"  not drawn with: {file.undrawable}" if file.undrawable else why
             typer.echo(
-                f"{file.sha256[:10]}  {model['type']:<16}  {base or '?':<8}  "
+                f"{file.sha256[:10]}  {model['type']:<16}  {printable(base or '?'):<8}  "
                 f"{printable(str(file.path))}{printable(why)}"
             )
 

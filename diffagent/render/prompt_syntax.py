@@ -284,6 +284,7 @@ def _flat(items: list[_Item], step: int) -> Iterator[str]:
 _AS_TEXT = {
     "wildcards like __{}__": re.compile(r"__([\w/*-]{1,80}?)__"),
     "choices like {{{}}}": re.compile(r"\{([^{}|]{0,40}\|[^{}]{0,40})\}"),
+    "ComfyUI's embeddings like embedding:{}": re.compile(r"\bembedding:\s?([\w./\\-]{1,80})"),
     "networks like <{}>": re.compile(r"<((?:lora|lyco|hypernet|lora-[\w-]{1,20}):[^<>]{1,80})>"),
 }
 

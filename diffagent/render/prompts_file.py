@@ -237,9 +237,21 @@ def holds_calls(lines: Sequence[str], name: str) -> bool:
 
     Args:
         lines: of a file.
-        name: of the file; one that ends in '.jsonl' holds JSON whatever its first line is.
+        name: of the file; one that ends in '.jsonl' holds JSON whatever its lines are. Else the
+            first line is a JSON object, or all lines begin like one.
     """
-    return name.lower().endswith((".jsonl", ".ndjson")) or bool(_JSON_KEY.match(lines[0]))
+    if name.lower().endswith((".jsonl", ".ndjson")):
+        return True
+    if not _JSON_KEY.match(lines[0]):
+        return False
+    return _is_object(lines[0]) or all(map(_JSON_KEY.match, lines))
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return bool(_object(line, ""))
+    except ConfigError:
+        return False
 
 
 #: How a JSON object with a key begins, or an empty one.
@@ -257,20 +269,31 @@ def prompt_rows(
         parameters: how they are drawn.
         entries: what the names mean.
 
+    Returns:
+        The rows; those of a prompt whose own tags mean no LoRA are invalid and state why.
+
     Raises:
-        ConfigError: a model is not there, or a parameter is out of range.
+        ConfigError: a model or a LoRA for all prompts is not there, a parameter is out of range,
+            or no prompt can be drawn.
     """
     checkpoints = [find_entry(entries, name, (CHECKPOINT,)) for name in models]
+    shared = tuple(_lora(tag, entries) for tag in parameters.loras)
     rows = []
     for number, line in enumerate(lines, 1):
         split = split_prompt(line)
         tags = [f"{use.name}:{use.weight}" for use in split.loras]
         text = split.text if tags else line
-        loras = tuple(_lora(tag, entries) for tag in (*parameters.loras, *tags))
         for candidate, entry in enumerate(checkpoints):
-            api = _api(entry, loras, parameters)
-            rows.append(_row(number, text, candidate, "prompts", api))
-    return rows
+            row = _row(number, text, candidate, "prompts", _api(entry, shared, parameters))
+            try:
+                if not split.weights_known:
+                    raise ConfigError("the weight of a LoRA in the prompt is no number")
+                loras = (*shared, *(_lora(tag, entries) for tag in tags))
+                row = _row(number, text, candidate, "prompts", _api(entry, loras, parameters))
+            except ConfigError as error:
+                row = _refused(row, f"prompt {number}: {error}")
+            rows.append(row)
+    return _some(rows)
 
 
 def _lora(tag: str, entries: Sequence[Entry]) -> LoRA:
@@ -327,8 +350,10 @@ def call_rows(
     Returns:
         The rows, and ``entries`` with the base model of calls where a file states none.
 
+        A line that is no API call, or has no prompt, is an invalid row that states why.
+
     Raises:
-        ConfigError: a line is none of this, or the prompts are not as many.
+        ConfigError: no line is an API call with a prompt, or the prompts are not as many.
     """
     if given is not None and len(given) != len(lines):
         raise ConfigError(
@@ -340,25 +365,31 @@ def call_rows(
     rows = []
     catalogue = list(entries)
     for i, line in enumerate(lines):
-        where = f"{name}, line {i + 1}"
-        call = _object(line, where)
+        where, call, problem = f"{name}, line {i + 1}", {}, ""
+        try:
+            call = _object(line, where)
+        except ConfigError as error:
+            problem = str(error)
         stated, hashes = call.pop("prompt", None), call.pop("hashes", None)
         prompt = stated if given is None else given[i]
         if not isinstance(prompt, str) or not prompt:
-            raise ConfigError(f"{where} has no prompt; give the file of prompts as well")
+            problem = problem or f"{where} has no prompt; give the file of prompts as well"
+            prompt = line
         number = numbers.setdefault(prompt, len(numbers) + 1) if given is None else i + 1
         candidate = counts[number] = counts.get(number, -1) + 1
-        if "error" in call:
-            rows.append(_row(number, prompt, candidate, "calls", None, line))
-            continue
-        api = call.get("api", call)
-        text = api if isinstance(api, str) else json.dumps(api, ensure_ascii=False)
-        try:
-            named = _named_here(parse_api(text), catalogue, hashes)
-        except ApiError as error:
-            raise ConfigError(f"{where} is no API call: {error}") from None
-        rows.append(_row(number, prompt, candidate, "calls", named, line))
-    return rows, catalogue
+        row = _row(number, prompt, candidate, "calls", None, line)
+        if problem:
+            row = _refused(row, problem)
+        elif "error" not in call:
+            api = call.get("api", call)
+            text = api if isinstance(api, str) else json.dumps(api, ensure_ascii=False)
+            try:
+                named = _named_here(parse_api(text), catalogue, hashes)
+                row = _row(number, prompt, candidate, "calls", named, line)
+            except ApiError as error:
+                row = _refused(row, f"{where} is no API call: {error}")
+        rows.append(row)
+    return _some(rows), catalogue
 
 
 def _object(line: str, where: str) -> dict[str, Any]:
@@ -448,15 +479,47 @@ def _row(  # noqa: PLR0917  the columns in their order
     }
 
 
+def _refused(row: Row, problem: str) -> Row:
+    """A row that cannot be drawn, with the reason in one line."""
+    problem = f"{' '.join(problem.split()):.500}"
+    log.warning("%s", problem)
+    return {**row, "api": None, "status": "invalid", "reason": problem}
+
+
+def _some(rows: list[Row]) -> list[Row]:
+    """The rows, if any of them can be drawn or is an answer that was none.
+
+    Raises:
+        ConfigError: the reason of the first, where all are refused.
+    """
+    if all(row["reason"] not in (None, "no-answer") for row in rows):
+        raise ConfigError(str(rows[0]["reason"]))
+    return rows
+
+
 def pictures_in(paths: Iterable[Path]) -> Iterator[Path]:
-    """Picture files, and those directly in folders, sorted."""
+    """Picture files, and those directly in folders, sorted.
+
+    A name in a folder that is no file that can be opened is left out with a warning.
+    """
     for path in paths:
         if path.is_dir():
-            yield from (p for p in sorted(path.iterdir()) if p.suffix.lower() in _PICTURES)
+            for item in sorted(path.iterdir()):
+                if item.suffix.lower() in _PICTURES and _opens(item):
+                    yield item
         elif path.is_file():
             yield path
         else:
             raise ConfigError(f"{str(path)!r} is not there")
+
+
+def _opens(path: Path) -> bool:
+    try:
+        with path.open("rb"):
+            return True
+    except OSError as error:  # a link to nothing, a directory, no permission
+        log.warning("%r is left out: %s", str(path), error.strerror)
+        return False
 
 
 _PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif"})

@@ -91,7 +91,8 @@ def load_tensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, torc
         dtype: of the weights that had a scale; float32 when None. Others stay as they are.
 
     Raises:
-        RenderError: see `check_quantisation`.
+        RenderError: see `check_quantisation`; or the values are those of weights whose scales are
+            not beside them.
     """
     import torch
     from safetensors.torch import load_file
@@ -99,13 +100,32 @@ def load_tensors(path: Path, dtype: torch.dtype | None = None) -> dict[str, torc
     has_scales = check_quantisation(path)
     with reading(path.name, "cannot be read"):
         tensors: dict[str, torch.Tensor] = load_file(path)
+    scales = [name for name in tensors if name.rpartition(".")[2] in _SCALES] if has_scales else []
+    _check_range(path, tensors, {f"{name.rpartition('.')[0]}.weight" for name in scales})
     if not has_scales:
         return tensors
-    for name in [name for name in tensors if name.rpartition(".")[2] in _SCALES]:
+    for name in scales:
         scale, weight = tensors.pop(name), f"{name.rpartition('.')[0]}.weight"
+        if bool((scale <= 0).any()) and bool((tensors[weight].float() != 0).any()):
+            _refuse(path, f"scale {name!r} is not positive")
         product = tensors[weight].float() * _spread(scale.float(), tensors[weight].shape)
         tensors[weight] = product.to(dtype or torch.float32)
     return {name: t for name, t in tensors.items() if name.rpartition(".")[2] not in _MARKERS}
+
+
+def _check_range(path: Path, tensors: Mapping[str, torch.Tensor], scaled: set[str]) -> None:
+    """Refuse float8 weights that fill their type's range: a scale, which is elsewhere, made them.
+
+    Weights of models are far smaller, so that what was only rounded to float8 ends far below.
+    """
+    import torch
+
+    for name, tensor in tensors.items():
+        is_small = tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+        if is_small and tensor.ndim > 1 and tensor.numel() and name not in scaled:
+            largest = float(tensor.float().abs().max())
+            if largest >= torch.finfo(tensor.dtype).max * 0.9:
+                _refuse(path, f"{name!r} reaches {largest:g} in float8, and its scale is not known")
 
 
 def _spread(scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:

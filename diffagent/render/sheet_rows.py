@@ -41,7 +41,7 @@ class PicturesConfig(BaseModel):
 
 @stage(
     "pictures",
-    version=2,
+    version=3,
     config=PicturesConfig,
     files=lambda config: [Path(path) for path, _ in config.pictures],
 )
@@ -61,6 +61,7 @@ def pictures(config: PicturesConfig, context: StageContext) -> StageResult:
         except RenderError as error:
             log.warning("%s", error)
             row |= {"recipe": None, "status": "failed", "reason": error.reason}
+            row |= {"problem": str(error)} if error.reason == "bad-picture" else {}
         rows.append(row)
     pq.write_table(pa.Table.from_pylist(rows, schema=RENDERS), context.out / "renders.parquet")
     return StageResult(rows={"renders.parquet": len(rows)})
@@ -70,7 +71,7 @@ def upright(path: Path) -> Image:
     """Read a picture as people see it: turned and mirrored as its EXIF orientation states.
 
     Raises:
-        RenderError: damaged, or more pixels than `MAX_PIXELS`; ``reason`` is which.
+        RenderError: damaged, of 32 bits a pixel, or more pixels than `MAX_PIXELS`.
     """
     from PIL import Image, ImageOps
 
@@ -82,7 +83,16 @@ def upright(path: Path) -> Image:
                     f"{str(path)!r} has {width} x {height} pixels, more than {MAX_PIXELS:,}",
                     reason="too-many-pixels",
                 )
-            return ImageOps.exif_transpose(image).convert("RGB")
+            if image.mode in ("I", "F"):
+                raise RenderError(
+                    f"{str(path)!r} has 32 bits a pixel, whose black and white are not stated; "
+                    "save it with 8 bits a channel",
+                    reason="bad-picture",
+                )
+            turned = ImageOps.exif_transpose(image)
+            if turned.mode.startswith("I;16"):  # Pillow would cut off at 255
+                turned = turned.point(lambda value: value / 257).convert("L")
+            return turned.convert("RGB")
     except RenderError:
         raise
     except Image.DecompressionBombError as error:

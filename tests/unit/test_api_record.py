@@ -95,3 +95,10 @@ def test_any_text_is_an_api_or_an_api_error(raw: str) -> None:
         parse_api(raw)
     except ApiError as error:
         assert str(error)
+
+
+def test_a_key_that_stands_there_twice_is_found_in_linear_time() -> None:
+    """Keys are hashed a few times each, not compared with all others."""
+    keys = [f'"{i}":1' for i in range(200_000)]
+    with pytest.raises(ApiError, match="199999: key appears twice"):
+        parse_api("{" + ",".join([*keys, keys[-1]]) + "}")

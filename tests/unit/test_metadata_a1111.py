@@ -77,6 +77,14 @@ def test_fields_are_those_of_the_webui(line: str) -> None:
         assert value == unquoted(expected)
 
 
+@pytest.mark.parametrize("scale", ["7,5", "7,5, Seed: 1", '"7,5", Seed: 1', "7.5,Seed: 1"])
+def test_a_decimal_comma_is_part_of_a_number(scale: str) -> None:
+    """Programs write numbers in the language of their computer: 7,5 is not 7."""
+    made = read_parameters(f"a\nSteps: 20, Sampler: Euler a, Size: 8x16, CFG scale: {scale}")
+    assert (made.cfg_scale, made.steps) == (7.5, 20)
+    assert parse_generation({"prompt": "a", "cfgScale": "7,5", "steps": 20}).cfg_scale == 7.5
+
+
 def test_json_values_are_read_whole() -> None:
     line = 'Seed: 1, Hashes: {"model": "ab", "lora:x": "cd"}, Odd: {not json, Last: "a\\"b, c"'
     assert dict(read_fields(line)) == {

@@ -161,6 +161,9 @@ LORAS = {
     "comfyroll": node("CR LoRA Stack", switch_1="On", lora_name_1="ink.safetensors",
                       model_weight_1=0.6, clip_weight_1=1, switch_2="Off",
                       lora_name_2="off.safetensors", model_weight_2=1),
+    "tags": node("LoraTagLoader", text="a cat <lora:ink.safetensors:0.6>"),
+    "tags of the manager": node("LoRA Text Loader (LoraManager)",
+                                lora_syntax="<lora:ink.safetensors:0.6>"),
     "easy": node("easy loraStack", toggle=True, num_loras=1, lora_1_name="ink.safetensors",
                  lora_1_strength=0.6, lora_2_name="off.safetensors", lora_2_strength=1),
 }  # fmt: skip
@@ -178,6 +181,13 @@ def test_loras_of_every_loader(name: str) -> None:
     )
     assert made.loras == (Reference(name="ink.safetensors", weight=0.6),)
     assert made.checkpoints == PLAIN.checkpoints
+
+
+def test_tags_that_are_computed_are_not_known() -> None:
+    loader = node("LoraTagLoader", text=["21", 0], model=["4", 0], clip=["4", 1])
+    ksampler = node("KSampler", **{**graph()["3"]["inputs"], "model": ["20", 0]})
+    made = read(graph(**{"3": ksampler, "20": loader, "21": node("LLM", text="write")}))
+    assert (made.loras, "loras" in made.not_known) == ((), True)
 
 
 def _kind(made: dict[str, Any]) -> dict[str, str]:

@@ -475,6 +475,13 @@ def test_a_negative_prompt_that_is_not_known_is_no_empty_one() -> None:
     assert (made.negative_prompt_raw, made.not_known) == (None, ("negative_prompt",))
 
 
+def test_a_schedule_of_prompts_is_no_prompt() -> None:
+    text = '"0": "a cat", "12": "a dog"'
+    for kind in ("BatchPromptSchedule", "PromptScheduleEncodeSDXL", "PromptTravel Encode"):
+        made = read(graph(**{"6": node(kind, text=text, max_frames=24, clip=["4", 1])}))
+        assert (made.prompt, made.not_known) == ("", ("prompt",))
+
+
 def test_an_encoder_with_a_style_says_more_than_its_text() -> None:
     for style, prompt in (("anime", ""), ("None", "a cat"), ("", "a cat")):
         encoder = node("Styled Text Encode", text="a cat", style=style, clip=["4", 1])
@@ -492,6 +499,25 @@ def test_conditionings_that_are_mixed() -> None:
     crossed = node("ControlNetApplyAdvanced", positive=["6", 0], negative=["7", 0])
     made = read(graph(**{"3": sampler(positive=["20", 1], negative=["20", 0]), "20": crossed}))
     assert (made.prompt, made.negative_prompt) == ("noise", "a blue star")
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        node("ConditioningSetArea", width=256, height=512, x=0, y=0, conditioning=["22", 0]),
+        node("ConditioningSetMask", strength=1, mask=["40", 0], conditioning=["22", 0]),
+        node("ConditioningSetTimestepRange", start=0.5, end=1, conditioning=["22", 0]),
+    ],
+    ids=lambda part: part["class_type"],
+)
+def test_prompts_of_parts_of_a_picture_are_not_one_prompt(part: dict[str, Any]) -> None:
+    """Prompts of areas or of steps draw another picture than both in a line."""
+    mixed = node("ConditioningCombine", conditioning_1=["6", 0], conditioning_2=["21", 0])
+    nodes = {"3": sampler(positive=["20", 0]), "20": mixed, "21": part}
+    made = read(graph(**nodes, **{"22": node("CLIPTextEncode", text="a dog", clip=["4", 1])}))
+    assert (made.prompt, made.not_known) == ("", ("prompt",))
+    same = {"22": node("CLIPTextEncode", text="a blue star", clip=["4", 1])}
+    assert read(graph(**nodes, **same)).prompt == "a blue star"
 
 
 PATTERNS = [

@@ -68,10 +68,14 @@ def test_an_alias_has_the_hash_that_is_left(tag: str, listed: str, form: dict[st
     assert both == [(tag, HASH, 0.4), ("oil", OTHER, 0.7)]
 
 
-def test_a_hash_that_may_be_of_several_tags_has_no_weight_that_is_known() -> None:
+def test_a_hash_of_no_tag_or_of_any_of_several_has_no_weight_that_is_known() -> None:
     meta = {"prompt": "<lora:one:0.4> <lora:two:0.7>", "Lora hashes": f"third: {HASH}", "steps": 5}
     assert parse_generation(meta).not_known == ("loras",)
-    assert parse_generation({**meta, "prompt": "a cat"}).not_known == ()
+    assert parse_generation({**meta, "prompt": "a cat"}).not_known == ("loras",)
+    negative = {**meta, "prompt": "a cat", "negativePrompt": "bad <lora:third:0.4>"}
+    assert parse_generation(negative).not_known == ("loras",)
+    detailed = {**meta, "prompt": "<lora:third:0.4>", "hashes": {"lora:face": OTHER}}
+    assert parse_generation(detailed).not_known == ("loras",)
 
 
 def test_three_places_that_name_one_network() -> None:

@@ -114,6 +114,27 @@ def test_programs(meta: dict[str, Any], made: Generation) -> None:
     assert parse_generation(json.dumps(meta)) == made
 
 
+@pytest.mark.parametrize(("skipped", "clip_skip"), [(0, 1), (1, 2), ("2", 3), (None, 1), ([], 1)])
+def test_invokeai_counts_the_layers_that_it_leaves_out(skipped: Any, clip_skip: int) -> None:
+    """Its ``skipped_layers`` of 1 is the WebUI's clip skip of 2."""
+    assert parse_generation({**INVOKEAI, "clip_skip": skipped}).clip_skip == clip_skip
+
+
+@pytest.mark.parametrize("spelling", ["['ink', 'oil']", '["ink", "oil"]', "ink, oil"])
+def test_lists_of_easy_diffusion(spelling: str) -> None:
+    """It writes a chunk as Python prints a value."""
+    made = parse_generation({
+        "prompt": "a", "use_stable_diffusion_model": "m", "use_lora_model": spelling,
+        "lora_alpha": "[0.5, 0.7]",
+    })  # fmt: skip
+    assert made.loras == (*ref(name="ink", weight=0.5), *ref(name="oil", weight=0.7))
+
+
+def test_draw_things_has_its_clip_skip_among_the_newer_settings() -> None:
+    made = parse_generation({"c": "a", "uc": "", "steps": 8, "scale": 5, "v2": {"clipSkip": 2}})
+    assert (made.form, made.clip_skip) == ("drawthings", 2)
+
+
 def test_forms_of_the_sites_keys() -> None:
     typed = {"prompt": "a", "negativePrompt": "b", "cfgScale": 7, "steps": 20, "sampler": "Euler a",
              "seed": 1}  # fmt: skip

@@ -168,6 +168,20 @@ def test_what_is_no_layer_is_left_out_by_its_name(
     assert [extra in record.getMessage() for record in ours(caplog)] == [True]
 
 
+@pytest.mark.parametrize("leaf", ["scale", "alphas"])
+def test_a_tensor_beside_the_factors_of_a_layer_is_not_ignored(
+    folder: Path, tmp_path: Path, leaf: str
+) -> None:
+    """The WebUI takes ``.scale`` for a layer's strength, instead of its alpha."""
+    path = tmp_path / "lora.safetensors"
+    tiny_sd.save_kohya_lora(build(folder), path)
+    tensors = load_file(path)
+    stem = next(name for name in tensors if name.endswith(".lora_down.weight")).partition(".")[0]
+    save_file({**tensors, f"{stem}.{leaf}": torch.tensor(0.5)}, path)
+    with pytest.raises(RenderError, match=f"{leaf}' changes its layer in an unknown way"):
+        merged_here(folder, path)
+
+
 def ours(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     """Warnings of this project's own loggers."""
     records = [r for r in caplog.records if r.name.startswith("diffagent")]

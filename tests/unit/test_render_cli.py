@@ -199,6 +199,30 @@ def test_calls_are_lines_of_json(tmp_path: Path, models: Path) -> None:
     assert page.texts["b"].count("No picture") == 2
 
 
+def test_a_prompt_that_names_no_lora_fails_alone(tmp_path: Path, models: Path) -> None:
+    tags = ("", "<lora:ink:0.5>", "<lora:nope:0.5>", "<lora:ink:9>", "<lora:ink:0.0.8>")
+    out = render(
+        tmp_path, models, "-m", "dream", text="".join(f"a {tag}\n" for tag in tags), code=1
+    )
+    problems = [row["problem"] for row in results(out)]
+    assert problems[:2] == [None, None]
+    assert "is called 'nope'; near: 'ink'" in problems[2]
+    assert "LoRA 'ink:9.0'" in problems[3]
+    assert "is no number" in problems[4]
+
+
+def test_a_line_that_is_no_call_fails_alone(tmp_path: Path, models: Path) -> None:
+    call = json.loads(api("dream_v8").to_json())
+    many = {**call, "params": {**call["params"], "steps": 500}}
+    lines = [json.dumps({"prompt": "a", **given}) for given in (call, many)]
+    out = render(tmp_path, models, text="\n".join([*lines, lines[0][:-9], '{"x": 1}']), code=1)
+    problems = [row["problem"] for row in results(out)]
+    assert problems[0] is None
+    assert "line 2 is no API call: params.steps: Input should be less" in problems[1]
+    assert "line 3 is not JSON" in problems[2]
+    assert "line 4 has no prompt" in problems[3]
+
+
 def test_calls_may_stand_beside_their_prompts(tmp_path: Path, models: Path) -> None:
     call = api("dream_v8").to_json()
     out = render(tmp_path, models, "--calls", "-", text="a cat\na dog\n", stdin=f"{call}\n{call}\n")
@@ -274,7 +298,9 @@ def test_pictures_are_scored_from_what_they_tell(tmp_path: Path, models: Path, r
     broken.write_bytes((drawn / "0001-0-0.png").read_bytes()[:-60])
     said = invoke("score", plain, broken, "--prompt", "red", "-c", run, "--out", out, code=1)
     assert "1 of 2 pictures" in said
-    assert [row["problem"] for row in results(out)] == [None, "the picture is damaged"]
+    problems = [row["problem"] for row in results(out)]
+    assert problems[0] is None
+    assert problems[1].startswith(f"{str(broken)!r} cannot be read: ")
 
 
 def test_names_of_models(models: Path, tmp_path: Path) -> None:
@@ -327,6 +353,7 @@ def test_what_is_wrong_is_said(  # noqa: PLR0917
         ("{red|blue} star\n", ["{red|blue} star"]),
         ('{"quoted"|plain} star\n', ['{"quoted"|plain} star']),
         ("{}\n".replace("{}", "{a}"), ["{a}"]),
+        ('{"a red": star\na dog\n', ['{"a red": star', "a dog"]),
         ("one\u2028still\u2029and\u0085so\x0bon.\n", ["one\u2028still\u2029and\u0085so\x0bon."]),
         ("\ufeffa cat\r\n\r\n \t\r\na dog", ["a cat", "a dog"]),
     ],
@@ -336,6 +363,15 @@ def test_a_line_feed_ends_a_prompt_and_a_brace_begins_one(
 ) -> None:
     rows = results(render(tmp_path, models, "-m", "dream", text=text))
     assert [row["prompt"] for row in rows] == prompts
+
+
+def test_prompts_may_be_utf_16(tmp_path: Path, models: Path) -> None:
+    for encoding in ("utf-16-le", "utf-16-be"):
+        (tmp_path / "p.txt").write_bytes("\ufeffä cat\r\na dog\r\n".encode(encoding))
+        named = ("--models", models, "-m", "dream", "--base-model", "SD 1.5", "--no-score")
+        places = ("--out", tmp_path / "out", "--store", tmp_path / "store")
+        invoke("render", tmp_path / "p.txt", *named, *places)
+        assert [row["prompt"] for row in results(tmp_path / "out")] == ["ä cat", "a dog"]
 
 
 def test_a_call_s_text_may_hold_line_separators_and_lone_surrogates(
@@ -463,8 +499,14 @@ def test_a_stranger_s_files_are_not_overwritten(tmp_path: Path, models: Path, ru
         ("index.html", "<h1>My home page</h1>")
     ]
     (out / "index.html").unlink()
+    (out / "0001-0-0.png").write_text("my picture")
+    with pytest.raises(ConfigError, match=r"'0001-0-0.png', which no contact sheet wrote"):
+        render(tmp_path, models, "-m", "dream")
+    (out / "0001-0-0.png").unlink()
     render(tmp_path, models, "-m", "dream")
     render(tmp_path, models, "-m", "dream")  # its own is
+    with pytest.raises(ConfigError, match="holds the pictures themselves"):
+        invoke("score", out, "-c", run, "--out", out)
     with pytest.raises(ConfigError, match="is a file"):
         invoke("score", models, "-c", run, "--out", out / "index.html")
 
@@ -486,6 +528,29 @@ def test_pictures_are_scored_upright(tmp_path: Path, run: Path, models: Path) ->
     with Image.open(out / second["picture"]) as shown:
         assert shown.size == (64, 48)
         assert shown.getpixel((32, 6)) == (255, 0, 0)
+
+
+def test_pictures_of_16_bits_are_scored_as_they_look(tmp_path: Path, run: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    grey = np.linspace(0, 255, 64 * 64).reshape(64, 64).astype(np.uint8)
+    Image.fromarray(grey).save(folder / "a.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "b.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "c.tif")
+    Image.fromarray(grey.astype(np.float32) / 255).save(folder / "d.tiff")
+    (folder / "e.png").symlink_to(tmp_path / "nothing.png")
+    (folder / "f.png").mkdir()
+    (folder / "g.png").write_text("<html>log in</html>")
+    out = tmp_path / "scores"
+    invoke("score", folder, "--prompt", "a grey square", "-c", run, "--out", out, code=1)
+    rows = results(out)
+    assert len(rows[0]["scores"]) == 4
+    for row in rows[1:3]:
+        assert row["scores"] == pytest.approx(rows[0]["scores"], abs=1e-4)
+    problems = [row["problem"] for row in rows[3:]]
+    assert "32 bits a pixel" in problems[0]
+    assert "g.png' cannot be read: cannot identify image file" in problems[1]
+    assert len(problems) == 2
 
 
 def test_a_picture_too_large_to_read_is_one_failed_row(tmp_path: Path, run: Path) -> None:

@@ -114,7 +114,10 @@ def test_what_extensions_replace_is_named() -> None:
         "choices like {red|blue} are drawn as text",
         "networks like <lora:ink:0,6> are drawn as text",
     ]
-    assert not list(drawn_as_text("a snake_case__name {x} <3 a|b"))
+    assert list(drawn_as_text("a cat, (embedding:easy_v2:1.2)")) == [
+        "ComfyUI's embeddings like embedding:easy_v2 are drawn as text",
+    ]
+    assert not list(drawn_as_text("a snake_case__name {x} <3 a|b embedding"))
 
 
 HOSTILE: dict[str, Callable[[int], str]] = {

@@ -84,6 +84,35 @@ def test_scales_are_multiplied_out(tmp_path: Path, kind: str) -> None:
     assert half["x.weight"].dtype == torch.float16
 
 
+@pytest.mark.parametrize("elsewhere", ["x_scale", "scales.x.weight", "header"])
+@pytest.mark.parametrize("dtype", [FP8, torch.float8_e5m2])
+def test_weights_whose_scale_is_elsewhere_are_refused(
+    tmp_path: Path, elsewhere: str, dtype: torch.dtype
+) -> None:
+    """Whatever names a quantiser gives: weights that fill the type's range are no weights."""
+    path = tmp_path / "x.safetensors"
+    scale = WEIGHT.abs().max() / torch.finfo(dtype).max
+    tensors = {"x.weight": small(WEIGHT, scale, dtype)}
+    if elsewhere == "header":
+        save_file(tensors, path, {"quantization_config": json.dumps({"x": float(scale)})})
+    else:
+        save_file({**tensors, elsewhere: scale}, path)
+    with pytest.raises(RenderError, match="in float8, and its scale is not known"):
+        load_tensors(path)
+    save_file({"x.weight": WEIGHT.to(dtype)}, path)  # only rounded
+    assert load_tensors(path)["x.weight"].dtype == dtype
+
+
+def test_a_scale_that_takes_the_weight_away_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    for scale in (torch.zeros(()), -WHOLE):
+        save_file({"x.weight": WEIGHT.to(FP8), "x.weight_scale": scale}, path)
+        with pytest.raises(RenderError, match="weight_scale' is not positive"):
+            load_tensors(path)
+    save_file({"x.weight": torch.zeros(8, 6).to(FP8), "x.weight_scale": torch.zeros(())}, path)
+    assert not load_tensors(path)["x.weight"].any()
+
+
 U8 = torch.zeros(8, 3, dtype=torch.uint8)
 REFUSED: dict[str, tuple[Tensors, dict[str, str]]] = {
     "nf4": (

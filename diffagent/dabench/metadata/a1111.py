@@ -26,6 +26,8 @@ from diffagent.dabench.metadata.values import Bag, air, items
 
 NEGATIVE = "Negative prompt:"
 _KEY = re.compile(r"(?<![\w \-/])[\w \-/]++\Z")
+#: A number with a comma, as programs write it in the language of their computer: ``7,5``.
+_DECIMAL = re.compile(r"[+-]?\d{1,9},\d{1,9}(?= *(?:,|\Z))")
 _QUOTED = re.compile(r'"(?:\\.|[^\\"])+"(?=,|\Z)', re.S)
 _STEPS = re.compile(r"\bSteps: ?\d{1,5}\s?(?:,|\Z)")
 _HEADING = re.compile(r"\s*parameters\s*(?:\n|:)", re.I)
@@ -169,7 +171,8 @@ def _value(line: str, at: int, *, is_json: bool) -> tuple[object, int]:
         else:
             if line[end : end + 1] in ("", ","):
                 return value, end + 1
-    end = line.find(",", at)
+    decimal = _DECIMAL.match(line, at)
+    end = decimal.end() if decimal else line.find(",", at)
     end = len(line) if end < 0 else end
     return _unquote(line[at:end]), end + 1
 

@@ -3,7 +3,8 @@
 The prompt's tag has a network's weight, lists of hashes have its hash, and they spell it
 differently: with a folder or an ending, an alias, other separators. Every hash in such a list is
 that of a network that was loaded, and it was loaded by a tag. So a hash belongs to the tag of the
-same name, else to the only one with a similar name, else to the only one that is left.
+same name, else to the only one with a similar name, else to the only one that is left. A hash that
+belongs to no tag is of a network whose weight is elsewhere: in ADetailer's prompt, say.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def merge_networks(
         networks.complete(free[0], left.pop())
     for reference in left:
         networks.insert(reference)
-    return networks.references(), not (free and left)
+    return networks.references(), not left
 
 
 class _Networks:

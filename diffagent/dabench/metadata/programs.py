@@ -16,6 +16,7 @@ from diffagent.dabench.metadata.values import (
     Bag,
     file_hash,
     first,
+    integer,
     items,
     load_json,
     mapping,
@@ -80,8 +81,9 @@ def _stem(name: object) -> str:
 
 
 def _listed(value: object) -> list[Any]:
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
+    if isinstance(value, str):  # with the brackets and quotation marks of Python's lists, if any
+        parts = (part.strip(" '\"") for part in value.strip(" []").split(","))
+        return [part for part in parts if part]
     return value if isinstance(value, list) else []
 
 
@@ -178,6 +180,8 @@ def _invokeai(bag: Bag) -> Reading | None:
         height="height",
         clipSkip="clip_skip",
     )
+    skipped = integer(found["clipSkip"])  # layers that are left out; the WebUI counts from 1
+    found["clipSkip"] = None if skipped is None else abs(skipped) + 1
     model = mapping(bag.get("model"))
     found["Model"] = first(model, "name", "model_name") or text(bag.get("model"))
     found["Model hash"] = model.get("hash")
@@ -273,6 +277,7 @@ def _draw_things(bag: Bag) -> Reading | None:
         Size="size",
         Model="model",
     )
+    found["clipSkip"] = mapping(bag.get("v2")).get("clipSkip")
     loras = tuple(
         Reference(name=text(item.get("model")), weight=weight(item.get("weight")))
         for item in items(bag.get("lora", bag.get("loras")))

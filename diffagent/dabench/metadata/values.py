@@ -50,9 +50,11 @@ def text(value: object) -> str | None:
 
 
 def number(value: object) -> float | None:
-    """A finite number from a number or the text of one."""
+    """A finite number from a number or the text of one. Some write it with a comma: ``7,5``."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
+    if isinstance(value, str) and (match := _DECIMAL_COMMA.match(value)):
+        value = f"{match.group(1)}.{match.group(2)}"
     try:
         found = float(value)
     except (ValueError, OverflowError):
@@ -84,9 +86,7 @@ def file_hash(value: object) -> str | None:
 
 
 def weight(value: object) -> float:
-    """A network's strength; 1 when it is not said. Some write it with a comma: ``0,6``."""
-    if isinstance(value, str) and (match := _DECIMAL_COMMA.match(value)):
-        value = f"{match.group(1)}.{match.group(2)}"
+    """A network's strength; 1 when it is not said."""
     found = number(value)
     return 1.0 if found is None else round(found, 4)
 

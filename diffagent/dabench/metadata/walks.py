@@ -29,6 +29,7 @@ from diffagent.dabench.metadata.compute import (
 from diffagent.dabench.metadata.expression import NotKnownError
 from diffagent.dabench.metadata.generation import Reference
 from diffagent.dabench.metadata.graph import Node, Nodes, is_link
+from diffagent.dabench.metadata.prompts import split_prompt
 from diffagent.dabench.metadata.switches import chosen, context_link, is_switch
 from diffagent.dabench.metadata.values import (
     air,
@@ -85,11 +86,17 @@ _SAME_SIZE = re.compile(
 )
 #: Nodes whose outputs are a positive and a negative conditioning, in this order.
 _PAIRED = re.compile(r"ControlNetApply(?:Advanced|SD3)|CondPassThrough|InpaintModelConditioning")
+#: Nodes that keep a conditioning to an area or to some steps.
+_OF_A_PART = re.compile(r"SetArea|SetMask|SetProperties|SetTimestepRange|AreaConditioning", re.I)
 _LANGUAGE_MODEL = re.compile(
     r"llm|gpt|ollama|gemini|claude|llava|caption|florence|qwen|joy ?cap|chat|interrogat|describe"
-    r"|tagger|enhance|translat|prompt ?gen|generate ?prompt|random|wildcard(?!.*encode)",
+    r"|tagger|enhance|translat|prompt ?(?:gen|schedule|travel)|generate ?prompt|random"
+    r"|wildcard(?!.*encode)",
     re.I,
 )
+
+#: Loaders whose LoRAs are the tags of a text.
+_TAGGED = re.compile(r"lora.*(?:tag|text|prompt)|lazylora", re.I)
 
 _STYLE = re.compile(r"style|template|preset|artist", re.I)
 _NO_STYLE = frozenset({"none", "no style", "base", "false", "off", ""})
@@ -526,6 +533,14 @@ class Walks:
         if "lora_name" in inputs:
             strength = next((inputs[name] for name in _STRENGTHS if name in inputs), None)
             yield from self._lora(inputs["lora_name"], strength)
+        if inputs.keys().isdisjoint({"lora_name", "loras"}) and _TAGGED.search(node.kind):
+            given = next(
+                (inputs[name] for name in ("lora_syntax", *_ENCODED) if name in inputs), ""
+            )
+            tagged = split_prompt(self._string(given))
+            if not tagged.weights_known:
+                raise NotKnownError("a weight that is no number")
+            yield from tagged.loras
         listed = inputs.get("loras")
         for item in items(mapping(listed).get("__value__", listed)):
             if item.get("active", True) is not False:
@@ -632,6 +647,8 @@ class Walks:
         if not pair:
             mixed = [inputs[name] for name in _CONDITIONINGS if is_link(inputs.get(name))]
             texts = [self._text(part, role) for part in mixed]
+            if len(set(texts)) > 1 and any(self._is_of_a_part(link) for link in mixed):
+                raise NotKnownError("prompts of parts of the picture")
         if texts:
             return join(", ", list(dict.fromkeys(filter(None, map(str.strip, texts)))))
         if role in inputs:  # a loader's own, left empty
@@ -644,6 +661,15 @@ class Walks:
             if given is None and link is not None:
                 return self._text(link, role)
         raise NotKnownError(f"the text of {node.kind!r}")
+
+    def _is_of_a_part(self, link: object) -> bool:
+        """Whether a prompt is for an area of the picture, or for some of the steps."""
+        for _ in range(_MAX_LINKS):
+            source = self.source(link)
+            if source is None or _OF_A_PART.search(source.node.kind):
+                return source is not None
+            link = _first_link(source.node, _HANDED_ON)
+        return False
 
     def _average(self, node: Node, role: str) -> str:
         """A mixture of two prompts is neither, unless one of them has all the weight."""
