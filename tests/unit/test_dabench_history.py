@@ -485,6 +485,22 @@ def test_prune_keeps_the_version_that_knows_all_decisions(site: Site) -> None:
     assert {first.path.name, newest.path.name} <= names and last.path.name not in names
 
 
+def test_a_damaged_version_before_is_not_made_again_by_the_same_command(site: Site) -> None:
+    newest = site.build()
+    site.post(2000, "something new")
+    with (newest.path / SPLITS_FILE).open("ab") as stream:
+        stream.write(b"x")
+    source = site.crawl()
+    for _ in range(2):  # the first sets it aside
+        with pytest.raises(ArtifactError, match=r"put the right file back.* or delete it") as error:
+            site.build(source)
+        assert "same command" not in str(error.value)
+    (aside,) = newest.path.parent.glob("*.damaged-1")
+    (aside / SPLITS_FILE).write_bytes((aside / SPLITS_FILE).read_bytes()[:-1])
+    aside.rename(newest.path)
+    assert splits_of(newest).items() <= splits_of(site.build(source)).items()
+
+
 def test_a_damaged_newest_version_is_not_passed_over(site: Site) -> None:
     """What it decided is not known to an older one: nothing is decided anew in silence."""
     site.build()
