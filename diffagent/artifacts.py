@@ -574,8 +574,9 @@ class Stage(Generic[C]):
             check_writable(runtime.remote)
         previous = self._previous(previous, directory, runtime)
         with cache.in_use(a.path for a in inputs if _in_store(a.path, runtime)):
+            earlier = context.inputs.get(PREVIOUS, ())
             for artifact in inputs:
-                _check_input(artifact, runtime)
+                _check_input(artifact, runtime, is_previous=artifact in earlier)
             copies = [] if previous else wholeness.damaged_copies(directory)
             damaged = copies[-1] if copies else None
             artifact = self._build(
@@ -718,7 +719,7 @@ def _in_store(directory: Path, runtime: RuntimeConfig) -> bool:
     return directory.resolve().parent.parent == runtime.local_store.resolve()
 
 
-def _check_input(artifact: Artifact, runtime: RuntimeConfig) -> None:
+def _check_input(artifact: Artifact, runtime: RuntimeConfig, *, is_previous: bool) -> None:
     """Compare an input with its manifest before a stage reads it, each file once a change.
 
     A damaged copy of a remote artefact is brought again; a damaged artefact of the store is set
@@ -752,9 +753,15 @@ def _check_input(artifact: Artifact, runtime: RuntimeConfig) -> None:
             return
         except DamagedArtifact:
             aside = wholeness.set_aside(path) if path.exists() else None
+    where = f"{damage}; set aside{f' as {str(aside)!r}' if aside else ''}"
+    if is_previous:
+        raise DamagedArtifact(
+            f"{where}, and it is the version before: put the right file back and rename it, or run "
+            "what made it again (the same configuration and crawl); or delete it, to go on from an "
+            "older version"
+        )
     raise DamagedArtifact(
-        f"{damage}; set aside{f' as {str(aside)!r}' if aside else ''}: run the same command again, "
-        f"and the stage {artifact.stage!r} makes it again"
+        f"{where}: run the same command again, and the stage {artifact.stage!r} makes it again"
     )
 
 

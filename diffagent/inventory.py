@@ -92,6 +92,9 @@ def read_inventory(store: str) -> list[Entry]:
 def superseded(entries: Sequence[Entry], *, other_configs: bool = False) -> list[Entry]:
     """Whole artefacts that no latest one was made from.
 
+    Of a dataset that stays, the version that knows all decisions of its history stays too, whatever
+    ``latest`` leads to: else the next build would decide anew what that one decided.
+
     Args:
         entries: of a store.
         other_configs: only what ``STAGE/latest`` leads to counts as latest, so that what was made
@@ -105,6 +108,8 @@ def superseded(entries: Sequence[Entry], *, other_configs: bool = False) -> list
     keep, contents = {entry.location for entry in roots}, _by_content(whole)
     for root in roots:
         keep |= {entry.location for entry in _ancestors(root, contents)}
+    histories = {_history(entry) for entry in whole if entry.location in keep} - {None}
+    keep |= {entry.location for entry in _heads(whole) if _history(entry) in histories}
     return [entry for entry in whole if entry.location not in keep]
 
 
@@ -203,6 +208,26 @@ def _ancestors(entry: Entry, contents: Contents) -> list[Entry]:
                 seen[parent.location] = parent
                 waiting.append(parent)
     return list(seen.values())
+
+
+def _history(entry: Entry) -> str | None:
+    """The digest that the versions of one dataset share; None for all else."""
+    return entry.manifest.metrics.get("history") if entry.manifest else None
+
+
+def _heads(entries: Sequence[Entry]) -> list[Entry]:
+    """Entries with a history that no other entry goes on from."""
+    continued = {
+        (ref.stage, ref.identity, ref.content_digest)
+        for entry in entries
+        if entry.manifest
+        for ref in entry.manifest.inputs.get(PREVIOUS, ())
+    }
+    return [
+        entry
+        for names, entry in _by_content(entries).items()
+        if _history(entry) and names not in continued
+    ]
 
 
 def _mark_series(entries: Sequence[Entry]) -> None:

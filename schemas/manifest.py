@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 #: Raised by one whenever the meaning of any stored table changes; part of every identity.
 SCHEMA_VERSION = 2
 
+#: Names of files that no stage reads.
+_FOR_PEOPLE = ("README.md", "LICENSE.md", "loss.png", "training_log.jsonl")
+
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -26,8 +29,9 @@ class FileEntry(_Frozen):
 
     @property
     def for_people(self) -> bool:
-        """Whether only people read it (a data card, a model card), who may edit it."""
-        return PurePosixPath(self.path).name == "README.md"
+        """Whether only people read it (a card, a licence, a plot, a log), who may edit it."""
+        path = PurePosixPath(self.path)
+        return path.name in _FOR_PEOPLE or path.parts[0] == "plots"
 
 
 class InputRef(_Frozen):

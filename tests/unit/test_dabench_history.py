@@ -29,6 +29,7 @@ from diffagent.dabench.splits import ENOUGH_GROUPS, NO_SPLIT, SPLITS, Decisions,
 from diffagent.dabench.tables import write_table
 from diffagent.dabench.verify import verify_dabench
 from diffagent.errors import ArtifactError
+from diffagent.inventory import read_inventory, superseded
 from diffagent.lineage import ancestors, lineage_lines
 from schemas.config import DABenchConfig, FilterConfig, RuntimeConfig
 from schemas.dabench import DECISIONS
@@ -467,6 +468,37 @@ def test_older_versions_may_be_deleted(site: Site) -> None:
     assert site.build() == second, "cached"
     site.images[held_out] = picture
     assert splits_of(site.build()) == decided, "the newest one remembers"
+
+
+def test_prune_keeps_the_version_that_knows_all_decisions(site: Site) -> None:
+    source = site.crawl()
+    first = site.build(source, min_steps=30)
+    site.post(2000, "something new")
+    newest = site.build()
+    assert site.build(source, min_steps=30) == first, "cached: the pointers lead to it"
+    store = str(site.runtime.local_store)
+    names = {e.name for e in superseded(read_inventory(store), other_configs=True)}
+    assert first.path.name not in names and newest.path.name not in names
+    site.post(2001, "newer still")
+    last = site.build(min_steps=30)
+    names = {e.name for e in superseded(read_inventory(store), other_configs=True)}
+    assert {first.path.name, newest.path.name} <= names and last.path.name not in names
+
+
+def test_a_damaged_version_before_is_not_made_again_by_the_same_command(site: Site) -> None:
+    newest = site.build()
+    site.post(2000, "something new")
+    with (newest.path / SPLITS_FILE).open("ab") as stream:
+        stream.write(b"x")
+    source = site.crawl()
+    for _ in range(2):  # the first sets it aside
+        with pytest.raises(ArtifactError, match=r"put the right file back.* or delete it") as error:
+            site.build(source)
+        assert "same command" not in str(error.value)
+    (aside,) = newest.path.parent.glob("*.damaged-1")
+    (aside / SPLITS_FILE).write_bytes((aside / SPLITS_FILE).read_bytes()[:-1])
+    aside.rename(newest.path)
+    assert splits_of(newest).items() <= splits_of(site.build(source)).items()
 
 
 def test_a_damaged_newest_version_is_not_passed_over(site: Site) -> None:

@@ -17,6 +17,7 @@ from schemas.config import RuntimeConfig
 from tests.unit.test_artifacts import Words, two_machines, write_words
 
 calls: list[str] = []
+FOR_PEOPLE = ("README.md", "LICENSE.md", "loss.png", "training_log.jsonl", "plots/models.png")
 
 
 @stage("toy-model", version=1, config=Words)
@@ -26,7 +27,9 @@ def train(config: Words, context: StageContext) -> StageResult:
     table = pa.table({"word": [*config.words] * 1000})
     pq.write_table(table, context.out / "weights.parquet")
     (context.out / "generation_config.json").write_text('{"temperature": 1.0}')
-    (context.out / "README.md").write_text("# A card\n")
+    for name in FOR_PEOPLE:
+        (context.out / name).parent.mkdir(exist_ok=True)
+        (context.out / name).write_text("# A card\n")
     return StageResult()
 
 
@@ -59,10 +62,13 @@ def aside(artifact: Artifact) -> list[str]:
     return [p.name.partition(".")[2] for p in wholeness.damaged_copies(artifact.path)]
 
 
+@pytest.mark.parametrize("name", FOR_PEOPLE)
 @pytest.mark.parametrize("change", ["edit", "append", "delete"])
-def test_a_card_that_people_edit_costs_nothing(runtime: RuntimeConfig, change: str) -> None:
+def test_a_card_that_people_edit_costs_nothing(
+    runtime: RuntimeConfig, change: str, name: str
+) -> None:
     model = train.run(Words(), {}, runtime)
-    card = model.path / "README.md"
+    card = model.path / name
     card.unlink()
     if change != "delete":
         card.write_text("# A note of ours\n" if change == "append" else "# B card\n")
