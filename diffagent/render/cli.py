@@ -282,7 +282,8 @@ def _read(path: Path) -> list[str]:
         wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as PowerShell writes text
         return read_lines(data.decode("utf-16" if wide else "utf-8-sig"), name)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {name} as UTF-8 text: {error}") from None
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read {name:.200} as UTF-8 text: {why}") from None
 
 
 @dataclass(frozen=True)
@@ -473,7 +474,9 @@ def _score_files(pictures: list[Path], prompt: str | None, run: PipelineConfig, 
     config, apis = sheet_rows.pictures_config(paths, prompt)
     renders = sheet_rows.pictures.run(config, {}, run.runtime)
     if _sheet(out, "Scores", renders, apis) == renders.manifest.rows["renders.parquet"]:
-        raise typer.Exit(1)  # nothing to score: no scorer is loaded
+        # Nothing to score: no scorer is loaded.
+        typer.echo(f"error: no picture can be scored; {out / 'index.html'} states why", err=True)
+        raise typer.Exit(1)
     scores = score_stage.score.run(run.rewards, {"renders": [renders]}, run.runtime)
     if _sheet(out, "Scores", renders, apis, scores):
         raise typer.Exit(1)
