@@ -282,7 +282,8 @@ def _read(path: Path) -> list[str]:
         wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as PowerShell writes text
         return read_lines(data.decode("utf-16" if wide else "utf-8-sig"), name)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read {name} as UTF-8 text: {error}") from None
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read {name:.200} as UTF-8 text: {why}") from None
 
 
 @dataclass(frozen=True)

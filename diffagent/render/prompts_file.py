@@ -228,7 +228,7 @@ def read_lines(text: str, name: str) -> list[str]:
     """
     lines = [line.strip() for line in re.split(r"\r\n?|\n", text) if line.strip()]
     if not lines:
-        raise ConfigError(f"{name} holds no line")
+        raise ConfigError(f"{name} holds no line; write a prompt a line")
     return lines
 
 

@@ -240,8 +240,9 @@ def _check_start(path: Path, start: bytes, length: int, size: int) -> None:
         _refuse(path, f"it is text, beginning with {start[:40].decode()!r}; {_AGAIN}")
     if size - 8 < length <= MAX_HEADER and start[8:9] in {b"{", b""}:
         _refuse(path, f"cut off after {size} bytes, inside of its header; {_AGAIN}")
-    bound = f", more than {MAX_HEADER}" if MAX_HEADER < length <= size else ""
-    _refuse(path, f"it is no safetensors: a header of {length} bytes in a file of {size}{bound}")
+    if MAX_HEADER < length <= size - 8 and start[8:9] == b"{":
+        _refuse(path, f"its header of {length} bytes is longer than the {MAX_HEADER} that are read")
+    _refuse(path, f"it is no safetensors: a header of {length} bytes in a file of {size}")
 
 
 class _Entries:

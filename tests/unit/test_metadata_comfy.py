@@ -183,6 +183,14 @@ def test_loras_of_every_loader(name: str) -> None:
     assert made.checkpoints == PLAIN.checkpoints
 
 
+def test_a_lora_that_is_loaded_twice_is_as_strong_as_both() -> None:
+    first = node("LoraLoaderModelOnly", lora_name="ink", strength_model=0.3, model=["4", 0])
+    second = node("LoraLoaderModelOnly", lora_name="ink", strength_model=0.5, model=["20", 0])
+    ksampler = node("KSampler", **{**graph()["3"]["inputs"], "model": ["21", 0]})
+    made = read(graph(**{"3": ksampler, "20": first, "21": second}))
+    assert made.loras == (Reference(name="ink", weight=0.8),)
+
+
 def test_tags_that_are_computed_are_not_known() -> None:
     loader = node("LoraTagLoader", text=["21", 0], model=["4", 0], clip=["4", 1])
     ksampler = node("KSampler", **{**graph()["3"]["inputs"], "model": ["20", 0]})

@@ -78,6 +78,14 @@ def test_a_hash_of_no_tag_or_of_any_of_several_has_no_weight_that_is_known() -> 
     assert parse_generation(detailed).not_known == ("loras",)
 
 
+@pytest.mark.parametrize("again", ["<lora:ink:0.3>", "<lora:INK:0.4>", "<lyco:ink:0.4>"])
+def test_a_network_that_is_tagged_twice_has_no_weight_that_is_known(again: str) -> None:
+    """The WebUI applies it twice, Forge with both weights, the former with the last one."""
+    made = parse_generation({"prompt": f"<lora:ink:0.4> a cat {again}", "steps": 5})
+    assert made.not_known == ("loras",)
+    assert [use.name for use in made.loras] == ["ink"]
+
+
 def test_three_places_that_name_one_network() -> None:
     made = loras(
         "a cat <lora:Ink/inkwash_v1:0.6>",

@@ -231,7 +231,7 @@ def test_headers_are_bounded_before_they_are_read(tmp_path: Path) -> None:
         stream.write((99_000_000).to_bytes(8, "little") + b"{")
         stream.truncate(99_000_100)
     tracemalloc.start()
-    with pytest.raises(RenderError, match=r"a header of 99000000 bytes.*more than"):
+    with pytest.raises(RenderError, match=r"header of 99000000 bytes is longer than"):
         read_header(path)
     assert tracemalloc.get_traced_memory()[1] < 1_000_000
     tracemalloc.stop()

@@ -265,7 +265,8 @@ def _loras(
 ) -> tuple[tuple[Reference, ...], bool]:
     """LoRAs with weights, and whether it is known which of them have which.
 
-    The on-site generator's list is complete, so it wins over the rest.
+    The on-site generator's list is complete, so it wins over the rest. Two tags of one network add
+    up in one program, and count twice with the last weight in another.
     """
     if "civitaiResources" in bag:
         listed = tuple(
@@ -286,9 +287,11 @@ def _loras(
             tags[key] = reference._replace(hash=digest) if digest else reference
     listed = (*given, *_listed_loras(bag))
     hashed = tuple(_hashed_loras(bag))
+    is_once = len(tags) == sum(1 for reference in tagged if reference.name)
     if not listed and not hashed:
-        return tuple(tags.values()), True
-    return merge_networks(tags, listed, hashed)
+        return tuple(tags.values()), is_once
+    networks, weights_known = merge_networks(tags, listed, hashed)
+    return networks, weights_known and is_once
 
 
 def _spilled_hash(bag: Bag, name: str) -> str | None:

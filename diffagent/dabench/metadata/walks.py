@@ -500,7 +500,7 @@ class Walks:
                 continue
             merged = [node.inputs.get(name) for name in ("model1", "model2")]
             ahead.extend(merged if all(merged) else [_model_link(node) or _only_link(node)])
-        return checkpoints, [use for uses in reversed(loras) for use in uses], complete
+        return checkpoints, _added(use for uses in reversed(loras) for use in uses), complete
 
     def all_checkpoints(self) -> list[str]:
         """Those of all nodes, when no path leads from the sampler to a checkpoint."""
@@ -677,6 +677,16 @@ class Walks:
         if strength not in (0, 1):
             raise NotKnownError("an average of prompts")
         return self._text(node.inputs.get(f"conditioning_{'to' if strength else 'from'}"), role)
+
+
+def _added(uses: Iterable[Reference]) -> list[Reference]:
+    """Each LoRA once: two loaders of one file add its product twice."""
+    added: dict[str, Reference] = {}
+    for use in uses:
+        name = use.name or ""
+        before = added[name].weight if name in added else 0.0
+        added[name] = use._replace(weight=round(before + use.weight, 4))
+    return list(added.values())
 
 
 # --- nodes ----------------------------------------------------------------------------------
