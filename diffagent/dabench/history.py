@@ -91,6 +91,12 @@ def find_previous(config: DABenchConfig, inputs: Inputs, runtime: RuntimeConfig)
             return [whole.get(r) or _handle_of(r, place) for r in manifest.inputs[PREVIOUS]]
     history = history_of(filtered.manifest, config.model_dump(mode="json"), store_of(filtered))
     versions = _versions(every, store, history)
+    if every and not versions:
+        log.warning(
+            "splits are decided anew: none of the %d datasets in %s is of this crawl.site and "
+            "asks for such splits (%s); so records that they share may be in other splits here",
+            *(len(every), store, ", ".join(_SPLIT_SETTINGS)),
+        )
     continued = {ref for manifest, _ in versions for ref in manifest.inputs.get(PREVIOUS, ())}
     whole = [_ref(m) for m, place in versions if not place.is_damaged]
     heads = [(m, place) for m, place in versions if _ref(m) not in continued]
