@@ -143,12 +143,15 @@ def list_remote(uri: str) -> list[str]:
 def missing_files(uri: str, folder: str, manifest: Manifest) -> list[FileEntry]:
     """The files of ``manifest`` that are not there or not as long as it says (one listing).
 
+    Those for people may be missing.
+
     Raises:
         ArtifactError: the store cannot be read.
     """
     with _explained("list", uri):
         files, root = _open(uri)
-        return _missing(files, f"{root}/{folder}", manifest)
+        missing = _missing(files, f"{root}/{folder}", manifest)
+        return [entry for entry in missing if not entry.for_people]
 
 
 def push(directory: Path, manifest: Manifest, uri: str, folder: str) -> None:
@@ -199,7 +202,12 @@ def pull(uri: str, folder: str, manifest: Manifest, directory: Path) -> None:
             for _ in range(_DOWNLOADS):
                 if _is_whole(target, entry):
                     return
-                files.get_file(f"{root}/{folder}/{entry.path}", str(target))
+                try:
+                    files.get_file(f"{root}/{folder}/{entry.path}", str(target))
+                except FileNotFoundError:
+                    if entry.for_people:  # and a person has removed it
+                        return
+                    raise
             if not _is_whole(target, entry):
                 raise DamagedArtifact(
                     f"'{uri}/{folder}/{entry.path}' is damaged (size or SHA256 differ from its "
@@ -219,12 +227,12 @@ def verify_remote(uri: str, folder: str, manifest: Manifest) -> None:
     """
     with _explained("read", uri):
         files, root = _open(uri)
-        for entry in manifest.files:
+        for entry in (entry for entry in manifest.files if not entry.for_people):
             with files.open(f"{root}/{folder}/{entry.path}", "rb") as stream:
                 digest = hashlib.sha256()
                 while block := stream.read(2**22):
                     digest.update(block)
-            if digest.hexdigest() != entry.sha256 and not entry.for_people:
+            if digest.hexdigest() != entry.sha256:
                 raise DamagedArtifact(
                     f"'{uri}/{folder}/{entry.path}' is damaged (SHA256 differs); delete it and run "
                     f"the stage {manifest.stage!r} again"

@@ -10,6 +10,7 @@ An answer that was cut before its end is ``TRUNCATED``: invalid, but not a hallu
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -34,6 +35,9 @@ KINDS = {
     "unknown_sampler": "the sampler is not in the mapping dictionary",
     "wrong_air": "the stated AIR is not that of the model and version",
 }
+
+#: What may follow an AIR's version.
+_FILE_OF_AIR = re.compile(r"(?:\+[0-9]+|:[a-z0-9_-]+|\.[a-z0-9_-]+)*")
 
 TRUNCATED = "truncated"
 """Reason of an answer that ``max_new_tokens`` cut: its text is the beginning of a JSON value."""
@@ -110,7 +114,7 @@ def is_json_beginning(text: str) -> bool:
 def _same_air(stated: str, air: str) -> bool:
     """Equal but for case and for what names the file: ``+FILE_ID``, ``:LAYER``, ``.FORMAT``."""
     stated, air = stated.lower(), air.lower()
-    return stated == air or (stated.startswith(air) and stated[len(air)] in "+:.")
+    return stated.startswith(air) and _FILE_OF_AIR.fullmatch(stated, len(air)) is not None
 
 
 def _kind_of(error: ApiError) -> str:

@@ -14,7 +14,12 @@ import typer
 from diffagent.errors import DiffAgentError
 from schemas.printable import log_to_terminal
 
-app = typer.Typer(help="A local Civitai for development and tests.", no_args_is_help=True)
+app = typer.Typer(
+    help="A local Civitai for development and tests.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
 
 class FaultProfile(StrEnum):

@@ -571,8 +571,10 @@ def next_cursor(metadata: Mapping[str, Any]) -> str | None:
     """
     cursor, page = metadata.get("nextCursor"), metadata.get("nextPage")
     if cursor is None and isinstance(page, str):
-        query = page.partition("?")[2].partition("#")[0]
-        cursor = parse_qs(query).get("cursor", [None])[0]
+        query = parse_qs(page.partition("?")[2].partition("#")[0])
+        if page and not query.keys() & {"cursor", "page"}:
+            raise ServerError("a nextPage that names no next page")
+        cursor = query.get("cursor", [None])[0]
     if cursor in (None, ""):
         return None
     if type(cursor) not in (str, int, float) or len(str(cursor)) > _MAX_CURSOR:

@@ -45,7 +45,7 @@ def embedded_site(
         return
     if faults not in PROFILES:
         raise ConfigError(f"no fault profile {faults!r}; choose one of {sorted(PROFILES)}")
-    command = [sys.executable, "-m", "diffagent.civitai.cli", "serve", "--port", "0"]
+    command = [sys.executable, "-m", "diffagent", "civitai", "serve", "--port", "0"]
     if site != SANDBOX and not is_source(site):
         kinds = ", ".join(f"'{kind}:DIR'" for kind in SOURCES)
         raise ConfigError(

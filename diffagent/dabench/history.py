@@ -91,11 +91,24 @@ def find_previous(config: DABenchConfig, inputs: Inputs, runtime: RuntimeConfig)
             return [whole.get(r) or _handle_of(r, place) for r in manifest.inputs[PREVIOUS]]
     history = history_of(filtered.manifest, config.model_dump(mode="json"), store_of(filtered))
     versions = _versions(every, store, history)
+    if every and not versions:
+        log.warning(
+            "splits are decided anew: none of the %d datasets in %s is of this crawl.site and "
+            "asks for such splits (%s); so records that they share may be in other splits here",
+            *(len(every), store, ", ".join(_SPLIT_SETTINGS)),
+        )
     continued = {ref for manifest, _ in versions for ref in manifest.inputs.get(PREVIOUS, ())}
+<<<<<<< HEAD
     intact = [_ref(m) for m, place in versions if not place.is_damaged]
     heads = [(m, place) for m, place in versions if _ref(m) not in continued]
     for manifest, place in heads:
         if place.is_damaged and _ref(manifest) not in intact:
+=======
+    on_disk = {_ref(m) for m, place in versions if not place.is_damaged}
+    heads = [(m, place) for m, place in versions if _ref(m) not in continued]
+    for manifest, place in heads:
+        if place.is_damaged and _ref(manifest) not in on_disk:
+>>>>>>> attack2
             raise ArtifactError(
                 "a new version of this dataset would not know what the newest one decided, which "
                 f"is damaged and was set aside as {str(place.path)!r}: put the right file back "

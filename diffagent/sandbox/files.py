@@ -8,6 +8,7 @@ safetensors sorts its header.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -52,9 +53,24 @@ class ModelFile:
 
 
 def default_directory() -> Path:
-    """Where the dump is kept: the user's cache, one directory for each state of the weights."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "diffagent" / f"sandbox-{identity()[:16]}"
+    """Where the dump is kept: the user's cache, one directory for each state of the weights.
+
+    Where the home directory cannot be written (a container), a directory of the user's in the
+    place for temporary files.
+    """
+    name = f"sandbox-{identity()[:16]}"
+    with contextlib.suppress(OSError, RuntimeError):  # no home directory is known
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffagent"
+        if (cache / name).is_dir():
+            return cache / name
+        cache.mkdir(parents=True, exist_ok=True)
+        if os.access(cache, os.W_OK | os.X_OK):
+            return cache / name
+    own = Path(tempfile.gettempdir(), f"diffagent-{os.getuid()}")
+    own.mkdir(mode=0o700, exist_ok=True)
+    if own.is_symlink() or own.stat().st_uid != os.getuid():
+        raise ArtifactError(f"{str(own)!r} belongs to somebody else; set XDG_CACHE_HOME")
+    return own / name
 
 
 def identity() -> str:

@@ -353,8 +353,7 @@ def test_nonsense_is_an_error_in_one_line(tmp_path: Path, text: bytes) -> None:
 @pytest.mark.parametrize(
     "metadata",
     [
-        {"nextPage": "http://[::1"},
-        {"nextPage": "\\\\@?cursor"},
+        {"nextPage": ""},
         {"nextPage": 5},
         {"nextPage": "http://h:x/?page=2"},
         {},
@@ -362,6 +361,12 @@ def test_nonsense_is_an_error_in_one_line(tmp_path: Path, text: bytes) -> None:
 )
 def test_a_next_page_that_is_none_ends_the_listing(metadata: dict[str, Any]) -> None:
     assert next_cursor(metadata) is None
+
+
+@pytest.mark.parametrize("page", ["http://[::1", "\\\\@?cursor", "https://h\\@x/\0", "later"])
+def test_a_next_page_that_cannot_be_read_is_not_taken_for_the_end(page: str) -> None:
+    with pytest.raises(ServerError, match="names no next page"):
+        next_cursor({"nextPage": page})
 
 
 @pytest.mark.parametrize("cursor", [[], {}, True, "x" * 3_000, ["a"]])

@@ -85,6 +85,8 @@ def test_an_embedding_of_the_catalogue_is_valid() -> None:
         (call(air="urn:air:sd1:checkpoint:civitai:9@9"), "wrong_air", "air"),
         (call(air="urn:air:sd1:checkpoint:civitai:2@1023"), "wrong_air", "air"),
         (call(air=""), "wrong_air", "air"),
+        (call(air="urn:air:sd1:checkpoint:civitai:2@102+invented"), "wrong_air", "air"),
+        (call(air="urn:air:sd1:checkpoint:civitai:2@102.safetensors and more"), "wrong_air", "air"),
         (call(extra=1), "schema", "extra"),
         (json.dumps(call()).replace('"version"', '"model"'), "schema", "model"),
         (call(params={"steps": 0}), "param_out_of_range", "params.steps"),

@@ -414,12 +414,18 @@ def test_two_branches_are_one_history_again(site: Site, tmp_path: Path) -> None:
     ]
 
 
-def test_other_splits_and_other_sites_have_histories_of_their_own(site: Site) -> None:
+def test_other_splits_and_other_sites_have_histories_of_their_own(
+    site: Site, caplog: pytest.LogCaptureFixture
+) -> None:
     first = site.build()
+    assert "decided anew" not in caplog.text
     other = site.build(config=DABENCH.model_copy(update={"seed": 1}))
+    assert "none of the 1 datasets" in caplog.text
+    caplog.clear()
     assert other.manifest.inputs[PREVIOUS] == () and splits_of(other) != splits_of(first)
     same = site.build(config=DABENCH.model_copy(update={"rows_per_shard": 7}))
     assert same.manifest.inputs[PREVIOUS][0].content_digest == first.content_digest
+    assert "decided anew" not in caplog.text
     elsewhere = site.crawl()
     edit_manifest(elsewhere.path, lambda m: m.update(identity="1" * 64))
     assert site.build(open_artifact(elsewhere.path)).manifest.inputs[PREVIOUS] == ()

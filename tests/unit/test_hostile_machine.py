@@ -31,6 +31,8 @@ TINY = SFTConfig(
     save_steps=1,
 )
 
+SANDBOX_CONFIG = Path(__file__).parents[2] / "configs" / "sandbox.yaml"
+
 
 @contextmanager
 def directory_without_access(*, content: Path | None = None) -> Iterator[Path]:
@@ -93,6 +95,27 @@ def test_no_home_is_needed(home: str | None, tmp_path: Path) -> None:
     command += [str(dabench.path), "--selector", "neighbours", "--store", str(tmp_path / "fits")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and done.stdout.startswith('{"prompt"'), done.stderr
+
+
+@pytest.mark.parametrize("home", ["/dev/null", "/proc"])
+def test_the_sandbox_needs_no_home_and_its_server_no_traceback(home: str, tmp_path: Path) -> None:
+    changes = {"HOME": home, "TMPDIR": str(tmp_path), "XDG_CACHE_HOME": ""}
+    command = [sys.executable, "-m", "diffagent", "crawl", "-c", str(SANDBOX_CONFIG)]
+    command += ["--set", f"runtime.store={tmp_path / 'store'}", "--set", "crawl.max_models=1"]
+
+    def crawl() -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, **changes}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    own = tmp_path / f"diffagent-{os.getuid()}"
+    own.symlink_to(tmp_path)
+    refused = crawl()
+    assert refused.returncode == 1 and "Traceback" not in refused.stderr
+    assert "set XDG_CACHE_HOME" in refused.stderr and "\u2502" not in refused.stderr
+    own.unlink()
+    done = crawl()
+    assert done.returncode == 0, done.stderr
+    assert list(own.glob("sandbox-*")) and own.stat().st_mode & 0o77 == 0
 
 
 def test_a_second_run_is_told_of_the_first(

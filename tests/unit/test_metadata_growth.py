@@ -179,18 +179,18 @@ def _seconds(read: Callable[[str], object], value: str) -> float:
 def test_time_grows_no_faster_than_the_text(name: str) -> None:
     """Eight times the text takes 8 times as long, and 64 times where time goes with its square.
 
-    The bound lies between; what takes no measurable time is linear enough.
+    The bound lies between; what takes no time that counts is linear enough.
     """
     read = READERS[name]
     for before, unit, after in HOSTILE:
         repeats = _SMALL // len(unit)
         large = before + unit * (repeats * _TIMES) + after
         slow = _seconds(read, large)
-        if slow > 0.06:
+        if slow > 0.2:
             small = before + unit * repeats + after
             fast = min(_seconds(read, small) for _ in range(3))
             slow = min(slow, _seconds(read, large))
-            assert slow < 3 * _TIMES * max(fast, 0.001), (before, unit, after, fast, slow)
+            assert slow < 4 * _TIMES * max(fast, 0.005), (before, unit, after, fast, slow)
 
 
 def test_broken_json_in_settings_is_read_a_few_times_only(monkeypatch: Any) -> None:

@@ -11,7 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from diffagent import wholeness
-from diffagent.artifacts import Artifact, StageContext, StageResult, open_artifact, stage
+from diffagent.artifacts import (
+    Artifact,
+    StageContext,
+    StageResult,
+    open_artifact,
+    stage,
+    verify_artifact,
+)
 from diffagent.errors import ArtifactError, DamagedArtifact
 from schemas.config import RuntimeConfig
 from tests.unit.test_artifacts import Words, two_machines, write_words
@@ -179,6 +186,18 @@ def test_a_damaged_copy_of_a_remote_artefact_is_brought_again(
     assert answers.file("answers").read_text() == "3000"
     assert "weights.parquet' is damaged" in caplog.text and "copied from the store" in caplog.text
     assert aside(copy) == [], "the store has it whole"
+
+
+def test_a_card_that_is_gone_from_a_remote_store_costs_nothing(tmp_path: Path) -> None:
+    calls.clear()
+    here, there = two_machines(tmp_path)
+    model = train.run(Words(), {}, here)
+    for card in (p for p in tmp_path.rglob("README.md") if not p.is_relative_to(here.local_store)):
+        card.unlink()
+    copy = train.run(Words(), {}, there)
+    assert copy.local().is_dir() and not copy.path.samefile(model.path)
+    verify_artifact(copy, stored=True)
+    assert calls == ["train"]
 
 
 def test_an_unreadable_manifest_is_no_damage(
