@@ -98,17 +98,10 @@ def find_previous(config: DABenchConfig, inputs: Inputs, runtime: RuntimeConfig)
             *(len(every), store, ", ".join(_SPLIT_SETTINGS)),
         )
     continued = {ref for manifest, _ in versions for ref in manifest.inputs.get(PREVIOUS, ())}
-<<<<<<< HEAD
     intact = [_ref(m) for m, place in versions if not place.is_damaged]
     heads = [(m, place) for m, place in versions if _ref(m) not in continued]
     for manifest, place in heads:
         if place.is_damaged and _ref(manifest) not in intact:
-=======
-    on_disk = {_ref(m) for m, place in versions if not place.is_damaged}
-    heads = [(m, place) for m, place in versions if _ref(m) not in continued]
-    for manifest, place in heads:
-        if place.is_damaged and _ref(manifest) not in on_disk:
->>>>>>> attack2
             raise ArtifactError(
                 "a new version of this dataset would not know what the newest one decided, which "
                 f"is damaged and was set aside as {str(place.path)!r}: put the right file back "
