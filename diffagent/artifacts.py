@@ -221,7 +221,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def describe_directory(directory: Path) -> str:
-    """What a directory is that a person named in place of another one, with a remedy."""
+    """Describe a directory that a person named by mistake, with a remedy."""
     if not directory.is_dir():
         there = "it is a file" if directory.exists() else "there is no such directory"
         return f"{there}; give STORE/STAGE/NAME, as the runs print it, or STORE/STAGE/latest"

@@ -1,4 +1,4 @@
-"""What the flows have in common: run the nodes of a group as tasks."""
+"""Code that the flows share: run the nodes of a group as tasks."""
 
 from __future__ import annotations
 

@@ -239,7 +239,7 @@ LRScheduler = Literal[
 
 
 class _TrainingConfig(_Section):
-    """What SFT and training on ranked candidates share; names as in transformers and PEFT."""
+    """Settings that SFT and RRHF share; names as in transformers and PEFT."""
 
     lora_rank: int = Field(default=0, ge=0, le=512, description="0 trains all parameters")
     lora_alpha: float | None = Field(

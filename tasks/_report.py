@@ -1,4 +1,4 @@
-"""What the dashboard shows of a run: artifacts of tasks and flows, each with a description."""
+"""The dashboard's view of a run: artifacts of tasks and flows, each with a description."""
 
 from __future__ import annotations
 

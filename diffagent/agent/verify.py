@@ -36,7 +36,7 @@ KINDS = {
     "wrong_air": "the stated AIR is not that of the model and version",
 }
 
-#: What may follow an AIR's version.
+#: A suffix that may follow an AIR's version.
 _FILE_OF_AIR = re.compile(r"(?:\+[0-9]+|:[a-z0-9_-]+|\.[a-z0-9_-]+)*")
 
 TRUNCATED = "truncated"

@@ -625,7 +625,7 @@ def _is_out_of_range(path: str) -> bool:
 
 
 def _error_text(body: bytes) -> str:
-    """What an error body says, in any of the site's shapes; '' when it is none."""
+    """The message of an error body in any of the site's shapes; '' when it is none."""
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError:

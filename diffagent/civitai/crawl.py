@@ -92,7 +92,7 @@ def crawl(config: CrawlConfig, context: StageContext) -> StageResult:
 
 
 def _funnels(memory: Memory, rows: Mapping[str, int]) -> tuple[Funnel, ...]:
-    """What was kept and what was left out, of each kind of which anything was."""
+    """The drop funnels of models and images, of each kind that occurred."""
     return tuple(
         Funnel(
             unit=kind,

@@ -149,7 +149,7 @@ class Replay:
         return model, next(v for n, v in _versions(model) if n == version_id)
 
     def _records(self, kind: str, records: Iterable[Any]) -> Iterator[dict[str, Any]]:
-        """What is a record, with an id that is a number."""
+        """The items that are records with a number as their id."""
         for record in records:
             reason = record.reason if isinstance(record, Unreadable) else flaw(record)
             if reason:

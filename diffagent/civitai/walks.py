@@ -297,7 +297,7 @@ class Walks:
             self._counts["malformed"] += len(new)
 
     def drops(self) -> dict[str, dict[str, int]]:
-        """What was left out of each kind: reason -> number.
+        """Count the records that were left out, by kind: reason -> number.
 
         Entries of answers that cannot be kept, and those of a local server's source, which it
         counts by the same rules and does not list.

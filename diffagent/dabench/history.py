@@ -229,7 +229,7 @@ def read_splits(dabench: Path) -> tuple[Ints, Codes]:
 
 
 def _read_file(artifact: Artifact) -> Decisions:
-    """What a version decided; of one without a memory, the splits of its rows."""
+    """The decisions of a version; of one without a memory, the splits of its rows."""
     directory = artifact.local()
     path = directory / SPLITS_FILE
     if not directory.is_dir():
@@ -254,7 +254,7 @@ def _read_file(artifact: Artifact) -> Decisions:
 
 
 def _from_shards(dabench: Path) -> Decisions:
-    """What a dataset of before there was a memory tells: the marks of its records are not known."""
+    """The decisions of a dataset from before there was a memory; its marks are not known."""
     parts = [
         (
             batch.data["id"].to_numpy(),

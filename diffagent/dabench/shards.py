@@ -188,7 +188,7 @@ def _plan(
 
 
 def _funnel(plan: _Plan) -> Funnel:
-    """What became of the pairs."""
+    """The drop funnel of the pairs."""
     funnel = FunnelCounter("pairs", ("splits",))
     funnel.keep(int(plan.inside.sum()))
     for known, reason in ((False, NEW_APART), (True, KNOWN_APART)):

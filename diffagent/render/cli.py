@@ -288,7 +288,7 @@ def _read(path: Path) -> list[str]:
 
 @dataclass(frozen=True)
 class _Models:
-    """What names may mean.
+    """The models that names may mean.
 
     Attributes:
         entries: of a catalogue, then the folders' files that it does not have.
@@ -309,7 +309,7 @@ class _Models:
 def _models(
     source: Path | None, run: PipelineConfig, base_model: str | None, *, only_here: bool
 ) -> _Models:
-    """What names may mean in a command.
+    """Collect the models that names may mean in a command.
 
     Args:
         source: directory of an agent or a DABench, whose catalogue counts first.
@@ -408,7 +408,7 @@ def _make(
     except CivitaiError as error:
         if not error.retryable:
             raise
-        # What needs no download is drawn (and kept); the same command fetches the rest later.
+        # Pictures that need no download are drawn; the same command fetches the rest later.
         log.warning("%s; the pictures of models that are not here yet fail", error)
         renders = _draw(rows, [replace(entry, download_path="") for entry in entries], run)
     apis = {

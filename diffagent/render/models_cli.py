@@ -101,7 +101,7 @@ def fetch(
 def _without_errors(
     action: Callable[[A], B], items: Iterable[A], errors: list[DiffAgentError]
 ) -> Iterator[B]:
-    """What an action makes of each item; errors are collected, so that the others are tried."""
+    """Apply an action to each item; errors are collected, so that the others are tried."""
     from diffagent.errors import DiffAgentError
 
     for item in items:

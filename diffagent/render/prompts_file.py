@@ -123,7 +123,7 @@ def folder_entries(
         kinds = [model["type"]]
         if file.refused:
             refused.append(file)
-            # What names it is a failed row with the reason, whatever it was meant to be.
+            # A row that names it fails with the reason, whatever the file was meant to be.
             is_unknown = kinds == [UNKNOWN.type] and file.path.suffix.lower() == ".safetensors"
             kinds = [CHECKPOINT, "LORA"] if is_unknown else kinds
         if kinds[0] == CHECKPOINT and not (file.refused or version.get("baseModel") or base_model):

@@ -52,7 +52,7 @@ _LIMITS = """## Limits
 
 @dataclass(frozen=True)
 class TrainingFacts:
-    """What a card reports.
+    """The facts that a card reports.
 
     Attributes:
         stage: 'sft' or 'rrhf'.

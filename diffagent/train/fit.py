@@ -1,4 +1,4 @@
-"""What both stages of training share: arguments, adapters, and a run that survives a kill.
+"""The parts that both stages of training share: arguments, adapters, resumption.
 
 Every step is logged, so that the log of a resumed run is that of an undisturbed one; people are
 shown every `LOGGING_STEPS`-th.
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 LOGGING_STEPS = 20
-#: What the stored log has of a step: nothing in it depends on the clock or the machine's load.
+#: Fields of a step in the stored log: nothing in it depends on the clock or the machine's load.
 LOGGED = (
     "epoch",
     "learning_rate",
@@ -167,7 +167,7 @@ def merged(model: Any) -> Any:
 
 @dataclass(frozen=True)
 class Fit:
-    """What a run of training has to tell.
+    """The results of a run of training.
 
     Attributes:
         metrics: steps; step that it was resumed at; mean loss of the first and of the last

@@ -35,7 +35,7 @@ class ReportTo:
 
     @classmethod
     def of(cls, context: StageContext, stage: str) -> ReportTo:
-        """What ``runtime.report_to`` names, for the run that fills ``context.out``.
+        """The trackers that ``runtime.report_to`` names, for the run that fills ``context.out``.
 
         Raises:
             ConfigError: a package is not installed.

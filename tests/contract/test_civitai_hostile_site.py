@@ -1,4 +1,4 @@
-"""What a site or the way to it may do: the client's time, memory, disk and secrets are bounded."""
+"""Hostile sites and ways to them: the client's time, memory, disk and secrets are bounded."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def test_a_long_prompt_is_cut_and_counted_and_the_response_is_not(
 
 
 def test_all_responses_follow_one_cut_of_the_prompt(tokenizer: Any) -> None:
-    """What a prompt is conditioned on depends on none of its candidates alone."""
+    """All candidates of a prompt are conditioned on the same cut of it."""
     long, short = " ".join(PROMPTS), RESPONSES[0]
     texts = [short, short + short, short * 3, short * 99]
     examples = encode_responses(tokenizer, long, texts, 300)

@@ -508,7 +508,7 @@ def test_a_damaged_version_before_is_not_made_again_by_the_same_command(site: Si
 
 
 def test_a_damaged_newest_version_is_not_passed_over(site: Site) -> None:
-    """What it decided is not known to an older one: nothing is decided anew in silence."""
+    """An older version does not know its decisions, so nothing is decided anew in silence."""
     site.build()
     site.post(2000, "something new")
     source = site.crawl()

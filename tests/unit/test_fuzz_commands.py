@@ -25,7 +25,7 @@ from tests.unit.agent_world import make_world
 
 Run = Callable[..., tuple[int, str]]
 
-#: What a path, a name or a number must survive to be.
+#: Texts given as paths, names and numbers.
 HOSTILE = (
     *("", ".", "/", "-", "--", "-1", "9" * 30, "{}", "[", "a\nb", "a\x00b", "\x1b[31mred"),
     *("\udc80x", "x" * 5000, "~nobody/x", "/dev/null", "/proc/self/mem", "s3://", "://"),

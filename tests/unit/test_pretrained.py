@@ -51,7 +51,7 @@ CLASSES = {
 
 @pytest.fixture
 def mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What strangers' code would write; standard input says yes to every question."""
+    """The file that strangers' code would write; standard input says yes to every question."""
     monkeypatch.setenv("MARK", str(tmp_path / "mark"))
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     answers = (tmp_path / "answers").open("w+")

@@ -57,7 +57,7 @@ def hub() -> Iterator[tuple[str, list[str]]]:
 
 
 def load(release: tuple[str, str, str], endpoint: str, home: Path) -> tuple[str, str]:
-    """What loading one released scorer says on stdout and stderr."""
+    """Output (stdout, stderr) of loading one released scorer."""
     import os
 
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home)}

@@ -1,4 +1,4 @@
-"""What a run of training measures, keeps, logs and reports, and where it computes."""
+"""A run of training: its measurements, checkpoints, logs and reports, and its device."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ FOR_PEOPLE = ("README.md", "LICENSE.md", "loss.png", "training_log.jsonl", "plot
 
 @stage("toy-model", version=1, config=Words)
 def train(config: Words, context: StageContext) -> StageResult:
-    """What took hours: a model with a card and with settings that change its answers."""
+    """An artefact that took hours: a model with a card and settings that change its answers."""
     calls.append("train")
     table = pa.table({"word": [*config.words] * 1000})
     pq.write_table(table, context.out / "weights.parquet")

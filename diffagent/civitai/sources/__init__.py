@@ -31,7 +31,7 @@ class Unreadable:
 
 @dataclass(frozen=True)
 class Records:
-    """What a source holds; ``files`` maps a SHA256 in lower case to a model file.
+    """The contents of a source; ``files`` maps a SHA256 in lower case to a model file.
 
     Models and images are any JSON values, and ``Unreadable``: what is no record is left out and
     counted by the server, as it is by a crawl.

@@ -125,7 +125,7 @@ def _reading(form: Form, nodes: Nodes, workflow: Bag, prompt: Bag) -> Reading:
 
 
 def _sampler_reading(walks: Walks, key: str, *, plain: bool) -> Reading:
-    """What a sampler was fed with."""
+    """The inputs of a sampler."""
     unknown: list[str] = []
     keys = walks.sampling(key)
     for name, role in (("prompt", "positive"), ("negativePrompt", "negative")):
@@ -175,7 +175,7 @@ def _named(names: list[str]) -> tuple[Reference, ...]:
 
 
 def _agreed(readings: list[Reading]) -> Reading:
-    """What is the same for all pictures that a graph saved; any of them may be the one at hand."""
+    """Keep the values that all saved pictures of a graph share; any may be the one at hand."""
     first, *others = readings
     if not others:
         return first

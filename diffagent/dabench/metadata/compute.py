@@ -610,7 +610,7 @@ _OUTPUT_SIZES: dict[str, Compute] = {
 }
 
 COMPUTED: Mapping[str, Compute] = {**_NUMBERS, **_TEXTS, **_OUTPUT_SIZES}
-#: What an empty latent may have besides its size; anything else may change the size.
+#: Inputs that an empty latent may have besides its size; any other may change the size.
 PLAIN_LATENT = frozenset(
     {"width", "height", "batch_size", "length", "frames", "color", "vae", "seed", "device"}
 )

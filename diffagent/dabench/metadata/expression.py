@@ -22,7 +22,7 @@ _MAX_PATTERN = 300  # characters
 _MAX_STEPS = 30_000_000  # of one regular expression, a fraction of a second
 _LARGEST = 2.0**70  # of a number; seeds have 64 bits
 
-#: What arithmetic does not need, and what Python's parser warns of: ``1if x else 2``.
+#: Text that arithmetic does not need and that Python's parser warns of: ``1if x else 2``.
 _NO_FORMULA = re.compile(r"""["'\\]|\d(?:and|or|if|else|in|is|not|for)\b""")
 _BINARY: Mapping[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,

@@ -216,7 +216,7 @@ def _utf8(body: bytes) -> str | None:
 
 
 def _stealth(image: Any) -> dict[str, str]:
-    """What NovelAI hides in the lowest bits of the alpha channel, column after column."""
+    """The text that NovelAI hides in the lowest bits of the alpha channel, column by column."""
     import numpy as np
 
     alpha = np.asarray(image.getchannel("A"))

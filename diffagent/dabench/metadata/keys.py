@@ -301,7 +301,7 @@ def _spilled_hash(bag: Bag, name: str) -> str | None:
 
 
 def _listed_loras(bag: Bag) -> Iterator[Reference]:
-    """What lists LoRAs with their weights: AddNet, resources, ComfyUI's resources."""
+    """LoRAs listed with their weights: AddNet, resources, ComfyUI's resources."""
     if "AddNet Enabled" in bag or "AddNet Model 1" in bag:
         yield from _addnet_loras(bag)
     for item in items(bag.get("resources")):
@@ -325,7 +325,7 @@ def _listed_loras(bag: Bag) -> Iterator[Reference]:
 
 
 def _hashed_loras(bag: Bag) -> Iterator[Reference]:
-    """What lists only hashes of LoRAs; their weights are those of the prompt's tags."""
+    """LoRAs listed by hash alone; their weights are those of the prompt's tags."""
     hashes = bag.get("hashes")
     for key, value in hashes.items() if isinstance(hashes, dict) else ():
         kind, _, name = key.partition(":")

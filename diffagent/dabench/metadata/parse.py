@@ -12,7 +12,7 @@ from diffagent.dabench.names import file_stem
 from diffagent.render.samplers import normalise
 from schemas.civitai import unwrap_meta
 
-#: What the site reads from a graph, by the first sampler that it finds.
+#: Keys that the site reads from a graph, by the first sampler that it finds.
 _READ_BY_THE_SITE = (
     *("prompt", "negativePrompt", "steps", "cfgScale", "sampler", "scheduler", "seed", "clipSkip"),
     *("width", "height"),

@@ -46,7 +46,7 @@ _MAX_LINKS = 200  # of one walk in a line
 _MAX_DEPTH = 60  # of nodes that compute from nodes that compute
 _MAX_PIPES = 8  # nodes that hand a bundle of links on
 _LORA_AIRS = frozenset({"lora", "lycoris", "locon", "dora"})
-#: What makes a part of a custom sampler; a node without any only hands one on.
+#: Inputs of a node that makes a part of a custom sampler; without any it only hands one on.
 _PART_KEYS = frozenset({"sampler_name", "scheduler", "steps", "cfg", "noise_seed", "seed"})
 _LATENTS = ("latent_image", "latent", "samples", "latents", "optional_latent", "LATENT")
 _PIPES = ("pipe", "basic_pipe", "sdxl_tuple", "context", "base_ctx", "ctx", "pipe_in", "SCA_PIPE")
@@ -113,7 +113,7 @@ class Source(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """What a latent or a picture comes from."""
+    """The origin of a latent or a picture."""
 
     samplers: frozenset[str]  # keys of the nearest
     loaded: bool  # a picture that was loaded
@@ -284,7 +284,7 @@ class Walks:
         return [[key, 0] for key in ends if _is_sampler(self._nodes[key])]
 
     def origin(self, links: Iterable[object]) -> Origin:
-        """What pictures or latents come from: the nearest samplers, or where there is none."""
+        """The nearest samplers that pictures or latents come from, or where there is none."""
         samplers: set[str] = set()
         loaded, noise, plain = False, False, True
         ahead = [(link, False) for link in links]
