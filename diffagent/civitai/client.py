@@ -513,9 +513,10 @@ class CivitaiClient:
             if pause > budget.left():
                 wait = problem.retry_after or 0.0
                 why = f" (the site asks for {wait:.0f} s of patience)" if wait >= pause else ""
+                tries = f"{failures} tries" if failures > 1 else "one try"
                 raise type(problem)(
-                    f"{self.origin}: gave up after {failures} tries in {budget.seconds:.0f} s: "
-                    f"{problem}{why}",
+                    f"{self.origin}: gave up after {tries}; the next one would be later than the "
+                    f"{budget.seconds:.0f} s that are given to it: {problem}{why}",
                     retry_after=problem.retry_after,
                 ) from None
             if problem.retry_after:  # it was said to all of this process
