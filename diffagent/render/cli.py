@@ -328,9 +328,10 @@ def _models(
         raise ConfigError("render needs --models DIR, or --agent DIR or --dabench DIR")
     if not folders:
         return _Models(entries, None)
-    files = folder_entries(folders, run.runtime.models_directory / "folders.json", base_model)
-    here = frozenset(entry.sha256 for entry in files)
+    index = run.runtime.models_directory / "folders.json"
     hashes = {entry.sha256 for entry in entries}
+    files = folder_entries(folders, index, base_model, hashes)
+    here = frozenset(entry.sha256 for entry in files)
     if only_here:
         entries = [e if e.sha256 in here else replace(e, download_path="") for e in entries]
     entries += [entry for entry in files if entry.sha256 not in hashes]

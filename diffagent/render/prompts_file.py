@@ -12,7 +12,7 @@ import difflib
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,10 @@ def prompts_config(rows: Sequence[Row], entries: Iterable[Entry]) -> PromptsConf
 
 
 def folder_entries(
-    folders: Iterable[Path], hashes: Path, base_model: str | None = None
+    folders: Iterable[Path],
+    hashes: Path,
+    base_model: str | None = None,
+    catalogued: Collection[str | None] = (),
 ) -> list[Entry]:
     """The model files of folders as rows of a catalogue, by their headers and sidecars.
 
@@ -111,6 +114,7 @@ def folder_entries(
         folders: of model files at any depth, or installations of A1111 or ComfyUI.
         hashes: file that keeps their hashes for the next time.
         base_model: of files whose tensors, notes and sidecars do not state it.
+        catalogued: SHA256 of files whose base model a catalogue states.
 
     Raises:
         ConfigError: there is no usable model file.
@@ -126,7 +130,8 @@ def folder_entries(
             # A row that names it fails with the reason, whatever the file was meant to be.
             is_unknown = kinds == [UNKNOWN.type] and file.path.suffix.lower() == ".safetensors"
             kinds = [CHECKPOINT, "LORA"] if is_unknown else kinds
-        if kinds[0] == CHECKPOINT and not (file.refused or version.get("baseModel") or base_model):
+        is_stated = version.get("baseModel") or base_model or file.sha256 in catalogued
+        if kinds[0] == CHECKPOINT and not (file.refused or is_stated):
             baseless.append(file.path)
         base = version.get("baseModel") or base_model or UNKNOWN_BASE_MODEL
         for kind in kinds:

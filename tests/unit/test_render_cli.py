@@ -487,6 +487,16 @@ def test_selected_calls_are_drawn_from_a_folder_by_hash(tmp_path: Path, models: 
     assert (row["prompt"], row["api"]["model"], row["problem"]) == ("a cat", "dream_v8", None)
 
 
+def test_a_base_model_that_a_catalogue_states_is_not_asked_for(
+    tmp_path: Path, models: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    entries = folder_entries([models], tmp_path / "hashes")
+    assert "2 checkpoints do not state their base model" in caplog.text
+    caplog.clear()
+    folder_entries([models], tmp_path / "hashes", catalogued={entry.sha256 for entry in entries})
+    assert "do not state" not in caplog.text
+
+
 def test_a_stranger_s_files_are_not_overwritten(tmp_path: Path, models: Path, run: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
