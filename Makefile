@@ -53,11 +53,11 @@ serve-dashboard: install
 sandbox: install
 	rm -f diffagent/sandbox/weights/specialist-*.safetensors diffagent/sandbox/weights/lora-*.safetensors
 	for step in vae unet export specialists; do \
-		$(BIN)/python -m diffagent.sandbox.train_generator $$step || exit 1; done
-	$(BIN)/python -m diffagent.sandbox.attributes train
-	$(BIN)/python -m diffagent.sandbox.evaluate_generator
+		$(BIN)/python -m tools.sandbox.train_generator $$step || exit 1; done
+	$(BIN)/python -m tools.sandbox.attributes train
+	$(BIN)/python -m tools.sandbox.evaluate_generator
 	for step in clip image-reward hps reference evaluate; do \
-		$(BIN)/python -m diffagent.sandbox.train_scorers $$step || exit 1; done
+		$(BIN)/python -m tools.sandbox.train_scorers $$step || exit 1; done
 
 clean:
 	rm -rf "$(STORE)" build dist *.egg-info

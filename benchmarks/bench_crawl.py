@@ -19,11 +19,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from diffagent.artifacts import Artifact
-from diffagent.civitai.crawl import crawl
-from diffagent.civitai.site import embedded_site
-from diffagent.civitai.sources.dump import write_dump
-from schemas.config import CrawlConfig, RuntimeConfig
+from diffagent.crawl.crawl_stage import crawl
+from diffagent.localcivitai.site import embedded_site
+from diffagent.localcivitai.sources.dump import write_dump
+from diffagent.schemas.config import CrawlConfig, RuntimeConfig
+from diffagent.store.artifacts import Artifact
 
 MODELS, IMAGES, RATE = 1_000, 60_000, 50.0
 

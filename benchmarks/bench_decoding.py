@@ -19,13 +19,13 @@ import torch
 from hostile import hostile_prompts, ugly_catalogue, wandering_llm
 from transformers import GenerationConfig, LogitsProcessorList
 
-from diffagent.agent.call_counts import Calls
-from diffagent.agent.format import response_text
-from diffagent.agent.grammar import Grammar
-from diffagent.agent.llm import Agent, AgentInfo
+from diffagent.agent.decoding.call_counts import Calls
+from diffagent.agent.decoding.grammar import Grammar
+from diffagent.agent.lm.format import response_text
+from diffagent.agent.lm.llm import Agent, AgentInfo
 from diffagent.agent.verify import verify
-from diffagent.dabench.catalogue import Catalogue
-from schemas.api import T2IAPI
+from diffagent.schemas.api import T2IAPI
+from diffagent.t2i.catalogue import Catalogue
 
 SIZES = (1, 10, 1_000, 75_000)
 BUDGET = 160

@@ -25,12 +25,12 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffagent.artifacts import peak_memory_bytes
-from diffagent.dabench.neighbours import mix
-from diffagent.dabench.splits import NO_SPLIT, Prints, random_splits, shingles
+from diffagent.dabench.build.neighbours import mix
+from diffagent.dabench.build.splits import NO_SPLIT, Prints, random_splits, shingles
 from diffagent.sandbox.files import materialise
-from schemas.config import DABenchConfig
-from schemas.dabench import PRINTS
+from diffagent.schemas.config import DABenchConfig
+from diffagent.schemas.tables import PRINTS
+from diffagent.store.artifacts import peak_memory_bytes
 
 ROWS = (100_000, 500_000, 1_000_000, 3_000_000)
 BOILERPLATE = 0.01

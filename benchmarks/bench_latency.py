@@ -31,11 +31,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from diffagent.agent.format import response_text
-from diffagent.agent.key_values import KeyValues
-from diffagent.agent.llm import Agent, AgentInfo, load_agent, save_agent
+from diffagent.agent.lm.format import response_text
+from diffagent.agent.lm.key_values import KeyValues
+from diffagent.agent.lm.llm import Agent, AgentInfo, load_agent, save_agent
 from diffagent.agent.prompts import Pair, read_split
-from schemas.api import parse_api
+from diffagent.schemas.api import parse_api
 
 
 class Led(torch.nn.Module):
@@ -68,7 +68,7 @@ def show(**figures: object) -> None:
 
 def make_agent(directory: Path, dabench: Path) -> None:
     """An agent's directory with the released weights."""
-    from diffagent.agent.smollm2 import SMOLLM2, load_smollm2
+    from diffagent.agent.lm.smollm2 import SMOLLM2, load_smollm2
 
     model, tokenizer = load_smollm2()
     info = AgentInfo(base_model=SMOLLM2, trained_by=(), max_length=512)
@@ -148,7 +148,7 @@ def torch_int8(directory: Path) -> Agent:
 
 def cold_start(directory: Path, prompt: str, int8: bool) -> None:
     """Of the command ``diffagent select``: its first answer, a second one, and what is between."""
-    command = [sys.executable, "-m", "diffagent.cli", "select", "-", "--agent", str(directory)]
+    command = [sys.executable, "-m", "diffagent.cli.main", "select", "-", "--agent", str(directory)]
     started = time.perf_counter()
     with subprocess.Popen(
         [*command, *(["--int8"] if int8 else [])],
@@ -195,7 +195,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         dabench = arguments.dabench
         if dabench is None:
-            from tests.unit.agent_world import make_world
+            from tests.agent.agent_world import make_world
 
             dabench = make_world(Path(folder), train=200, test=20).path
         directory = arguments.agent or Path(folder, "agent")

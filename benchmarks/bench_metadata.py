@@ -21,8 +21,8 @@ from typing import Any
 
 import orjson
 
-from diffagent.dabench.metadata import Generation, parse_generation
 from diffagent.sandbox.files import materialise
+from diffagent.t2i.metadata import Generation, parse_generation
 
 REPEATS = 3
 FIELDS: Mapping[str, Callable[[Generation], bool]] = {

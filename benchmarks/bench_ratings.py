@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import Ridge
 
 from diffagent import compat
-from diffagent.dabench.splits import shingles
+from diffagent.dabench.build.splits import shingles
 from diffagent.evaluation.bootstrap import bootstrap_intervals
 from diffagent.train.losses import Loss, ranking_loss
 from diffagent.train.ratings import RatedPrompt, read_ratings

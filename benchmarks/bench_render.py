@@ -33,15 +33,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from diffagent.render.base import Files, ModelRef
-from diffagent.render.checkpoints import channels_last, quiet_diffusers, shipped_configs
-from diffagent.render.pipelines import DiffusersRenderer
+from diffagent.render.diffusers.checkpoints import channels_last, quiet_diffusers, shipped_configs
+from diffagent.render.diffusers.pipelines import DiffusersRenderer
 from diffagent.render.planner import draw
 from diffagent.render.recipe import LoRAUse, Recipe
-from diffagent.render.samplers import SAMPLERS, normalise
-from diffagent.sandbox import catalogue, files
-from diffagent.sandbox.adapters import merged
+from diffagent.render.renderer import Files, ModelRef
+from diffagent.sandbox import files, site_records
 from diffagent.sandbox.single_file import single_file_tensors
+from diffagent.sandbox.tiny_adapters import merged
+from diffagent.t2i.samplers import SAMPLERS, normalise
 
 CPU = torch.device("cpu")
 
@@ -78,7 +78,7 @@ def sandbox_jobs(
     """Random jobs: a checkpoint, a LoRA or none, and what a record of the sandbox says."""
     rng = random.Random(seed)
     facts = {file.key: file for file in files.model_files()}
-    told = [record.get("meta") or {} for record in catalogue.images(facts)]
+    told = [record.get("meta") or {} for record in site_records.images(facts)]
     usable = [m for m in told if {"prompt", "sampler", "steps", "cfgScale"} <= set(m)]
     jobs = []
     while len(jobs) < number:
@@ -225,7 +225,7 @@ def random_pipeline(family: str, device: torch.device) -> Any:
     diffusers = quiet_diffusers()
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    from diffagent.render.checkpoints import _tokenizers
+    from diffagent.render.diffusers.checkpoints import _tokenizers
 
     config = next(path for path in shipped_configs() if path.name == family)
     torch.manual_seed(0)

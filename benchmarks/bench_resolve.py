@@ -3,7 +3,8 @@
     python benchmarks/bench_resolve.py [--fit] [DIR]
 
 DIR is a dump (``models*.jsonl[.gz]``, ``images*.jsonl[.gz]``); without it, the sandbox's records.
-One JSON object a line. ``--fit`` prints the constants of ``diffagent.dabench.resolve`` instead.
+One JSON object a line. ``--fit`` prints the constants of ``diffagent.dabench.filter.resolve``
+instead.
 
 Truth: the version of a checkpoint in whose showcase the picture is (``_context`` of the dump; of a
 record without that, the only checkpoint among its ``modelVersionIds``). It is read for counting
@@ -32,12 +33,19 @@ from typing import Any
 
 import numpy as np
 
-from diffagent.civitai.sources.dump import read_records
-from diffagent.dabench.catalogue import CHECKPOINT
-from diffagent.dabench.metadata import Generation, Reference, parse_generation
-from diffagent.dabench.resolve import NAME_VIAS, VIAS, Candidate, Resolution, Resolver, Standing
-from diffagent.dabench.version_index import KnownVersion, told_base
+from diffagent.dabench.filter.resolve import (
+    NAME_VIAS,
+    VIAS,
+    Candidate,
+    Resolution,
+    Resolver,
+    Standing,
+)
+from diffagent.dabench.filter.version_index import KnownVersion, told_base
+from diffagent.localcivitai.sources.dump import read_records
 from diffagent.sandbox.files import materialise
+from diffagent.t2i.catalogue import CHECKPOINT
+from diffagent.t2i.metadata import Generation, Reference, parse_generation
 
 THRESHOLDS = (0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 RESAMPLES = 1000

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import official_rewards as official
 from diffagent.device import keep_freed_memory
-from diffagent.rewards.stage import score_pictures
+from diffagent.rewards.score_stage import score_pictures
 
 TOGETHER = "together"
 

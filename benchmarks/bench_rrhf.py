@@ -25,14 +25,14 @@ from typing import Any
 
 import torch
 
-from diffagent.agent.format import IGNORED, Example
-from diffagent.artifacts import peak_memory_bytes
+from diffagent.agent.lm.format import IGNORED, Example
 from diffagent.pretrained import load_model
+from diffagent.schemas.config import RRHFConfig
+from diffagent.store.artifacts import peak_memory_bytes
 from diffagent.train.collate import RankedPrompt, RRHFCollator
 from diffagent.train.fit import enable_checkpointing
 from diffagent.train.passes import response_logps
 from diffagent.train.rrhf import batch_loss
-from schemas.config import RRHFConfig
 
 SMOLLM2 = {
     "vocab_size": 49_152,

@@ -36,16 +36,15 @@ from hostile import hostile_prompts
 from safetensors.numpy import load_file, save_file
 
 from diffagent.agent.baselines import Nearest, Popular, Random, Usage
-from diffagent.agent.encoder import TransformerEncoder
-from diffagent.agent.experts import card_texts
-from diffagent.agent.fitting import RECIPES, Vectors, fit, load_selector, save_selector
-from diffagent.agent.llm import Quantization, load_agent
 from diffagent.agent.llm_selector import LLM
+from diffagent.agent.lm.llm import Quantization, load_agent
 from diffagent.agent.prompts import Pair
-from diffagent.agent.reranked import Reranked, fit_reranked
+from diffagent.agent.retrieval.encoder import TransformerEncoder
+from diffagent.agent.retrieval.experts import card_texts
+from diffagent.agent.retrieval.fitting import RECIPES, Vectors, fit, load_selector, save_selector
+from diffagent.agent.retrieval.reranked import Reranked, fit_reranked
+from diffagent.agent.retrieval.training_calls import model_names, read_rows
 from diffagent.agent.selector import Choice
-from diffagent.agent.training_calls import model_names, read_rows
-from diffagent.dabench.catalogue import Catalogue, Entry
 from diffagent.evaluation.metrics import agreement
 from diffagent.evaluation.selection import (
     clustered_intervals,
@@ -53,8 +52,9 @@ from diffagent.evaluation.selection import (
     ranking_metrics,
     reliability,
 )
-from schemas.api import parse_api
-from schemas.config import FitConfig, RerankConfig
+from diffagent.schemas.api import parse_api
+from diffagent.schemas.config import FitConfig, RerankConfig
+from diffagent.t2i.catalogue import Catalogue, Entry
 
 STRATA = {"all": (-1, 2), "<0.6": (-1, 0.6), "<0.3": (-1, 0.3), ">=0.6": (0.6, 2)}
 COLUMNS = {"leak-free": "split", "random": "random_split"}

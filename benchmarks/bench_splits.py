@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from diffagent.civitai.crawl import crawl
-from diffagent.civitai.site import embedded_site
+from diffagent.crawl.crawl_stage import crawl
+from diffagent.dabench.build.shard_stage import build_dabench
 from diffagent.dabench.dataset import open_dataset
-from diffagent.dabench.filters import filter_records
-from diffagent.dabench.shards import build_dabench
-from schemas.config import CrawlConfig, DABenchConfig, FilterConfig, RuntimeConfig
+from diffagent.dabench.filter.filter_stage import filter_records
+from diffagent.localcivitai.site import embedded_site
+from diffagent.schemas.config import CrawlConfig, DABenchConfig, FilterConfig, RuntimeConfig
 
 COLUMNS = ("prompt", "version_id", "model_id", "group", "random_split")
 LIMITS = (None, 0.6, 0.3)

@@ -36,12 +36,12 @@ from typing import Any
 
 import orjson
 
-from diffagent.artifacts import peak_memory_bytes
-from diffagent.civitai.faults import PROFILES, TRANSPORT, Faults, Profile
-from diffagent.civitai.replay import Replay
-from diffagent.civitai.sources.dump import read_records
-from schemas.civitai import unwrap_meta
-from schemas.config import CrawlConfig, RuntimeConfig
+from diffagent.localcivitai.faults import PROFILES, TRANSPORT, Faults, Profile
+from diffagent.localcivitai.replay import Replay
+from diffagent.localcivitai.sources.dump import read_records
+from diffagent.schemas.config import CrawlConfig, RuntimeConfig
+from diffagent.schemas.payloads import unwrap_meta
+from diffagent.store.artifacts import peak_memory_bytes
 
 DAYS, DAMAGED_BEFORE, SCHEMA_DAY, NEVER = 6, 6, 3, 99
 MODEL, VERSION, IMAGE, STEP = 1_000_000, 10_000_000, 100_000_000, 7
@@ -168,7 +168,7 @@ class World:
 
 def serve(world: World, day: int, seed: int) -> None:
     """Serve a day until standard input closes; then say what it took."""
-    from diffagent.civitai.server import LocalCivitai, Serving
+    from diffagent.localcivitai.server import LocalCivitai, Serving
 
     sandbox = Path(os.environ["WEEK_SANDBOX"])
     models = [m for m in read_records(sandbox, "models") if m["modelVersions"]]
@@ -209,7 +209,7 @@ def usage(prefix: str = "") -> dict[str, int]:
 
 def crawl_once(url: str, store: str, day: int, share: float) -> None:
     """Crawl or refresh, with a clock that jumps; prints the directory of the snapshot."""
-    from diffagent.civitai import crawl as crawling
+    from diffagent.crawl import crawl_stage as crawling
 
     rng, real = random.Random(os.getpid()), time.time
 

@@ -1,6 +1,6 @@
 """The official packages' reward models at full size, with random weights in the released layouts.
 
-What their scores are on the same file is the reference of tests/unit/test_rewards_full_size.py; how
+What their scores are on the same file is the reference of tests/rewards/test_full_size.py; how
 fast their own loops are, that of bench_rewards.py.
 """
 
@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from diffagent import compat
-from diffagent.rewards.base import Scorer
+from diffagent.rewards.scorer import Scorer
 
 CLIP = "ViT-L-14-quickgelu"
 METRICS = ("clip", "image_reward", "hps_v2")
@@ -294,11 +294,11 @@ def _by_prompt(prompts: Sequence[str], files: Sequence[Path]) -> list[tuple[str,
 
 
 def load_ours(metric: str, directory: Path, **runtime: Any) -> Scorer:
-    """This library's scorer of the same file; see `diffagent.rewards.base.Runtime`."""
-    from diffagent.rewards.base import Runtime
+    """This library's scorer of the same file; see `diffagent.rewards.scorer.Runtime`."""
     from diffagent.rewards.clip import ClipScorer
     from diffagent.rewards.hps import HPSScorer
     from diffagent.rewards.image_reward import ImageRewardScorer
+    from diffagent.rewards.scorer import Runtime
 
     file, given = directory / FILES[metric], Runtime(**runtime)
     if metric == "clip":

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from diffagent.artifacts import Artifact
-from diffagent.dabench.catalogue import Catalogue, rename
-from diffagent.dabench.model_filters import ModelSift
-from diffagent.dabench.record_filters import RECORD_FILTERS, Record
-from diffagent.dabench.records import DUPLICATE, PairBuilder, make_api
-from diffagent.dabench.resolve import Resolver
-from diffagent.dabench.snapshot import read_generations, read_gone
-from schemas.config import FilterConfig
+from diffagent.dabench.filter.model_filters import ModelSift
+from diffagent.dabench.filter.record_filters import RECORD_FILTERS, Record
+from diffagent.dabench.filter.records import DUPLICATE, PairBuilder, make_api
+from diffagent.dabench.filter.resolve import Resolver
+from diffagent.dabench.filter.snapshot_rows import read_generations, read_gone
+from diffagent.schemas.config import FilterConfig
+from diffagent.store.artifacts import Artifact
+from diffagent.t2i.catalogue import Catalogue, rename
 
 
 def load(snapshot: Artifact, kind: str) -> pd.DataFrame:

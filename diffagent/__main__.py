@@ -1,5 +1,5 @@
 """``python -m diffagent``: the command line."""
 
-from diffagent.cli import main
+from diffagent.cli.main import main
 
 main()

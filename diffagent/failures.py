@@ -25,9 +25,9 @@ from diffagent.errors import (
     SchemaError,
     UnexpectedError,
 )
-from schemas.api import ApiError
-from schemas.config import ConfigFileError
-from schemas.printable import printable
+from diffagent.schemas.api import ApiError
+from diffagent.schemas.config import ConfigFileError
+from diffagent.schemas.printable import printable
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)

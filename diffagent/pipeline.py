@@ -21,10 +21,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from diffagent.artifacts import Artifact, Inputs, Progress, Stage
-from diffagent.child import run_in_child
 from diffagent.errors import ConfigError
-from schemas.config import (
+from diffagent.schemas.config import (
     EvaluationConfig,
     PartConfig,
     PipelineConfig,
@@ -33,6 +31,8 @@ from schemas.config import (
     SelectConfig,
     Selector,
 )
+from diffagent.store.artifacts import Artifact, Inputs, Progress, Stage
+from diffagent.store.child import run_in_child
 
 log = logging.getLogger(__name__)
 
@@ -77,10 +77,10 @@ def plan(config: PipelineConfig) -> dict[str, Node]:
 
 def _dataset_nodes(config: PipelineConfig) -> Iterator[Node]:
     group: Group = "build-dabench"
-    yield Node("crawl", "diffagent.civitai.crawl:crawl", config.crawl, {}, group, site=True)
+    yield Node("crawl", "diffagent.crawl.crawl_stage:crawl", config.crawl, {}, group, site=True)
     yield Node(
         "filter",
-        "diffagent.dabench.filters:filter_records",
+        "diffagent.dabench.filter.filter_stage:filter_records",
         config.filters,
         {"snapshot": ("crawl",)},
         group,
@@ -88,7 +88,7 @@ def _dataset_nodes(config: PipelineConfig) -> Iterator[Node]:
     )
     yield Node(
         "shard",
-        "diffagent.dabench.shards:build_dabench",
+        "diffagent.dabench.build.shard_stage:build_dabench",
         config.dabench,
         {"filtered": ("filter",)},
         group,
@@ -110,7 +110,7 @@ def _training_nodes(config: PipelineConfig) -> Iterator[Node]:
     for i in shards:
         yield Node(
             f"sample-{i}",
-            "diffagent.agent.sampling:sample",
+            "diffagent.agent.sample_stage:sample",
             SampleShard(**config.sampling.model_dump(), shard=i),
             {"dabench": dabench, "agent": agent},
             "train-rrhf",
@@ -145,7 +145,7 @@ def _evaluation_nodes(config: PipelineConfig) -> Iterator[Node]:
         agent = {"agent": (AGENTS[name],)} if name in AGENTS else {}
         yield Node(
             f"select-{name}",
-            "diffagent.agent.selectors:select",
+            "diffagent.agent.select_stage:select",
             SelectConfig(selector=name, **shared),
             {"dabench": ("shard",), **agent},
             group,
@@ -159,7 +159,7 @@ def _evaluation_nodes(config: PipelineConfig) -> Iterator[Node]:
                 candidates = f"part-{part}"
                 yield Node(
                     candidates,
-                    "diffagent.render.part:part",
+                    "diffagent.render.part_stage:part",
                     PartConfig(num_parts=evaluation.num_shards, part=shard),
                     {"candidates": (f"select-{name}",)},
                     group,
@@ -196,7 +196,7 @@ def _judge(config: PipelineConfig, candidates: str, name: str, group: Group) -> 
     """Render the candidates of one node and score the pictures."""
     yield Node(
         f"render-{name}",
-        "diffagent.render.stage:render",
+        "diffagent.render.render_stage:render",
         config.render,
         {"candidates": (candidates,), "dabench": ("shard",)},
         group,
@@ -207,7 +207,7 @@ def _judge(config: PipelineConfig, candidates: str, name: str, group: Group) -> 
     )
     yield Node(
         f"score-{name}",
-        "diffagent.rewards.stage:score",
+        "diffagent.rewards.score_stage:score",
         config.rewards,
         {"renders": (f"render-{name}",)},
         group,
@@ -221,7 +221,7 @@ def _held_out(config: PipelineConfig, name: str, group: Group) -> Node:
     """Held-out judges look at the pictures of one selector; at no picture to train on."""
     return Node(
         f"judge-{name}",
-        "diffagent.rewards.stage:judge",
+        "diffagent.rewards.score_stage:judge",
         config.judges,
         {"renders": (f"render-{name}",)},
         group,
@@ -362,7 +362,7 @@ def run(
 
 def open_site(config: PipelineConfig) -> contextlib.AbstractContextManager[str]:
     """The address of the run's Civitai API; an embedded server lives as long as the block."""
-    from diffagent.civitai.site import embedded_site
+    from diffagent.localcivitai.site import embedded_site
 
     site: contextlib.AbstractContextManager[str] = embedded_site(
         config.crawl.site,

@@ -16,10 +16,10 @@ from prefect.futures import PrefectFuture, as_completed
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from diffagent import pipeline
-from diffagent.artifacts import Artifact
 from diffagent.errors import ArtifactError, ConfigError
 from diffagent.pipeline import Group, Node, find_cached, open_site
-from schemas.config import PipelineConfig, RuntimeConfig, load_config
+from diffagent.schemas.config import PipelineConfig, RuntimeConfig, load_config
+from diffagent.store.artifacts import Artifact
 from tasks._report import report_stages
 
 

@@ -9,8 +9,8 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
+from diffagent.schemas.config import PipelineConfig
 from flows._compose import run_one
-from schemas.config import PipelineConfig
 from tasks._workers import heartbeat
 
 
@@ -20,7 +20,7 @@ def run_stage(key: str, config: dict[str, Any]) -> State[None]:
 
     Args:
         key: as in ``diffagent.pipeline.plan``, such as 'render-3'.
-        config: the whole ``schemas.config.PipelineConfig``.
+        config: the whole ``diffagent.schemas.config.PipelineConfig``.
     """
     settings = PipelineConfig.model_validate(config)
     with heartbeat(flow_run.id, settings.runtime.lost_after_seconds):

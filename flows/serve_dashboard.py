@@ -19,7 +19,7 @@ import typer
 import uvicorn
 from starlette.types import ASGIApp
 
-from diffagent.store_server import create_app as create_store_app
+from diffagent.store.store_server import create_app as create_store_app
 from diffagent.webguard import WebGuard
 
 #: No other page shows the UI in a frame, where a click could be led astray.

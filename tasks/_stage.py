@@ -25,9 +25,9 @@ from prefect.filesystems import LocalFileSystem
 from prefect.tasks import exponential_backoff
 
 from diffagent import pipeline
-from diffagent.artifacts import Artifact, Inputs
 from diffagent.pipeline import Node, load_stage, open_site, run_node
-from schemas.config import PipelineConfig
+from diffagent.schemas.config import PipelineConfig
+from diffagent.store.artifacts import Artifact, Inputs
 from tasks._report import report_artifact, report_refresh
 from tasks._workers import run_on_worker
 

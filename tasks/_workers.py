@@ -23,10 +23,10 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
-from diffagent.artifacts import Artifact, Inputs
 from diffagent.errors import ArtifactError
 from diffagent.pipeline import Node, load_stage
-from schemas.config import PipelineConfig
+from diffagent.schemas.config import PipelineConfig
+from diffagent.store.artifacts import Artifact, Inputs
 
 log = logging.getLogger(__name__)
 

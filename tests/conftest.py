@@ -6,14 +6,19 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from schemas.manifest import FileEntry, Manifest
+import pytest
+
+from diffagent import compat
+from diffagent.schemas.config import RuntimeConfig, SFTConfig
+from diffagent.schemas.manifest import FileEntry, Manifest
 
 if TYPE_CHECKING:
-    from diffagent.artifacts import Artifact
+    from diffagent.store.artifacts import Artifact
 
 # Before torch or transformers are imported anywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,6 +29,8 @@ os.environ["DO_NOT_TRACK"] = "1"
 
 ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
+
+compat.install()  # some test modules import transformers before anything of diffagent
 
 
 @contextmanager
@@ -42,7 +49,7 @@ def reseal(artifact: Artifact) -> None:
 
     Its content digest stays, so that handles on it stay valid.
     """
-    from diffagent.artifacts import MANIFEST, sha256_file
+    from diffagent.store.artifacts import MANIFEST, sha256_file
 
     manifest = artifact.manifest
     files = tuple(
@@ -56,7 +63,7 @@ def reseal(artifact: Artifact) -> None:
 
 def sealed(stage: str, directory: Path) -> Artifact:
     """The artefact of a stage whose files a test has put into ``directory``."""
-    from diffagent.artifacts import MANIFEST, files_digest, open_artifact, sha256_file
+    from diffagent.store.artifacts import MANIFEST, files_digest, open_artifact, sha256_file
 
     (directory / MANIFEST).unlink(missing_ok=True)
     files = tuple(
@@ -79,3 +86,39 @@ def sealed(stage: str, directory: Path) -> Artifact:
     )
     (directory / MANIFEST).write_text(manifest.model_dump_json())
     return open_artifact(directory)
+
+
+@dataclass(frozen=True)
+class AgentRun:
+    """A small DABench and an agent that learnt to answer it."""
+
+    runtime: RuntimeConfig
+    config: SFTConfig
+    dabench: Artifact
+    agent: Artifact
+
+
+@pytest.fixture(scope="session")
+def agent_run(tmp_path_factory: pytest.TempPathFactory) -> AgentRun:
+    """An agent of 0.1 M parameters after seconds of training: it writes valid APIs."""
+    import torch
+
+    from diffagent.train.stages import train_sft
+    from tests.agent.agent_world import make_world
+
+    torch.set_num_threads(1)
+    store = Path(tmp_path_factory.mktemp("agent"))
+    runtime = RuntimeConfig(store=str(store), device="cpu")
+    dabench = make_world(store, train=400, test=24, validation=40)
+    config = SFTConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        vocab_size=600,
+        max_steps=100,
+        learning_rate=8e-3,
+        per_device_train_batch_size=8,
+        max_length=192,
+    )
+    return AgentRun(
+        runtime, config, dabench, train_sft.run(config, {"dabench": [dabench]}, runtime)
+    )

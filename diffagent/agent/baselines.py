@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from diffagent.agent.format import response_text
+from diffagent.agent.lm.format import response_text
 from diffagent.agent.prompts import Pair
 from diffagent.agent.selector import Choice
 from diffagent.agent.verify import verify
-from diffagent.dabench.catalogue import Catalogue, Entry
-from schemas.api import T2IAPI
+from diffagent.schemas.api import T2IAPI
+from diffagent.t2i.catalogue import Catalogue, Entry
 
 
 class Usage:

@@ -1,4 +1,4 @@
-"""Rows of ``schemas.dabench.CANDIDATES``: answers, judged, in one file with one order."""
+"""Rows of ``diffagent.schemas.tables.CANDIDATES``: answers, judged, in one file with one order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from diffagent.agent.prompts import Pair
 from diffagent.agent.verify import Verdict
-from schemas.dabench import CANDIDATES
+from diffagent.schemas.tables import CANDIDATES
 
 FILE = "candidates.parquet"
 Row = dict[str, Any]

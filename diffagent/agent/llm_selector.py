@@ -12,9 +12,9 @@ from diffagent.agent.selector import Choice
 from diffagent.agent.verify import verify
 
 if TYPE_CHECKING:
-    from diffagent.agent.grammar import NegativePrompts
-    from diffagent.agent.llm import Agent
-    from diffagent.dabench.catalogue import Catalogue
+    from diffagent.agent.decoding.grammar import NegativePrompts
+    from diffagent.agent.lm.llm import Agent
+    from diffagent.t2i.catalogue import Catalogue
 
 log = logging.getLogger(__name__)
 
@@ -42,13 +42,13 @@ class LLM:
     of the whole text, stop included; what is no API is returned as it is.
 
     Args:
-        agent: see `diffagent.agent.llm.load_agent`.
+        agent: see `diffagent.agent.lm.llm.load_agent`.
         max_new_tokens: of an answer; None: the room that the agent's ``max_length`` leaves.
         constrained: whether invalid answers are impossible.
         beams: names that are scored; by default one for one choice (greedy), else `BEAMS` or as
             many as choices.
         temperature: of the probabilities of names; above 1 for an agent that is too sure.
-        negative_prompts: see `diffagent.agent.grammar.Grammar`.
+        negative_prompts: see `diffagent.agent.decoding.grammar.Grammar`.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class LLM:
         ]
 
     def _select_unconstrained(self, prompts: Sequence[str], n: int) -> list[list[Choice]]:
-        from diffagent.agent.decoding import DiverseBeams
+        from diffagent.agent.decoding.strategies import DiverseBeams
 
         completions = self.agent.generate(
             prompts, max_new_tokens=self.max_new_tokens, decoding=DiverseBeams(n) if n > 1 else None

@@ -10,7 +10,7 @@ from diffagent.agent.selector import Selector
 from diffagent.errors import ConfigError
 
 if TYPE_CHECKING:
-    from diffagent.agent.llm import Quantization
+    from diffagent.agent.lm.llm import Quantization
 
 
 def open_selector(
@@ -45,14 +45,14 @@ def open_selector(
     quantization: Quantization = "int8" if int8 else "none"
     if agent is not None and dabench is None:
         from diffagent.agent import llm_selector
-        from diffagent.agent.llm import load_agent
+        from diffagent.agent.lm.llm import load_agent
 
         generates = options.get("constrained") is False
         writer = load_agent(agent, device, quantization, generates=generates)
         return llm_selector.LLM(writer if usable is None else writer.only(usable), **options)
-    from diffagent.agent.fitting import FITTED, fitted_selector
-    from diffagent.artifacts import open_artifact
-    from schemas.config import RerankConfig, RuntimeConfig
+    from diffagent.agent.retrieval.fitting import FITTED, fitted_selector
+    from diffagent.schemas.config import RerankConfig, RuntimeConfig
+    from diffagent.store.artifacts import open_artifact
 
     if dabench is None:
         raise ConfigError("select needs --agent DIR, or --dabench DIR to learn from")
@@ -68,7 +68,7 @@ def open_selector(
     if agent is None:
         fitted = fitted_selector(retrieval, data, runtime, encoder)
         return fitted if usable is None else fitted.only(usable)
-    from diffagent.agent.reranked import reranked_selector
+    from diffagent.agent.retrieval.reranked import reranked_selector
 
     rerank = RerankConfig(retrieval=retrieval, encoder=encoder)
     reranked = reranked_selector(rerank, data, open_artifact(agent), runtime, quantization)

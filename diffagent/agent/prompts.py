@@ -11,7 +11,7 @@ import polars as pl
 
 from diffagent.errors import ArtifactError
 from diffagent.failures import reading
-from schemas.api import T2IAPI, parse_api
+from diffagent.schemas.api import T2IAPI, parse_api
 
 
 @dataclass(frozen=True)

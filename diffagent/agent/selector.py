@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from diffagent.agent.verify import Verdict
 from diffagent.errors import SchemaError
-from schemas.api import T2IAPI
+from diffagent.schemas.api import T2IAPI
 
 if TYPE_CHECKING:
-    from diffagent.dabench.catalogue import Catalogue
+    from diffagent.t2i.catalogue import Catalogue
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from schemas.api import T2IAPI, ApiError, parse_api
+from diffagent.schemas.api import T2IAPI, ApiError, parse_api
 
 if TYPE_CHECKING:
-    from diffagent.dabench.catalogue import Catalogue, Entry
+    from diffagent.t2i.catalogue import Catalogue, Entry
 
 #: Kind of hallucination -> what it means.
 KINDS = {

@@ -7,7 +7,7 @@ logged at once as a warning, with the next try and the end of the tries. What ca
 raised at once: 404, 401/403, a stale cursor, and the 429 that means "page * limit > 1000".
 
 Every answer has bounds: its time and its size (``diffagent.civitai.transport``), and the depth and
-size of each record in it (``schemas.civitai.flaw``).
+size of each record in it (``diffagent.schemas.payloads.flaw``).
 
 The token (environment variable CIVITAI_TOKEN) goes to the site's own origin alone, over https or to
 this machine: never into an address, a log or an exception, and never along a redirect to another
@@ -54,8 +54,8 @@ from diffagent.errors import (
     RateLimited,
     ServerError,
 )
-from schemas.civitai import whole_number
-from schemas.printable import printable
+from diffagent.schemas.payloads import whole_number
+from diffagent.schemas.printable import printable
 
 __all__ = ["CivitaiClient", "Patience", "client_for", "is_loopback", "is_site_host", "origin_of"]
 
@@ -227,12 +227,12 @@ class CivitaiClient:
         return ids
 
     def get_model_page(self, model_id: int) -> dict[str, Any]:
-        """What only the HTML page tells: see ``diffagent.civitai.html.page_settings``.
+        """What only the HTML page tells: see ``diffagent.civitai.page_html.page_settings``.
 
         Raises:
             SchemaError: the page's state has no form known here.
         """
-        from diffagent.civitai.html import page_settings
+        from diffagent.civitai.page_html import page_settings
 
         page = self._patiently(lambda: self._text(f"/models/{model_id:d}"))
         return page_settings(page)

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from schemas.civitai import MAX_DEPTH
+from diffagent.schemas.payloads import MAX_DEPTH
 
 #: Deeper than a record may be, so that a record which was cut is still too deep to be kept.
 _CUT_DEPTH = 2 * MAX_DEPTH

@@ -16,7 +16,7 @@ from typing import Any
 import orjson
 
 from diffagent.errors import BadCursor, CivitaiError
-from schemas.civitai import flaw, whole_number
+from diffagent.schemas.payloads import flaw, whole_number
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Page:
 
     Attributes:
         dropped: a mark and a reason for each entry that is no record which can be kept
-            (``schemas.civitai.flaw``).
+            (``diffagent.schemas.payloads.flaw``).
         text_ids: how many ids were numbers in quotes.
         source_drops: of a local server, how many records of its source it could not list: kind ->
             reason -> number.

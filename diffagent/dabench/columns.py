@@ -1,10 +1,10 @@
-"""The columns of a DABench in words, for its card: what `schemas.dabench` says in comments."""
+"""Describe the columns of a DABench for its card, from `diffagent.schemas.tables`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-#: Column of ``schemas.dabench.DABENCH`` -> its meaning.
+#: Column of ``diffagent.schemas.tables.DABENCH`` -> its meaning.
 PAIRS: Mapping[str, str] = {
     "id": "id of the picture on the site",
     "prompt": "the instruction: the prompt without the names of networks",
@@ -41,7 +41,7 @@ PAIRS: Mapping[str, str] = {
     "random_split": "split by a hash of the pair's own id, for comparison",
 }
 
-#: Column of ``schemas.dabench.CATALOGUE`` -> its meaning.
+#: Column of ``diffagent.schemas.tables.CATALOGUE`` -> its meaning.
 CATALOGUE: Mapping[str, str] = {
     "model": "name of the model, unique in the catalogue",
     "version": "name of the version, unique in the model",

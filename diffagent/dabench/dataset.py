@@ -17,16 +17,16 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffagent.artifacts import MANIFEST, Artifact, read_manifest
-from diffagent.cache import remote_of
+from diffagent.dabench.build.splits import SPLITS, Split
 from diffagent.dabench.pairs import from_pair, read_pairs
-from diffagent.dabench.splits import SPLITS, Split
-from diffagent.dabench.tables import read_batches
+from diffagent.dabench.parquet_tables import read_batches
 from diffagent.errors import ArtifactError
-from diffagent.lineage import ancestors, lineage_lines
-from schemas.config import DABenchConfig
-from schemas.dabench import DABENCH
-from schemas.manifest import Funnel, Manifest
+from diffagent.schemas.config import DABenchConfig
+from diffagent.schemas.manifest import Funnel, Manifest
+from diffagent.schemas.tables import DABENCH
+from diffagent.store.artifacts import MANIFEST, Artifact, read_manifest
+from diffagent.store.lineage import ancestors, lineage_lines
+from diffagent.store.local_copies import remote_of
 
 DISTRIBUTIONS = "distributions.json"
 _BATCH_ROWS = 8192

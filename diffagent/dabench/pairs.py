@@ -4,7 +4,8 @@ What is known of that release (DiffAgent, arXiv 2404.01342, and the README of it
 holds "Instruction-API pairs" and "mapping dictionaries to facilitate subsequent model downloads
 or API information reconstruction"; a third party's summary names the API's keys Model, Type,
 Base Model, Params and Description. Its file names, the keys inside Params and those of the
-dictionaries are not known: `PAIR_KEYS`, `API_KEYS` and the names of `schemas.api.Params` are
+dictionaries are not known: `PAIR_KEYS`, `API_KEYS` and the names of
+`diffagent.schemas.api.Params` are
 this project's choice wherever the table below says so, and are written down nowhere else.
 
 A file is one JSON array with a pair a line, so that it can be read as JSON or line by line.
@@ -19,15 +20,15 @@ from typing import Any
 
 import orjson
 
-from diffagent.dabench.catalogue import Catalogue, Entry
 from diffagent.errors import SchemaError
-from schemas.api import ApiError, parse_api
+from diffagent.schemas.api import ApiError, parse_api
+from diffagent.t2i.catalogue import Catalogue, Entry
 
 #: Column of DABENCH -> key of a pair. The words are the authors', their spelling as keys is not
 #: known; ``id`` (the picture's, on the site) is ours.
 PAIR_KEYS: Mapping[str, str] = {"id": "id", "prompt": "instruction", "api": "API"}
 
-#: Field of ``schemas.api.T2IAPI`` -> key of an API.
+#: Field of ``diffagent.schemas.api.T2IAPI`` -> key of an API.
 API_KEYS: Mapping[str, str] = {
     "model": "Model",
     "type": "Type",

@@ -14,8 +14,8 @@ import polars as pl
 
 from diffagent.agent.verify import TRUNCATED
 from diffagent.errors import SchemaError
-from schemas.api import T2IAPI, parse_api
-from schemas.dabench import EVALUATION
+from diffagent.schemas.api import T2IAPI, parse_api
+from diffagent.schemas.tables import EVALUATION
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,6 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from diffagent.agent.verify import KINDS, TRUNCATED
-from diffagent.artifacts import (
-    Artifact,
-    StageContext,
-    StageResult,
-    canonical_json,
-    sha256_file,
-    stage,
-)
 from diffagent.errors import ArtifactError
 from diffagent.evaluation.metrics import evaluation_table
 from diffagent.evaluation.summary import (
@@ -38,12 +30,20 @@ from diffagent.evaluation.summary import (
     summary_markdown,
     tables,
 )
-from diffagent.lineage import ancestors
 from diffagent.rewards.scores import read_scores
-from schemas.api import T2IAPI, parse_api
-from schemas.config import EvaluationConfig
-from schemas.dabench import EVALUATION
-from schemas.manifest import Manifest
+from diffagent.schemas.api import T2IAPI, parse_api
+from diffagent.schemas.config import EvaluationConfig
+from diffagent.schemas.manifest import Manifest
+from diffagent.schemas.tables import EVALUATION
+from diffagent.store.artifacts import (
+    Artifact,
+    StageContext,
+    StageResult,
+    canonical_json,
+    sha256_file,
+    stage,
+)
+from diffagent.store.lineage import ancestors
 
 __all__ = ["evaluate", "read_metrics", "render_report", "summary_markdown", "tables"]
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from diffagent.agent.selector import Choice
 from diffagent.evaluation.bootstrap import Array, Interval
-from schemas.api import T2IAPI
+from diffagent.schemas.api import T2IAPI
 
 CUTOFFS = (1, 5, 10)
 

@@ -10,10 +10,10 @@ import numpy as np
 import polars as pl
 
 from diffagent.agent.verify import TRUNCATED
-from diffagent.artifacts import Artifact
 from diffagent.evaluation.bootstrap import Array, Interval, bootstrap_intervals, wins
 from diffagent.evaluation.metrics import METRICS, Metric
-from schemas.config import EvaluationConfig
+from diffagent.schemas.config import EvaluationConfig
+from diffagent.store.artifacts import Artifact
 
 #: What each selector does, for people.
 SELECTORS = {

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from diffagent.errors import ConfigError
 
 if TYPE_CHECKING:
-    from diffagent.render.base import Renderer
-    from schemas.config import RenderConfig, RuntimeConfig
+    from diffagent.render.renderer import Renderer
+    from diffagent.schemas.config import RenderConfig, RuntimeConfig
 
 
 def open_renderer(
@@ -28,13 +28,13 @@ def open_renderer(
     """
     if config.backend == "diffusers":
         from diffagent.device import resolve_device
-        from diffagent.render.checkpoints import local_configs
-        from diffagent.render.pipelines import DiffusersRenderer
+        from diffagent.render.diffusers.checkpoints import local_configs
+        from diffagent.render.diffusers.pipelines import DiffusersRenderer
 
         return DiffusersRenderer(
             resolve_device(runtime.device), local_configs(runtime.models_directory / "configs")
         )
-    from diffagent.render.remote import Remote
+    from diffagent.render.http.remote import Remote
 
     if not runtime.render_url:
         raise ConfigError(
@@ -43,9 +43,9 @@ def open_renderer(
         )
     server = Remote(runtime.render_url, seconds_per_picture=runtime.render_timeout_seconds)
     if config.backend == "a1111":
-        from diffagent.render.a1111 import A1111Renderer
+        from diffagent.render.http.webui import A1111Renderer
 
         return A1111Renderer(server, names=runtime.server_models, local=local)
-    from diffagent.render.comfyui import ComfyUIRenderer
+    from diffagent.render.http.comfyui import ComfyUIRenderer
 
     return ComfyUIRenderer(server, names=runtime.server_models, local=local)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from diffagent.render.diffusers.solvers import DISTILLED
 from diffagent.render.prompt_syntax import compose, drawn_as_text, schedule
 from diffagent.render.recipe import Recipe
-from diffagent.render.samplers import SAMPLERS
-from diffagent.render.solvers import DISTILLED
+from diffagent.t2i.samplers import SAMPLERS
 
 _BREAK = re.compile(r"\bBREAK\b")
 

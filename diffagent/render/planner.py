@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffagent.errors import CivitaiError, RenderError
-from diffagent.render.base import Files, ModelRef, Renderer
 from diffagent.render.recipe import Recipe
-from diffagent.render.weights import reading
+from diffagent.render.renderer import Files, ModelRef, Renderer
+from diffagent.t2i.weights import reading
 
 if TYPE_CHECKING:
     from PIL.Image import Image

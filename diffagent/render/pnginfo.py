@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from diffagent.artifacts import atomic_file
-from diffagent.dabench.metadata import Generation, Reference, write_parameters
-from diffagent.dabench.metadata.a1111 import shortest
 from diffagent.errors import RenderError
 from diffagent.render.recipe import Recipe
-from diffagent.render.samplers import SAMPLERS, WEBUI_LABELS, normalise
+from diffagent.store.artifacts import atomic_file
+from diffagent.t2i.metadata import Generation, Reference, write_parameters
+from diffagent.t2i.metadata.a1111 import shortest
+from diffagent.t2i.samplers import SAMPLERS, WEBUI_LABELS, normalise
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from diffagent.artifacts import canonical_json
 from diffagent.errors import RenderError
-from diffagent.render.samplers import SAMPLERS, normalise
-from schemas.api import T2IAPI, Network
+from diffagent.schemas.api import T2IAPI, Network
+from diffagent.store.artifacts import canonical_json
+from diffagent.t2i.samplers import SAMPLERS, normalise
 
 if TYPE_CHECKING:
-    from diffagent.dabench.catalogue import Catalogue, Entry
+    from diffagent.t2i.catalogue import Catalogue, Entry
 
 #: Ecosystems whose checkpoints the diffusers backend reads from a single file.
 SUPPORTED = frozenset({"sd1", "sd2", "sdxl"})
@@ -56,7 +56,7 @@ class Recipe(_Frozen):
     vae: str | None = Field(default=None, description="SHA256 of another VAE; None: its own")
     loras: tuple[LoRAUse, ...] = ()
     embeddings: tuple[EmbeddingUse, ...] = ()
-    sampler: str = Field(description="a key of diffagent.render.samplers.SAMPLERS")
+    sampler: str = Field(description="a key of diffagent.t2i.samplers.SAMPLERS")
     steps: int
     cfg_scale: float
     width: int = Field(description="pixels")

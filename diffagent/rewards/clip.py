@@ -14,7 +14,9 @@ import numpy.typing as npt
 from diffagent import compat
 from diffagent.errors import ConfigError, ScoreError
 from diffagent.pretrained import no_remote_code
-from diffagent.rewards.base import (
+from diffagent.rewards.hub import hub_file
+from diffagent.rewards.image_batches import Preparation
+from diffagent.rewards.scorer import (
     PixelScorer,
     PromptCache,
     Runtime,
@@ -22,8 +24,6 @@ from diffagent.rewards.base import (
     check_sha256,
     content_digest,
 )
-from diffagent.rewards.hub import hub_file
-from diffagent.rewards.pictures import Preparation
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,7 @@ class ClipScorer(PixelScorer):
             model: has ``encode_image`` and ``encode_text``, as an open_clip model.
             tokenizer: texts to (B, L) int64, with ``encode`` or a wrapped ``tokenizer``.
             preparation: what the network wants of a picture.
-            options: see `diffagent.rewards.base.PixelScorer`.
+            options: see `diffagent.rewards.scorer.PixelScorer`.
         """
         super().__init__(model, preparation, **options)
         import torch

@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffagent.rewards.base import read_state
+from diffagent.rewards.scorer import read_state
 
 
 def convert(source: Path, target: Path) -> int:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from diffagent.errors import ConfigError
-from diffagent.rewards.base import check_sha256, hub_or_local
 from diffagent.rewards.clip import ClipScorer, load_open_clip
-from diffagent.rewards.pictures import Preparation
+from diffagent.rewards.image_batches import Preparation
+from diffagent.rewards.scorer import check_sha256, hub_or_local
 
 RELEASES = {"v2": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 REPOSITORY = "xswu/HPSv2"

@@ -25,7 +25,8 @@ import numpy.typing as npt
 
 from diffagent import compat
 from diffagent.errors import ConfigError, ScoreError
-from diffagent.rewards.base import (
+from diffagent.rewards.image_batches import Preparation
+from diffagent.rewards.scorer import (
     PixelScorer,
     PromptCache,
     Runtime,
@@ -33,7 +34,6 @@ from diffagent.rewards.base import (
     hub_or_local,
     read_state,
 )
-from diffagent.rewards.pictures import Preparation
 
 if TYPE_CHECKING:
     import torch

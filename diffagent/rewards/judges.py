@@ -19,7 +19,9 @@ import numpy.typing as npt
 from diffagent import compat
 from diffagent.errors import ConfigError, ScoreError
 from diffagent.pretrained import load_model
-from diffagent.rewards.base import (
+from diffagent.rewards.clip import ClipScorer, load_open_clip
+from diffagent.rewards.image_batches import Preparation
+from diffagent.rewards.scorer import (
     PixelScorer,
     Runtime,
     check_sha256,
@@ -27,8 +29,6 @@ from diffagent.rewards.base import (
     hub_or_local,
     read_state,
 )
-from diffagent.rewards.clip import ClipScorer, load_open_clip
-from diffagent.rewards.pictures import Preparation
 
 if TYPE_CHECKING:
     import torch

@@ -6,13 +6,13 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffagent.artifacts import named_files
 from diffagent.errors import ConfigError
-from diffagent.rewards.base import Runtime
+from diffagent.rewards.scorer import Runtime
+from diffagent.store.artifacts import named_files
 
 if TYPE_CHECKING:
-    from diffagent.rewards.base import Scorer
-    from schemas.config import JudgesConfig, RewardsConfig, ScorerConfig
+    from diffagent.rewards.scorer import Scorer
+    from diffagent.schemas.config import JudgesConfig, RewardsConfig, ScorerConfig
 
 SANDBOX = "sandbox"
 """Name of the committed tiny scorers and of their reference; they know the toy world only."""
@@ -28,7 +28,7 @@ def load_scorers(
     Args:
         config: which scorers; a model named ``sandbox`` is the committed tiny one.
         device: any torch device.
-        compiled: see `diffagent.rewards.base.Runtime`.
+        compiled: see `diffagent.rewards.scorer.Runtime`.
 
     Raises:
         ConfigError: a model is not known, a file is missing or has another hash, or a metric is

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffagent.artifacts import Artifact, open_artifact
 from diffagent.errors import ScoreError
 from diffagent.rewards.scores import read_definition, read_scores
+from diffagent.store.artifacts import Artifact, open_artifact
 
 
 def measure_reference(artifacts: Sequence[Artifact], note: str) -> dict[str, Any]:

@@ -16,11 +16,11 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffagent.artifacts import Artifact
 from diffagent.errors import ScoreError
 from diffagent.failures import reading
-from diffagent.rewards.base import Scorer
+from diffagent.rewards.scorer import Scorer
 from diffagent.rewards.unified import Unifier
+from diffagent.store.artifacts import Artifact
 
 _KEY = b"diffagent.scores"
 

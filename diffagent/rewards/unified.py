@@ -29,11 +29,11 @@ import numpy as np
 import numpy.typing as npt
 
 from diffagent.errors import ConfigError, ScoreError
-from diffagent.rewards.base import Scorer
 from diffagent.rewards.load import reference_file
+from diffagent.rewards.scorer import Scorer
 
 if TYPE_CHECKING:
-    from schemas.config import RewardsConfig
+    from diffagent.schemas.config import RewardsConfig
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from diffagent.errors import ArtifactError
-from diffagent.sandbox import catalogue, world
+from diffagent.sandbox import site_records, world
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ def sources() -> list[Path]:
     Raises:
         ArtifactError: weights are missing.
     """
-    code = [Path(str(module.__file__)) for module in (catalogue, world)]
+    code = [Path(str(module.__file__)) for module in (site_records, world)]
     return [*_weights(), *code, Path(__file__)]
 
 
@@ -167,8 +167,8 @@ def _write_dump(directory: Path) -> None:
         (directory / "named" / f"{key}.safetensors").symlink_to(Path("..", "files", name))
         rows.append({"key": key, "size": len(content), "hashes": hashes})
     files = {row["key"]: ModelFile(row["key"], Path(), row["size"], row["hashes"]) for row in rows}
-    _write_lines(directory / "models.jsonl", catalogue.models(files))
-    _write_lines(directory / "images.jsonl", catalogue.images(files))
+    _write_lines(directory / "models.jsonl", site_records.models(files))
+    _write_lines(directory / "images.jsonl", site_records.images(files))
     (directory / "sandbox.json").write_text(
         json.dumps({"identity": identity(), "files": rows}, indent=2) + "\n"
     )
@@ -181,7 +181,7 @@ def _contents() -> Iterable[tuple[str, bytes]]:
     from diffagent import compat
 
     compat.install()
-    from diffagent.sandbox.adapters import merged
+    from diffagent.sandbox.tiny_adapters import merged
 
     # One entry only: safetensors writes several in an order that changes from run to run.
     note = {"format": "pt"}

@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
-from diffagent.agent.llm import AgentInfo
-from diffagent.artifacts import Artifact
-from diffagent.dabench.card import table
-from schemas.config import RRHFConfig, SFTConfig
+from diffagent.agent.lm.llm import AgentInfo
+from diffagent.dabench.build.card import table
+from diffagent.schemas.config import RRHFConfig, SFTConfig
+from diffagent.store.artifacts import Artifact
 
 CARD, LOG, CURVES = "README.md", "training_log.jsonl", "loss.png"
 
@@ -33,7 +33,7 @@ diffagent select "a lighthouse in a storm, oil painting" --agent DIR
 ```
 
 ```python
-from diffagent.agent.llm import load_agent
+from diffagent.agent.lm.llm import load_agent
 from diffagent.agent.llm_selector import LLM
 
 agent = load_agent("DIR")

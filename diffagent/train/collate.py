@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diffagent.agent.format import IGNORED, Example, pad
+from diffagent.agent.lm.format import IGNORED, Example, pad
 
 #: ``segments`` of a packed row: what all candidates read, and what nobody does.
 PREFIX, PADDING = 0, -1

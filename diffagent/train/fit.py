@@ -20,11 +20,11 @@ import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from diffagent.agent.llm import hide_progress_bars
-from diffagent.artifacts import atomic_file
+from diffagent.agent.lm.llm import hide_progress_bars
 from diffagent.errors import TrainingError
+from diffagent.schemas.config import RRHFConfig, SFTConfig
+from diffagent.store.artifacts import atomic_file
 from diffagent.train.report_to import ReportTo
-from schemas.config import RRHFConfig, SFTConfig
 
 log = logging.getLogger(__name__)
 

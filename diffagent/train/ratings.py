@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffagent.agent.candidates import write_candidates
-from diffagent.artifacts import StageContext, StageResult, canonical_json, named_files, stage
 from diffagent.errors import SchemaError
-from schemas.config import RatingsConfig
-from schemas.dabench import SCORES
+from diffagent.schemas.config import RatingsConfig
+from diffagent.schemas.tables import SCORES
+from diffagent.store.artifacts import StageContext, StageResult, canonical_json, named_files, stage
 
 SOURCE = "ratings"
 

@@ -18,7 +18,7 @@ from diffagent.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-    from diffagent.artifacts import StageContext
+    from diffagent.store.artifacts import StageContext
 
 
 @dataclass(frozen=True)

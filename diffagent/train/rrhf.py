@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from diffagent.agent.format import encode_responses
-from diffagent.agent.llm import (
+from diffagent.agent.lm.format import encode_responses
+from diffagent.agent.lm.llm import (
     AgentInfo,
     align_special_tokens,
     load_causal_lm,
@@ -26,17 +26,17 @@ from diffagent.agent.llm import (
 )
 from diffagent.agent.prompts import draw_ids
 from diffagent.agent.verify import TRUNCATED
-from diffagent.artifacts import Artifact, StageContext, StageResult
 from diffagent.device import resolve_device
 from diffagent.errors import ArtifactError, TrainingError
 from diffagent.rewards.scores import read_scores
+from diffagent.schemas.config import RRHFConfig
+from diffagent.store.artifacts import Artifact, StageContext, StageResult
 from diffagent.train import fit
 from diffagent.train.agent_card import TrainingFacts, write_card
 from diffagent.train.collate import RankedPrompt, RRHFCollator
 from diffagent.train.losses import INVALID_REWARD, RankingLoss, ranking_loss
 from diffagent.train.passes import packs, response_logps
 from diffagent.train.report_to import ReportTo
-from schemas.config import RRHFConfig
 
 log = logging.getLogger(__name__)
 

@@ -13,20 +13,20 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTConfig as TRLConfig
 from trl import SFTTrainer, pack_dataset
 
-from diffagent.agent.format import Example, encode_example, response_text
-from diffagent.agent.llm import AgentInfo, align_special_tokens, save_agent
+from diffagent.agent.lm.format import Example, encode_example, response_text
+from diffagent.agent.lm.llm import AgentInfo, align_special_tokens, save_agent
+from diffagent.agent.lm.smollm2 import SMOLLM2, load_smollm2
 from diffagent.agent.prompts import draw, read_split
-from diffagent.agent.smollm2 import SMOLLM2, load_smollm2
-from diffagent.artifacts import StageContext, StageResult
 from diffagent.device import resolve_device
 from diffagent.errors import TrainingError
 from diffagent.pretrained import load_model, load_tokenizer
+from diffagent.schemas.config import SFTConfig
+from diffagent.store.artifacts import StageContext, StageResult
 from diffagent.train import fit
 from diffagent.train.agent_card import TrainingFacts, write_card
 from diffagent.train.collate import PackCollator
 from diffagent.train.report_to import ReportTo
 from diffagent.train.sandbox_llama import build_model, build_tokenizer
-from schemas.config import SFTConfig
 
 log = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from diffagent.civitai.faults import Faults, Profile
-from diffagent.civitai.replay import Replay
-from diffagent.civitai.server import serve
-from diffagent.civitai.site import replay_of
-from diffagent.civitai.sources.dump import write_dump
+from diffagent.localcivitai.faults import Faults, Profile
+from diffagent.localcivitai.replay import Replay
+from diffagent.localcivitai.server import serve
+from diffagent.localcivitai.site import replay_of
+from diffagent.localcivitai.sources.dump import write_dump
 
 MODELS = 230
 IMAGES = 620

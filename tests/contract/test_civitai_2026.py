@@ -10,19 +10,19 @@ import orjson
 import pytest
 import requests
 
-from diffagent.artifacts import Artifact
-from diffagent.civitai import server
 from diffagent.civitai.client import CivitaiClient
-from diffagent.civitai.crawl import crawl
-from diffagent.civitai.faults import Faults
-from diffagent.civitai.replay import Replay
-from diffagent.civitai.server import serve
-from diffagent.dabench.filters import filter_records
-from diffagent.dabench.metadata.values import air
+from diffagent.crawl.crawl_stage import crawl
+from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.errors import BadCursor, CivitaiError, EarlyAccess, NotFound
-from diffagent.render.references import parse_reference
-from schemas.civitai import paid_access
-from schemas.config import CrawlConfig, FilterConfig, RuntimeConfig
+from diffagent.localcivitai import server
+from diffagent.localcivitai.faults import Faults
+from diffagent.localcivitai.replay import Replay
+from diffagent.localcivitai.server import serve
+from diffagent.render.files.references import parse_reference
+from diffagent.schemas.config import CrawlConfig, FilterConfig, RuntimeConfig
+from diffagent.schemas.payloads import paid_access
+from diffagent.store.artifacts import Artifact
+from diffagent.t2i.metadata.values import air
 from tests.contract.conftest import FILE_SHA256, synthetic_image, synthetic_model
 from tests.contract.test_civitai_client import QUICK
 

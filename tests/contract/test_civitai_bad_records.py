@@ -19,13 +19,13 @@ import pytest
 import requests
 from safetensors.numpy import save_file
 
-from diffagent.artifacts import Artifact
-from diffagent.civitai.crawl import crawl
 from diffagent.civitai.lenient_json import loads
-from diffagent.civitai.site import embedded_site, replay_of
-from diffagent.dabench.filters import filter_records
-from schemas.civitai import MAX_DEPTH, flaw
-from schemas.config import CrawlConfig, FilterConfig, RuntimeConfig
+from diffagent.crawl.crawl_stage import crawl
+from diffagent.dabench.filter.filter_stage import filter_records
+from diffagent.localcivitai.site import embedded_site, replay_of
+from diffagent.schemas.config import CrawlConfig, FilterConfig, RuntimeConfig
+from diffagent.schemas.payloads import MAX_DEPTH, flaw
+from diffagent.store.artifacts import Artifact
 from tests.conftest import ROOT
 from tests.contract.bad_records import POISONS, full_image, places, poisoned, site_of
 from tests.contract.conftest import synthetic_image, synthetic_model
@@ -202,7 +202,7 @@ def test_the_server_s_command_starts_beside_a_bad_sidecar(tmp_path: Path) -> Non
         text = '{"id": 9223372036854775808, "modelId": 1e999, "x": ' + "[" * 300 + "]" * 300 + "}"
         (tmp_path / f"a.{end}").write_text(text)
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
-    command = [sys.executable, "-m", "diffagent.civitai.cli", "serve", "--port", "0"]
+    command = [sys.executable, "-m", "diffagent.cli.civitai_commands", "serve", "--port", "0"]
     server = subprocess.Popen(
         [*command, "--site", f"local:{tmp_path}"],
         stdout=subprocess.PIPE,

@@ -11,7 +11,6 @@ import orjson
 import pytest
 
 from diffagent.civitai.client import USER_AGENT, CivitaiClient, Patience
-from diffagent.civitai.faults import TRANSPORT, Faults, Profile
 from diffagent.errors import (
     BadCursor,
     CivitaiError,
@@ -22,6 +21,7 @@ from diffagent.errors import (
     RateLimited,
     ServerError,
 )
+from diffagent.localcivitai.faults import TRANSPORT, Faults, Profile
 from tests.contract.conftest import FILE_SHA256, MODEL_FILE
 
 QUICK = Patience(first=0.001, longest=0.01, budget=60.0, read_timeout=10.0)

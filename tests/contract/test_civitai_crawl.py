@@ -12,16 +12,16 @@ from pathlib import Path
 import orjson
 import pytest
 
-from diffagent.artifacts import Artifact, verify_artifact
 from diffagent.civitai.client import CivitaiClient
-from diffagent.civitai.crawl import crawl
-from diffagent.civitai.faults import Faults, Profile
 from diffagent.civitai.pagination import Page
-from diffagent.civitai.site import embedded_site
-from diffagent.civitai.snapshot import GENERATIONS
-from diffagent.civitai.sources.dump import read_records, write_dump
+from diffagent.crawl.crawl_stage import crawl
+from diffagent.crawl.snapshot import GENERATIONS
 from diffagent.errors import ServerError
-from schemas.config import CrawlConfig, RuntimeConfig
+from diffagent.localcivitai.faults import Faults, Profile
+from diffagent.localcivitai.site import embedded_site
+from diffagent.localcivitai.sources.dump import read_records, write_dump
+from diffagent.schemas.config import CrawlConfig, RuntimeConfig
+from diffagent.store.artifacts import Artifact, verify_artifact
 from tests.conftest import ROOT, SHARED_DATA
 from tests.contract.conftest import IMAGES, MODELS
 
@@ -238,7 +238,7 @@ def test_the_embedded_server_is_a_process_of_its_own(dump, undisturbed, tmp_path
 def test_the_server_ends_with_its_parent(dump):
     script = (
         "import os, signal\n"
-        "from diffagent.civitai.site import embedded_site\n"
+        "from diffagent.localcivitai.site import embedded_site\n"
         f"with embedded_site('dump:{dump}') as url:\n"
         "    print(url, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

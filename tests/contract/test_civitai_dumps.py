@@ -14,21 +14,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from diffagent.artifacts import Artifact
-from diffagent.civitai.crawl import crawl
-from diffagent.civitai.replay import Replay
-from diffagent.civitai.site import embedded_site
-from diffagent.civitai.sources import dump, open_source
+from diffagent.crawl.crawl_stage import crawl
 from diffagent.dabench.dataset import open_dataset
-from diffagent.dabench.export import export_dabench
-from diffagent.dabench.filters import filter_records
+from diffagent.dabench.filter.filter_stage import filter_records
+from diffagent.dabench.tools.export import export_dabench
 from diffagent.errors import ConfigError, SchemaError
-from schemas.config import CrawlConfig, FilterConfig, RuntimeConfig
+from diffagent.localcivitai.replay import Replay
+from diffagent.localcivitai.site import embedded_site
+from diffagent.localcivitai.sources import dump, open_source
+from diffagent.schemas.config import CrawlConfig, FilterConfig, RuntimeConfig
+from diffagent.store.artifacts import Artifact
 from tests.contract.conftest import synthetic_image, synthetic_model
 from tests.contract.test_civitai_crawl import ALL, rows
 from tests.contract.test_civitai_refresh import World
 from tests.contract.test_civitai_refresh import run as refresh
-from tests.unit.dabench_sets import make_dabench
+from tests.dabench.dabench_sets import make_dabench
 
 MODELS = [synthetic_model(n) for n in range(1, 41)]
 IMAGES = [synthetic_image(n) for n in range(8, 60)]

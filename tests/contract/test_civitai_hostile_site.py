@@ -28,12 +28,12 @@ import pytest
 from diffagent.civitai import download, transport
 from diffagent.civitai.address import Address
 from diffagent.civitai.client import CivitaiClient, Patience, next_cursor
-from diffagent.civitai.crawl import crawl
 from diffagent.civitai.transport import Deadline
-from diffagent.dabench.catalogue import make_entry
+from diffagent.crawl.crawl_stage import crawl
 from diffagent.errors import CivitaiError, ConfigError, ServerError
-from diffagent.render.references import parse_reference
-from schemas.config import ConfigFileError, CrawlConfig, RuntimeConfig, configure
+from diffagent.render.files.references import parse_reference
+from diffagent.schemas.config import ConfigFileError, CrawlConfig, RuntimeConfig, configure
+from diffagent.t2i.catalogue import make_entry
 from tests.conftest import ROOT
 from tests.contract.conftest import FILE_SHA256, MODEL_FILE
 from tests.contract.test_civitai_crawl import ALL, rows

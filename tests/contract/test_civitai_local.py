@@ -15,16 +15,16 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from typer.testing import CliRunner
 
-from diffagent.artifacts import Artifact, open_artifact
 from diffagent.civitai.client import CivitaiClient
-from diffagent.civitai.crawl import crawl
-from diffagent.civitai.site import embedded_site
-from diffagent.civitai.sources import SYNTHETIC, open_source, synthetic_id
-from diffagent.civitai.sources.local import Hashes, hash_file, look, model_files
-from diffagent.cli import app
-from diffagent.dabench.filters import filter_records
+from diffagent.cli.main import app
+from diffagent.crawl.crawl_stage import crawl
+from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.errors import ConfigError
-from schemas.config import CrawlConfig, FilterConfig, RuntimeConfig
+from diffagent.localcivitai.site import embedded_site
+from diffagent.localcivitai.sources import SYNTHETIC, open_source, synthetic_id
+from diffagent.localcivitai.sources.local import Hashes, hash_file, look, model_files
+from diffagent.schemas.config import CrawlConfig, FilterConfig, RuntimeConfig
+from diffagent.store.artifacts import Artifact, open_artifact
 from tests.conftest import ROOT
 from tests.contract.test_civitai_crawl import rows
 
@@ -203,7 +203,7 @@ def test_a_file_is_hashed_once_and_nothing_is_written_beside_it(
     known = Hashes(cache).of(path)
     assert known == hash_file(path)
     monkeypatch.setattr(
-        "diffagent.civitai.sources.local.hash_file", lambda p: {"SHA256": "AA" * 32}
+        "diffagent.localcivitai.sources.local.hash_file", lambda p: {"SHA256": "AA" * 32}
     )
     assert Hashes(cache).of(path) == known
     os.utime(path, ns=(1, 1))

@@ -12,16 +12,16 @@ from typing import Any
 import orjson
 import pytest
 
-from diffagent.artifacts import Artifact
 from diffagent.civitai.client import CivitaiClient
-from diffagent.civitai.crawl import crawl
-from diffagent.civitai.faults import Faults, Profile
 from diffagent.civitai.pagination import Page
-from diffagent.civitai.replay import Replay
-from diffagent.civitai.server import serve
+from diffagent.crawl.crawl_stage import crawl
 from diffagent.errors import CivitaiError, Forbidden, NotFound, ServerError
-from schemas.civitai import content
-from schemas.config import CrawlConfig, RuntimeConfig
+from diffagent.localcivitai.faults import Faults, Profile
+from diffagent.localcivitai.replay import Replay
+from diffagent.localcivitai.server import serve
+from diffagent.schemas.config import CrawlConfig, RuntimeConfig
+from diffagent.schemas.payloads import content
+from diffagent.store.artifacts import Artifact
 from tests.contract.conftest import IMAGES, MODELS, synthetic_image, synthetic_model
 from tests.contract.test_civitai_crawl import ALL, HOSTILE, rows
 
@@ -189,7 +189,7 @@ def test_a_model_that_is_back_is_found_whatever_batches_leave_out(tmp_path, monk
     assert tombstones(run(world, tmp_path)) == {("models", 3)}
     world.models[3] = away
     with monkeypatch.context() as later:  # long gone: asked for in batches alone
-        later.setattr("diffagent.civitai.refresh._ASKED_FOR_DAYS", -1)
+        later.setattr("diffagent.crawl.refresh._ASKED_FOR_DAYS", -1)
         assert tombstones(run(world, tmp_path, profile=leaves_out)) == {("models", 3)}
     found = run(world, tmp_path, profile=leaves_out)
     assert tombstones(found) == set()

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from diffagent.artifacts import Artifact, verify_artifact
-from diffagent.civitai import snapshot as snapshots
-from schemas.civitai import content
+from diffagent.crawl import snapshot as snapshots
+from diffagent.schemas.payloads import content
+from diffagent.store.artifacts import Artifact, verify_artifact
 from tests.contract.conftest import synthetic_image, synthetic_model
 from tests.contract.test_civitai_crawl import rows
 from tests.contract.test_civitai_refresh import World, generations, run, tombstones

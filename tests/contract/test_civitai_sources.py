@@ -9,19 +9,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from diffagent.civitai.client import CivitaiClient
-from diffagent.civitai.crawler import showcase_images
-from diffagent.civitai.faults import Faults
-from diffagent.civitai.replay import Replay
-from diffagent.civitai.server import serve
-from diffagent.dabench.filters import filter_records
-from diffagent.dabench.record_filters import Record, media_type
-from diffagent.dabench.resolve import Resolver
-from schemas.config import CrawlConfig, FilterConfig, RuntimeConfig
+from diffagent.crawl.crawler import showcase_images
+from diffagent.dabench.filter.filter_stage import filter_records
+from diffagent.dabench.filter.record_filters import Record, media_type
+from diffagent.dabench.filter.resolve import Resolver
+from diffagent.localcivitai.faults import Faults
+from diffagent.localcivitai.replay import Replay
+from diffagent.localcivitai.server import serve
+from diffagent.schemas.config import CrawlConfig, FilterConfig, RuntimeConfig
 from tests.contract.conftest import MODELS
 from tests.contract.test_civitai_crawl import ALL, rows, run
 from tests.contract.test_civitai_refresh import World, changes
 from tests.contract.test_civitai_refresh import run as refresh
-from tests.unit.dabench_records import image, model
+from tests.dabench.dabench_records import image, model
 
 SHOWCASE = ALL.model_copy(update={"image_source": "showcase", "max_models": 20})
 

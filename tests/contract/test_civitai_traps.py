@@ -10,11 +10,11 @@ import pytest
 import requests
 
 from diffagent.civitai.client import CivitaiClient, _SiteToken, next_cursor
-from diffagent.civitai.faults import Faults
 from diffagent.civitai.pagination import Page
-from diffagent.civitai.replay import Replay
-from diffagent.civitai.server import serve
 from diffagent.errors import CivitaiError, Forbidden, NotFound, PageCap, RateLimited, ServerError
+from diffagent.localcivitai.faults import Faults
+from diffagent.localcivitai.replay import Replay
+from diffagent.localcivitai.server import serve
 from tests.contract.conftest import synthetic_model
 from tests.contract.test_civitai_client import QUICK
 from tests.contract.test_civitai_crawl import ALL, rows

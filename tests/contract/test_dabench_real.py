@@ -15,15 +15,15 @@ import orjson
 import pyarrow.parquet as pq
 import pytest
 
-from diffagent.artifacts import Artifact
-from diffagent.dabench.filters import filter_records
-from diffagent.dabench.shards import build_dabench, read_split
-from diffagent.dabench.splits import SPLITS
-from diffagent.dabench.verify import verify_dabench
-from diffagent.render.samplers import SAMPLERS, normalise
-from schemas.config import DABenchConfig, FilterConfig, RuntimeConfig
+from diffagent.dabench.build.shard_stage import build_dabench, read_split
+from diffagent.dabench.build.splits import SPLITS
+from diffagent.dabench.filter.filter_stage import filter_records
+from diffagent.dabench.tools.dataset_checks import verify_dabench
+from diffagent.schemas.config import DABenchConfig, FilterConfig, RuntimeConfig
+from diffagent.store.artifacts import Artifact
+from diffagent.t2i.samplers import SAMPLERS, normalise
 from tests.conftest import SHARED_DATA
-from tests.unit.dabench_records import snapshot
+from tests.dabench.dabench_records import snapshot
 
 DUMP = SHARED_DATA / "civitai"
 EVERY = 10  # of the records; all models are read

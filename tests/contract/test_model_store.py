@@ -23,10 +23,7 @@ from safetensors.numpy import save
 from typer.testing import CliRunner
 
 from diffagent.civitai.client import CivitaiClient, Patience
-from diffagent.civitai.faults import Faults, Profile
-from diffagent.civitai.replay import Replay
-from diffagent.civitai.server import serve
-from diffagent.cli import app
+from diffagent.cli.main import app
 from diffagent.errors import (
     CivitaiError,
     ConfigError,
@@ -38,8 +35,11 @@ from diffagent.errors import (
     RenderError,
     ServerError,
 )
-from diffagent.render.references import Reference, find, parse_reference
-from diffagent.render.store import ModelStore
+from diffagent.localcivitai.faults import Faults, Profile
+from diffagent.localcivitai.replay import Replay
+from diffagent.localcivitai.server import serve
+from diffagent.render.files.model_store import ModelStore
+from diffagent.render.files.references import Reference, find, parse_reference
 from tests.conftest import ROOT
 
 QUICK = Patience(first=0.01, longest=0.05, budget=10.0)
@@ -326,7 +326,7 @@ def test_several_processes_share_one_download(replay: Replay, tmp_path: Path) ->
     code = (
         "import sys; from pathlib import Path; from types import SimpleNamespace\n"
         "from diffagent.civitai.client import client_for\n"
-        "from diffagent.render.store import ModelStore\n"
+        "from diffagent.render.files.model_store import ModelStore\n"
         "url, directory, sha256 = sys.argv[1:]\n"
         "file = SimpleNamespace(model='', air='', size_bytes=None, sha256=sha256,\n"
         "    download_path='/api/download/models/1001')\n"

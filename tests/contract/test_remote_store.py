@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from diffagent import remote
-from diffagent.artifacts import artifact_directory, open_artifact, verify_artifact
 from diffagent.errors import ArtifactError
-from schemas.config import RuntimeConfig
+from diffagent.schemas.config import RuntimeConfig
+from diffagent.store import object_store
+from diffagent.store.artifacts import artifact_directory, open_artifact, verify_artifact
 from tests.conftest import ROOT
 from tests.contract.s3_server import ENVIRONMENT, S3Server, s3_server
-from tests.unit.test_artifacts import Words, write_words
+from tests.store.test_artifacts import Words, write_words
 
 STORE = "s3://bucket/some/prefix"
 
@@ -46,7 +46,7 @@ def s3(running: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S3
     if files.exists("bucket"):
         files.rm("bucket", recursive=True)
     files.mkdir("bucket")
-    remote.check_writable.cache_clear()
+    object_store.check_writable.cache_clear()
     running.requests.clear()
     return running
 
@@ -64,8 +64,8 @@ def builder(tmp_path: Path, machine: str, before: str = "") -> list[str]:
     """A command that builds the toy artefact on a machine of its own; ``before`` runs first."""
     code = textwrap.dedent(f"""
         from pathlib import Path
-        from schemas.config import RuntimeConfig
-        from tests.unit.test_artifacts import Words, write_words
+        from diffagent.schemas.config import RuntimeConfig
+        from tests.store.test_artifacts import Words, write_words
         {before}
         runtime = RuntimeConfig(store={STORE!r}, cache={str(tmp_path / machine)!r})
         print(write_words.run(Words(), {{}}, runtime).content_digest)
@@ -130,7 +130,7 @@ def test_killed_in_the_middle_of_an_upload(s3: S3Server, tmp_path: Path) -> None
 def test_a_large_file_is_seen_whole_or_not_at_all(s3: S3Server, tmp_path: Path) -> None:
     """In parts: killed between two of them, nothing is there; then the same command sends it."""
     before = (
-        "import s3fs.core, tests.unit.test_artifacts as toys; "
+        "import s3fs.core, tests.store.test_artifacts as toys; "
         "s3fs.core.calculate_chunksize = lambda size, chunksize=None: 5 * 2**20; "
         "toys.Words.model_fields['words'].default = (chr(97) * 11 * 2**20,); "
         "toys.Words.model_rebuild(force=True)"
@@ -251,11 +251,11 @@ def test_writers_of_different_contents_never_mix(s3: S3Server, tmp_path: Path) -
     other.mkdir()
     (other / "0.txt").write_text("not a")
     entry = made.manifest.files[0].model_copy(
-        update={"size": 5, "sha256": remote.hashlib.sha256(b"not a").hexdigest()}
+        update={"size": 5, "sha256": object_store.hashlib.sha256(b"not a").hexdigest()}
     )
     told = made.manifest.model_copy(update={"files": (entry,), "content_digest": "other"})
     (other / "manifest.json").write_text(told.model_dump_json())
-    remote.push(other, told, made.location, "other")
+    object_store.push(other, told, made.location, "other")
     files = {name: data for name, data in s3.objects().items() if name.endswith("0.txt")}
     assert sorted(files.values()) == [b"a", b"not a"], "both are there whole"
     with pytest.raises(ArtifactError, match="replaced by one of other content"):

@@ -19,14 +19,14 @@ from safetensors.numpy import save
 
 from diffagent.civitai.client import Patience
 from diffagent.errors import ConfigError, RenderError, RenderServerError
-from diffagent.render.a1111 import A1111Renderer
-from diffagent.render.base import Files, ModelRef, Renderer
-from diffagent.render.comfyui import ComfyUIRenderer
+from diffagent.render.http.comfyui import ComfyUIRenderer
+from diffagent.render.http.remote import AUTH_VARIABLE, Remote
+from diffagent.render.http.webui import A1111Renderer
 from diffagent.render.pnginfo import read_png
 from diffagent.render.recipe import EmbeddingUse, LoRAUse, Recipe
-from diffagent.render.remote import AUTH_VARIABLE, Remote
-from diffagent.render.samplers import SAMPLERS
-from diffagent.render.stage import REASONS
+from diffagent.render.render_stage import REASONS
+from diffagent.render.renderer import Files, ModelRef, Renderer
+from diffagent.t2i.samplers import SAMPLERS
 from tests.contract.local_renderers import (
     Answer,
     LocalComfyUI,
@@ -35,7 +35,7 @@ from tests.contract.local_renderers import (
     reply,
     serving,
 )
-from tests.unit.test_render_stage import World, rows
+from tests.render.test_render_stage import World, rows
 
 QUICK = Patience(first=0.01, longest=0.05, budget=2.0, connect_timeout=1.0, read_timeout=1.0)
 TXT2IMG = "/sdapi/v1/txt2img"
@@ -616,7 +616,7 @@ def test_the_stage_draws_on_a_server(webui: LocalWebUI, tmp_path: Path) -> None:
     world.answer("Base", steps=7)
     webui.faults[TXT2IMG] = [503] * 1000
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("diffagent.render.remote.LOOPBACK_PATIENCE", Patience(0.01, 0.05, 0.2))
+        patch.setattr("diffagent.render.http.remote.LOOPBACK_PATIENCE", Patience(0.01, 0.05, 0.2))
         world.runtime = world.runtime.model_copy(update={"render_timeout_seconds": 0.5})
         with pytest.raises(RenderServerError):
             world.render(backend="a1111")

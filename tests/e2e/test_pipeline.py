@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from diffagent.artifacts import Artifact, verify_artifact
 from diffagent.pipeline import find_cached, plan
-from schemas.config import load_config
+from diffagent.schemas.config import load_config
+from diffagent.store.artifacts import Artifact, verify_artifact
 from tests.conftest import ROOT
 from tests.e2e.conftest import Prefect, dump_dom, small_config
 

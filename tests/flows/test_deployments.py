@@ -11,7 +11,7 @@ from prefect.flows import load_flow_from_entrypoint
 import flows
 import schemas
 import tasks
-from schemas.config import load_config
+from diffagent.schemas.config import load_config
 from tests.conftest import ROOT
 
 FILE = yaml.safe_load((ROOT / "prefect.yaml").read_text())

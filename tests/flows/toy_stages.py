@@ -9,11 +9,11 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from diffagent import pipeline
-from diffagent.artifacts import StageContext, StageResult, stage
 from diffagent.errors import ServerError, TrainingError
 from diffagent.pipeline import Node
-from schemas.config import PipelineConfig
-from schemas.manifest import Funnel, FunnelStep
+from diffagent.schemas.config import PipelineConfig
+from diffagent.schemas.manifest import Funnel, FunnelStep
+from diffagent.store.artifacts import StageContext, StageResult, stage
 
 
 class Number(BaseModel):

@@ -1,0 +1,1 @@
+"""Constrained decoding: the grammar of API calls and searches under it."""

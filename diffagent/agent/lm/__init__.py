@@ -1,0 +1,1 @@
+"""Causal language models: loading, tokens, likelihoods, cached keys and values."""

@@ -1,0 +1,1 @@
+"""Selectors that are fitted on pairs: experts, their mixture, parameters."""

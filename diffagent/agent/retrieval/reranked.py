@@ -1,0 +1,214 @@
+"""Candidates by retrieval, choice by the agent.
+
+A fitted selector proposes k models, each with a call; the agent says how likely it is to begin its
+answer with each one's name. Both are weighed by a conditional logit on validation prompts:
+
+    P(m) = (sum of P_r over the candidates) softmax_m(a log P_r(m) + b log p(m))
+
+with P_r of the fitted selector and p of the language model, so that a model which retrieval leaves
+out keeps what it had. Nothing is generated: k names are one pass after that over the prompt.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import orjson
+import torch
+
+from diffagent.agent.decoding.grammar import name_text
+from diffagent.agent.decoding.trie import encode_texts
+from diffagent.agent.lm.key_values import KeyValues
+from diffagent.agent.lm.llm import Agent, load_agent
+from diffagent.agent.retrieval.fitting import fitted_selector
+from diffagent.agent.retrieval.mixture import fit_weights
+from diffagent.agent.retrieval.ranked import Ranked
+from diffagent.agent.retrieval.training_calls import read_rows
+from diffagent.agent.selector import Choice
+from diffagent.errors import ArtifactError
+from diffagent.schemas.config import RerankConfig, RuntimeConfig
+from diffagent.store.artifacts import Artifact, StageContext, StageResult, stage
+from diffagent.t2i.catalogue import Catalogue
+
+if TYPE_CHECKING:
+    from diffagent.agent.lm.llm import Quantization
+    from diffagent.agent.retrieval.terms import Floats
+
+log = logging.getLogger(__name__)
+
+_FILE = "reranker.json"
+_BATCH = 8  # prompts at a time: (8 x 20 names, 15 tokens, 50,000 words) logits are 500 MB
+_EQUAL = (0.5, 0.5)  # the geometric mean
+
+
+@dataclass(frozen=True)
+class Reranked:
+    """Different models, likeliest first; ``probability`` is that of the model.
+
+    Attributes:
+        retrieval: proposes, and chooses versions and parameters.
+        agent: judges.
+        weights: a and b.
+        candidates: k.
+    """
+
+    retrieval: Ranked
+    agent: Agent
+    weights: tuple[float, float]
+    candidates: int
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """See `Selector`."""
+        return self.retrieval.catalogue
+
+    def select(self, prompts: Sequence[str], n: int = 1) -> list[list[Choice]]:
+        """See `Selector`."""
+        return [
+            self._order(choices, features)[:n]
+            for choices, features in proposals(
+                self.retrieval, self.agent, prompts, max(self.candidates, n)
+            )
+        ]
+
+    def only(self, names: Collection[tuple[str, str]]) -> Reranked:
+        """The selector restricted to some (model, version); see `Ranked.only`."""
+        return replace(self, retrieval=self.retrieval.only(names))
+
+    def _order(self, choices: Sequence[Choice], features: Floats) -> list[Choice]:
+        logits = features @ np.array(self.weights)
+        shares = np.exp(logits - logits.max())
+        shares *= np.exp(features[:, 0]).sum() / shares.sum()
+        order = np.argsort(-shares, kind="stable").tolist()
+        return [replace(choices[i], probability=float(shares[i])) for i in order]
+
+
+def proposals(
+    retrieval: Ranked, agent: Agent, prompts: Sequence[str], candidates: int
+) -> list[tuple[list[Choice], Floats]]:
+    """Of each prompt the choices of retrieval, and (choices, 2) both log-probabilities of each."""
+    found = []
+    for start in range(0, len(prompts), _BATCH):
+        batch = prompts[start : start + _BATCH]
+        proposed = retrieval.select(batch, candidates)
+        names = [[_name(choice) for choice in choices] for choices in proposed]
+        for choices, said in zip(proposed, name_logprobs(agent, batch, names), strict=True):
+            chances = [max(choice.probability or 0, 1e-30) for choice in choices]
+            features = np.stack([np.log(chances), said], axis=1).astype(np.float32)
+            found.append((choices, features))
+    return found
+
+
+def name_logprobs(
+    agent: Agent, prompts: Sequence[str], names: Sequence[Sequence[tuple[str, str]]]
+) -> list[list[float]]:
+    """How likely the agent is to begin its answer to each prompt with each (model, version).
+
+    Returns:
+        Sums of the log-probabilities of the tokens after those that all the names begin with.
+    """
+    texts = [name_text(*name) for own in names for name in own]
+    owners = [prompt for prompt, own in enumerate(names) for _ in own]
+    ids = encode_texts(agent.tokenizer, texts)
+    shortest = min(map(len, ids)) - 1
+    common = next((i for i in range(shortest) if len({row[i] for row in ids}) > 1), shortest)
+    keys = KeyValues(agent.model, agent.device)
+    read = [[*prompt, *ids[0][:common]] for prompt in agent.encode(prompts, max(map(len, ids)))]
+    first = keys.feed(read, [[len(row) - 1] for row in read])
+    keys.select(owners)
+    rests = [tokens[common:] for tokens in ids]
+    after = [first[owner][:0] for owner in owners]
+    if any(len(rest) > 1 for rest in rests):  # of the last token only the probability is wanted
+        after = keys.feed([rest[:-1] for rest in rests], [range(len(rest) - 1) for rest in rests])
+    said: list[list[float]] = [[] for _ in prompts]
+    for owner, rest, logits in zip(owners, rests, after, strict=True):
+        logprobs = torch.cat([first[owner], logits]).log_softmax(-1)
+        chosen = torch.tensor(rest, device=logprobs.device)
+        said[owner].append(float(logprobs.gather(1, chosen[:, None]).double().sum()))
+    return said
+
+
+def fit_reranked(
+    retrieval: Ranked,
+    agent: Agent,
+    prompts: Sequence[str],
+    chosen: Sequence[str],
+    candidates: int,
+) -> tuple[Reranked, int]:
+    """Weights that make what was ``chosen`` for validation prompts likely.
+
+    Returns:
+        The selector, and how many prompts had what was chosen among the candidates: the others
+        say nothing. Without any, both weigh the same.
+    """
+    rows = []
+    for (choices, features), model in zip(
+        proposals(retrieval, agent, prompts, candidates), chosen, strict=True
+    ):
+        truth = [i for i, choice in enumerate(choices) if _name(choice)[0] == model]
+        if truth:  # it comes first
+            rows.append(features[[*truth, *(i for i in range(len(choices)) if i not in truth)]])
+    weights = np.array([_EQUAL])
+    if rows:
+        features = np.stack(rows)
+        each_one = np.zeros(features.shape[:2])
+        weights = fit_weights(features, each_one, np.ones((len(rows), 1)), weights)
+    a, b = weights[0].tolist()
+    log.info("weights of retrieval and agent: %.2f, %.2f (n = %d)", a, b, len(rows))
+    return Reranked(retrieval, agent, (a, b), candidates), len(rows)
+
+
+@stage("rerank", version=2, config=RerankConfig)
+def fit_reranker(config: RerankConfig, context: StageContext) -> StageResult:
+    """Weigh retrieval and agent against each other on validation prompts -> reranker.json."""
+    dabench = context.one("dabench")
+    rows = read_rows(dabench.path).filter(split="validation")
+    rows = rows.sample(min(config.num_prompts, rows.height), seed=config.seed, shuffle=True)
+    reranked, used = fit_reranked(
+        _retrieval(config, dabench, context.runtime),
+        load_agent(context.one("agent").path, context.runtime.device, generates=False),
+        rows["prompt"].to_list(),
+        [orjson.loads(api)["model"] for api in rows["api"]],
+        config.candidates,
+    )
+    weights = dict(zip(("retrieval", "agent"), reranked.weights, strict=True))
+    (context.out / _FILE).write_bytes(orjson.dumps(weights, option=orjson.OPT_INDENT_2))
+    return StageResult(rows={"validation": rows.height, "used": used}, metrics=weights)
+
+
+def reranked_selector(
+    config: RerankConfig,
+    dabench: Artifact,
+    agent: Artifact,
+    runtime: RuntimeConfig,
+    quantization: Quantization = "none",
+) -> Reranked:
+    """The agent of a store as judge of what is fitted on a DABench; both weighed once.
+
+    Raises:
+        ArtifactError: the agent was trained on another catalogue.
+    """
+    judge = load_agent(agent.local(), runtime.device, quantization, generates=False)
+    if judge.catalogue.entries != Catalogue.load(dabench.local()).entries:
+        raise ArtifactError(
+            f"the agent in {agent.location!r} was trained on another catalogue than that of "
+            f"{dabench.location!r}; give the DABench that it was trained on"
+        )
+    fitted = fit_reranker.run(config, {"dabench": [dabench], "agent": [agent]}, runtime)
+    facts = orjson.loads(Path(fitted.local(), _FILE).read_bytes())
+    retrieval = _retrieval(config, dabench, runtime)
+    return Reranked(retrieval, judge, (facts["retrieval"], facts["agent"]), config.candidates)
+
+
+def _retrieval(config: RerankConfig, dabench: Artifact, runtime: RuntimeConfig) -> Ranked:
+    return fitted_selector(config.retrieval, dabench, runtime, config.encoder, config.seed)
+
+
+def _name(choice: Choice) -> tuple[str, str]:
+    assert choice.verdict.api is not None, "what is fitted answers with valid calls alone"
+    return choice.verdict.api.model, choice.verdict.api.version

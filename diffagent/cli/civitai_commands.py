@@ -1,0 +1,85 @@
+"""``diffagent civitai``: a local Civitai."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from diffagent.errors import DiffAgentError
+from diffagent.schemas.printable import log_to_terminal
+
+app = typer.Typer(
+    help="A local Civitai for development and tests.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+class FaultProfile(StrEnum):
+    """Names of ``diffagent.localcivitai.faults.PROFILES``."""
+
+    none = "none"
+    flaky = "flaky"
+    hostile = "hostile"
+
+
+@app.callback()
+def _group() -> None:
+    """A local Civitai for development and tests."""
+
+
+@app.command()
+def serve(  # noqa: PLR0917  the command line calls it by name
+    dump: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Replay models*.jsonl[.gz], images*.")
+    ] = None,
+    sandbox: Annotated[bool, typer.Option("--sandbox", help="Serve the sandbox.")] = False,
+    site: Annotated[
+        str | None, typer.Option(metavar="KIND:DIR", help="Serve a source, as crawl.site names it.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8008,
+    faults: Annotated[FaultProfile, typer.Option(help="What goes wrong.")] = FaultProfile.none,
+    seed: Annotated[int, typer.Option(help="Seed of the faults.")] = 0,
+    cache: Annotated[Path | None, typer.Option(hidden=True, help="For hashes of files.")] = None,
+    while_stdin: Annotated[
+        bool, typer.Option("--while-stdin", hidden=True, help="End when standard input closes.")
+    ] = False,
+) -> None:
+    """Serve Civitai's REST API from a source or from the sandbox; prints its address when ready."""
+    from diffagent.localcivitai.faults import Faults
+    from diffagent.localcivitai.server import LocalCivitai, Serving
+    from diffagent.localcivitai.site import replay_of
+
+    given = [f"dump:{dump}" if dump else None, "sandbox" if sandbox else None, site]
+    sites = [name for name in given if name]
+    if len(sites) != 1:
+        raise typer.BadParameter("give one of --dump DIR, --sandbox and --site KIND:DIR")
+    log_to_terminal()
+    try:
+        replay = replay_of(sites[0], cache)
+    except DiffAgentError as error:
+        raise typer.BadParameter(str(error)) from None
+    serving = Serving(LocalCivitai(replay, Faults(faults.value, seed)), host, port)
+    if while_stdin:
+        threading.Thread(target=_exit_with_parent, daemon=True).start()
+    typer.echo(f"serving on {serving.url}")
+    sys.stdout.flush()
+    serving.serve_forever()
+
+
+def _exit_with_parent() -> None:
+    """A killed parent cannot stop its server, but its end of the pipe closes."""
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,328 @@
+"""``diffagent models``: fetch, list, pin and evict model files, and look at folders of them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from diffagent.schemas.printable import printable
+
+if TYPE_CHECKING:
+    from diffagent.civitai.client import CivitaiClient
+    from diffagent.errors import DiffAgentError
+    from diffagent.render.files.model_cache import CachedModel, ModelCache
+    from diffagent.render.files.model_store import ModelStore
+    from diffagent.schemas.config import RuntimeConfig
+    from diffagent.t2i.catalogue import Entry
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+app = typer.Typer(
+    help="Model files: fetch, list, pin, evict, import; look at folders of them.",
+    no_args_is_help=True,
+)
+
+_HASHES = "SHA256, or enough of its beginning, or a part of the name."
+Config = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", metavar="FILE", help="YAML file of a run, for its runtime."),
+]
+Models = Annotated[
+    Path | None,
+    typer.Option("--models", metavar="DIR", help="The cache; default runtime.models."),
+]
+Folders = Annotated[
+    list[Path] | None,
+    typer.Option("--folder", metavar="DIR", help="Of model files, read in place (repeatable)."),
+]
+Site = Annotated[
+    str | None,
+    typer.Option(help="Address of a Civitai, 'sandbox' or KIND:DIR; default crawl.site."),
+]
+LimitGB = Annotated[
+    float | None,
+    typer.Option("--limit-gb", min=0, help="Of the cache; default runtime.models_max_gb."),
+]
+Which = Annotated[list[str], typer.Argument(metavar="MODEL...", help=_HASHES)]
+AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def fetch(
+    references: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="AIR, version id, page address or hash."),
+    ],
+    *,
+    config: Config = None,
+    models: Models = None,
+    folders: Folders = None,
+    site: Site = None,
+    limit_gb: LimitGB = None,
+    pin: Annotated[bool, typer.Option("--pin", help="Never evict them.")] = False,
+    allow_unscanned: Annotated[
+        bool,
+        typer.Option("--allow-unscanned", help="Also what did not pass the site's scans."),
+    ] = False,
+) -> None:
+    """Print the local file of each model, downloaded and verified where it is not there."""
+    from diffagent.render.files.references import find
+
+    def look_up(reference: str) -> Entry | Path:
+        local = _local(store, reference)
+        return local or find(client, reference, require_scans=not allow_unscanned)
+
+    def bring(entry: Entry | Path) -> Path:
+        return entry if isinstance(entry, Path) else store.fetch(entry)
+
+    errors: list[DiffAgentError] = []
+    with _open_store(config, models, folders, site, limit_gb) as (store, client):
+        entries = list(_without_errors(look_up, references, errors))
+        store.prefetch(entry for entry in entries if not isinstance(entry, Path))
+        for path in _without_errors(bring, entries, errors):
+            if pin and path.is_relative_to(store.cache.directory):
+                store.cache.pin(path.stem)
+            typer.echo(path)
+    for error in errors[1:]:
+        typer.echo(f"error: {printable(str(error))}", err=True)
+    if errors:
+        raise errors[0]
+
+
+def _without_errors(
+    action: Callable[[A], B], items: Iterable[A], errors: list[DiffAgentError]
+) -> Iterator[B]:
+    """Apply an action to each item; errors are collected, so that the others are tried."""
+    from diffagent.errors import DiffAgentError
+
+    for item in items:
+        try:
+            yield action(item)
+        except DiffAgentError as error:
+            errors.append(error)
+
+
+@app.command("list")
+def list_models(config: Config = None, models: Models = None, as_json: AsJSON = False) -> None:
+    """Print what the cache holds, what was used last at the end."""
+    runtime = _runtime(config, models)
+    files = sorted(_cache(runtime).files(), key=lambda file: file.used)
+    if as_json:
+        typer.echo(json.dumps([asdict(file) for file in files], indent=2))
+        return
+    for file in files:
+        states = {
+            "pinned": file.pinned,
+            "imported": file.imported,
+            "in use": file.in_use,
+            "unfinished": not file.complete,
+        }
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.used))
+        told = ", ".join(name for name, holds in states.items() if holds)
+        name = printable(f"{file.model} {file.air}".strip())
+        typer.echo(f"{file.sha256[:10]}  {file.size / 1e9:8.3f} GB  {used}  {told:<10}  {name}")
+    limit = f" of {runtime.models_max_gb:g}" if runtime.models_max_gb else ""
+    total = sum(file.size for file in files) / 1e9
+    typer.echo(f"{len(files)} files, {total:.3f}{limit} GB in {runtime.models_directory}")
+
+
+@app.command()
+def pin(which: Which, config: Config = None, models: Models = None) -> None:
+    """Keep files in the cache whatever its limit is."""
+    cache = _cache(_runtime(config, models))
+    for file in _chosen(cache, which):
+        cache.pin(file.sha256)
+        typer.echo(f"pinned {file.sha256[:10]} {printable(file.model)}")
+
+
+@app.command()
+def unpin(which: Which, config: Config = None, models: Models = None) -> None:
+    """Let pinned files be evicted again."""
+    cache = _cache(_runtime(config, models))
+    for file in _chosen(cache, which):
+        cache.pin(file.sha256, pinned=False)
+        typer.echo(f"unpinned {file.sha256[:10]} {printable(file.model)}")
+
+
+@app.command()
+def evict(
+    which: Annotated[list[str] | None, typer.Argument(metavar="[MODEL...]", help=_HASHES)] = None,
+    config: Config = None,
+    models: Models = None,
+    limit_gb: LimitGB = None,
+    imported: Annotated[
+        bool, typer.Option("--imported", help="Also files that were imported.")
+    ] = False,
+) -> None:
+    """Delete files from the cache: those named, else the longest unused until the limit is kept.
+
+    Files that are pinned or in use stay, and imported ones unless named or with --imported.
+    """
+    from diffagent.errors import ConfigError
+
+    runtime = _runtime(config, models, limit_gb=limit_gb)
+    if not which and runtime.models_max_gb is None:
+        raise ConfigError("evict needs models, or --limit-gb")
+    cache = _cache(runtime)
+    if which:
+        gone = _chosen(cache, which)
+        for file in gone:
+            cache.remove(file.sha256)
+    else:
+        gone = cache.make_room(imported=imported)
+    for file in gone:
+        name = printable(file.model)
+        typer.echo(f"evicted {file.sha256[:10]} {name}: {file.size / 1e9:.3f} GB")
+
+
+@app.command("import")
+def import_models(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH...", help="safetensors files, or folders.")
+    ],
+    config: Config = None,
+    models: Models = None,
+) -> None:
+    """Copy files into the cache, checked; what is refused is told, and exit code 1 at the end."""
+    from diffagent.errors import RenderError
+    from diffagent.localcivitai.sources.local import model_files, undrawable
+
+    cache, refused = _cache(_runtime(config, models)), False
+    files = [model_files(path) if path.is_dir() else [path] for path in paths]
+    for path in chain.from_iterable(files):
+        try:
+            typer.echo(f"{cache.add(path)[0]}  {printable(str(path))}")
+            if why := undrawable(path):
+                typer.echo(f"not drawn with  {printable(f'{path}: {why}')}", err=True)
+        except RenderError as error:
+            refused = True
+            typer.echo(f"refused  {printable(f'{path}: {error}')}", err=True)
+    if refused:
+        raise typer.Exit(1)
+
+
+@app.command()
+def scan(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR...", help="Of model files, or installations."),
+    ],
+    config: Config = None,
+    models: Models = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Print what folders of A1111 or ComfyUI hold, by hash; nothing is copied or written there.
+
+    Hashes are kept beside the cache, so that a second look reads nothing.
+    """
+    from diffagent.localcivitai.sources.local import record_of
+    from diffagent.render.files.folders import ModelFolders
+
+    runtime = _runtime(config, models)
+    for file in ModelFolders(folders, runtime.models_directory / "folders.json").files():
+        model, version = record_of(file)
+        base = version.get("baseModel")
+        if as_json:
+            row: dict[str, Any] = {
+                "path": str(file.path),
+                "sha256": file.sha256,
+                "refused": file.refused,
+                "undrawable": file.undrawable,
+                "type": model["type"],
+                "base_model": base,
+                "model": model["name"],
+                "version": version["name"],
+            }
+            typer.echo(json.dumps(row))
+        else:
+            why = f"  refused: {file.refused}" if file.refused else ""
+            why = f"  not drawn with: {file.undrawable}" if file.undrawable else why
+            typer.echo(
+                f"{file.sha256[:10]}  {model['type']:<16}  {printable(base or '?'):<8}  "
+                f"{printable(str(file.path))}{printable(why)}"
+            )
+
+
+def _runtime(
+    config: Path | None,
+    models: Path | None,
+    folders: list[Path] | None = None,
+    limit_gb: float | None = None,
+) -> RuntimeConfig:
+    """The settings of a run's file, and what the command line says in their place."""
+    from diffagent.schemas.config import RuntimeConfig, load_config
+
+    runtime = load_config(config).runtime if config else RuntimeConfig()
+    given: dict[str, Any] = {
+        "models": str(models) if models else None,
+        "model_folders": tuple(map(str, folders)) if folders else None,
+        "models_max_gb": limit_gb,
+    }
+    return runtime.model_copy(update={k: v for k, v in given.items() if v is not None})
+
+
+def _cache(runtime: RuntimeConfig) -> ModelCache:
+    from diffagent.render.files.model_cache import ModelCache
+
+    return ModelCache(runtime.models_directory, runtime.models_max_bytes)
+
+
+@contextmanager
+def _open_store(
+    config: Path | None,
+    models: Path | None,
+    folders: list[Path] | None,
+    site: str | None,
+    limit_gb: float | None,
+) -> Iterator[tuple[ModelStore, CivitaiClient]]:
+    from diffagent.civitai.client import client_for
+    from diffagent.localcivitai.site import embedded_site
+    from diffagent.render.files.model_store import ModelStore
+    from diffagent.schemas.config import CrawlConfig, load_config
+
+    runtime = _runtime(config, models, folders, limit_gb)
+    site = site or (load_config(config).crawl if config else CrawlConfig()).site
+    with (
+        embedded_site(site, cache=runtime.local_store / "local-files.json") as url,
+        client_for(url, runtime.requests_per_second) as client,
+        ModelStore.of(runtime, client) as store,
+    ):
+        yield store, client
+
+
+def _local(store: ModelStore, reference: str) -> Path | None:
+    """A file that is named by its SHA256 needs no site when it is there."""
+    digest = reference.removeprefix("hash:").lower()
+    whole = len(digest) == 64 and set(digest) <= set("0123456789abcdef")
+    return store.local(digest) if whole else None
+
+
+def _chosen(cache: ModelCache, which: list[str]) -> list[CachedModel]:
+    """The files that are named, each exactly."""
+    from diffagent.errors import ConfigError
+
+    files, chosen = cache.files(), []
+    for name in which:
+        text = name.lower()
+        found = [
+            file
+            for file in files
+            if file.sha256.startswith(text) or text in f"{file.model} {file.air}".lower()
+        ]
+        if len(found) != 1:
+            told = ", ".join(f"{f.sha256[:10]} {f.model}" for f in found[:5]) or "nothing"
+            raise ConfigError(
+                f"{name!r} is {len(found)} files of {str(cache.directory)!r} ({told}), not one; "
+                "see `diffagent models list`"
+            )
+        chosen.append(found[0])
+    return chosen

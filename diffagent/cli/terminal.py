@@ -1,0 +1,140 @@
+"""The line of a terminal that shows what runs, for how long, and how far it is.
+
+Without a terminal on standard error nothing is written, so a pipe and a log stay clean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import TextIO
+
+from diffagent.cli.options import ANSWERS
+from diffagent.schemas.printable import printable
+
+_TICK_SECONDS = 1.0
+_CLEAR = "\r\x1b[2K"
+
+
+class Status:
+    """One line that is written over: name of the stage, seconds, and its last message.
+
+    Args:
+        stream: gets the line; None shows nothing.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+        self._lock = threading.RLock()
+        self._name = self._text = ""
+        self._fraction: float | None = None
+        self._started = 0.0
+
+    def start(self, name: str) -> None:
+        """Show that ``name`` runs from now on."""
+        with self._lock:
+            self._name, self._text, self._fraction = name, "", None
+            self._started = time.monotonic()
+        self.draw()
+
+    def stop(self) -> None:
+        """Show nothing until the next ``start``."""
+        self.clear()
+        self._name = ""
+
+    def progress(self, fraction: float | None, text: str) -> None:
+        """Show how far the stage is: the callback ``diffagent.store.artifacts.Progress``."""
+        with self._lock:
+            self._fraction, self._text = fraction, text
+        self.draw()
+
+    def tell(self, text: str) -> None:
+        """Show a message of the stage; how far it is stays."""
+        with self._lock:
+            self._text = text
+        self.draw()
+
+    def clear(self) -> None:
+        """Make room for a line of someone else."""
+        with self._lock:
+            if self._stream and self._name:
+                self._write(_CLEAR)
+
+    def draw(self) -> None:
+        """Write the line again."""
+        with self._lock:
+            if self._stream and self._name:
+                self._write(_CLEAR + self._line())
+
+    def _line(self) -> str:
+        minutes, seconds = divmod(int(time.monotonic() - self._started), 60)
+        done = "" if self._fraction is None else f" {self._fraction:4.0%}"
+        text = f"{self._name}  {minutes}:{seconds:02}{done}  {self._text}"
+        width = shutil.get_terminal_size().columns - 1
+        return f"{' '.join(printable(text).split(chr(10))):.{width}}"
+
+    def _write(self, text: str) -> None:
+        if self._stream:
+            self._stream.write(text)
+            self._stream.flush()
+
+
+class _Messages(logging.Handler):
+    """Shows each record of the library on the status line."""
+
+    def __init__(self, status: Status) -> None:
+        super().__init__()
+        self._status = status
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show the message of a record."""
+        self._status.tell(record.getMessage())
+
+
+@contextlib.contextmanager
+def status_line() -> Iterator[Status]:
+    """A status line as long as the block runs, fed by what the library logs.
+
+    It is shown on a terminal, unless -v shows the log itself or -q nothing at all. Records from
+    warnings up are written above it.
+    """
+    library = logging.getLogger("diffagent")
+    shown = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+    if not shown or library.isEnabledFor(logging.INFO) or not library.isEnabledFor(logging.WARNING):
+        yield Status(None)
+        return
+    status, level, over = Status(sys.stderr), library.level, threading.Event()
+    handlers = logging.getLogger().handlers
+
+    def make_room(record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING and record.name not in ANSWERS:
+            return False
+        status.clear()
+        return True
+
+    def tick() -> None:
+        while not over.wait(_TICK_SECONDS):
+            status.draw()
+
+    messages, ticker = _Messages(status), threading.Thread(target=tick, daemon=True)
+    library.setLevel(logging.INFO)
+    library.addHandler(messages)
+    for handler in handlers:
+        handler.addFilter(make_room)
+    ticker.start()
+    try:
+        yield status
+    finally:
+        over.set()
+        ticker.join()
+        status.stop()
+        for handler in handlers:
+            handler.removeFilter(make_room)
+        library.removeHandler(messages)
+        library.setLevel(level)

@@ -1,0 +1,1 @@
+"""The crawl of a Civitai site into a snapshot, and its refresh."""

@@ -1,0 +1,155 @@
+"""Stage ``crawl``: everything that the configuration asks of the site, as a snapshot.
+
+A first crawl fetches all of it (``diffagent.crawl.crawler``), a refresh what can have changed
+(``diffagent.crawl.refresh``); how listings are walked so that nothing is missed is in
+``diffagent.crawl.walks``, what the result looks like in ``diffagent.crawl.snapshot``.
+
+All progress is in a journal (``diffagent.crawl.journal``): a crawl that was killed, that ran out
+of disk or of its time budget goes on behind the last whole page.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+from diffagent.civitai.client import client_for
+from diffagent.crawl.crawler import Crawler, Session
+from diffagent.crawl.journal import Journal
+from diffagent.crawl.known import Known
+from diffagent.crawl.memory import Memory
+from diffagent.crawl.refresh import Refresh
+from diffagent.crawl.salvage import salvage
+from diffagent.crawl.snapshot import summarise
+from diffagent.crawl.walks import Walks
+from diffagent.errors import ConfigError
+from diffagent.localcivitai.site import site_files
+from diffagent.schemas.config import CrawlConfig
+from diffagent.schemas.manifest import Funnel, FunnelStep
+from diffagent.store.artifacts import StageContext, StageResult, stage
+
+log = logging.getLogger(__name__)
+
+JOURNAL, SCRATCH, SALVAGED = "journal.gz", "scratch", "salvaged"
+
+
+@stage("crawl", version=2, config=CrawlConfig, files=site_files, salvages=True)
+def crawl(config: CrawlConfig, context: StageContext) -> StageResult:
+    """Fetch models, images and pages from ``context.site_url``.
+
+    Writes models/, images/, pages/ and generations.jsonl, and when ``context.previous`` is
+    refreshed also gone/ and changes.json (see ``diffagent.crawl.snapshot`` and
+    ``diffagent.crawl.refresh``). What is good in ``context.damaged`` is taken over. The
+    content digest does not depend on the site's address, on the order of fetching, on faults, or
+    on counters that moved.
+
+    Raises:
+        ConfigError: there is no address to crawl.
+        CivitaiError: the site stopped answering, or the time budget is spent; the next run goes
+            on from there.
+    """
+    if not context.site_url:
+        raise ConfigError("crawl needs the address of a Civitai API: site_url is empty")
+    journal, started = context.out / JOURNAL, time.monotonic()
+    memory = Memory.load(context.memory)
+    # The journal is removed last: models without it are the whole snapshot of a run that was
+    # killed before its manifest was written.
+    if journal.exists() or not (context.out / "models").is_dir():
+        new = _fetch(config, context, journal, memory)
+        shutil.rmtree(context.out / SALVAGED, ignore_errors=True)
+        memory.save(context.memory)
+        journal.unlink()
+        if context.previous and not new:
+            metrics = memory.metrics
+            metrics["seconds"] = round(time.monotonic() - started, 2)
+            log.info("nothing new on the site: %s", metrics)
+            rows = context.previous.manifest.rows
+            return StageResult(
+                rows,
+                funnels=_funnels(memory, rows),
+                metrics=metrics,
+                content_digest=context.previous.content_digest,
+            )
+    found = summarise(context.out)
+    metrics, drift = dict(memory.metrics), found.drift
+    memory.ledger = found.ledger  # metrics stay: a run that is killed right here tells them, too
+    memory.save(context.memory)
+    if metrics.get("text_ids"):
+        drift["ids in quotes, made numbers"] = metrics["text_ids"]
+    metrics |= {"seconds": round(time.monotonic() - started, 2), "schema_drift": drift}
+    if drift:
+        log.warning("%d field(s) of a shape not known here: see schema_drift", len(drift))
+    return StageResult(
+        rows=found.rows,
+        funnels=_funnels(memory, found.rows),
+        metrics=metrics,
+        content_digest=found.digest,
+    )
+
+
+def _funnels(memory: Memory, rows: Mapping[str, int]) -> tuple[Funnel, ...]:
+    """The drop funnels of models and images, of each kind that occurred."""
+    return tuple(
+        Funnel(
+            unit=kind,
+            seen=rows.get(kind, 0) + sum(reasons.values()),
+            kept=rows.get(kind, 0),
+            steps=tuple(
+                FunnelStep(filter="record", reason=reason, dropped=number)
+                for reason, number in reasons.items()
+            ),
+        )
+        for kind, reasons in memory.drops.items()
+    )
+
+
+def _fetch(config: CrawlConfig, context: StageContext, journal: Path, memory: Memory) -> bool:
+    """Fetch and write; returns whether there is anything new. ``memory`` gets the metrics."""
+    runtime = context.runtime
+    known, salvaged = None, None
+    if context.previous:
+        known = Known.load(context.previous)
+    elif context.damaged:
+        salvaged = salvage(context.damaged, context.out / SALVAGED, memory.ledger)
+        known = Known.load(salvaged.snapshot, salvaged.missing)
+    full = runtime.reconcile or (salvaged is not None and not salvaged.complete)
+    client = client_for(context.site_url, runtime.requests_per_second)
+    aside = context.memory.with_name(context.memory.name.removesuffix(".memory.json"))
+    with client, Journal(journal, aside=aside) as pages:
+        walks = Walks(
+            client,
+            pages,
+            threads=runtime.crawl_threads,
+            budget_seconds=runtime.crawl_budget_seconds,
+            known=known,
+        )
+        request = {
+            "version": 2,
+            "previous": known.digest if known else None,
+            "salvaged": context.damaged.name if salvaged and context.damaged else None,
+            "reconcile": full,
+            "date": datetime.now(UTC).date().isoformat(),
+        }
+        session = Session(config, client, pages, walks, context.progress)
+        work = Crawler(session)
+        if known:
+            work = Refresh(
+                session,
+                known,
+                memory.looked_at,
+                share=runtime.refresh_share,
+                full=full,
+                rewrite=salvaged is not None,
+            )
+        work.date = walks.resume(request)["date"]
+        started = time.monotonic()
+        work.run()
+        seconds = {"fetch_seconds": round(time.monotonic() - started, 2)}
+        new = work.write(context.out, context.out / SCRATCH)
+        report = {"salvaged": salvaged.report} if salvaged else {}
+        memory.metrics, memory.drops = work.metrics() | seconds | report, walks.drops()
+        return new

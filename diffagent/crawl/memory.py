@@ -1,0 +1,121 @@
+"""The file beside a crawl's artefact: what helps the next refresh, and what there was to lose.
+
+``STORE/crawl/IDENTITY.memory.json`` is no content and may be deleted; then all versions count as
+never looked at, and of a damaged snapshot it is not known which ids were lost with it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from diffagent.schemas.payloads import generation_of, versions_of
+from diffagent.store.artifacts import atomic_file
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Ids of a snapshot by kind ('models', 'versions', 'images') and generation, its tombstones,
+    and its generations.
+    """
+
+    ids: dict[str, dict[int, array[int]]] = field(default_factory=dict)
+    gone: list[dict[str, Any]] = field(default_factory=list)
+    generations: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, kind: str, item: dict[str, Any]) -> None:
+        """Write down a model with its versions, or an image."""
+        self._add(kind, item["id"], generation_of(item))
+        if kind == "models":
+            for ident, version in versions_of(item).items():
+                self._add("versions", ident, generation_of(version))
+
+    def _add(self, kind: str, ident: int, generation: int) -> None:
+        self.ids.setdefault(kind, {}).setdefault(generation, array("q")).append(ident)
+
+    def __iter__(self) -> Iterator[tuple[str, int, int]]:
+        """(kind, id, generation) of everything."""
+        for kind, generations in self.ids.items():
+            for generation, ids in generations.items():
+                for ident in ids:
+                    yield kind, ident, generation
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON: ids as differences, which are short."""
+        ids = {
+            kind: {str(generation): _differences(ids) for generation, ids in generations.items()}
+            for kind, generations in self.ids.items()
+        }
+        return {"ids": ids, "gone": self.gone, "generations": self.generations}
+
+    @classmethod
+    def of_json(cls, data: dict[str, Any]) -> Ledger:
+        """What ``to_json`` made."""
+        ids = {
+            str(kind): {
+                int(generation): array("q", itertools.accumulate(steps))
+                for generation, steps in generations.items()
+            }
+            for kind, generations in data["ids"].items()
+        }
+        return cls(ids, list(data["gone"]), list(data["generations"]))
+
+
+def _differences(ids: array[int]) -> list[int]:
+    ordered = sorted(ids)
+    return [ident - before for before, ident in zip([0, *ordered], ordered, strict=False)]
+
+
+@dataclass(slots=True)
+class Memory:
+    """When each version's pictures were last asked for, what the last snapshot holds, and what the
+    last crawl did: one may have written its snapshot and not yet its manifest.
+    """
+
+    looked_at: dict[int, str] = field(default_factory=dict)
+    ledger: Ledger | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+    #: see ``diffagent.crawl.walks.Walks.drops``
+    drops: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path) -> Memory:
+        """Read it; nothing is known from one that is missing or damaged."""
+        try:
+            found = orjson.loads(path.read_bytes())
+            looked_at = {int(version): str(day) for version, day in found["looked_at"].items()}
+            ledger = found.get("ledger")
+            ledger = Ledger.of_json(ledger) if ledger else None
+            drops = {
+                str(kind): {str(reason): int(number) for reason, number in reasons.items()}
+                for kind, reasons in (found.get("drops") or {}).items()
+            }
+            return cls(looked_at, ledger, dict(found.get("metrics") or {}), drops)
+        except FileNotFoundError:
+            return cls()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            log.warning(
+                "%s cannot be read (%s: %s): no version counts as looked at; it is written anew",
+                *(path, type(error).__name__, error),
+            )
+            return cls()
+
+    def save(self, path: Path) -> None:
+        """Write it in one step."""
+        data = {
+            "looked_at": {str(v): self.looked_at[v] for v in sorted(self.looked_at)},
+            "ledger": self.ledger.to_json() if self.ledger else None,
+            "metrics": self.metrics,
+            "drops": self.drops,
+        }
+        with atomic_file(path) as file:
+            file.write_bytes(orjson.dumps(data))

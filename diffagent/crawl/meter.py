@@ -1,0 +1,64 @@
+"""Telling how far a crawl is: to a terminal, the log, and whoever watches the run."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from diffagent.schemas.printable import printable
+from diffagent.store.artifacts import Progress
+
+log = logging.getLogger(__name__)
+
+_TELL_SECONDS = 5.0
+
+
+@contextmanager
+def meter(
+    report: Progress, what: str, total: int | None = None, unit: str = "it"
+) -> Iterator[Callable[[int], None]]:
+    """Tell how far something is: a bar on a terminal, and every few seconds to log and report.
+
+    Args:
+        report: takes the fraction done (None: unknown) and a text with the time left.
+        what: is counted.
+        total: how many there are; None: unknown.
+        unit: of what is counted on the bar; 'B': bytes, told as megabytes.
+
+    Yields:
+        A function that is called with how many more are done.
+    """
+    what = printable(what)
+    done, begun, told = 0, time.monotonic(), time.monotonic()
+    with tqdm(desc=what, total=total, disable=None, unit=unit, unit_scale=unit == "B") as bar:
+
+        def more(number: int) -> None:
+            nonlocal done, told
+            done += number
+            bar.update(number)
+            now = time.monotonic()
+            if now - told < _TELL_SECONDS and done != total:
+                return
+            told = now
+            text = f"{what}: {_amount(done, unit)}"
+            text += f" of {_amount(total, unit)}" if total else ""
+            if total and 0 < done < total:
+                text += f", about {_span((now - begun) / done * (total - done))} left"
+            log.info("%s", text)
+            report(min(1.0, done / total) if total else None, text)
+
+        yield more
+
+
+def _amount(number: int, unit: str) -> str:
+    return f"{number / 1e6:,.0f} MB" if unit == "B" else f"{number:,}"
+
+
+def _span(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

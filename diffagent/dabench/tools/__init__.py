@@ -1,0 +1,1 @@
+"""Tools for a finished DABench: checks, comparison, export, summary."""

@@ -1,0 +1,1 @@
+"""A local server that speaks the Civitai API, and the record folders that it reads."""

@@ -1,0 +1,1 @@
+"""The renderer on diffusers: checkpoints, adapters, prompts, denoising."""

@@ -1,0 +1,1 @@
+"""Model files: the cache of downloads, folders of models, references to files."""

@@ -1,0 +1,108 @@
+"""The sandbox's LoRAs: which ones there are, their kohya file layout, merging into a checkpoint.
+
+A specialist is a LoRA over all convolutions and projections of the base's U-Net, merged into a
+full checkpoint when the files are assembled. The standalone LoRAs touch the transformer blocks
+only, as most LoRAs on Civitai do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from diffagent.sandbox import tiny_networks, world
+from diffagent.sandbox.single_file import Tensors, unet_name
+
+ATTENTION = (
+    r".*(attn[12]\.to_[qkv]|attn[12]\.to_out\.0|ff\.net\.0\.proj|ff\.net\.2)"  # transformer blocks
+)
+EVERYWHERE = (
+    r".*(attn[12]\.to_[qkv]|attn[12]\.to_out\.0|ff\.net\.0\.proj|ff\.net\.2"
+    r"|proj_in|proj_out|conv1|conv2|conv_shortcut|time_emb_proj)"
+)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One LoRA to train.
+
+    Attributes:
+        name: stem of its weight file.
+        attribute: "style" or "background".
+        value: the only value of that attribute that it sees.
+        seed: of its initial weights, noise and wording.
+        rank: of the low-rank matrices; alpha equals it.
+        targets: regular expression over the U-Net's module names.
+    """
+
+    name: str
+    attribute: str
+    value: str
+    seed: int
+    rank: int
+    targets: str
+
+    def fits(self, scene: world.Scene) -> bool:
+        """Says whether the LoRA learns from drawings of this scene."""
+        return bool(getattr(scene, self.attribute) == self.value)
+
+
+SPECIALISTS = tuple(
+    Adapter(f"specialist-{style.replace(' ', '-')}", "style", style, 41 + number, 16, EVERYWHERE)
+    for number, style in enumerate(world.STYLES[1:])
+)
+LORAS = (
+    Adapter("lora-pixel-art", "style", "pixel art", 51, 16, ATTENTION),
+    Adapter("lora-night", "background", "night", 52, 16, ATTENTION),
+)
+ADAPTERS = (*SPECIALISTS, *LORAS)
+
+
+def kohya_tensors(state: Tensors, rank: int) -> Tensors:
+    """The LoRA in a peft-wrapped U-Net's state dict, in kohya's layout and fp16.
+
+    Keys are `lora_unet_<module path with underscores>` followed by `.lora_down.weight`,
+    `.lora_up.weight` and `.alpha`.
+    """
+    tensors: Tensors = {}
+    for name, value in state.items():
+        for ours, theirs in (("lora_A", "lora_down"), ("lora_B", "lora_up")):
+            marker = f".{ours}.default.weight"
+            if name.endswith(marker):
+                stem = "lora_unet_" + name.removesuffix(marker).replace(".", "_")
+                tensors[f"{stem}.{theirs}.weight"] = value.detach().to(torch.float16).contiguous()
+                tensors[f"{stem}.alpha"] = torch.tensor(float(rank), dtype=torch.float16)
+    return tensors
+
+
+def merged(checkpoint: Tensors, lora: Tensors, scale: float = 1.0) -> Tensors:
+    """A single-file checkpoint with a kohya LoRA of its U-Net added to the weights.
+
+    Args:
+        checkpoint: single-file tensors; left as they are.
+        lora: tensors as `kohya_tensors` writes them.
+        scale: strength of the LoRA.
+    """
+    unet = tiny_networks.build_unet()
+    slots = {
+        i: 2 if "CrossAttn" in kind else 1 for i, kind in enumerate(unet.config.up_block_types)
+    }
+    result, used = dict(checkpoint), 0
+    for module_name, module in unet.named_modules():
+        stem = "lora_unet_" + module_name.replace(".", "_")
+        if f"{stem}.alpha" not in lora:
+            continue
+        down, up = lora[f"{stem}.lora_down.weight"].float(), lora[f"{stem}.lora_up.weight"].float()
+        strength = scale * lora[f"{stem}.alpha"].float() / down.shape[0]
+        delta = (up.flatten(1) @ down.flatten(1)).reshape(module.weight.shape) * strength
+        key = "model.diffusion_model." + unet_name(
+            f"{module_name}.weight", unet.config.layers_per_block, slots
+        )
+        result[key] = (result[key].float() + delta).to(torch.float16)
+        used += 1
+    if 3 * used != len(lora):
+        raise ValueError(
+            f"only {used} of {len(lora) // 3} LoRA modules belong to the sandbox U-Net"
+        )
+    return result

@@ -1,0 +1,136 @@
+"""A stage in a process of its own: heavy stages get a real timeout and give their memory back.
+
+``run_in_child`` starts ``python -m diffagent.store.child_main`` and passes on what that prints: its log,
+warnings as warnings, and its progress. An error crosses whole (``diffagent.failures.pack``).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from pathlib import Path
+
+from pydantic import BaseModel
+
+from diffagent.store.artifacts import Artifact, Inputs, Progress, canonical_json
+from diffagent.errors import ArtifactError
+from diffagent.failures import unpack
+from diffagent.schemas.config import RuntimeConfig
+from diffagent.schemas.printable import printable
+
+log = logging.getLogger(__name__)
+
+#: Exit code of a child whose stage failed with an error (which is then in its answer file).
+EXPECTED_FAILURE = 3
+#: Begins a line of the child that is progress and not log: a JSON array follows.
+PROGRESS_MARK = "\x1ediffagent-progress "
+_WARNING = re.compile(r"(WARNING|ERROR|CRITICAL) (diffagent[\w.]*: .*)", re.DOTALL)
+
+
+def run_in_child(
+    entry: str,
+    config: BaseModel,
+    inputs: Inputs,
+    runtime: RuntimeConfig,
+    *,
+    site_url: str = "",
+    progress: Progress = lambda fraction, text: None,
+) -> Artifact:
+    """Run the stage ``entry`` ('package.module:attribute') in a process of its own.
+
+    The same command works by hand: ``python -m diffagent.store.child_main RUN.json``.
+
+    Raises:
+        DiffAgentError: the stage failed, with the error that it raised.
+        ArtifactError: the child was killed (its last line is in the message) or timed out.
+    """
+    name = entry.rpartition(":")[2]
+    with tempfile.TemporaryDirectory(prefix="diffagent-") as folder:
+        request, answer = Path(folder, "run.json"), Path(folder, "artifact.json")
+        request.write_bytes(
+            canonical_json(
+                {
+                    "entry": entry,
+                    "config": config.model_dump(mode="json"),
+                    "inputs": {
+                        name: [artifact.model_dump(mode="json") for artifact in artifacts]
+                        for name, artifacts in inputs.items()
+                    },
+                    "runtime": runtime.model_dump(mode="json"),
+                    "site_url": site_url,
+                    "answer": str(answer),
+                    "parent": os.getpid(),
+                }
+            )
+        )
+        code, last_line = _run_logged(
+            [sys.executable, "-m", "diffagent.store.child_main", str(request)],
+            name=name,
+            timeout=runtime.stage_timeout_seconds,
+            progress=progress,
+        )
+        if code == 0:
+            return Artifact.model_validate_json(answer.read_bytes())
+        if code == EXPECTED_FAILURE:
+            raise unpack(json.loads(answer.read_bytes()))
+    killed = f" ({signal.Signals(-code).name})" if -code in list(signal.Signals) else ""
+    remedy = (
+        "it was killed from outside, or the machine ran out of memory; run the same command "
+        "again: it goes on from what was written"
+        if code < 0
+        else "-v shows its whole log"
+    )
+    crash = ArtifactError(f"{name} ended with code {code}{killed}: {last_line}; {remedy}")
+    crash.retryable = code < 0  # the next try resumes
+    raise crash
+
+
+def _run_logged(
+    command: list[str], *, name: str, timeout: float, progress: Progress
+) -> tuple[int, str]:
+    """Run a command, passing on its lines as they come; returns its exit code and last line."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    expired = threading.Event()
+
+    def stop() -> None:
+        expired.set()
+        process.kill()
+
+    timer = threading.Timer(timeout, stop)
+    timer.start()
+    last = "it printed nothing"
+    try:
+        for line in process.stdout or ():
+            if line.startswith(PROGRESS_MARK):
+                fraction, text = json.loads(line.removeprefix(PROGRESS_MARK))
+                progress(fraction, text)
+            elif line.strip():
+                last = f"{printable(line.strip()):.300}"
+                _log_line(name, line.rstrip())
+        code = process.wait()
+    finally:
+        timer.cancel()
+        process.kill()
+    if expired.is_set():
+        raise ArtifactError(
+            f"{name} took longer than {timeout:.0f} s and was stopped; raise "
+            "runtime.stage_timeout_seconds, or run it again to resume"
+        )
+    return code, last
+
+
+def _log_line(name: str, line: str) -> None:
+    """Log a line of the child: the library's own warnings as such, all else as information."""
+    if warning := _WARNING.match(line):
+        log.log(logging.getLevelNamesMapping()[warning[1]], "%s | %s", name, warning[2])
+    else:
+        log.info("%s | %s", name, line)

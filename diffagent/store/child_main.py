@@ -1,0 +1,84 @@
+"""``python -m diffagent.store.child_main RUN.json``: one stage in a process of its own.
+
+RUN.json is what ``diffagent.store.child.run_in_child`` writes: entry, config, inputs (handles),
+runtime, site_url, the file that gets the handle of the finished artefact, and the process to
+end with (absent by hand).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from diffagent.store.artifacts import Artifact, Stage
+from diffagent.store.child import EXPECTED_FAILURE, PROGRESS_MARK
+from diffagent.device import keep_freed_memory
+from diffagent.errors import DiffAgentError
+from diffagent.failures import explained, pack
+from diffagent.schemas.config import RuntimeConfig
+
+log = logging.getLogger("diffagent.store.child_main")
+_PROGRESS_SECONDS = 0.5
+
+
+def main(request: str) -> int:
+    """Run the stage that the JSON file ``request`` describes; returns the exit code."""
+    run = json.loads(Path(request).read_text(encoding="utf-8"))
+    if run.get("parent"):
+        threading.Thread(target=_end_with, args=(run["parent"],), daemon=True).start()
+    module, _, attribute = run["entry"].partition(":")
+    answer = Path(run["answer"])
+    try:
+        with explained(f"stage {attribute!r}"):
+            stage: Stage = getattr(importlib.import_module(module), attribute)  # type: ignore[type-arg]
+            artifact = stage.run(
+                stage.config_type.model_validate(run["config"]),
+                {
+                    name: [Artifact.model_validate(handle) for handle in handles]
+                    for name, handles in run["inputs"].items()
+                },
+                RuntimeConfig.model_validate(run["runtime"]),
+                site_url=run["site_url"],
+                progress=_ProgressLines(),
+            )
+    except DiffAgentError as error:
+        log.info("the traceback of this error", exc_info=True)
+        answer.write_text(json.dumps(pack(error)), encoding="utf-8")
+        return EXPECTED_FAILURE
+    answer.write_text(artifact.model_dump_json(), encoding="utf-8")
+    return 0
+
+
+class _ProgressLines:
+    """Passes progress on to the parent, not more often than a person can follow."""
+
+    def __init__(self) -> None:
+        self._last = -_PROGRESS_SECONDS
+
+    def __call__(self, fraction: float | None, text: str) -> None:
+        if time.monotonic() - self._last >= _PROGRESS_SECONDS or fraction == 1:
+            self._last = time.monotonic()
+            sys.stdout.write(f"{PROGRESS_MARK}{json.dumps([fraction, text])}\n")
+            sys.stdout.flush()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the one that wants its answer is gone (killed, cancelled)."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    # What other packages tell would hide what the stage says.
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("diffagent").setLevel(logging.INFO)
+    keep_freed_memory()
+    sys.exit(main(sys.argv[1]))

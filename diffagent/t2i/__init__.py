@@ -1,0 +1,1 @@
+"""The language of text-to-image: samplers, base models, weight files, catalogue, metadata."""
