@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from diffagent.schemas.api import T2IAPI, ApiError, parse_api
+from diffagent.schemas.tables import TRUNCATED
 
 if TYPE_CHECKING:
     from diffagent.t2i.catalogue import Catalogue, Entry
@@ -38,9 +39,6 @@ KINDS = {
 
 #: A suffix that may follow an AIR's version.
 _FILE_OF_AIR = re.compile(r"(?:\+[0-9]+|:[a-z0-9_-]+|\.[a-z0-9_-]+)*")
-
-TRUNCATED = "truncated"
-"""Reason of an answer that ``max_new_tokens`` cut: its text is the beginning of a JSON value."""
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffagent.crawl.snapshot import GONE, read_generations, read_rows
+from diffagent.crawl.snapshot import read_generations, read_rows
 from diffagent.schemas.payloads import (
     GENERATION,
+    GONE,
     canonical,
     content,
     generation_of,

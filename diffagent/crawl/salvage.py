@@ -26,7 +26,6 @@ import orjson
 from diffagent.crawl.memory import Ledger
 from diffagent.crawl.snapshot import (
     GENERATIONS,
-    GONE,
     KINDS,
     generation_rows,
     write_generations,
@@ -34,6 +33,7 @@ from diffagent.crawl.snapshot import (
 )
 from diffagent.errors import ArtifactError
 from diffagent.schemas.manifest import Manifest
+from diffagent.schemas.payloads import GONE
 from diffagent.store.artifacts import Artifact, read_manifest, sha256_file
 
 log = logging.getLogger(__name__)

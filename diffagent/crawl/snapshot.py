@@ -33,11 +33,10 @@ import orjson
 from diffagent.crawl.journal import Entry, Item
 from diffagent.crawl.memory import Ledger
 from diffagent.errors import ArtifactError
-from diffagent.schemas.payloads import Drift, canonical, content
+from diffagent.schemas.payloads import GONE, Drift, canonical, content
 from diffagent.store.artifacts import Artifact
 
 KINDS = ("images", "models", "pages")
-GONE = "gone"
 GENERATIONS = "generations.jsonl"
 #: Rows a part, unless that makes more than ``_MAX_PARTS``; memory holds one part.
 _ROWS = {"images": 20_000, "models": 1_000, "pages": 1_000}

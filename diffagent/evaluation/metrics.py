@@ -12,10 +12,9 @@ from typing import Literal
 
 import polars as pl
 
-from diffagent.agent.verify import TRUNCATED
 from diffagent.errors import SchemaError
 from diffagent.schemas.api import T2IAPI, parse_api
-from diffagent.schemas.tables import EVALUATION
+from diffagent.schemas.tables import EVALUATION, TRUNCATED
 
 
 @dataclass(frozen=True)

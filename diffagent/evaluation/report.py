@@ -16,7 +16,7 @@ import jinja2
 import polars as pl
 import pyarrow.parquet as pq
 
-from diffagent.agent.verify import KINDS, TRUNCATED
+from diffagent.agent.verify import KINDS
 from diffagent.errors import ArtifactError
 from diffagent.evaluation.metrics import evaluation_table
 from diffagent.evaluation.summary import (
@@ -34,7 +34,7 @@ from diffagent.rewards.scores import read_scores
 from diffagent.schemas.api import T2IAPI, parse_api
 from diffagent.schemas.config import EvaluationConfig
 from diffagent.schemas.manifest import Manifest
-from diffagent.schemas.tables import EVALUATION
+from diffagent.schemas.tables import EVALUATION, TRUNCATED
 from diffagent.store.artifacts import (
     Artifact,
     StageContext,

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from diffagent.agent.verify import TRUNCATED
 from diffagent.evaluation.bootstrap import Array, Interval, bootstrap_intervals, wins
 from diffagent.evaluation.metrics import METRICS, Metric
 from diffagent.schemas.config import EvaluationConfig
+from diffagent.schemas.tables import TRUNCATED
 from diffagent.store.artifacts import Artifact
 
 #: What each selector does, for people.

@@ -19,7 +19,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffagent.agent.verify import TRUNCATED
 from diffagent.device import resolve_device
 from diffagent.rewards.image_batches import load_pictures
 from diffagent.rewards.load import judge_files, load_judges, load_scorers, reward_files
@@ -28,7 +27,7 @@ from diffagent.rewards.scores import define, write_scores
 from diffagent.rewards.unified import Unifier
 from diffagent.schemas.config import JudgesConfig, RewardsConfig
 from diffagent.schemas.manifest import Funnel, FunnelStep
-from diffagent.schemas.tables import JUDGEMENTS, SCORES
+from diffagent.schemas.tables import JUDGEMENTS, SCORES, TRUNCATED
 from diffagent.store.artifacts import Artifact, Progress, StageContext, StageResult, stage
 
 if TYPE_CHECKING:

@@ -194,6 +194,9 @@ def generation_of(item: Mapping[str, Any]) -> int:
     return number if type(number) is int and number >= 0 else 0
 
 
+#: Name of the tombstones among the kinds of rows in a snapshot.
+GONE = "gone"
+
 #: What moves though nothing has changed: counters, the decoration that a card wears, and the time
 #: of a file's last scan (the scan's results count as content); and what is not the site's at all.
 VOLATILE = frozenset({"stats", "rank", "cosmetic", "scannedAt", GENERATION})

@@ -9,6 +9,9 @@ def _schema(*fields: tuple[str, pa.DataType, bool]) -> pa.Schema:
     return pa.schema([pa.field(name, kind, nullable=null) for name, kind, null in fields])
 
 
+#: Reason of an answer that ``max_new_tokens`` cut short: its text is the beginning of a JSON value.
+TRUNCATED = "truncated"
+
 _text, _int, _float, _bool = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 
 #: One row a model version that can be called: checkpoints, and LoRAs to lay over them.

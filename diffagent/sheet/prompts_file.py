@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from diffagent.agent.candidates import Row, write_candidates
 from diffagent.agent.selector import Selector
 from diffagent.errors import ConfigError
-from diffagent.localcivitai.sources import SYNTHETIC, synthetic_id
+from diffagent.localcivitai.sources import synthetic_id
 from diffagent.localcivitai.sources.architecture import UNKNOWN
 from diffagent.localcivitai.sources.local import LocalFile, record_of
 from diffagent.render.files.folders import ModelFolders
@@ -34,6 +34,7 @@ from diffagent.t2i.catalogue import (
     CHECKPOINT,
     EMBEDDING,
     LORA_TYPES,
+    SYNTHETIC,
     Catalogue,
     Entry,
     make_entry,

@@ -22,7 +22,6 @@ import pyarrow.parquet as pq
 
 from diffagent.errors import ArtifactError, ConfigError
 from diffagent.failures import reading
-from diffagent.localcivitai.sources import SYNTHETIC
 from diffagent.schemas.payloads import commercial_use, generation_of
 from diffagent.schemas.tables import CATALOGUE
 from diffagent.store.artifacts import describe_directory
@@ -30,6 +29,10 @@ from diffagent.t2i.base_models import NON_COMMERCIAL, base_model_of, ecosystem
 from diffagent.t2i.samplers import SAMPLERS, SamplerSpec
 
 CommercialUse = Literal["yes", "no", "unknown"]
+
+#: Ids of models that the site does not have are 52 bits of a SHA256 above this. The site's own are
+#: 32-bit numbers, and numbers up to 2^53 are exact wherever JSON is read.
+SYNTHETIC = 2**52
 
 CHECKPOINT = "Checkpoint"
 #: Types that are laid over a checkpoint, with the name of the type in an AIR.
@@ -322,9 +325,7 @@ _FLOAT8 = re.compile(r"(?<![a-z0-9])(?:fp8|f8|float8|e4m3\w*|e5m2\w*)(?![a-z0-9]
 
 def describe(model: Mapping[str, Any]) -> str:
     """The first sentences of a model's description, without HTML; '' when it has none."""
-    from diffagent.civitai.page_html import (
-        plain_text,  # an agent that loads a catalogue needs no HTML
-    )
+    from diffagent.t2i.text import plain_text
 
     html = model.get("description")
     if not isinstance(html, str):

@@ -43,25 +43,6 @@ class RankingLoss:
     sft: Tensor
 
 
-def sequence_logps(
-    logits: Tensor, labels: Tensor, ignore_index: int = -100
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each row's response.
-
-    Args:
-        logits: (B, T, V) float; position t predicts token t + 1.
-        labels: (B, T) int; ``ignore_index`` on prompt and padding.
-
-    Returns:
-        Sums over the response tokens (B,) float, and their numbers (B,) int.
-    """
-    targets = labels[:, 1:]
-    nll = F.cross_entropy(
-        logits[:, :-1].transpose(1, 2), targets, ignore_index=ignore_index, reduction="none"
-    )
-    return -nll.sum(1), (targets != ignore_index).sum(1)
-
-
 def token_logps(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
     """Log-probabilities of tokens from the states that predict them, without an (M, V) table.
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffagent.agent.lm.likelihood import sequence_logps
 from diffagent.train.collate import RankedPrompt, RRHFCollator, block_mask
-from diffagent.train.losses import sequence_logps, token_logps
+from diffagent.train.losses import token_logps
 
 log = logging.getLogger(__name__)
 

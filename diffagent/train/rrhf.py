@@ -25,11 +25,11 @@ from diffagent.agent.lm.llm import (
     save_agent,
 )
 from diffagent.agent.prompts import draw_ids
-from diffagent.agent.verify import TRUNCATED
 from diffagent.device import resolve_device
 from diffagent.errors import ArtifactError, TrainingError
 from diffagent.rewards.scores import read_scores
 from diffagent.schemas.config import RRHFConfig
+from diffagent.schemas.tables import TRUNCATED
 from diffagent.store.artifacts import Artifact, StageContext, StageResult
 from diffagent.train import fit
 from diffagent.train.agent_card import TrainingFacts, write_card

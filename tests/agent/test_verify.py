@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffagent.agent.verify import KINDS, TRUNCATED, verify
+from diffagent.agent.verify import KINDS, verify
+from diffagent.schemas.tables import TRUNCATED
 from tests.agent.agent_world import make_catalogue
 
 CATALOGUE = make_catalogue()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffagent.civitai.client import is_loopback, is_site_host, next_cursor, origin_of, parse_json
-from diffagent.civitai.page_html import page_settings, plain_text
+from diffagent.civitai.page_html import page_settings
 from diffagent.civitai.pagination import Page, Walk, walk
 from diffagent.civitai.ratelimit import TokenBucket
 from diffagent.crawl.journal import Entry, Journal
@@ -29,6 +29,7 @@ from diffagent.errors import (
 )
 from diffagent.localcivitai.listing import StaleCursor, decode_cursor, encode_cursor
 from diffagent.localcivitai.site import embedded_site
+from diffagent.t2i.text import plain_text
 from tests.conftest import file_size_limit
 
 # --- journal ---

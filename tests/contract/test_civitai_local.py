@@ -21,10 +21,11 @@ from diffagent.crawl.crawl_stage import crawl
 from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.errors import ConfigError
 from diffagent.localcivitai.site import embedded_site
-from diffagent.localcivitai.sources import SYNTHETIC, open_source, synthetic_id
+from diffagent.localcivitai.sources import open_source, synthetic_id
 from diffagent.localcivitai.sources.local import Hashes, hash_file, look, model_files
 from diffagent.schemas.config import CrawlConfig, FilterConfig, RuntimeConfig
 from diffagent.store.artifacts import Artifact, open_artifact
+from diffagent.t2i.catalogue import SYNTHETIC
 from tests.conftest import ROOT
 from tests.contract.test_civitai_crawl import rows
 

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffagent.train.losses import INVALID_REWARD, group_advantages, ranking_loss, sequence_logps
+from diffagent.agent.lm.likelihood import sequence_logps
+from diffagent.train.losses import INVALID_REWARD, group_advantages, ranking_loss
 
 torch.set_num_threads(1)
 

@@ -33,6 +33,7 @@ from diffagent.agent.lm.format import (
     response_text,
 )
 from diffagent.agent.lm.int8 import to_int8
+from diffagent.agent.lm.likelihood import sequence_logps
 from diffagent.agent.lm.llama import Llama, LlamaConfig
 from diffagent.agent.lm.tokenizer import Tokenizer
 from diffagent.device import resolve_device
@@ -40,7 +41,6 @@ from diffagent.errors import ArtifactError, ConfigError, TrainingError
 from diffagent.pretrained import load_model, load_tokenizer
 from diffagent.store.artifacts import describe_directory
 from diffagent.t2i.catalogue import Catalogue
-from diffagent.train.losses import sequence_logps
 
 log = logging.getLogger(__name__)
 

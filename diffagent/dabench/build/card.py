@@ -19,7 +19,8 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import yaml
 
-from diffagent.localcivitai.sources import SOURCES, SYNTHETIC
+from diffagent.localcivitai.sources import SOURCES
+from diffagent.t2i.catalogue import SYNTHETIC
 from diffagent.dabench import columns
 from diffagent.t2i.base_models import base_model_of
 from diffagent.t2i.catalogue import Catalogue

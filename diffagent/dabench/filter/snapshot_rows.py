@@ -9,6 +9,7 @@ import orjson
 
 from diffagent.crawl import snapshot as civitai_snapshot
 from diffagent.errors import ArtifactError
+from diffagent.schemas.payloads import GONE
 from diffagent.store.artifacts import Artifact
 
 Item = dict[str, Any]
@@ -54,7 +55,7 @@ def read_gone(snapshot: Artifact) -> set[tuple[str, int]]:
     Raises:
         ArtifactError: a file is damaged.
     """
-    rows = civitai_snapshot.read_rows(snapshot.path, civitai_snapshot.GONE)
+    rows = civitai_snapshot.read_rows(snapshot.path, GONE)
     return {(row["kind"], row["id"]) for row in rows}
 
 

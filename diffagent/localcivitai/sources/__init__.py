@@ -16,10 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from diffagent.errors import ConfigError
-
-#: Ids of what the site does not know: 52 bits of a SHA256 above this. The site's own are 32-bit
-#: numbers, and up to 2^53 a number is exact wherever JSON is read.
-SYNTHETIC = 2**52
+from diffagent.t2i.catalogue import SYNTHETIC
 
 
 @dataclass(frozen=True)

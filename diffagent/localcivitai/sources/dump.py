@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 from diffagent.civitai.lenient_json import loads
-from diffagent.crawl.snapshot import GONE
 from diffagent.errors import ConfigError
 from diffagent.localcivitai.sources import Records, Unreadable
 from diffagent.schemas.payloads import (
     FILE_FIELDS,
+    GONE,
     IMAGE_FIELDS,
     MAX_RECORD_BYTES,
     MODEL_FIELDS,

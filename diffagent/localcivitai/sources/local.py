@@ -45,7 +45,7 @@ from filelock import FileLock
 
 from diffagent.civitai.client import parse_json
 from diffagent.errors import CivitaiError, ConfigError, RenderError
-from diffagent.localcivitai.sources import SYNTHETIC, Records, synthetic_id
+from diffagent.localcivitai.sources import Records, synthetic_id
 from diffagent.localcivitai.sources.architecture import UNKNOWN, Architecture, describe
 from diffagent.schemas.payloads import (
     FILE_FIELDS,
@@ -59,6 +59,7 @@ from diffagent.schemas.payloads import (
     whole_number,
 )
 from diffagent.store.artifacts import atomic_file
+from diffagent.t2i.catalogue import SYNTHETIC
 from diffagent.t2i.quantised import check_quantisation
 from diffagent.t2i.weights import Tensor, check_weights, read_header, read_metadata, reading
 

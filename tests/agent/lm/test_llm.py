@@ -15,8 +15,9 @@ from diffagent.agent.decoding.strategies import DiverseBeams, TopP
 from diffagent.agent.llm_selector import LLM
 from diffagent.agent.lm.format import IGNORED, encode_example, prompt_room
 from diffagent.agent.lm.llm import Agent, align_special_tokens, load_agent, read_info
-from diffagent.agent.verify import TRUNCATED, verify
+from diffagent.agent.verify import verify
 from diffagent.errors import ArtifactError, TrainingError
+from diffagent.schemas.tables import TRUNCATED
 from diffagent.train.sandbox_llama import build_tokenizer
 from tests.conftest import AgentRun
 

@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 from diffagent.store.artifacts import Artifact, open_artifact
-from diffagent.localcivitai.sources import SYNTHETIC
+from diffagent.t2i.catalogue import SYNTHETIC
 from diffagent.dabench import columns
 from diffagent.t2i.base_models import base_model_of, families
 from diffagent.dabench.build.card import Source, literal, size_category, source_of
