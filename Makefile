@@ -30,6 +30,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt requirements-rewards.txt
 
 demo: install
 	mkdir -p "$(PREFECT_HOME)"
+	$(BIN)/python -m diffagent.sandbox build/sandbox
 	$(BIN)/python -m flows.run_pipeline $(CONFIG) --store "$(STORE)"
 
 test: install

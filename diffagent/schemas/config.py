@@ -57,7 +57,7 @@ class CrawlConfig(_Section):
 
     site: str = Field(
         default="https://civitai.com",
-        description="address of a Civitai API; or for an embedded server 'sandbox', 'dump:DIR' "
+        description="address of a Civitai API; or for an embedded server 'dump:DIR' "
         "(records as JSON lines or parquet, or a snapshot), 'local:DIR' (a folder of model files) "
         "or 'release:DIR' (instruction-API pairs)",
     )
