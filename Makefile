@@ -26,6 +26,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt requirements-rewards.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ray,s3]'
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-rewards.txt
 	$(BIN)/python -m diffagent.compat
+	$(BIN)/python -m diffagent.sandbox build/sandbox
 	touch $@
 
 demo: install

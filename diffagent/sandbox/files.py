@@ -34,6 +34,7 @@ ABOUT = {
 """Description of the records, which dataset cards quote (``diffagent.localcivitai.sources``)."""
 
 WEIGHTS = Path(__file__).parent / "weights"
+SCORERS = WEIGHTS / "scorers"
 SPECIALISTS = ("outline", "3d", "pixel-art", "sketch")
 LORAS = ("pixel-art", "night")
 
@@ -91,6 +92,7 @@ def materialise(target: Path) -> Path:
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    temporary.chmod(0o755)
     try:
         _write_dump(temporary)
         if target.is_dir():
