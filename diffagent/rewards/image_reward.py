@@ -280,8 +280,8 @@ def join_parts(
 ) -> Any:
     """Returns one network of BLIP's encoders and the layers of the MLP, under the authors' names.
 
-    Its ``rewards`` is the ``score_gard`` of the package: it maps token ids and mask (B, L) and image
-    features (B, N, D) to rewards (B,) float32.
+    Its ``rewards``, the package's ``score_gard``, maps token ids and mask (B, L) and image features
+    (B, N, D) to rewards (B,) float32.
     """
     import torch
     from torch import nn
@@ -300,7 +300,7 @@ def join_parts(
         def rewards(
             self, ids: torch.Tensor, mask: torch.Tensor, image_features: torch.Tensor
         ) -> torch.Tensor:
-            states = self.blip.text_encoder(
+            states = text(
                 ids,
                 attention_mask=mask,
                 encoder_hidden_states=image_features,

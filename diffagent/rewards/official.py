@@ -8,8 +8,8 @@ with the import hook of `diffagent.compat`:
 
 * image-reward expects functions that transformers 5 has moved or dropped, OpenAI's ``clip``, which
   PyPI does not have, fairscale, which is abandoned, and its whole ReFL trainer.
-* hpsv2 imports tkinter's ``turtle`` by accident and ``clint`` for progress bars, and its wheel lacks
-  the BPE vocabulary, of which open_clip ships an identical copy.
+* hpsv2 imports tkinter's ``turtle`` by accident and ``clint`` for progress bars, and its wheel
+  lacks the BPE vocabulary, of which open_clip ships an identical copy.
 
 A name is lent to the importing module and taken back after its execution, so that transformers,
 torchvision and ``sys.modules`` stay as they were for all other code. Warnings and transformers' log
