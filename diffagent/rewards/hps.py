@@ -8,7 +8,8 @@ from typing import Any, Self
 from diffagent.errors import ConfigError
 from diffagent.rewards.clip import ClipScorer, load_open_clip
 from diffagent.rewards.image_batches import Preparation
-from diffagent.rewards.scorer import Runtime, check_sha256, hub_or_local
+from diffagent.rewards.scorer import Runtime
+from diffagent.rewards.weight_files import check_sha256, hub_or_local
 
 RELEASES = {"v2": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 REPOSITORY = "xswu/HPSv2"
@@ -18,13 +19,9 @@ ARCHITECTURE = "ViT-H-14"
 class HPSScorer(ClipScorer):
     """Cosine of the fine-tuned features; papers print it times 100.
 
-    The pictures are prepared as by the package: the longest side is resized and the rest
-    padded, where CLIP would crop. Scores of v2 and v2.1 are not comparable, and scores
-    mean something only among pictures of one prompt.
-
-    `load` takes a release (``v2``, ``v2.1``) as its model, with the release's file or the hub
-    repository that has it as its weights (``xswu/HPSv2`` when not given); or a directory in
-    open_clip's layout.
+    Pictures are prepared as in the package: the longest side is resized and the rest padded, where
+    CLIP would crop. Scores of v2 and v2.1 are not comparable, and scores are meaningful only among
+    pictures of one prompt.
     """
 
     name = "hps_v2"
@@ -42,8 +39,8 @@ class HPSScorer(ClipScorer):
         """Loads a release or a directory; see `ClipScorer.load`.
 
         Args:
-            model: ``v2`` or ``v2.1``, or a directory.
-            weights: the release's file, or a repository of the hub.
+            model: a release, ``v2`` or ``v2.1``, or a directory in open_clip's layout.
+            weights: of a release: its file or a repository of the hub; default ``xswu/HPSv2``.
             sha256: of the file of weights, which is checked.
             official: compute with the network of the package hpsv2.
             runtime: where and how to compute.

@@ -25,14 +25,8 @@ import numpy.typing as npt
 from diffagent import compat
 from diffagent.errors import ConfigError, ScoreError
 from diffagent.rewards.image_batches import Preparation
-from diffagent.rewards.scorer import (
-    PixelScorer,
-    PromptCache,
-    Runtime,
-    content_digest,
-    hub_or_local,
-    read_state,
-)
+from diffagent.rewards.scorer import PromptCache, Runtime, Scorer, content_digest
+from diffagent.rewards.weight_files import hub_or_local, read_state
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +61,7 @@ _MED_CONFIG = {
 
 @dataclass(frozen=True)
 class ImageRewardConfig:
-    """Size of an instance; the defaults are the release's (447 M parameters).
+    """Sizes of an instance; the defaults are the release's (447 M parameters).
 
     Attributes:
         version: which weights, for people.
@@ -96,7 +90,7 @@ class ImageRewardConfig:
     std: float = 1.0333394966054072
 
 
-class ImageRewardScorer(PixelScorer):
+class ImageRewardScorer(Scorer):
     """Standardised reward, about N(0, 1) on the authors' pictures."""
 
     name = "image_reward"
@@ -110,12 +104,12 @@ class ImageRewardScorer(PixelScorer):
         digest: str,
         runtime: Runtime,
     ) -> None:
-        """Takes a built model; `load` is the usual way.
+        """Wraps a built network; `load` is the usual way.
 
         Args:
-            model: what `build_model` returns.
+            model: of `build_model`.
             tokenizer: BERT's, of the vocabulary that the model was trained with.
-            config: what the model was built from.
+            config: description that the model was built from.
             digest: sha256 of weights and preprocessing.
             runtime: where and how to compute.
         """
@@ -154,12 +148,12 @@ class ImageRewardScorer(PixelScorer):
                 ``vocab.txt``.
             weights: for the release: the file ``ImageReward.pt`` (read with
                 ``weights_only=True``) or its safetensors form, or the hub repository that has
-                it (``THUDM/ImageReward`` when not given).
+                it (default ``THUDM/ImageReward``).
             vocabulary: directory of BERT's tokenizer; for the release ``bert-base-uncased``
-                of the hub when not given.
+                of the hub by default.
             sha256: of the file of weights, which is checked.
             official: compute with the modules of the package image-reward.
-            runtime: where and how to compute; float32 on the CPU when not given.
+            runtime: where and how to compute; by default in float32 on the CPU.
 
         Raises:
             ConfigError: no such model or file, or a file of another hash.
@@ -200,7 +194,7 @@ class ImageRewardScorer(PixelScorer):
 
         tokens = self._tokens.get(prompts)
         ids = torch.stack([ids for ids, _ in tokens])
-        # BERT masks what is padded, so the 35 tokens can be cut to the longest prompt's.
+        # BERT masks padding, so the 35 tokens can be cut to the length of the longest prompt.
         mask = ids != self.tokenizer.pad_token_id
         length = int(mask.sum(1).max())
         rewards = self.model.rewards(
@@ -211,7 +205,7 @@ class ImageRewardScorer(PixelScorer):
         return rewards, np.array([cut for _, cut in tokens])
 
     def _tokenize(self, prompts: Sequence[str]) -> list[tuple[torch.Tensor, bool]]:
-        """Token ids (max_length,) of each prompt, and whether it was cut."""
+        """Returns token ids (max_length,) of each prompt, and whether it was cut."""
         import torch
 
         limit = self.config.max_length
@@ -225,7 +219,7 @@ class ImageRewardScorer(PixelScorer):
 
 
 def read_config(directory: Path) -> ImageRewardConfig:
-    """The description of an instance out of its directory.
+    """Reads the description of an instance from its directory.
 
     Raises:
         ConfigError: the file is missing or does not describe one.
@@ -325,7 +319,7 @@ def load_weights(network: Any, file: Path, sha256: str | None = None) -> None:
         result = network.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise ScoreError(f"{str(file)!r} does not fit this ImageReward: {error}") from error
-    # Position numbers are a constant buffer; old releases of transformers did not save it.
+    # Position numbers are a constant buffer, which old releases of transformers did not save.
     missing = [name for name in result.missing_keys if not name.endswith("position_ids")]
     if missing:
         raise ScoreError(
@@ -337,10 +331,13 @@ def load_weights(network: Any, file: Path, sha256: str | None = None) -> None:
 
 
 def load_tokenizer(vocabulary: str | Path) -> Any:
-    """BLIP's tokenizer over a BERT vocabulary; see `ImageRewardScorer.load`.
+    """Returns BLIP's tokenizer: BERT's with [DEC] and [ENC] appended.
+
+    Args:
+        vocabulary: directory of a saved tokenizer, or a name on the Hugging Face hub.
 
     Raises:
-        ConfigError: neither a directory with ``vocab.txt`` nor a name that the hub knows.
+        ConfigError: it is neither.
     """
     from transformers import BertTokenizer
 

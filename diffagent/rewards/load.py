@@ -1,4 +1,4 @@
-"""From a configuration to scorers, and to the files behind them."""
+"""Loading of the scorers and judges of a configuration, and their local files."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def load_scorers(
         compiled: see `diffagent.rewards.scorer.Runtime`.
 
     Raises:
-        ConfigError: a model is not known, a file is missing or has another hash, or a metric is
-            named twice.
+        ConfigError: a model is unknown, a file is missing or has another hash, or a metric occurs
+            twice.
         ScoreError: weights do not fit their architecture.
     """
     _check_names("rewards.scorers", [spec.name for spec in config.scorers])
@@ -63,13 +63,13 @@ def _check_names(setting: str, names: list[str]) -> None:
 
 
 def reward_files(config: RewardsConfig) -> list[Path]:
-    """The local files behind a configuration's scorers and their reference."""
+    """Returns the local files of a configuration's scorers and of their reference."""
     scorers = [name for spec in config.scorers for name in (spec.model, spec.weights)]
     return named_files(*scorers, config.reference)
 
 
 def judge_files(config: JudgesConfig) -> list[Path]:
-    """The local files behind a configuration's judges."""
+    """Returns the local files of a configuration's judges."""
     return named_files(
         *(n for spec in config.judges for n in (spec.model, spec.weights, spec.head))
     )

@@ -390,7 +390,7 @@ def test_a_released_checkpoint_is_read_without_pickled_code(tmp_path, image_rewa
     with pytest.raises(ScoreError, match=r"evil\.pt.*weights_only"):
         ir.load_weights(network, evil)
     torch.save({"mlp.layers.0.weight": "text"}, evil)
-    with pytest.raises(ScoreError, match="other things than tensors"):
+    with pytest.raises(ScoreError, match="other values than tensors"):
         ir.load_weights(network, evil)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from diffagent.errors import ArtifactError, ScoreError
 from diffagent.rewards.load import load_scorers
 from diffagent.rewards.reference import main as measure
-from diffagent.rewards.score_stage import Judged, judge, score, score_pictures, to_table
+from diffagent.rewards.score_stage import PictureScores, judge, score, score_pictures, to_table
 from diffagent.rewards.scores import read_definition, read_scores
 from diffagent.rewards.unified import MetricReference, Unifier
 from diffagent.sandbox import world
@@ -182,6 +182,6 @@ def test_a_truncated_answer_has_no_score_and_an_invalid_one_the_floor():
     ]
     reference = {"clip": MetricReference(0.0, 1.0, "digest")}
     unifier = Unifier("zscore", {"clip": 1.0}, -10.0, reference)
-    table = to_table(rows, [], Judged({"clip": np.zeros(0)}), SCORES, unifier)
+    table = to_table(rows, [], PictureScores({"clip": np.zeros(0)}), SCORES, unifier)
     assert table.column("unified").to_pylist() == [None, -10.0]
     assert table.column("reason").to_pylist() == ["truncated", "unparsable"]
