@@ -26,7 +26,7 @@ from prefect.states import Crashed
 from diffagent.errors import ArtifactError
 from diffagent.pipeline import Node, load_stage
 from diffagent.schemas.config import PipelineConfig
-from diffagent.store.artifacts import Artifact, Inputs
+from diffagent.store import Artifact, Inputs
 
 log = logging.getLogger(__name__)
 

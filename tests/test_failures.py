@@ -23,7 +23,7 @@ from diffagent.errors import (
 from diffagent.failures import as_error, explained, pack, printable, unpack
 from diffagent.schemas.api import ApiError
 from diffagent.schemas.config import ConfigFileError, RuntimeConfig
-from diffagent.store.artifacts import StageContext, StageResult, stage
+from diffagent.store import StageContext, StageResult, stage
 from diffagent.store.child import run_in_child
 from tests.store.test_artifacts import Words
 

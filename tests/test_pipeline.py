@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from diffagent import pipeline
 from diffagent.errors import ConfigError
 from diffagent.schemas.config import CrawlConfig, DABenchConfig, FilterConfig, PipelineConfig
-from diffagent.store.artifacts import StageContext, StageResult, stage
+from diffagent.store import StageContext, StageResult, stage
 
 REWARDS = {"scorers": [{"name": "clip", "model": "tiny"}], "unify": "chatgen"}
 

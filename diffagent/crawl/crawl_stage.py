@@ -30,7 +30,7 @@ from diffagent.errors import ConfigError
 from diffagent.localcivitai.site import site_files
 from diffagent.schemas.config import CrawlConfig
 from diffagent.schemas.manifest import Funnel, FunnelStep
-from diffagent.store.artifacts import StageContext, StageResult, stage
+from diffagent.store import StageContext, StageResult, stage
 
 log = logging.getLogger(__name__)
 

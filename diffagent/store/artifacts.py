@@ -34,13 +34,22 @@ from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from diffagent.store import local_copies, latest, wholeness
 from diffagent.errors import ArtifactError, DamagedArtifact
 from diffagent.failures import explained
-from diffagent.store.locks import locked
-from diffagent.store.object_store import check_writable, missing_files, pull, push, read_pointer, read_remote, verify_remote, write_pointer
 from diffagent.schemas.config import RuntimeConfig
 from diffagent.schemas.manifest import SCHEMA_VERSION, FileEntry, Funnel, InputRef, Manifest
+from diffagent.store import latest, local_copies, wholeness
+from diffagent.store.locks import locked
+from diffagent.store.object_store import (
+    check_writable,
+    missing_files,
+    pull,
+    push,
+    read_pointer,
+    read_remote,
+    verify_remote,
+    write_pointer,
+)
 
 log = logging.getLogger(__name__)
 

@@ -19,11 +19,11 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from diffagent.store.artifacts import Artifact, Inputs, Progress, canonical_json
 from diffagent.errors import ArtifactError
 from diffagent.failures import unpack
 from diffagent.schemas.config import RuntimeConfig
 from diffagent.schemas.printable import printable
+from diffagent.store.artifacts import Artifact, Inputs, Progress, canonical_json
 
 log = logging.getLogger(__name__)
 

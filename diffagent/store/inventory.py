@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from diffagent.store import local_copies, latest
-from diffagent.store.artifacts import PREVIOUS, read_manifest
 from diffagent.errors import ArtifactError, DamagedArtifact
-from diffagent.store.object_store import list_manifests, list_pointers
 from diffagent.schemas.config import RuntimeConfig
 from diffagent.schemas.manifest import InputRef, Manifest
+from diffagent.store import latest, local_copies
+from diffagent.store.artifacts import PREVIOUS, read_manifest
+from diffagent.store.object_store import list_manifests, list_pointers
 
 #: How the directories of artefacts, and what belongs to them, are called.
 _NAME = re.compile(r"\.?[0-9a-f]{16}(\.|$)")

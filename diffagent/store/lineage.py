@@ -6,10 +6,10 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
-from diffagent.store import latest
-from diffagent.store.artifacts import PREVIOUS, Artifact, find_in_store, open_artifact
 from diffagent.errors import ArtifactError
 from diffagent.schemas.manifest import InputRef
+from diffagent.store import latest
+from diffagent.store.artifacts import PREVIOUS, Artifact, find_in_store, open_artifact
 
 
 def find_parent(artifact: Artifact, parent: InputRef) -> Artifact | None:

@@ -28,8 +28,8 @@ import fsspec
 from pydantic import ValidationError
 
 from diffagent.errors import ArtifactError, DamagedArtifact
-from diffagent.threads import ContextThreadPool
 from diffagent.schemas.manifest import FileEntry, Manifest
+from diffagent.threads import ContextThreadPool
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from diffagent.errors import ArtifactError, ConfigError, SchemaError
 from diffagent.schemas.api import T2IAPI, Params
 from diffagent.schemas.config import CrawlConfig, FilterConfig, PipelineConfig
 from diffagent.schemas.manifest import Funnel, FunnelStep
-from diffagent.store.artifacts import StageContext, StageResult, stage
+from diffagent.store import StageContext, StageResult, stage
 from diffagent.t2i.catalogue import Catalogue
 
 runner = CliRunner()

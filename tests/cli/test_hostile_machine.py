@@ -16,7 +16,7 @@ import pytest
 
 from diffagent.errors import ArtifactError
 from diffagent.schemas.config import RuntimeConfig, SFTConfig
-from diffagent.store.artifacts import Artifact, StageContext, StageResult, stage
+from diffagent.store import Artifact, StageContext, StageResult, stage
 from diffagent.train.stages import train_sft
 from tests.agent.agent_world import make_world
 from tests.conftest import file_size_limit

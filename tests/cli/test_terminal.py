@@ -14,7 +14,7 @@ import yaml
 _SCRIPT = """
 import sys, time, logging
 from diffagent import cli, pipeline
-from diffagent.store.artifacts import StageResult, stage
+from diffagent.store import StageResult, stage
 from diffagent.schemas.config import CrawlConfig
 import contextlib
 

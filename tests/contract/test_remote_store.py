@@ -14,8 +14,7 @@ import pytest
 
 from diffagent.errors import ArtifactError
 from diffagent.schemas.config import RuntimeConfig
-from diffagent.store import object_store
-from diffagent.store.artifacts import artifact_directory, open_artifact, verify_artifact
+from diffagent.store import artifact_directory, object_store, open_artifact, verify_artifact
 from tests.conftest import ROOT
 from tests.contract.s3_server import ENVIRONMENT, S3Server, s3_server
 from tests.store.test_artifacts import Words, write_words

@@ -33,7 +33,7 @@ from diffagent.rewards.unified import MetricReference
 from diffagent.schemas.api import T2IAPI, LoRA, Params
 from diffagent.schemas.config import RenderConfig, RewardsConfig, RuntimeConfig, ScorerConfig
 from diffagent.schemas.tables import CANDIDATES, RENDERS, SCORES
-from diffagent.store.artifacts import Artifact, sha256_file
+from diffagent.store import Artifact, sha256_file
 from diffagent.t2i.catalogue import Catalogue, Entry
 from tests.conftest import sealed
 from tests.render import tiny_sd
@@ -309,7 +309,7 @@ def test_nothing_valid_is_no_failure(world: World) -> None:
 
 KILLED = """
 import os, pathlib, signal, sys
-from diffagent.store.artifacts import Artifact, sha256_file
+from diffagent.store import Artifact, sha256_file
 from diffagent.render import stage
 from diffagent.schemas.config import RenderConfig, RuntimeConfig
 from tests.render.test_render_stage import Painter

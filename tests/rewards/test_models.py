@@ -14,7 +14,7 @@ from diffagent import compat
 from diffagent.errors import ConfigError, ScoreError
 from diffagent.rewards.load import reward_files, sandbox_directory
 from diffagent.rewards.scorer import PromptCache, Runtime
-from diffagent.store.artifacts import sha256_file
+from diffagent.store import sha256_file
 
 compat.install()
 

@@ -18,13 +18,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
-from diffagent.store import local_copies, child
-from diffagent.store.artifacts import Artifact, StageContext, StageResult, canonical_json, named_files, open_artifact, stage, verify_artifact
-from diffagent.store.child import run_in_child
 from diffagent.errors import ArtifactError, ServerError, TrainingError
-from diffagent.store.lineage import lineage_lines
 from diffagent.schemas.config import ConfigFileError, RuntimeConfig, load_config
 from diffagent.schemas.manifest import Funnel, FunnelStep
+from diffagent.store import (
+    Artifact,
+    StageContext,
+    StageResult,
+    canonical_json,
+    child,
+    local_copies,
+    named_files,
+    open_artifact,
+    stage,
+    verify_artifact,
+)
+from diffagent.store.child import run_in_child
+from diffagent.store.lineage import lineage_lines
 from tests.conftest import file_size_limit
 
 

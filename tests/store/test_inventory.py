@@ -9,12 +9,21 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from diffagent.store import local_copies, inventory, latest
 from diffagent.cli import main
-from diffagent.store.artifacts import Artifact, StageContext, StageResult, artifact_directory, open_artifact, stage
 from diffagent.errors import ArtifactError, ConfigError
-from diffagent.store.lineage import lineage_lines
 from diffagent.schemas.config import RuntimeConfig
+from diffagent.store import (
+    Artifact,
+    StageContext,
+    StageResult,
+    artifact_directory,
+    inventory,
+    latest,
+    local_copies,
+    open_artifact,
+    stage,
+)
+from diffagent.store.lineage import lineage_lines
 from tests.store.test_artifacts import Words
 
 site = {"text": "one"}

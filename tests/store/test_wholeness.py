@@ -10,10 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from diffagent.store import wholeness
-from diffagent.store.artifacts import Artifact, StageContext, StageResult, open_artifact, stage, verify_artifact
 from diffagent.errors import ArtifactError, DamagedArtifact
 from diffagent.schemas.config import RuntimeConfig
+from diffagent.store import (
+    Artifact,
+    StageContext,
+    StageResult,
+    open_artifact,
+    stage,
+    verify_artifact,
+    wholeness,
+)
 from tests.store.test_artifacts import Words, two_machines, write_words
 
 calls: list[str] = []

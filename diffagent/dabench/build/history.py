@@ -28,17 +28,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from diffagent.store import latest, wholeness
-from diffagent.store.artifacts import PREVIOUS, Artifact, Inputs, canonical_json, read_manifest
-from diffagent.dabench.dataset import open_dataset
 from diffagent.dabench.build.neighbours import Ints
 from diffagent.dabench.build.splits import NO_SPLIT, SPLITS, Assignment, Codes, Decisions, Prints
+from diffagent.dabench.dataset import open_dataset
 from diffagent.dabench.parquet_tables import write_table
 from diffagent.errors import ArtifactError
-from diffagent.store.object_store import list_remote, read_remote
 from diffagent.schemas.config import DABenchConfig, RuntimeConfig
-from diffagent.schemas.tables import DECISIONS
 from diffagent.schemas.manifest import SCHEMA_VERSION, InputRef, Manifest
+from diffagent.schemas.tables import DECISIONS
+from diffagent.store import (
+    PREVIOUS,
+    Artifact,
+    Inputs,
+    canonical_json,
+    latest,
+    read_manifest,
+    wholeness,
+)
+from diffagent.store.object_store import list_remote, read_remote
 
 log = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from diffagent.render.http.remote import (
 from diffagent.render.http.server_renderer import ServerRenderer
 from diffagent.render.recipe import Recipe
 from diffagent.render.renderer import Files, ModelRef
-from diffagent.store.artifacts import canonical_json
+from diffagent.store import canonical_json
 from diffagent.t2i.base_models import ecosystem
 from diffagent.t2i.metadata.a1111 import shortest
 from diffagent.t2i.samplers import SAMPLERS, normalise

@@ -28,7 +28,7 @@ from diffagent.render.http.server_renderer import ServerRenderer
 from diffagent.render.pnginfo import payload_hash
 from diffagent.render.recipe import Recipe
 from diffagent.render.renderer import Files, ModelRef
-from diffagent.store.artifacts import canonical_json
+from diffagent.store import canonical_json
 from diffagent.t2i.metadata import Generation, read_parameters
 from diffagent.t2i.metadata.a1111 import read_fields, shortest, split_parameters
 from diffagent.t2i.samplers import SAMPLERS, WEBUI_LABELS, normalise

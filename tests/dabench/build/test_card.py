@@ -15,20 +15,20 @@ import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from diffagent.store.artifacts import Artifact, open_artifact
-from diffagent.t2i.catalogue import SYNTHETIC
 from diffagent.dabench import columns
-from diffagent.t2i.base_models import base_model_of, families
 from diffagent.dabench.build.card import Source, literal, size_category, source_of
-from diffagent.dabench.filter.filter_stage import filter_records
-from diffagent.dabench.tools.layout import one_line
 from diffagent.dabench.build.shard_stage import build_dabench
 from diffagent.dabench.build.splits import SPLITS
+from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.dabench.tools.dataset_checks import verify_dabench
+from diffagent.dabench.tools.layout import one_line
 from diffagent.schemas.config import DABenchConfig, FilterConfig, RuntimeConfig
 from diffagent.schemas.tables import CATALOGUE, DABENCH
-from tests.dabench.dabench_records import hashes, image, model, snapshot, version
+from diffagent.store import Artifact, open_artifact
+from diffagent.t2i.base_models import base_model_of, families
+from diffagent.t2i.catalogue import SYNTHETIC
 from tests.dabench.build.test_history import edit_manifest
+from tests.dabench.dabench_records import hashes, image, model, snapshot, version
 
 #: Names that would be a formula, a heading, a picture, a link, HTML, a cell, a control sequence.
 HOSTILE = (
