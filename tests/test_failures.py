@@ -25,7 +25,7 @@ from diffagent.schemas.api import ApiError
 from diffagent.schemas.config import ConfigFileError, RuntimeConfig
 from diffagent.store import StageContext, StageResult, stage
 from diffagent.store.child import run_in_child
-from tests.store.test_artifacts import Words
+from tests.store.test_stage import Words
 
 _ERRORS = [
     RateLimited("slow down", retry_after=7.5),

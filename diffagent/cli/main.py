@@ -308,10 +308,10 @@ def show_artifact(directory: ArtifactDir, verbose: Verbose = 0) -> None:
 @artifacts_app.command("verify")
 def verify_artifact(directory: ArtifactDir, verbose: Verbose = 0) -> None:
     """Read every file of an artefact and compare it with the manifest."""
-    from diffagent.store import artifacts
+    from diffagent import store
 
-    artifact = artifacts.open_artifact(directory)
-    artifacts.verify_artifact(artifact, stored="://" in directory)
+    artifact = store.open_artifact(directory)
+    store.verify_artifact(artifact, stored="://" in directory)
     files = [entry for entry in artifact.manifest.files if not entry.for_people]
     typer.echo(f"{artifact.location}: all {len(files)} files are as they were made")
 

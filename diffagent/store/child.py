@@ -23,7 +23,9 @@ from diffagent.errors import ArtifactError
 from diffagent.failures import unpack
 from diffagent.schemas.config import RuntimeConfig
 from diffagent.schemas.printable import printable
-from diffagent.store.artifacts import Artifact, Inputs, Progress, canonical_json
+from diffagent.store.artifact import Artifact
+from diffagent.store.digests import canonical_json
+from diffagent.store.stage import Inputs, Progress
 
 log = logging.getLogger(__name__)
 

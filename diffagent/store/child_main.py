@@ -21,8 +21,9 @@ from diffagent.device import keep_freed_memory
 from diffagent.errors import DiffAgentError
 from diffagent.failures import explained, pack
 from diffagent.schemas.config import RuntimeConfig
-from diffagent.store.artifacts import Artifact, Stage
+from diffagent.store.artifact import Artifact
 from diffagent.store.child import EXPECTED_FAILURE, PROGRESS_MARK
+from diffagent.store.stage import Stage
 
 log = logging.getLogger("diffagent.store.child_main")
 _PROGRESS_SECONDS = 0.5

@@ -17,7 +17,8 @@ from diffagent.errors import ArtifactError, DamagedArtifact
 from diffagent.schemas.config import RuntimeConfig
 from diffagent.schemas.manifest import InputRef, Manifest
 from diffagent.store import latest, local_copies
-from diffagent.store.artifacts import PREVIOUS, read_manifest
+from diffagent.store.lineage import PREVIOUS
+from diffagent.store.manifest_file import read_manifest
 from diffagent.store.object_store import list_manifests, list_pointers
 
 #: How the directories of artefacts, and what belongs to them, are called.

@@ -24,7 +24,7 @@ from diffagent.store import (
     stage,
 )
 from diffagent.store.lineage import lineage_lines
-from tests.store.test_artifacts import Words
+from tests.store.test_stage import Words
 
 site = {"text": "one"}
 
@@ -129,7 +129,7 @@ def test_a_remote_store_has_pointers_too(tmp_path: Path, monkeypatch: pytest.Mon
     listed = {e.location: e.state for e in inventory.read_inventory(runtime.store)}
     assert listed[second.location] == "latest"
     assert sorted(listed.values()) == ["latest", "latest, needed by toy-shard", "superseded"]
-    with pytest.raises(ArtifactError, match="nothing was made there yet"):
+    with pytest.raises(ArtifactError, match="no run has written one"):
         open_artifact(f"{runtime.store}/toy-none/latest")
     result = CliRunner().invoke(main.app, ["artifact", "prune", runtime.store])
     assert isinstance(result.exception, ConfigError)

@@ -41,9 +41,9 @@ from diffagent.store import (
     Artifact,
     Inputs,
     canonical_json,
+    integrity,
     latest,
     read_manifest,
-    wholeness,
 )
 from diffagent.store.object_store import list_remote, read_remote
 
@@ -335,7 +335,7 @@ class _Place:
     @property
     def is_damaged(self) -> bool:
         """Whether it was set aside because it is damaged."""
-        return wholeness.is_aside(self.path)
+        return integrity.is_set_aside(self.path)
 
 
 _Version = tuple[Manifest, _Place]
@@ -399,13 +399,7 @@ def _manifest(location: str) -> Manifest | None:
 
 
 def _artifact(manifest: Manifest, place: _Place) -> Artifact:
-    return Artifact(
-        stage=manifest.stage,
-        identity=manifest.identity,
-        content_digest=manifest.content_digest,
-        path=place.path,
-        remote=place.remote,
-    )
+    return Artifact.of(manifest, place.path, place.remote)
 
 
 def _ref(manifest: Manifest) -> InputRef:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from diffagent.store import (
     StageResult,
     canonical_json,
     child,
+    integrity,
     local_copies,
     named_files,
     open_artifact,
@@ -161,7 +163,7 @@ def test_kill_9_then_the_same_command(tmp_path: Path, kill_after: int) -> None:
         """
         import sys
         from diffagent.schemas.config import ConfigFileError, RuntimeConfig, load_config
-        from tests.store.test_artifacts import Words, write_words
+        from tests.store.test_stage import Words, write_words
         print(write_words.run(Words(), {}, RuntimeConfig(store=sys.argv[1])).model_dump_json())
         """
     )
@@ -183,28 +185,58 @@ def test_refresh_keeps_what_did_not_change(runtime: RuntimeConfig) -> None:
     assert real == [first.path]
 
 
-def test_a_refresh_knows_what_it_refreshes_and_a_memory_that_stays(runtime: RuntimeConfig) -> None:
-    seen: list[Artifact | None] = []
-    told: list[tuple[float | None, str]] = []
+@dataclass(frozen=True)
+class Resumed(StageContext):
+    directory: Path = Path()
 
-    @stage("toy-remembering", version=1, config=Words)
-    def remember(config: Words, context: StageContext) -> StageResult:
+
+def test_a_stage_can_start_from_the_earlier_results_of_its_request(runtime: RuntimeConfig) -> None:
+    seen: list[Artifact | None] = []
+    reports: list[tuple[float | None, str]] = []
+
+    def extend(context: StageContext, directory: Path) -> Resumed:
+        return Resumed(**vars(context), directory=directory)
+
+    @stage("toy-resuming", version=1, config=Words, extend_context=extend)
+    def resume(config: Words, context: Resumed) -> StageResult:
         seen.append(context.previous)
-        times = context.memory.read_text() if context.memory.exists() else ""
-        context.memory.write_text(times + "x")
+        memory = context.directory.with_name(f"{context.directory.name}.memory.json")
+        memory.write_text((memory.read_text() if memory.exists() else "") + "x")
         context.progress(0.5, "half")
         (context.out / "same").write_text("always")
         return StageResult()
 
-    first = remember.run(Words(), {}, runtime, progress=lambda f, text: told.append((f, text)))
-    assert remember.run(Words(), {}, runtime) == first
+    first = resume.run(Words(), {}, runtime, progress=lambda f, text: reports.append((f, text)))
+    assert resume.run(Words(), {}, runtime) == first
     for _ in range(2):
-        assert remember.run(Words(), {}, runtime, refresh=True) == first
+        assert resume.run(Words(), {}, runtime, refresh=True) == first
     assert seen == [None, first, first]
-    assert told == [(0.5, "half")]
+    assert reports == [(0.5, "half")]
     memory = first.path.with_name(f"{first.path.name}.memory.json")
-    assert memory.read_text() == "xxx", "no part of the artefact, so it outlives a refresh"
+    assert memory.read_text() == "xxx", "not a part of the artifact, so it outlives a refresh"
     assert [f.path for f in first.manifest.files] == ["same"]
+
+
+def test_a_refresh_compares_every_byte_of_what_it_starts_from(
+    runtime: RuntimeConfig,
+) -> None:
+    seen: list[Artifact | None] = []
+
+    @stage("toy-words", version=1, config=Words)
+    def resume(config: Words, context: StageContext) -> StageResult:
+        seen.append(context.previous)
+        return write_words.body(config, context)
+
+    first = resume.run(Words(), {}, runtime)
+    (first.path / "1.txt").write_text("B")
+    # The note on the files was written after the damage, as by a disk that lost a byte silently.
+    integrity.note_read(first.path, first.manifest)
+    assert resume.run(Words(), {}, runtime) == first, "nothing has changed since the note"
+    assert resume.run(Words(), {}, runtime, refresh=True) == first
+    assert seen == [None, None], "the damaged one is no start"
+    assert (first.path / "1.txt").read_text() == "b"
+    (aside,) = integrity.damaged_copies(first.path)
+    assert (aside / "1.txt").read_text() == "B"
 
 
 def test_a_full_disk_says_what_to_do_and_leaves_nothing_visible(runtime: RuntimeConfig) -> None:
@@ -216,7 +248,7 @@ def test_a_full_disk_says_what_to_do_and_leaves_nothing_visible(runtime: Runtime
 
 
 def test_child_process(runtime: RuntimeConfig) -> None:
-    entry = "tests.store.test_artifacts:write_words"
+    entry = "tests.store.test_stage:write_words"
     artifact = run_in_child(entry, Words(), {}, runtime)
     assert artifact == write_words.run(Words(), {}, runtime)
     with pytest.raises(ServerError, match="toy: try again") as caught:
@@ -253,7 +285,7 @@ def test_child_timeout(runtime: RuntimeConfig, caplog: pytest.LogCaptureFixture)
     caplog.set_level("INFO", "diffagent")
     hasty = runtime.model_copy(update={"stage_timeout_seconds": 10.0})
     with pytest.raises(ArtifactError, match="longer than 10 s"):
-        run_in_child("tests.store.test_artifacts:write_words", Words(fail="slow"), {}, hasty)
+        run_in_child("tests.store.test_stage:write_words", Words(fail="slow"), {}, hasty)
     assert "write_words | still here" in caplog.text
 
 
@@ -305,7 +337,7 @@ def test_a_remote_store_is_not_trusted_with_paths(tmp_path: Path) -> None:
     ).hexdigest()
     folder.rename(folder.with_name(renamed[:16]))
     stolen = open_artifact(f"{here.store}/toy-words/{made.path.name}")
-    with pytest.raises(ArtifactError, match="leaves the artefact"):
+    with pytest.raises(ArtifactError, match="leaves the artifact"):
         stolen.model_copy(update={"path": there.local_store / "toy-words" / "x"}).local()
 
 

@@ -16,12 +16,13 @@ from diffagent.store import (
     Artifact,
     StageContext,
     StageResult,
+    digests,
+    integrity,
     open_artifact,
     stage,
     verify_artifact,
-    wholeness,
 )
-from tests.store.test_artifacts import Words, two_machines, write_words
+from tests.store.test_stage import Words, two_machines, write_words
 
 calls: list[str] = []
 FOR_PEOPLE = ("README.md", "LICENSE.md", "loss.png", "training_log.jsonl", "plots/models.png")
@@ -66,7 +67,7 @@ def flip(path: Path, *, quiet: bool = False) -> None:
 
 
 def aside(artifact: Artifact) -> list[str]:
-    return [p.name.partition(".")[2] for p in wholeness.damaged_copies(artifact.path)]
+    return [p.name.partition(".")[2] for p in integrity.damaged_copies(artifact.path)]
 
 
 @pytest.mark.parametrize("name", FOR_PEOPLE)
@@ -126,7 +127,7 @@ def test_a_store_of_before_is_verified_before_its_artefacts_are_read(
     runtime: RuntimeConfig,
 ) -> None:
     model = train.run(Words(), {}, runtime)
-    wholeness.forget(model.path)  # nothing is noted of an artefact of an older version
+    integrity.forget(model.path)  # nothing is noted of an artefact of an older version
     flip(model.path / "weights.parquet")
     assert train.run(Words(), {}, runtime) == model, "a cached run reads no bytes"
     with pytest.raises(DamagedArtifact, match="weights"):
@@ -137,15 +138,15 @@ def test_each_file_is_read_once_a_change(
     runtime: RuntimeConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = train.run(Words(), {}, runtime)
-    wholeness.forget(model.path)
+    integrity.forget(model.path)
     read: list[str] = []
-    original = wholeness.sha256_file
+    original = digests.sha256_file
     monkeypatch.setattr(
-        wholeness, "sha256_file", lambda path: (read.append(path.name), original(path))[1]
+        digests, "sha256_file", lambda path: (read.append(path.name), original(path))[1]
     )
-    wholeness._digest_once.cache_clear()
+    digests.cached_sha256.cache_clear()
     for word in "abc":  # as the shards of a stage do
-        wholeness._digest_once.cache_clear()  # each in a process of its own
+        digests.cached_sha256.cache_clear()  # each in a process of its own
         answer.run(Words(words=(word,)), {"model": [model]}, runtime)
     inputs = [name for name in read if name != "answers"]
     assert sorted(inputs) == ["generation_config.json", "weights.parquet"]
@@ -180,7 +181,7 @@ def test_a_damaged_copy_of_a_remote_artefact_is_brought_again(
     model = train.run(Words(), {}, here)
     copy = train.run(Words(), {}, there)
     copy.local()
-    wholeness.forget(copy.path)
+    integrity.forget(copy.path)
     flip(copy.path / "weights.parquet")
     answers = answer.run(Words(), {"model": [model]}, there)
     assert answers.file("answers").read_text() == "3000"
