@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -52,10 +53,10 @@ def embedded_site(
             f"site {site!r} is neither an http(s) address nor 'sandbox' nor one of {kinds} with a "
             "directory that exists"
         )
-    command += ["--while-stdin", "--faults", faults, "--site", site]
+    command += ["--parent", str(os.getpid()), "--faults", faults, "--site", site]
     command += ["--cache", str(cache)] if cache else []
     server = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, encoding="utf-8"
     )
     try:
         assert server.stdout is not None
