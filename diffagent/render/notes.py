@@ -1,7 +1,7 @@
 """Notes on pictures that differ from their recipe's meaning.
 
 Examples are a sampler's stand-in and prompt syntax that a backend takes for text. The note goes
-into the picture's row and onto the contact sheet. docs/rendering.md has the differences that all
+into the picture's row and onto the contact sheet. docs/explanation/rendering.md has the differences that all
 pictures of a backend share.
 """
 
