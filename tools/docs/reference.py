@@ -121,7 +121,9 @@ def _parameter(parameter: Any) -> Iterator[str]:
     if getattr(parameter, "hidden", False):
         return
     is_argument = parameter.param_type_name == "argument"
-    name = (parameter.metavar or parameter.name.upper()) if is_argument else ", ".join(parameter.opts)
+    name = (
+        (parameter.metavar or parameter.name.upper()) if is_argument else ", ".join(parameter.opts)
+    )
     default = parameter.default
     shown = "required" if parameter.required else ""
     if not parameter.required and default not in (None, False, (), []) and not callable(default):
