@@ -163,7 +163,7 @@ def test_pages_of_the_most_used_models(faulty, tmp_path):
 # A crawl that kills itself with SIGKILL when a function is called for the n-th time.
 KILLER = """
 import itertools, os, signal, sys
-from diffagent.civitai import crawl as crawling, journal, snapshot
+from diffagent.crawl import crawl_stage as crawling, journal, snapshot
 from tests.contract.test_civitai_crawl import ALL, run
 from pathlib import Path
 
