@@ -1,0 +1,1 @@
+"""The artefact store: stages, artefacts, local and remote copies, child processes, lineage."""
