@@ -264,6 +264,6 @@ def test_nothing_else_loads_models_of_strangers() -> None:
     assert calls == {
         ("pretrained.py", "kind.from_pretrained"),
         ("compat.py", "BertTokenizer.from_pretrained"),
-        ("agent/smollm2.py", "LlamaForCausalLM.from_pretrained"),
-        ("sandbox/tokenizer.py", "CLIPTokenizer.from_pretrained"),
+        ("agent/lm/smollm2.py", "LlamaForCausalLM.from_pretrained"),
+        ("sandbox/caption_tokenizer.py", "CLIPTokenizer.from_pretrained"),
     }

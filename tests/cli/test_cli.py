@@ -71,8 +71,8 @@ def config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from diffagent import cli\n"
-        "try: cli.app(['--help'])\n"
+        "import sys; from diffagent.cli import main\n"
+        "try: main.app(['--help'])\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'prefect', 'polars', 'pyarrow', 'pydantic', 'yaml'}\n"
         "print('loaded', sorted(heavy & set(sys.modules)))"

@@ -56,6 +56,6 @@ def test_the_dataset_refresh_is_scheduled() -> None:
     assert ZoneInfo(schedule["timezone"])
 
 
-@pytest.mark.parametrize("package", [flows, tasks, schemas])
+@pytest.mark.parametrize("package", [flows, tasks])
 def test_generic_package_names_are_ours(package: object) -> None:
     assert str(ROOT) in package.__file__

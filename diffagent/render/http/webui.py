@@ -6,7 +6,7 @@ checkpoint's hash, the seed, the sampler and the networks that were laid over it
 whose text is not the recipe's is refused. (The server itself falls back to another checkpoint or
 sampler without a word, and leaves out LoRAs that it does not find.)
 
-docs/rendering-http.md has what was read where, and what the two servers do differently.
+docs/how-to/render-on-a-server.md has what was read where, and what the two servers do differently.
 """
 
 from __future__ import annotations
