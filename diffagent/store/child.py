@@ -1,6 +1,7 @@
 """A stage in a process of its own: heavy stages get a real timeout and give their memory back.
 
-``run_in_child`` starts ``python -m diffagent.store.child_main`` and passes on what that prints: its log,
+``run_in_child`` starts ``python -m diffagent.store.child_main`` and passes on what that prints:
+its log,
 warnings as warnings, and its progress. An error crosses whole (``diffagent.failures.pack``).
 """
 

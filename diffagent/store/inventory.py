@@ -1,6 +1,7 @@
 """All artefacts of a store: which are the latest, what needs which, and what can go.
 
-An artefact is *latest* where a pointer leads to it (``diffagent.store.latest``); of a series without a
+An artefact is *latest* where a pointer leads to it (``diffagent.store.latest``); of a series
+without a
 pointer the newest is. It is *needed* when a latest one was made from it, directly or not, and
 *superseded* when neither holds.
 """
@@ -231,7 +232,7 @@ def _heads(entries: Sequence[Entry]) -> list[Entry]:
     ]
 
 
-def _mark_series(entries: Sequence[Entry]) -> None:
+    """Give each entry its series, as `series_of` of the lineage does for one artefact."""
     """Give each entry its series, as ``diffagent.store.lineage.series_of`` does for one artefact."""
     contents = _by_content(entries)
 
