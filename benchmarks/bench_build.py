@@ -40,7 +40,7 @@ from diffagent.dabench.parquet_tables import read_rows
 from diffagent.localcivitai.sources.dump import read_records
 from diffagent.sandbox.files import materialise
 from diffagent.schemas.config import DABenchConfig, FilterConfig, RuntimeConfig
-from diffagent.store.artifacts import Artifact, StageContext, StageResult, open_artifact, stage
+from diffagent.store import Artifact, StageContext, StageResult, open_artifact, stage
 
 SIZES = (100_000, 1_000_000, 5_000_000)
 WORKERS = 2

@@ -23,7 +23,7 @@ from diffagent.crawl.crawl_stage import crawl
 from diffagent.localcivitai.site import embedded_site
 from diffagent.localcivitai.sources.dump import write_dump
 from diffagent.schemas.config import CrawlConfig, RuntimeConfig
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 
 MODELS, IMAGES, RATE = 1_000, 60_000, 50.0
 

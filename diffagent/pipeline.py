@@ -31,7 +31,7 @@ from diffagent.schemas.config import (
     SelectConfig,
     Selector,
 )
-from diffagent.store.artifacts import Artifact, Inputs, Progress, Stage
+from diffagent.store import Artifact, Inputs, Progress, Stage
 from diffagent.store.child import run_in_child
 
 log = logging.getLogger(__name__)

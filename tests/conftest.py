@@ -19,7 +19,7 @@ from diffagent.schemas.config import RuntimeConfig, SFTConfig
 from diffagent.schemas.manifest import FileEntry, Manifest
 
 if TYPE_CHECKING:
-    from diffagent.store.artifacts import Artifact
+    from diffagent.store import Artifact
 
 # Before torch or transformers are imported anywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -61,7 +61,7 @@ def reseal(artifact: Artifact) -> None:
 
     Its content digest stays, so that handles on it stay valid.
     """
-    from diffagent.store.artifacts import MANIFEST, sha256_file
+    from diffagent.store import MANIFEST, sha256_file
 
     manifest = artifact.manifest
     files = tuple(
@@ -75,7 +75,7 @@ def reseal(artifact: Artifact) -> None:
 
 def sealed(stage: str, directory: Path) -> Artifact:
     """The artefact of a stage whose files a test has put into ``directory``."""
-    from diffagent.store.artifacts import MANIFEST, files_digest, open_artifact, sha256_file
+    from diffagent.store import MANIFEST, files_digest, open_artifact, sha256_file
 
     (directory / MANIFEST).unlink(missing_ok=True)
     files = tuple(

@@ -52,7 +52,7 @@ def open_selector(
         return llm_selector.LLM(writer if usable is None else writer.only(usable), **options)
     from diffagent.agent.retrieval.fitting import FITTED, fitted_selector
     from diffagent.schemas.config import RerankConfig, RuntimeConfig
-    from diffagent.store.artifacts import open_artifact
+    from diffagent.store import open_artifact
 
     if dabench is None:
         raise ConfigError("select needs --agent DIR, or --dabench DIR to learn from")

@@ -26,7 +26,7 @@ from diffagent.agent.retrieval.fitting import FITTED, fitted_selector
 from diffagent.agent.selector import Selector
 from diffagent.errors import ArtifactError
 from diffagent.schemas.config import RerankConfig, SelectConfig
-from diffagent.store.artifacts import StageContext, StageResult, stage
+from diffagent.store import StageContext, StageResult, stage
 from diffagent.t2i.catalogue import Catalogue
 
 log = logging.getLogger(__name__)

@@ -21,12 +21,10 @@ import email.utils
 import logging
 import math
 import os
-import random
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import parse_qs, quote
@@ -54,10 +52,11 @@ from diffagent.errors import (
     RateLimited,
     ServerError,
 )
+from diffagent.retries import Failure, Patience, Retries
 from diffagent.schemas.payloads import whole_number
 from diffagent.schemas.printable import printable
 
-__all__ = ["CivitaiClient", "Patience", "client_for", "is_loopback", "is_site_host", "origin_of"]
+__all__ = ["CivitaiClient", "client_for", "is_loopback", "is_site_host", "origin_of"]
 
 log = logging.getLogger(__name__)
 
@@ -74,31 +73,6 @@ _HASHES = 10_000  # a request to by-hash/ids
 _LAST_TRY = 1.0  # seconds that the last try has, so that it fails for its own reason
 #: Seconds between two warnings of failed tries: of different calls, and of one.
 _NEXT_WARNING, _WARN_AGAIN = 5.0, 30.0
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long and how often a call is tried.
-
-    Attributes:
-        first, longest: seconds of the first and of the longest pause.
-        budget: seconds after which a call that gets nowhere fails.
-        connect_timeout, read_timeout: seconds without a connection, and without a byte.
-        answer: seconds that a whole answer may take, however it trickles; not of a file.
-        slowest: bytes a second; a file that comes more slowly gets nowhere.
-    """
-
-    first: float = 1.0
-    longest: float = 30.0
-    budget: float = 600.0
-    connect_timeout: float = 10.0
-    read_timeout: float = 120.0
-    answer: float = 300.0
-    slowest: float = 1024.0
-
-    def pause(self, failures: int, rng: random.Random) -> float:
-        """Pause after so many failures in a row: exponential, with jitter."""
-        return min(self.longest, self.first * 2.0 ** min(failures, 30)) * rng.uniform(0.5, 1.0)
 
 
 LOOPBACK_PATIENCE = Patience(first=0.02, longest=0.5, budget=120.0)
@@ -144,7 +118,7 @@ class CivitaiClient:
         if requests_per_second is None and not local:
             requests_per_second = 1.0
         self._bucket = bucket_of(self.origin, requests_per_second)
-        self._rng = random.Random(0)
+        self._retries = Retries(self.patience)
         self._token = _checked_token(token or os.environ.get(TOKEN_VARIABLE, ""))
         if self._token and not (site.is_https or local):
             log.warning("%s is no https address: the token is not sent to it", self.origin)
@@ -153,14 +127,13 @@ class CivitaiClient:
         self._local = threading.local()  # requests' sessions are not safe to share
         self._sessions: list[Session] = []
         self._lock = threading.Lock()
-        self._stopped = threading.Event()
         self._warned = -math.inf
         self.requests = 0
         self.retries = 0
 
     def stop(self) -> None:
         """Give up waiting: calls in other threads fail at their next pause."""
-        self._stopped.set()
+        self._retries.stop()
 
     def close(self) -> None:
         """Close the connections; see ``stop`` for what other threads still wait for."""
@@ -494,52 +467,62 @@ class CivitaiClient:
             self._local.budget = None
 
     def _try(self, call: Callable[[], T], progress: Callable[[], int], budget: Deadline) -> T:
-        failures, reached = 0, progress()
-        while True:
-            problem: ServerError | RateLimited
-            try:
-                result = call()
-            except (ServerError, RateLimited) as error:
-                problem = error
-            else:
-                if failures:
-                    log.info("%s answers again", self.origin)
-                return result
-            more, reached = progress() - reached, progress()
-            if more > 0 and budget.gained(more):
-                failures = 0
-            pause = max(self.patience.pause(failures, self._rng), problem.retry_after or 0.0)
-            failures += 1
-            if pause > budget.left():
-                wait = problem.retry_after or 0.0
-                why = f" (the site asks for {wait:.0f} s of patience)" if wait >= pause else ""
-                tries = f"{failures} tries" if failures > 1 else "one try"
-                raise type(problem)(
-                    f"{self.origin}: gave up after {tries}; the next one would be later than the "
-                    f"{budget.seconds:.0f} s that are given to it: {problem}{why}",
-                    retry_after=problem.retry_after,
-                ) from None
-            if problem.retry_after:  # it was said to all of this process
-                self._bucket.hold(problem.retry_after)
+        reached, failures = progress(), 0
+
+        def has_progressed() -> bool:
+            nonlocal reached
+            gain, reached = progress() - reached, progress()
+            return gain > 0 and budget.gained(gain)
+
+        def wait(failure: Failure) -> None:
+            nonlocal failures
+            failures = failure.failures
+            if retry_after := getattr(failure.error, "retry_after", None):
+                self._bucket.hold(retry_after)  # it is meant for all calls of this process
             with self._lock:
                 self.retries += 1
-            self._warn(problem, failures, pause, budget.left())
-            if self._stopped.wait(pause):
-                raise problem
+            self._warn(failure, budget.left())
 
-    def _warn(self, problem: CivitaiError, failures: int, pause: float, left: float) -> None:
+        result = self._retries.run(
+            call,
+            seconds_left=budget.left,
+            can_retry=lambda error: isinstance(error, ServerError | RateLimited),
+            give_up=lambda failure: self._given_up(failure, budget.seconds),
+            on_failure=wait,
+            has_progressed=has_progressed,
+        )
+        if failures:
+            log.info("%s answers again", self.origin)
+        return result
+
+    def _given_up(self, failure: Failure, budget: float) -> CivitaiError:
+        """Return the error of a call whose next try would be later than its budget allows."""
+        error = failure.error
+        is_server = isinstance(error, ServerError)
+        kind: type[ServerError] | type[RateLimited] = ServerError if is_server else RateLimited
+        retry_after = getattr(error, "retry_after", None)
+        wait = retry_after or 0.0
+        why = f" (the site asks for {wait:.0f} s of patience)" if wait >= failure.pause else ""
+        tries = f"{failure.failures} tries" if failure.failures > 1 else "one try"
+        return kind(
+            f"{self.origin}: gave up after {tries}; the next one would be later than the "
+            f"{budget:.0f} s that are given to it: {error}{why}",
+            retry_after=retry_after,
+        )
+
+    def _warn(self, failure: Failure, left: float) -> None:
         """Log a failed try: the first of a call at once, further ones now and then.
 
         Several threads fail at the same time when a site is away: one line stands for all.
         """
         now = time.monotonic()
         with self._lock:
-            loud = now - self._warned >= (_NEXT_WARNING if failures == 1 else _WARN_AGAIN)
+            loud = now - self._warned >= (_NEXT_WARNING if failure.failures == 1 else _WARN_AGAIN)
             self._warned = now if loud else self._warned
         log.log(
             logging.WARNING if loud else logging.DEBUG,
             "%s: try %d failed (%s); next try in %.1f s, the last one before %s",
-            *(self.origin, failures, problem, pause),
+            *(self.origin, failure.failures, failure.error, failure.pause),
             time.strftime("%H:%M:%S", time.localtime(time.time() + left)),
         )
 

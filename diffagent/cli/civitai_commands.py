@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import threading
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +10,7 @@ from typing import Annotated
 import typer
 
 from diffagent.errors import DiffAgentError
+from diffagent.parent_process import end_with
 from diffagent.schemas.printable import log_to_terminal
 
 app = typer.Typer(
@@ -48,9 +47,9 @@ def serve(  # noqa: PLR0917  the command line calls it by name
     faults: Annotated[FaultProfile, typer.Option(help="What goes wrong.")] = FaultProfile.none,
     seed: Annotated[int, typer.Option(help="Seed of the faults.")] = 0,
     cache: Annotated[Path | None, typer.Option(hidden=True, help="For hashes of files.")] = None,
-    while_stdin: Annotated[
-        bool, typer.Option("--while-stdin", hidden=True, help="End when standard input closes.")
-    ] = False,
+    parent: Annotated[
+        int | None, typer.Option(hidden=True, help="Id of the process to end with.")
+    ] = None,
 ) -> None:
     """Serve Civitai's REST API from a source; prints its address when ready."""
     from diffagent.localcivitai.faults import Faults
@@ -66,17 +65,11 @@ def serve(  # noqa: PLR0917  the command line calls it by name
     except DiffAgentError as error:
         raise typer.BadParameter(str(error)) from None
     serving = Serving(LocalCivitai(replay, Faults(faults.value, seed)), host, port)
-    if while_stdin:
-        threading.Thread(target=_exit_with_parent, daemon=True).start()
+    if parent is not None:
+        end_with(parent)
     typer.echo(f"serving on {serving.url}")
     sys.stdout.flush()
     serving.serve_forever()
-
-
-def _exit_with_parent() -> None:
-    """A killed parent cannot stop its server, but its end of the pipe closes."""
-    sys.stdin.buffer.read()
-    os._exit(0)
 
 
 if __name__ == "__main__":

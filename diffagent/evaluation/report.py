@@ -35,7 +35,7 @@ from diffagent.schemas.api import T2IAPI, parse_api
 from diffagent.schemas.config import EvaluationConfig
 from diffagent.schemas.manifest import Manifest
 from diffagent.schemas.tables import EVALUATION, TRUNCATED
-from diffagent.store.artifacts import (
+from diffagent.store import (
     Artifact,
     StageContext,
     StageResult,

@@ -13,7 +13,7 @@ from diffagent.evaluation.bootstrap import Array, Interval, bootstrap_intervals,
 from diffagent.evaluation.metrics import METRICS, Metric
 from diffagent.schemas.config import EvaluationConfig
 from diffagent.schemas.tables import TRUNCATED
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 
 #: What each selector does, for people.
 SELECTORS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -44,10 +45,10 @@ def embedded_site(
         raise ConfigError(f"no fault profile {faults!r}; choose one of {sorted(PROFILES)}")
     command = [sys.executable, "-m", "diffagent", "civitai", "serve", "--port", "0"]
     require_source(site)
-    command += ["--while-stdin", "--faults", faults, "--site", site]
+    command += ["--parent", str(os.getpid()), "--faults", faults, "--site", site]
     command += ["--cache", str(cache)] if cache else []
     server = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, encoding="utf-8"
     )
     try:
         assert server.stdout is not None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from diffagent.errors import ConfigError
 from diffagent.rewards.scorer import Runtime
-from diffagent.store.artifacts import named_files
+from diffagent.store import named_files
 
 if TYPE_CHECKING:
     from diffagent.rewards.scorer import Scorer

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from diffagent.errors import ConfigError, ScoreError
 from diffagent.pretrained import split_revision
-from diffagent.store.artifacts import sha256_file
+from diffagent.store import sha256_file
 
 if TYPE_CHECKING:
     import torch

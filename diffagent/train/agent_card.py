@@ -13,7 +13,7 @@ import yaml
 from diffagent.agent.lm.llm import AgentInfo
 from diffagent.dabench.build.card import table
 from diffagent.schemas.config import RRHFConfig, SFTConfig
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 
 CARD, LOG, CURVES = "README.md", "training_log.jsonl", "loss.png"
 

@@ -21,7 +21,7 @@ from diffagent.device import resolve_device
 from diffagent.errors import TrainingError
 from diffagent.pretrained import load_model, load_tokenizer
 from diffagent.schemas.config import SFTConfig
-from diffagent.store.artifacts import StageContext, StageResult
+from diffagent.store import StageContext, StageResult
 from diffagent.train import fit
 from diffagent.train.agent_card import TrainingFacts, write_card
 from diffagent.train.collate import PackCollator

@@ -6,7 +6,7 @@ A run that finds both in its store reads these declarations only: neither torch 
 from __future__ import annotations
 
 from diffagent.schemas.config import RRHFConfig, SFTConfig
-from diffagent.store.artifacts import StageContext, StageResult, named_files, stage
+from diffagent.store import StageContext, StageResult, named_files, stage
 
 
 @stage("sft", version=3, config=SFTConfig, files=lambda config: named_files(config.model))

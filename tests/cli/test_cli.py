@@ -23,7 +23,7 @@ from diffagent.errors import ArtifactError, ConfigError, SchemaError
 from diffagent.schemas.api import T2IAPI, Params
 from diffagent.schemas.config import CrawlConfig, FilterConfig, PipelineConfig
 from diffagent.schemas.manifest import Funnel, FunnelStep
-from diffagent.store.artifacts import StageContext, StageResult, stage
+from diffagent.store import StageContext, StageResult, stage
 from diffagent.t2i.catalogue import Catalogue
 
 runner = CliRunner()
@@ -71,8 +71,8 @@ def config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from diffagent import cli\n"
-        "try: cli.app(['--help'])\n"
+        "import sys; from diffagent.cli import main\n"
+        "try: main.app(['--help'])\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'prefect', 'polars', 'pyarrow', 'pydantic', 'yaml'}\n"
         "print('loaded', sorted(heavy & set(sys.modules)))"

@@ -198,7 +198,7 @@ def test_hostile_artefacts(seed: int, run: Run, world: Path, tmp_path: Path) -> 
 
 def reseal_if_possible(directory: Path) -> None:
     """Let the manifest list the files as they are, unless it is damaged itself."""
-    from diffagent.store.artifacts import Artifact
+    from diffagent.store import Artifact
 
     artifact = Artifact(stage="", identity="", content_digest="", path=directory)
     try:

@@ -13,8 +13,9 @@ import yaml
 
 _SCRIPT = """
 import sys, time, logging
-from diffagent import cli, pipeline
-from diffagent.store.artifacts import StageResult, stage
+from diffagent import pipeline
+from diffagent.cli import main
+from diffagent.store import StageResult, stage
 from diffagent.schemas.config import CrawlConfig
 import contextlib
 
@@ -29,7 +30,7 @@ def crawl(config, context):
 
 pipeline.load_stage = lambda node: crawl
 pipeline.open_site = lambda config: contextlib.nullcontext("http://x")
-cli.main()
+main.main()
 """
 
 

@@ -25,7 +25,7 @@ from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.localcivitai.site import embedded_site, replay_of
 from diffagent.schemas.config import CrawlConfig, FilterConfig, RuntimeConfig
 from diffagent.schemas.payloads import MAX_DEPTH, flaw
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from tests.conftest import ROOT
 from tests.contract.bad_records import POISONS, full_image, places, poisoned, site_of
 from tests.contract.conftest import synthetic_image, synthetic_model

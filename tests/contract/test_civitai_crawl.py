@@ -21,7 +21,7 @@ from diffagent.localcivitai.faults import Faults, Profile
 from diffagent.localcivitai.site import embedded_site
 from diffagent.localcivitai.sources.dump import read_records, write_dump
 from diffagent.schemas.config import CrawlConfig, RuntimeConfig
-from diffagent.store.artifacts import Artifact, verify_artifact
+from diffagent.store import Artifact, verify_artifact
 from tests.conftest import ROOT, SHARED_DATA
 from tests.contract.conftest import IMAGES, MODELS
 
@@ -163,7 +163,7 @@ def test_pages_of_the_most_used_models(faulty, tmp_path):
 # A crawl that kills itself with SIGKILL when a function is called for the n-th time.
 KILLER = """
 import itertools, os, signal, sys
-from diffagent.civitai import crawl as crawling, journal, snapshot
+from diffagent.crawl import crawl_stage as crawling, journal, snapshot
 from tests.contract.test_civitai_crawl import ALL, run
 from pathlib import Path
 

@@ -23,7 +23,7 @@ from diffagent.localcivitai.replay import Replay
 from diffagent.localcivitai.site import embedded_site
 from diffagent.localcivitai.sources import dump, open_source
 from diffagent.schemas.config import CrawlConfig, FilterConfig, RuntimeConfig
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from tests.contract.conftest import synthetic_image, synthetic_model
 from tests.contract.test_civitai_crawl import ALL, rows
 from tests.contract.test_civitai_refresh import World

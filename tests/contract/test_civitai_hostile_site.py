@@ -27,11 +27,12 @@ import pytest
 
 from diffagent.civitai import download, transport
 from diffagent.civitai.address import Address
-from diffagent.civitai.client import CivitaiClient, Patience, next_cursor
+from diffagent.civitai.client import CivitaiClient, next_cursor
 from diffagent.civitai.transport import Deadline
 from diffagent.crawl.crawl_stage import crawl
 from diffagent.errors import CivitaiError, ConfigError, ServerError
 from diffagent.render.files.references import parse_reference
+from diffagent.retries import Patience
 from diffagent.schemas.config import ConfigFileError, CrawlConfig, RuntimeConfig, configure
 from diffagent.t2i.catalogue import make_entry
 from tests.conftest import ROOT
@@ -118,7 +119,8 @@ def test_a_gzip_bomb_takes_no_memory(layers: int, status: str) -> None:
     text = answer(bomb(layers), *headers, status=status)
     code = (
         "import resource, sys\n"
-        "from diffagent.civitai.client import CivitaiClient, Patience\n"
+        "from diffagent.civitai.client import CivitaiClient\n"
+        "from diffagent.retries import Patience\n"
         "from diffagent.errors import CivitaiError\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "client = CivitaiClient(sys.argv[1], patience=Patience(0.5, 0.5, 9.0, answer=60.0))\n"

@@ -21,7 +21,7 @@ from diffagent.schemas.config import (
     SelectConfig,
 )
 from diffagent.schemas.tables import CANDIDATES, DABENCH, RENDERS, SCORES
-from diffagent.store.artifacts import Artifact, StageContext, StageResult, stage
+from diffagent.store import Artifact, StageContext, StageResult, stage
 from tests.agent.agent_world import blank
 
 COLOURS = ("firebrick", "seagreen", "steelblue", "goldenrod", "orchid", "slategray")

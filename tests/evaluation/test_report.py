@@ -25,7 +25,7 @@ from diffagent.evaluation.report import (
 )
 from diffagent.schemas.config import EvaluationConfig, JudgesConfig
 from diffagent.schemas.tables import EVALUATION, JUDGEMENTS
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from diffagent.store.lineage import ancestors, lineage_lines
 from tests.evaluation.evaluation_run import Run, write_rows
 

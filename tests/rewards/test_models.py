@@ -16,7 +16,7 @@ from diffagent.rewards import official
 from diffagent.rewards.load import load_scorers, reward_files
 from diffagent.rewards.scorer import PromptCache, Runtime
 from diffagent.sandbox.files import SCORERS
-from diffagent.store.artifacts import sha256_file
+from diffagent.store import sha256_file
 
 official.install()
 

@@ -20,7 +20,7 @@ from diffagent.sandbox import world
 from diffagent.sandbox.files import SCORERS
 from diffagent.schemas.config import JudgesConfig, RenderConfig, RewardsConfig, RuntimeConfig
 from diffagent.schemas.tables import JUDGEMENTS, RENDERS, SCORES
-from diffagent.store.artifacts import StageContext, StageResult, stage
+from diffagent.store import StageContext, StageResult, stage
 from tests.evaluation.evaluation_run import write_rows
 
 NAMES = ("clip", "image_reward", "hps_v2")

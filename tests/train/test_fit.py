@@ -24,7 +24,7 @@ from diffagent.schemas.config import (
     SFTConfig,
     load_config,
 )
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from diffagent.train import fit, sft
 from diffagent.train.losses import INVALID_REWARD
 from diffagent.train.rrhf import RankedPrompts, RRHFTrainer, hold_out, rank

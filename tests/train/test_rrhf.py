@@ -22,7 +22,7 @@ from diffagent.agent.verify import verify
 from diffagent.errors import ArtifactError, TrainingError
 from diffagent.schemas.config import RRHFConfig, RuntimeConfig
 from diffagent.schemas.tables import SCORES
-from diffagent.store.artifacts import Artifact, StageContext, StageResult, stage
+from diffagent.store import Artifact, StageContext, StageResult, stage
 from diffagent.train import fit
 from diffagent.train.collate import RankedPrompt, RRHFCollator
 from diffagent.train.losses import INVALID_REWARD

@@ -24,7 +24,7 @@ from diffagent.agent.lm.format import Example
 from diffagent.agent.lm.llm import load_agent
 from diffagent.errors import TrainingError
 from diffagent.schemas.config import RuntimeConfig, SFTConfig
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from diffagent.train import fit, sft
 from diffagent.train.sandbox_llama import build_tokenizer
 from diffagent.train.stages import train_sft

@@ -46,7 +46,7 @@ from diffagent.agent.retrieval.terms import Floats, Index, Terms
 from diffagent.agent.retrieval.training_calls import Calls, read_rows
 from diffagent.errors import ArtifactError, ConfigError
 from diffagent.schemas.config import FitConfig, FittedSelector, RuntimeConfig
-from diffagent.store.artifacts import Artifact, StageContext, StageResult, stage
+from diffagent.store import Artifact, StageContext, StageResult, stage
 from diffagent.t2i.catalogue import Catalogue
 
 log = logging.getLogger(__name__)

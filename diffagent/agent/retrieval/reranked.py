@@ -32,7 +32,7 @@ from diffagent.agent.retrieval.training_calls import read_rows
 from diffagent.agent.selector import Choice
 from diffagent.errors import ArtifactError
 from diffagent.schemas.config import RerankConfig, RuntimeConfig
-from diffagent.store.artifacts import Artifact, StageContext, StageResult, stage
+from diffagent.store import Artifact, StageContext, StageResult, stage
 from diffagent.t2i.catalogue import Catalogue
 
 if TYPE_CHECKING:

@@ -19,15 +19,14 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import yaml
 
-from diffagent.localcivitai.sources import SOURCES
-from diffagent.t2i.catalogue import SYNTHETIC
 from diffagent.dabench import columns
-from diffagent.t2i.base_models import base_model_of
-from diffagent.t2i.catalogue import Catalogue
 from diffagent.dabench.tools.layout import one_line
+from diffagent.localcivitai.sources import SOURCES
 from diffagent.schemas.config import DABenchConfig
-from diffagent.schemas.tables import CATALOGUE, DABENCH
 from diffagent.schemas.manifest import Funnel
+from diffagent.schemas.tables import CATALOGUE, DABENCH
+from diffagent.t2i.base_models import base_model_of
+from diffagent.t2i.catalogue import SYNTHETIC, Catalogue
 
 #: Kinds of sites. ``api``: an address that is not Civitai's.
 Source = Literal["civitai", "api", "dump", "local", "release", "unknown"]

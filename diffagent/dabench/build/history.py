@@ -28,17 +28,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from diffagent.store import latest, wholeness
-from diffagent.store.artifacts import PREVIOUS, Artifact, Inputs, canonical_json, read_manifest
-from diffagent.dabench.dataset import open_dataset
 from diffagent.dabench.build.neighbours import Ints
 from diffagent.dabench.build.splits import NO_SPLIT, SPLITS, Assignment, Codes, Decisions, Prints
+from diffagent.dabench.dataset import open_dataset
 from diffagent.dabench.parquet_tables import write_table
 from diffagent.errors import ArtifactError
-from diffagent.store.object_store import list_remote, read_remote
 from diffagent.schemas.config import DABenchConfig, RuntimeConfig
-from diffagent.schemas.tables import DECISIONS
 from diffagent.schemas.manifest import SCHEMA_VERSION, InputRef, Manifest
+from diffagent.schemas.tables import DECISIONS
+from diffagent.store import (
+    PREVIOUS,
+    Artifact,
+    Inputs,
+    canonical_json,
+    integrity,
+    latest,
+    read_manifest,
+)
+from diffagent.store.object_store import list_remote, read_remote
 
 log = logging.getLogger(__name__)
 
@@ -341,7 +348,7 @@ class _Place:
     @property
     def is_damaged(self) -> bool:
         """Whether it was set aside because it is damaged."""
-        return wholeness.is_aside(self.path)
+        return integrity.is_set_aside(self.path)
 
 
 _Version = tuple[Manifest, _Place]
@@ -405,13 +412,7 @@ def _manifest(location: str) -> Manifest | None:
 
 
 def _artifact(manifest: Manifest, place: _Place) -> Artifact:
-    return Artifact(
-        stage=manifest.stage,
-        identity=manifest.identity,
-        content_digest=manifest.content_digest,
-        path=place.path,
-        remote=place.remote,
-    )
+    return Artifact.of(manifest, place.path, place.remote)
 
 
 def _ref(manifest: Manifest) -> InputRef:

@@ -27,7 +27,7 @@ from diffagent.agent.select_stage import fitted_selector
 from diffagent.errors import ArtifactError, ConfigError
 from diffagent.schemas.api import parse_api
 from diffagent.schemas.config import FitConfig, FittedSelector, RuntimeConfig
-from diffagent.store.artifacts import open_artifact
+from diffagent.store import open_artifact
 from tests.agent.agent_world import make_catalogue, make_rows, make_world
 from tests.conftest import AgentRun
 

@@ -24,7 +24,7 @@ from diffagent.dabench.tools.dataset_checks import verify_dabench
 from diffagent.dabench.tools.layout import one_line
 from diffagent.schemas.config import DABenchConfig, FilterConfig, RuntimeConfig
 from diffagent.schemas.tables import CATALOGUE, DABENCH
-from diffagent.store.artifacts import Artifact, open_artifact
+from diffagent.store import Artifact, open_artifact
 from diffagent.t2i.base_models import base_model_of, families
 from diffagent.t2i.catalogue import SYNTHETIC
 from tests.dabench.build.test_history import edit_manifest

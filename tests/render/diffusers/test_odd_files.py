@@ -126,7 +126,7 @@ def test_sidecars_tell_what_headers_do_not(
     for number, name in enumerate(names):
         save_file({"w": torch.full((2,), float(number))}, folder / f"flat/{name}.safetensors")
     entries = {name: folder / "flat" / name for name in names}
-    from diffagent.store.artifacts import sha256_file
+    from diffagent.store import sha256_file
 
     sha256 = sha256_file(entries["a"].with_suffix(".safetensors"))
     answer = {"id": 77, "modelId": 7, "name": "v2", "baseModel": "Pony",
