@@ -39,9 +39,8 @@ from diffagent.render.planner import draw
 from diffagent.render.recipe import LoRAUse, Recipe
 from diffagent.render.renderer import Files, ModelRef
 from diffagent.sandbox import files, site_records
-from diffagent.sandbox.single_file import single_file_tensors
-from diffagent.sandbox.tiny_adapters import merged
 from diffagent.t2i.samplers import SAMPLERS, normalise
+from tools.sandbox.single_file import single_file_tensors
 
 CPU = torch.device("cpu")
 
@@ -69,7 +68,9 @@ def sandbox_files(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     }
     for name in files.LORAS:
         path = folder / f"merged-{name}.safetensors"
-        save_file(merged(load_file(checkpoints["base"]), load_file(loras[f"lora-{name}"])), path)
+        save_file(
+            files.merge_lora(load_file(checkpoints["base"]), load_file(loras[f"lora-{name}"])), path
+        )
         checkpoints[path.stem] = path
     return checkpoints, loras
 

@@ -131,7 +131,7 @@ def test_every_feature_names_an_extra_that_exists() -> None:
         ),
         ("import diffagent.localcivitai.server", "uvicorn", "serve"),
         ("import diffagent.store.store_server", "starlette", "serve"),
-        ("import diffagent.sandbox.single_file", "torch", "all"),
+        ("from diffagent.sandbox.files import merge_lora; merge_lora({}, {})", "torch", "all"),
         ("import flows.run_pipeline", "prefect", "prefect"),
     ],
 )

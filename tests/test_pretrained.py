@@ -265,5 +265,4 @@ def test_nothing_else_loads_models_of_strangers() -> None:
         ("pretrained.py", "kind.from_pretrained"),
         ("rewards/image_reward.py", "BertTokenizer.from_pretrained"),
         ("agent/lm/smollm2.py", "LlamaForCausalLM.from_pretrained"),
-        ("sandbox/caption_tokenizer.py", "CLIPTokenizer.from_pretrained"),
     }

@@ -17,10 +17,13 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffagent.errors import ArtifactError
 from diffagent.sandbox import site_records, world
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +68,7 @@ def identity() -> str:
     """
     digest = hashlib.sha256(f"format {FORMAT}".encode())
     code = [Path(str(module.__file__)) for module in (site_records, world)]
-    for path in (*_weights(), *code, Path(__file__)):
+    for path in (*_weights(), WEIGHTS / "lora_targets.json", *code, Path(__file__)):
         digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
@@ -156,11 +159,6 @@ def _write_dump(directory: Path) -> None:
 def _contents() -> Iterable[tuple[str, bytes]]:
     from safetensors.torch import load, save
 
-    from diffagent import compat
-
-    compat.install()
-    from diffagent.sandbox.tiny_adapters import merged
-
     # A single entry: safetensors writes several in an order that changes from run to run.
     note = {"format": "pt"}
     raw = {path.stem: path.read_bytes() for path in _weights()}
@@ -170,9 +168,32 @@ def _contents() -> Iterable[tuple[str, bytes]]:
     yield "early", save({**early, **vae}, note)
     for style in SPECIALISTS:
         key = f"specialist-{style}"
-        yield key, save(merged(base, load(raw[key])), note)
+        yield key, save(merge_lora(base, load(raw[key])), note)
     for name in LORAS:
         yield f"lora-{name}", save(load(raw[f"lora-{name}"]), note)
+
+
+def merge_lora(
+    checkpoint: dict[str, torch.Tensor], lora: dict[str, torch.Tensor], scale: float = 1.0
+) -> dict[str, torch.Tensor]:
+    """Returns a single-file checkpoint with a LoRA of its U-Net added to the weights, in fp16.
+
+    Args:
+        checkpoint: tensors by name; unchanged.
+        lora: tensors in kohya's layout, of the modules in ``weights/lora_targets.json``.
+        scale: strength of the LoRA.
+    """
+    import torch
+
+    targets = json.loads((WEIGHTS / "lora_targets.json").read_text(encoding="utf-8"))
+    result = dict(checkpoint)
+    for module in sorted({name.partition(".")[0] for name in lora}):
+        down, up = lora[f"{module}.lora_down.weight"].float(), lora[f"{module}.lora_up.weight"]
+        weight = result[targets[module]].float()
+        strength = scale * lora[f"{module}.alpha"].float() / down.shape[0]
+        delta = (up.float().flatten(1) @ down.flatten(1)).reshape(weight.shape) * strength
+        result[targets[module]] = (weight + delta).to(torch.float16)
+    return result
 
 
 def file_hashes(content: bytes) -> dict[str, str]:

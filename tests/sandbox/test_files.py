@@ -16,9 +16,9 @@ from diffagent.sandbox import files, site_records, world
 
 compat.install()
 
-from diffagent.sandbox import tiny_adapters, tiny_networks  # noqa: E402
-from diffagent.sandbox.caption_tokenizer import load_tokenizer  # noqa: E402
-from diffagent.sandbox.single_file import single_file_tensors  # noqa: E402
+from tools.sandbox import tiny_adapters, tiny_networks  # noqa: E402
+from tools.sandbox.caption_tokenizer import load_tokenizer  # noqa: E402
+from tools.sandbox.single_file import single_file_tensors  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +107,11 @@ def test_a_specialist_is_the_base_with_its_lora(paths: dict[str, Path]) -> None:
     assert all(name.startswith("model.diffusion_model.") for name in changed)
 
 
+def test_the_committed_targets_of_loras_are_those_of_the_network() -> None:
+    targets = json.loads((files.WEIGHTS / "lora_targets.json").read_text())
+    assert targets == tiny_adapters.lora_targets()
+
+
 def test_a_merged_lora_equals_a_loaded_one(paths: dict[str, Path], tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
@@ -116,7 +121,7 @@ def test_a_merged_lora_equals_a_loaded_one(paths: dict[str, Path], tmp_path: Pat
         str(paths["lora-night"].parent), weight_name=paths["lora-night"].name
     )
     loaded = paint(pipeline, cross_attention_kwargs={"scale": 0.8})
-    merged = tiny_adapters.merged(load_file(paths["base"]), load_file(paths["lora-night"]), 0.8)
+    merged = files.merge_lora(load_file(paths["base"]), load_file(paths["lora-night"]), 0.8)
     save_file(merged, tmp_path / "merged.safetensors")
     fused = paint(tiny_networks.build_pipeline(tmp_path / "merged.safetensors"))
     assert (loaded - plain).abs().max() > 0.02

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from diffagent import compat
-from diffagent.sandbox import files, tiny_networks, world
-from tools.sandbox import attributes
+from diffagent.sandbox import files, world
+from tools.sandbox import attributes, tiny_networks
 
 SETTINGS = {"num_inference_steps": 20, "guidance_scale": 5.0}
 NEGATIVE = "blurry, low quality"

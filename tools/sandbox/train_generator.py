@@ -28,10 +28,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from diffagent.errors import TrainingError
-from diffagent.sandbox import tiny_networks, world
-from diffagent.sandbox.caption_tokenizer import load_tokenizer, write_tokenizer
-from diffagent.sandbox.single_file import single_file_tensors
-from diffagent.sandbox.tiny_adapters import ADAPTERS, Adapter, kohya_tensors
+from diffagent.sandbox import world
+from tools.sandbox import tiny_networks
+from tools.sandbox.caption_tokenizer import load_tokenizer, write_tokenizer
+from tools.sandbox.single_file import single_file_tensors
+from tools.sandbox.tiny_adapters import ADAPTERS, Adapter, kohya_tensors, lora_targets
 
 VAE_SEED, UNET_SEED = 11, 23
 LATENTS = "latents.safetensors"
@@ -407,6 +408,8 @@ def export(work: Path) -> None:
     early_tensors = single_file_tensors(*_early(early[1]["average"], vae))
     own = {k: v for k, v in early_tensors.items() if not k.startswith("first_stage_model.")}
     save_file(own, tiny_networks.WEIGHTS_DIR / "early.safetensors")
+    targets = json.dumps(lora_targets(), indent=1, sort_keys=True)
+    (tiny_networks.WEIGHTS_DIR / "lora_targets.json").write_text(targets + "\n")
 
 
 def _early(tensors: dict[str, torch.Tensor], vae: Any) -> tuple[Any, Any, Any]:

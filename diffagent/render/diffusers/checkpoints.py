@@ -323,15 +323,12 @@ def _tokenizers(config: Path) -> dict[str, Any]:
 @cache
 def _clip_vocabulary() -> tuple[Mapping[str, int], Sequence[tuple[str, str]]]:
     """CLIP's vocabulary and merges, from the copy that open_clip ships."""
-    from diffagent.sandbox.caption_tokenizer import byte_characters
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     file = resources.files("open_clip") / "bpe_simple_vocab_16e6.txt.gz"
     lines = gzip.decompress(file.read_bytes()).decode("utf-8").split("\n")[1 : _MERGES + 1]
     merges = [(first, second) for first, second in (line.split() for line in lines)]
-    by_byte = byte_characters()
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # come first in CLIP's
-    order = [*printable, *(byte for byte in range(256) if byte not in printable)]
-    characters = [by_byte[byte] for byte in order]
+    characters = [*bytes_to_unicode().values()]
     tokens = [
         *characters,
         *(f"{character}</w>" for character in characters),

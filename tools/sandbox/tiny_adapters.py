@@ -7,12 +7,14 @@ only, as most LoRAs on Civitai do.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
 
-from diffagent.sandbox import tiny_networks, world
-from diffagent.sandbox.single_file import Tensors, unet_name
+from diffagent.sandbox import world
+from tools.sandbox import tiny_networks
+from tools.sandbox.single_file import Tensors, unet_name
 
 ATTENTION = (
     r".*(attn[12]\.to_[qkv]|attn[12]\.to_out\.0|ff\.net\.0\.proj|ff\.net\.2)"  # transformer blocks
@@ -76,33 +78,16 @@ def kohya_tensors(state: Tensors, rank: int) -> Tensors:
     return tensors
 
 
-def merged(checkpoint: Tensors, lora: Tensors, scale: float = 1.0) -> Tensors:
-    """A single-file checkpoint with a kohya LoRA of its U-Net added to the weights.
-
-    Args:
-        checkpoint: single-file tensors; left as they are.
-        lora: tensors as `kohya_tensors` writes them.
-        scale: strength of the LoRA.
-    """
+def lora_targets() -> dict[str, str]:
+    """Returns the single-file name of the weight that each kohya LoRA module changes."""
     unet = tiny_networks.build_unet()
     slots = {
         i: 2 if "CrossAttn" in kind else 1 for i, kind in enumerate(unet.config.up_block_types)
     }
-    result, used = dict(checkpoint), 0
-    for module_name, module in unet.named_modules():
-        stem = "lora_unet_" + module_name.replace(".", "_")
-        if f"{stem}.alpha" not in lora:
-            continue
-        down, up = lora[f"{stem}.lora_down.weight"].float(), lora[f"{stem}.lora_up.weight"].float()
-        strength = scale * lora[f"{stem}.alpha"].float() / down.shape[0]
-        delta = (up.flatten(1) @ down.flatten(1)).reshape(module.weight.shape) * strength
-        key = "model.diffusion_model." + unet_name(
-            f"{module_name}.weight", unet.config.layers_per_block, slots
-        )
-        result[key] = (result[key].float() + delta).to(torch.float16)
-        used += 1
-    if 3 * used != len(lora):
-        raise ValueError(
-            f"only {used} of {len(lora) // 3} LoRA modules belong to the sandbox U-Net"
-        )
-    return result
+    layers = unet.config.layers_per_block
+    return {
+        "lora_unet_" + name.replace(".", "_"): "model.diffusion_model."
+        + unet_name(f"{name}.weight", layers, slots)
+        for name, _ in unet.named_modules()
+        if re.fullmatch(EVERYWHERE, name)
+    }

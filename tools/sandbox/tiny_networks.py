@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from diffagent.sandbox.caption_tokenizer import MAX_LENGTH
 from diffagent.sandbox.world import SIZE
+from tools.sandbox.caption_tokenizer import MAX_LENGTH
 
-CONFIG_DIR = Path(__file__).parent / "config" / "sd15-tiny"
+_SANDBOX = Path(__file__).parents[2] / "diffagent" / "sandbox"
+CONFIG_DIR = _SANDBOX / "config" / "sd15-tiny"
 """A diffusers pipeline directory without weights: what `from_single_file(config=...)` needs."""
 
-WEIGHTS_DIR = Path(__file__).parent / "weights"
+WEIGHTS_DIR = _SANDBOX / "weights"
 """The committed weights, fp16 safetensors."""
 
 LATENT_CHANNELS, LATENT_SIZE = 4, SIZE // 8
