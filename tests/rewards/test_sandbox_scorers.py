@@ -11,6 +11,7 @@ from diffagent.rewards.unified import Unifier
 from diffagent.sandbox import world
 from diffagent.sandbox.files import SCORERS
 from diffagent.schemas.config import RewardsConfig
+from tools.sandbox import drawings
 
 NAMES = ("clip", "image_reward", "hps_v2")
 CONFIG = RewardsConfig.model_validate(
@@ -48,8 +49,8 @@ def drawn(request):
         rng = random.Random(world.EVALUATION_SEEDS.stop - 1 - seed)
         scene = world.sample_scene(rng)
         texts.append(world.caption(scene, rng))
-        matching.append(world.draw(scene, rng))
-        wrong.append(world.draw(vary(scene, [request.param], rng), rng))
+        matching.append(drawings.draw(scene, rng))
+        wrong.append(drawings.draw(vary(scene, [request.param], rng), rng))
     return request.param, texts, matching, wrong
 
 

@@ -22,6 +22,7 @@ from diffagent.schemas.config import JudgesConfig, RenderConfig, RewardsConfig, 
 from diffagent.schemas.tables import JUDGEMENTS, RENDERS, SCORES
 from diffagent.store import StageContext, StageResult, stage
 from tests.evaluation.evaluation_run import write_rows
+from tools.sandbox import drawings
 
 NAMES = ("clip", "image_reward", "hps_v2")
 LONG = "a red circle on a plain background " * 9
@@ -49,7 +50,7 @@ def make_renders(store: Path, seed: int = 0):
             if recipe and number < 4:
                 file = context.out / "images" / f"{recipe}.png"
                 file.parent.mkdir(exist_ok=True)
-                image, _, _ = world.drawing(world.EVALUATION_SEEDS[10 * seed + number])
+                image, _, _ = drawings.drawing(world.EVALUATION_SEEDS[10 * seed + number])
                 image.save(file)
                 if number == 2:
                     file.write_bytes(b"no picture")

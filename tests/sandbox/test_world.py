@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from diffagent.sandbox import world
+from tools.sandbox import drawings
 
 
 def all_scenes() -> list[world.Scene]:
@@ -17,10 +18,10 @@ def all_scenes() -> list[world.Scene]:
 
 
 def test_a_seed_gives_one_picture_and_caption() -> None:
-    first, second = world.drawing(7), world.drawing(7)
+    first, second = drawings.drawing(7), drawings.drawing(7)
     assert first[1:] == second[1:]
     assert np.array_equal(np.asarray(first[0]), np.asarray(second[0]))
-    assert not np.array_equal(np.asarray(first[0]), np.asarray(world.drawing(8)[0]))
+    assert not np.array_equal(np.asarray(first[0]), np.asarray(drawings.drawing(8)[0]))
 
 
 @pytest.mark.parametrize("style", world.STYLES)
@@ -28,7 +29,7 @@ def test_a_seed_gives_one_picture_and_caption() -> None:
 def test_the_shape_is_drawn_in_its_colour(shape: str, style: str) -> None:
     scenes = [world.Scene(shape, colour, "white", style) for colour in ("red", "blue")]
     red, blue = (
-        np.asarray(world.draw(s, random.Random(3)), dtype=float).mean((0, 1)) for s in scenes
+        np.asarray(drawings.draw(s, random.Random(3)), dtype=float).mean((0, 1)) for s in scenes
     )
     assert red[0] - red[2] > 3
     assert blue[2] - blue[0] > 3
@@ -77,7 +78,7 @@ def test_a_scene_refuses_what_the_world_does_not_have() -> None:
 
 
 def test_spoiling_blurs_and_says_so() -> None:
-    picture, text, _ = world.drawing(5)
-    spoiled, flaw = world.spoil(picture, text, random.Random(1))
+    picture, text, _ = drawings.drawing(5)
+    spoiled, flaw = drawings.spoil(picture, text, random.Random(1))
     assert any(word in flaw for word in world.FLAWS)
     assert not np.array_equal(np.asarray(spoiled), np.asarray(picture))

@@ -24,6 +24,7 @@ from torch import nn
 
 from diffagent.errors import ArtifactError
 from diffagent.sandbox import world
+from tools.sandbox import drawings
 
 SEED = 31
 WEIGHTS = Path(__file__).parent / "attributes.safetensors"
@@ -114,7 +115,7 @@ def _batch(seeds: range) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     for seed in seeds:
         rng = random.Random(seed)
         scene = world.sample_scene(rng, held_out=rng.random() < 0.1)
-        pictures.append(_softened(world.draw(scene, rng), rng))
+        pictures.append(_softened(drawings.draw(scene, rng), rng))
         scenes.append(scene)
     labels = {
         name: torch.tensor([values.index(getattr(scene, name)) for scene in scenes])

@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 
 from diffagent.errors import TrainingError
 from diffagent.sandbox import world
-from tools.sandbox import tiny_networks
+from tools.sandbox import drawings, tiny_networks
 from tools.sandbox.caption_tokenizer import load_tokenizer, write_tokenizer
 from tools.sandbox.single_file import single_file_tensors
 from tools.sandbox.tiny_adapters import ADAPTERS, Adapter, kohya_tensors, lora_targets
@@ -93,7 +93,7 @@ def one_cycle(step: int, steps: int, warmup: int) -> float:
 
 def pixels(seeds: Iterator[int] | range, **sampling: Any) -> torch.Tensor:
     """Drawings of the seeds, (N, 3, 64, 64) float in -1..1."""
-    arrays = [np.asarray(world.drawing(seed, **sampling)[0]) for seed in seeds]
+    arrays = [np.asarray(drawings.drawing(seed, **sampling)[0]) for seed in seeds]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -211,9 +211,9 @@ def build_pool(work: Path, count: int, *, for_base: bool) -> Pool:
         spoiled = rng.random() < 0.05
         flaw = None
         if number >= len(done) or spoiled:
-            picture = world.draw(scene, rng)
+            picture = drawings.draw(scene, rng)
             if spoiled:
-                picture, flaw = world.spoil(picture, world.caption(scene, rng), rng)
+                picture, flaw = drawings.spoil(picture, world.caption(scene, rng), rng)
         scenes.append(scene)
         flaws.append(flaw)
         if number >= len(done):

@@ -47,6 +47,7 @@ from diffagent.rewards.scorer import Scorer
 from diffagent.sandbox import world
 from diffagent.sandbox.files import SCORERS
 from diffagent.sandbox.world import Scene
+from tools.sandbox import drawings
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +196,7 @@ def family_batch(
     for _ in range(families):
         base = world.sample_scene(rng)
         for scene in (base, *(vary(base, [rng.choice(varied)], rng) for _ in range(3))):
-            image = world.draw(scene, rng)
+            image = drawings.draw(scene, rng)
             # Generated pictures are softer than drawings, and must still be understood.
             if rng.random() < 0.3:
                 image = degrade(image, rng.choice(DEGRADATIONS), rng.uniform(0, 0.5), rng)
@@ -216,9 +217,9 @@ def ranked_pictures(
         not wrong, so an attribute that it names is changed.
     """
     named = [name for name in varied if prompt.styled or name != "style"]
-    near = world.draw(vary(prompt.scene, [rng.choice(named)], rng), rng)
-    match = world.draw(prompt.scene, rng)
-    far = world.draw(vary(prompt.scene, ["shape", "colour", "background"], rng), rng)
+    near = drawings.draw(vary(prompt.scene, [rng.choice(named)], rng), rng)
+    match = drawings.draw(prompt.scene, rng)
+    far = drawings.draw(vary(prompt.scene, ["shape", "colour", "background"], rng), rng)
     kind, strength = rng.choice(DEGRADATIONS), rng.uniform(0.2, 1.0)
     pictures = [
         match,
@@ -688,14 +689,14 @@ def _mismatches(name: str, held_out: bool, first: int, count: int) -> Iterator[T
         scene = world.sample_scene(rng, held_out=held_out)
         prompt = write_prompt(scene, rng, styled=True if name == "style" else None)
         # Placed anew in both, so that nothing but the attribute tells them apart.
-        yield prompt.text, world.draw(scene, rng), world.draw(vary(scene, [name], rng), rng)
+        yield prompt.text, drawings.draw(scene, rng), drawings.draw(vary(scene, [name], rng), rng)
 
 
 def _degraded(kind: str, first: int, count: int) -> Iterator[Triple]:
     for number in range(first, first + count):
         rng = random.Random(world.EVALUATION_SEEDS.start + number)
         scene = world.sample_scene(rng)
-        clean = world.draw(scene, rng)
+        clean = drawings.draw(scene, rng)
         worse = degrade(clean, kind, rng.uniform(0.2, 1.0), rng)
         yield write_prompt(scene, rng).text, clean, worse
 
