@@ -1,4 +1,4 @@
-"""Scenes of the sandbox and their captions: a coloured shape on a background, in one of five styles.
+"""Scenes of the sandbox and their captions: a coloured shape on a background, in a style.
 
 The generator, the scorers and the attribute classifier all learn from drawings of these scenes
 (``tools/sandbox/drawings.py``), so they agree about a toy world only. Two rules keep comparisons

@@ -1,7 +1,7 @@
-"""A small CLIP vocabulary: all bytes, plus merges that make each word of the sandbox one token.
+"""Small CLIP vocabulary: all bytes, plus merges that make each word of the sandbox one token.
 
-The files are CLIPTokenizer's own (vocab.json, merges.txt), so any text can be encoded; a word
-that the sandbox does not know falls into bytes, which the text encoder never learned.
+The files are CLIPTokenizer's own (vocab.json, merges.txt), so any text can be encoded; a word that
+is not the sandbox's falls into bytes, which the text encoder has not learned.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
 def byte_characters() -> list[str]:
-    """The printable character that stands for each byte in CLIP's (and GPT-2's) vocabulary."""
+    """Returns the printable character of each byte in CLIP's (and GPT-2's) vocabulary."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     characters = {byte: chr(byte) for byte in printable}
     for byte in range(256):

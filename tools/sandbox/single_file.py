@@ -1,9 +1,8 @@
-"""Writes diffusers modules in the single-file layout of Stable Diffusion checkpoints.
+"""Conversion of diffusers modules to the single-file layout of Stable Diffusion checkpoints.
 
-The reverse of what `from_single_file` of the pipelines of Stable Diffusion 1.x, 2.x and XL does on
-loading: the names are those of the original latent-diffusion code
-(`model.diffusion_model.input_blocks.1.0...`) and, of the text encoders of 2.x and XL, of open_clip.
-Works for any number of blocks and layers.
+It reverses `from_single_file` of the pipelines of Stable Diffusion 1.x, 2.x and XL: names are those
+of the original latent-diffusion code (`model.diffusion_model.input_blocks.1.0...`) and, for the
+text encoders of 2.x and XL, of open_clip. It works for any number of blocks and layers.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ _VAE_ATTENTION = {
 def single_file_tensors(
     unet: Any, vae: Any, text_encoder: Any, text_encoder_2: Any = None
 ) -> Tensors:
-    """All weights of a pipeline under their single-file names, in fp16.
+    """Returns all weights of a pipeline under their single-file names, in fp16.
 
     Args:
         unet: a UNet2DConditionModel.
@@ -90,7 +89,7 @@ def single_file_tensors(
 
 
 def text_tensors(text_encoder: Any) -> Tensors:
-    """Weights of a CLIPTextModel without the prefix that some transformers versions add."""
+    """Returns the weights of a CLIPTextModel without the prefix of some transformers versions."""
     state: Mapping[str, torch.Tensor] = text_encoder.state_dict()
     return {
         name.removeprefix("text_model."): value
@@ -100,29 +99,29 @@ def text_tensors(text_encoder: Any) -> Tensors:
 
 
 def open_clip_tensors(text_encoder: Any) -> Tensors:
-    """Weights of a CLIP text encoder under open_clip's names."""
+    """Returns the weights of a CLIP text encoder under open_clip's names."""
     tensors = text_tensors(text_encoder)
-    # Released files of Stable Diffusion 2 have a projection too, which nobody reads.
+    # Released files of Stable Diffusion 2 hold an unused projection, too.
     projection = tensors.pop("text_projection.weight", None)
     width = text_encoder.config.hidden_size
-    made: Tensors = {
+    renamed: Tensors = {
         "positional_embedding": tensors.pop("embeddings.position_embedding.weight"),
         "text_projection": torch.eye(width) if projection is None else projection.T,
     }
     for name in [name for name in tensors if "self_attn.q_proj" in name]:
         parts = [tensors.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
         layer, leaf = name.split(".")[2], name.rpartition(".")[2]
-        made[f"transformer.resblocks.{layer}.attn.in_proj_{leaf}"] = torch.cat(parts)
+        renamed[f"transformer.resblocks.{layer}.attn.in_proj_{leaf}"] = torch.cat(parts)
     for name, value in tensors.items():
         new = name
         for ours, theirs in _OPEN_CLIP.items():
             new = new.replace(ours, theirs)
-        made[new] = value
-    return made
+        renamed[new] = value
+    return renamed
 
 
 def unet_name(name: str, layers: int, upsampler_slots: Mapping[int, int]) -> str:
-    """The single-file name of a U-Net tensor, without the `model.diffusion_model.` prefix."""
+    """Returns the single-file name of a U-Net tensor, without `model.diffusion_model.`."""
     for ours, theirs in _UNET_ENDS.items():
         if name.startswith(ours + "."):
             return theirs + name.removeprefix(ours)
@@ -149,7 +148,7 @@ def unet_name(name: str, layers: int, upsampler_slots: Mapping[int, int]) -> str
 
 
 def vae_name(name: str, blocks: int) -> str:
-    """The single-file name of a VAE tensor, without the `first_stage_model.` prefix."""
+    """Returns the single-file name of a VAE tensor, without `first_stage_model.`."""
     name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
     name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
     if "mid_block.attentions.0." in name:

@@ -1,8 +1,8 @@
-"""The sandbox's LoRAs: which ones there are, their kohya file layout, merging into a checkpoint.
+"""Settings of the sandbox's LoRAs, their kohya file layout, and the weights that they change.
 
-A specialist is a LoRA over all convolutions and projections of the base's U-Net, merged into a
-full checkpoint when the files are assembled. The standalone LoRAs touch the transformer blocks
-only, as most LoRAs on Civitai do.
+A specialist is a LoRA over all convolutions and projections of the base's U-Net; the assembly of
+the site merges it into a full checkpoint. The standalone LoRAs change only the transformer blocks,
+like most LoRAs on Civitai.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ EVERYWHERE = (
 
 @dataclass(frozen=True)
 class Adapter:
-    """One LoRA to train.
+    """Settings of one LoRA.
 
     Attributes:
         name: stem of its weight file.
         attribute: "style" or "background".
-        value: the only value of that attribute that it sees.
-        seed: of its initial weights, noise and wording.
-        rank: of the low-rank matrices; alpha equals it.
+        value: of that attribute in all of its training drawings.
+        seed: of its initial weights, noise and captions.
+        rank: of the low-rank matrices; alpha has the same value.
         targets: regular expression over the U-Net's module names.
     """
 
@@ -46,7 +46,7 @@ class Adapter:
     targets: str
 
     def fits(self, scene: world.Scene) -> bool:
-        """Says whether the LoRA learns from drawings of this scene."""
+        """Returns whether the LoRA learns from drawings of this scene."""
         return bool(getattr(scene, self.attribute) == self.value)
 
 
@@ -62,7 +62,7 @@ ADAPTERS = (*SPECIALISTS, *LORAS)
 
 
 def kohya_tensors(state: Tensors, rank: int) -> Tensors:
-    """The LoRA in a peft-wrapped U-Net's state dict, in kohya's layout and fp16.
+    """Returns the LoRA of a peft-wrapped U-Net's state dict, in kohya's layout and fp16.
 
     Keys are `lora_unet_<module path with underscores>` followed by `.lora_down.weight`,
     `.lora_up.weight` and `.alpha`.

@@ -1,4 +1,4 @@
-"""The sandbox's generator: Stable Diffusion 1.5's architecture at a few million parameters."""
+"""Networks of the sandbox's generator: Stable Diffusion 1.5 at a few million parameters."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from tools.sandbox.caption_tokenizer import MAX_LENGTH
 
 _SANDBOX = Path(__file__).parents[2] / "diffagent" / "sandbox"
 CONFIG_DIR = _SANDBOX / "config" / "sd15-tiny"
-"""A diffusers pipeline directory without weights: what `from_single_file(config=...)` needs."""
+"""Pipeline directory of diffusers without weights, for `from_single_file(config=...)`."""
 
 WEIGHTS_DIR = _SANDBOX / "weights"
-"""The committed weights, fp16 safetensors."""
+"""Committed weights, fp16 safetensors."""
 
 LATENT_CHANNELS, LATENT_SIZE = 4, SIZE // 8
 TEXT_WIDTH = 128
@@ -21,7 +21,7 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 
 
 def build_vae(scaling_factor: float = 1.0) -> Any:
-    """An AutoencoderKL of 1 M parameters: f8, four latent channels."""
+    """Returns an AutoencoderKL of 1 M parameters: f8, four latent channels."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -37,7 +37,7 @@ def build_vae(scaling_factor: float = 1.0) -> Any:
 
 
 def build_text_encoder(tokenizer: Any) -> Any:
-    """A CLIPTextModel of two layers for the sandbox's vocabulary."""
+    """Returns a CLIPTextModel of two layers for the sandbox's vocabulary."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     return CLIPTextModel(
@@ -57,7 +57,7 @@ def build_text_encoder(tokenizer: Any) -> Any:
 
 
 def build_unet() -> Any:
-    """A UNet2DConditionModel over 8 x 8 x 4 latents, attention at the full latent size."""
+    """Returns a UNet2DConditionModel over 8 x 8 x 4 latents, attention at the full latent size."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -69,13 +69,13 @@ def build_unet() -> Any:
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=4,  # the number of heads, by a misnomer that diffusers keeps
+        attention_head_dim=4,  # diffusers uses it as the number of heads
         norm_num_groups=16,
     )
 
 
 def build_scheduler() -> Any:
-    """The noise schedule of Stable Diffusion 1.5."""
+    """Returns the noise schedule of Stable Diffusion 1.5."""
     from diffusers import PNDMScheduler
 
     return PNDMScheduler(
@@ -88,7 +88,7 @@ def build_scheduler() -> Any:
 
 
 def assemble(unet: Any, vae: Any, text_encoder: Any, tokenizer: Any) -> Any:
-    """A StableDiffusionPipeline of its parts."""
+    """Returns a StableDiffusionPipeline of its parts."""
     from diffusers import StableDiffusionPipeline
 
     return StableDiffusionPipeline(
@@ -113,7 +113,7 @@ def write_config(pipeline: Any) -> None:
 
 
 def build_pipeline(path: Path) -> Any:
-    """A StableDiffusionPipeline of a single-file sandbox checkpoint, nothing downloaded."""
+    """Loads a single-file sandbox checkpoint as a StableDiffusionPipeline, without downloads."""
     from diffusers import StableDiffusionPipeline
 
     return StableDiffusionPipeline.from_single_file(
