@@ -7,13 +7,13 @@ API_PORT ?= 4200
 STORE_PORT ?= 4201
 CONFIG ?= configs/sandbox.yaml
 
-# Everything that Prefect keeps lies in the store; its other settings are in prefect.toml.
-# ($(abspath) would take a store with a space in its name for two.)
+# Prefect's files are in the store; its other settings are in prefect.toml.
+# ($(abspath) would split the name of a store with a space.)
 export PREFECT_HOME ?= $(shell $(PYTHON) -c 'import os, sys; print(os.path.abspath(sys.argv[1]))' "$(STORE)")/prefect
 export DO_NOT_TRACK ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_DISABLE_TELEMETRY ?= 1
-# Tiny models on busy cores: a second OpenMP thread costs more than it brings.
+# With tiny models on busy cores a second OpenMP thread only costs time.
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -51,11 +51,11 @@ docs: install
 bench: install
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
 
-# Prefect's UI and API, and the reports and data of the store; to this machine's browsers alone.
+# Prefect's UI and API, and the reports and data of the store; for browsers on this machine only.
 serve-dashboard: install
 	$(BIN)/python -m flows.serve_dashboard --store "$(STORE)" --port $(API_PORT) --store-port $(STORE_PORT)
 
-# Hours of CPU. The weights are committed; diffagent/sandbox/README.md has their logs and numbers.
+# Trains the committed weights anew: hours of CPU. See diffagent/sandbox/README.md.
 sandbox: install
 	rm -f diffagent/sandbox/weights/specialist-*.safetensors diffagent/sandbox/weights/lora-*.safetensors
 	for step in vae unet export specialists; do \

@@ -45,20 +45,20 @@ def install(fixes: Mapping[str, Fix] | None = None) -> None:
         sys.meta_path.insert(0, _FixingFinder())
 
 
-#: One line, as site.py wants it; silent where diffagent was uninstalled later.
+#: One line, as site.py requires; silent if diffagent was uninstalled later.
 _START_UP = (
     r'exec("try:\n from diffagent.compat import install\n install()\nexcept ImportError:\n pass")'
 )
 
 
 def register_at_startup(site_packages: Path) -> Path | None:
-    """Make every interpreter of an environment register the hook, if torchvision needs it.
+    """Makes every interpreter of an environment register the hook, if torchvision needs it.
 
     Args:
         site_packages: directory of this interpreter that gets the .pth file.
 
     Returns:
-        The .pth file, or None where torchvision can be imported without it.
+        The .pth file, or None if torchvision can be imported without it.
     """
     path = site_packages / "diffagent-torchvision.pth"
     path.unlink(missing_ok=True)
@@ -70,7 +70,7 @@ def register_at_startup(site_packages: Path) -> Path | None:
 
 
 class _FixingFinder(MetaPathFinder):
-    """Finds a module as usual, and runs its fix around its execution."""
+    """Finder that surrounds the execution of a module with its fix."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -96,12 +96,12 @@ class _FixingLoader(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        # Some of these modules silence all warnings of the process when they are imported.
+        # Some of these modules silence all warnings of the process during their import.
         with warnings.catch_warnings(), self._fix(module):
             self._loader.exec_module(module)
 
     def __getattr__(self, name: str) -> Any:
-        # importlib.resources, inspect and pkgutil ask the loader for more than the two methods.
+        # importlib.resources, inspect and pkgutil use more than these two methods of a loader.
         return getattr(self._loader, name)
 
 

@@ -1,10 +1,10 @@
 """Extras: groups of optional packages, and the one error that names the missing one.
 
-``pip install diffagent`` brings what the dataset and retrieval selection need. Code that needs more
-imports it as usual, inside a function or in a leaf module. `install` adds a finder to the end of
-Python's import path: it is reached only by a package that is not installed. If code of this project
-imports that package, the finder raises `diffagent.errors.MissingExtra` with the feature and its
-extra, e.g. for `import torch` in ``diffagent.render.diffusers.pipelines``::
+``pip install diffagent`` installs the dependencies of the dataset and of retrieval selection. Other
+code imports its packages as usual, inside a function or in a leaf module. `install` adds a finder
+to the end of Python's import path, which is reached only if a package is not installed. If a module
+of this project imports the package, the finder raises `diffagent.errors.MissingExtra` with the
+feature and its extra, e.g. for `import torch` in ``diffagent.render.diffusers.pipelines``::
 
     drawing pictures needs the package 'torch', which is not installed:
     pip install 'diffagent[render]'
@@ -42,7 +42,7 @@ FEATURES = {
     "tasks": ("running flows", "prefect"),
     "diffagent": ("this command", "all"),
 }
-#: Packages that an extra brings and the core does without.
+#: Packages that only extras install.
 PACKAGES = frozenset(
     [
         *("accelerate", "datasets", "peft", "tokenizers", "torch", "transformers", "trl"),

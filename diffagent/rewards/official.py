@@ -101,7 +101,7 @@ def _require(package: str, requirement: str) -> None:
 
 @contextmanager
 def _lend_modules(modules: dict[str, dict[str, Any]]) -> Iterator[None]:
-    """Puts stand-ins (name, attributes) into `sys.modules`, and what was there back."""
+    """Puts stand-ins (name -> attributes) into `sys.modules`, and restores it afterwards."""
     previous = {name: sys.modules.get(name) for name in modules}
     for name, attributes in modules.items():
         stand_in = ModuleType(name, "Stand-in lent by diffagent during an import.")
@@ -119,7 +119,7 @@ def _lend_modules(modules: dict[str, dict[str, Any]]) -> Iterator[None]:
 
 @contextmanager
 def _lend_attributes(owner: Any, attributes: dict[str, Any]) -> Iterator[None]:
-    """Adds attributes that `owner` lacks, and takes them back."""
+    """Adds attributes that `owner` lacks, and removes them afterwards."""
     added = {name: value for name, value in attributes.items() if not hasattr(owner, name)}
     for name, value in added.items():
         setattr(owner, name, value)
@@ -136,23 +136,23 @@ def _needs(modules: dict[str, dict[str, Any]]) -> Fix:
 
 @contextmanager
 def _fix_blip_vit(module: ModuleType) -> Iterator[None]:
-    # fairscale's wrapper, which only gradient checkpointing calls, went into torch.
+    # torch has fairscale's wrapper now; only gradient checkpointing calls it.
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
     prefix = "fairscale.nn.checkpoint.checkpoint_activations"
-    parents: dict[str, dict[str, Any]] = {
+    stand_ins: dict[str, dict[str, Any]] = {
         "fairscale": {},
         "fairscale.nn": {},
         "fairscale.nn.checkpoint": {},
+        prefix: {"checkpoint_wrapper": checkpoint_wrapper},
     }
-    lent = {**parents, prefix: {"checkpoint_wrapper": checkpoint_wrapper}}
-    with _lend_modules(lent), _silence_timm(module):
+    with _lend_modules(stand_ins), _silence_timm(module):
         yield
 
 
 @contextmanager
 def _silence_timm(module: ModuleType) -> Iterator[None]:
-    # Its old module names work, and warn. The loader restores the filters.
+    # timm's old module names still work, but warn. The loader restores the filters.
     warnings.filterwarnings("ignore", "Importing from timm", FutureWarning)
     yield
 
@@ -186,7 +186,7 @@ def _get_head_mask(self: Any, head_mask: Any, num_hidden_layers: int) -> list[No
 
 
 def _invert_attention_mask(self: Any, encoder_attention_mask: Any) -> Any:
-    """Additive mask (B, 1, 1, L) of a 0/1 mask (B, L), as in transformers 4."""
+    """Returns the additive mask (B, 1, 1, L) of a 0/1 mask (B, L), as transformers 4 did."""
     import torch
 
     mask = encoder_attention_mask[:, None, None, :].to(self.dtype)
@@ -194,7 +194,7 @@ def _invert_attention_mask(self: Any, encoder_attention_mask: Any) -> Any:
 
 
 def _init_weights(self: Any) -> None:
-    # transformers 4 applied `_init_weights` to every module; 5 wants `post_init` bookkeeping.
+    # transformers 4 applied `_init_weights` to every module; 5 expects attributes of `post_init`.
     self.apply(self._init_weights)
 
 
@@ -221,15 +221,15 @@ def _keep_transformers_verbosity(module: ModuleType) -> Iterator[None]:
 
 @contextmanager
 def _fix_hpsv2_tokenizer(module: ModuleType) -> Iterator[None]:
-    # It looks for the vocabulary beside its own file, while the module is being executed.
+    # During its execution the module opens the vocabulary in the directory of its own file.
     spec = importlib.util.find_spec("open_clip.tokenizer")
     if spec is None or spec.origin is None:
         raise ImportError("hpsv2 needs the vocabulary of open_clip: pip install open_clip_torch")
-    own, module.__file__ = module.__file__, spec.origin
+    original, module.__file__ = module.__file__, spec.origin
     try:
         yield
     finally:
-        module.__file__ = own
+        module.__file__ = original
 
 
 _CLIP: dict[str, dict[str, Any]] = {"clip": {}}
