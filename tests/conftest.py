@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
 
 from diffagent import compat
 from diffagent.schemas.config import RuntimeConfig, SFTConfig
@@ -31,6 +32,17 @@ ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 compat.install()  # some test modules import transformers before anything of diffagent
+
+
+@pytest.fixture(scope="session")
+def sandbox_site() -> Path:
+    """The sandbox's site where configs/sandbox.yaml names it; written once for all workers."""
+    from diffagent.sandbox.files import materialise
+
+    target = ROOT / "build" / "sandbox"
+    target.parent.mkdir(exist_ok=True)
+    with FileLock(target.parent / ".sandbox.lock"):
+        return materialise(target)
 
 
 @contextmanager

@@ -57,7 +57,7 @@ class CrawlConfig(_Section):
 
     site: str = Field(
         default="https://civitai.com",
-        description="address of a Civitai API; or for an embedded server 'sandbox', 'dump:DIR' "
+        description="address of a Civitai API; or for an embedded server 'dump:DIR' "
         "(records as JSON lines or parquet, or a snapshot), 'local:DIR' (a folder of model files) "
         "or 'release:DIR' (instruction-API pairs)",
     )
@@ -427,6 +427,17 @@ class ScorerConfig(_Section):
     )
     sha256: str | None = _SHA256
     weight: float = Field(default=1.0, ge=0, description="weight in the unified score")
+    backend: Literal["default", "official"] = Field(
+        default="default",
+        exclude_if=lambda backend: backend == "default",  # identities of before it existed
+        description="'official': compute with the authors' package (image-reward, hpsv2)",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ScorerConfig:
+        if self.backend == "official" and self.name == "clip":
+            raise ValueError("backend: 'clip' is open_clip itself; 'official' is for the others")
+        return self
 
 
 class RewardsConfig(_Section):

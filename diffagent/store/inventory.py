@@ -232,8 +232,8 @@ def _heads(entries: Sequence[Entry]) -> list[Entry]:
     ]
 
 
+def _mark_series(entries: Sequence[Entry]) -> None:
     """Give each entry its series, as `series_of` of the lineage does for one artefact."""
-    """Give each entry its series, as ``diffagent.store.lineage.series_of`` does for one artefact."""
     contents = _by_content(entries)
 
     def series(entry: Entry) -> str:

@@ -154,7 +154,7 @@ def test_lora_is_set_as_in_peft(agent_run: AgentRun, tmp_path: Path) -> None:
 
 def test_settings_of_adapters_without_adapters_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("rewards: {scorers: [{name: clip, model: sandbox}], unify: chatgen}\n")
+    file.write_text("rewards: {scorers: [{name: clip, model: tiny-clip}], unify: chatgen}\n")
     overrides = {"sft.lora_alpha": 16, "rrhf.lora_target_modules": ["q_proj"]}
     with pytest.raises(ConfigFileError, match=r"lora_alpha.*lora_rank") as refused:
         load_config(file, overrides)
