@@ -115,7 +115,7 @@ def agent_run(tmp_path_factory: pytest.TempPathFactory) -> AgentRun:
     """An agent of 0.1 M parameters after seconds of training: it writes valid APIs."""
     import torch
 
-    from diffagent.train.stages import train_sft
+    from diffagent.train.sft_stage import train_sft
     from tests.agent.agent_world import make_world
 
     torch.set_num_threads(1)

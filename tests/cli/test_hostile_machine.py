@@ -17,7 +17,7 @@ import pytest
 from diffagent.errors import ArtifactError
 from diffagent.schemas.config import RuntimeConfig, SFTConfig
 from diffagent.store import Artifact, StageContext, StageResult, stage
-from diffagent.train.stages import train_sft
+from diffagent.train.sft_stage import train_sft
 from tests.agent.agent_world import make_world
 from tests.conftest import file_size_limit
 from tests.store.test_stage import Words, write_words
