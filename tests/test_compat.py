@@ -1,4 +1,4 @@
-"""The compatibility module, each case in an interpreter of its own: imports are global state."""
+"""Compatibility of torchvision; each case has its own interpreter, as imports are global state."""
 
 import subprocess
 import sys

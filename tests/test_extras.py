@@ -1,4 +1,4 @@
-"""What is installed by which extra: the wheel, the core without the rest, the error for a gap."""
+"""Installation: the wheel, the core without extras, the error for a missing extra."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_wheel_installs_one_package_with_its_data_and_licence(wheel: zipfile
     names = set(wheel.namelist())
     top = {name.partition("/")[0] for name in names}
     assert top == {"diffagent", f"diffagent-{PROJECT['version']}.dist-info"}
-    # Only weights are left out, of this wheel alone: copying them takes long.
+    # This wheel has no weights, because copying them takes long.
     expected = {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "diffagent").rglob("*")
@@ -158,8 +158,8 @@ def test_other_projects_imports_fail_as_usual() -> None:
 def test_the_error_is_one_of_configuration_and_of_import_and_crosses_a_process() -> None:
     error = MissingExtra("drawing pictures needs ...")
     assert isinstance(error, ConfigError) and isinstance(error, ImportError)
-    again = unpack(pack(error))
-    assert type(again) is MissingExtra and str(again) == str(error)
+    copy = unpack(pack(error))
+    assert type(copy) is MissingExtra and str(copy) == str(error)
 
 
 def test_the_core_builds_a_dataset_and_selects(sandbox_site: Path, tmp_path: Path) -> None:

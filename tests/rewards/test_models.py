@@ -241,10 +241,10 @@ def test_16_bits_copy_no_weights_for_each_picture(clip_directory, images):
 def test_openai_weights_get_quick_gelu(monkeypatch):
     import open_clip
 
-    asked = {}
+    passed = {}
 
     def create_model(name, **options):
-        asked.update(options)
+        passed.update(options)
         raise RuntimeError("no weights here")
 
     monkeypatch.setattr(open_clip, "create_model", create_model)
@@ -252,9 +252,9 @@ def test_openai_weights_get_quick_gelu(monkeypatch):
     for tag, quick in (("openai", True), ("laion2b_s32b_b82k", False)):
         with pytest.raises(ScoreError, match="ViT-L-14"):
             ClipScorer.load("ViT-L-14", tag)
-        assert asked["force_quick_gelu"] is quick
-        assert asked["weights_only"] is True
-        assert asked["pretrained"].endswith("/open_clip_model.safetensors")
+        assert passed["force_quick_gelu"] is quick
+        assert passed["weights_only"] is True
+        assert passed["pretrained"].endswith("/open_clip_model.safetensors")
 
 
 def test_weights_with_another_hash_are_refused(load):
@@ -320,7 +320,7 @@ def test_hps_is_the_packages_score_with_the_packages_preprocessing(
     got = HPSScorer.load(str(clip_directory)).score(PROMPTS, images).scores
     np.testing.assert_allclose(got, expected, atol=1e-5)
     cropped = ClipScorer.load(str(clip_directory)).score(PROMPTS, images).scores
-    assert np.abs(got - cropped).max() > 1e-3  # the wide picture is what tells them apart
+    assert np.abs(got - cropped).max() > 1e-3  # the wide picture differs
 
 
 def official_image_reward(scorer: ImageRewardScorer):

@@ -21,7 +21,7 @@ CONFIG = RewardsConfig.model_validate(
     }
 )
 PROMPTS = 60
-# Below what evaluation.json says by more than the chance of 60 prompts; ImageReward's shapes
+# Below the shares in evaluation.json by more than the chance of 60 prompts; ImageReward's shapes
 # are weak (about 70 %), and known to be.
 LOWEST = {
     "colour": {"clip": 0.95, "image_reward": 0.9, "hps_v2": 0.95},

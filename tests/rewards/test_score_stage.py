@@ -60,8 +60,8 @@ def make_renders(store: Path, seed: int = 0):
         write(context)
         return StageResult()
 
-    made = stage("render", version=1, config=RenderConfig)(body)
-    return made.run(RenderConfig(seeds=(seed,)), {}, RuntimeConfig(store=str(store)))
+    render = stage("render", version=1, config=RenderConfig)(body)
+    return render.run(RenderConfig(seeds=(seed,)), {}, RuntimeConfig(store=str(store)))
 
 
 @pytest.fixture(scope="module")
@@ -142,13 +142,13 @@ def test_a_reference_is_measured_from_scores_and_used(scored, renders, runtime, 
     raw = score.run(config(unify="chatgen"), {"renders": [renders]}, runtime)
     file = tmp_path / "reference.json"
     measure([str(file), str(raw.path), "--note", "four drawings"])
-    again = score.run(config(reference=str(file)), {"renders": [renders]}, runtime)
-    rows = pl.read_parquet(again.file("scores.parquet")).filter(status="ok")
+    rescored = score.run(config(reference=str(file)), {"renders": [renders]}, runtime)
+    rows = pl.read_parquet(rescored.file("scores.parquet")).filter(status="ok")
     assert rows["unified"].mean() == pytest.approx(0, abs=1e-9)
-    about = read_definition(again.file("scores.parquet"))["unified"]["reference_set"]
+    about = read_definition(rescored.file("scores.parquet"))["unified"]["reference_set"]
     assert about["note"] == "four drawings" and about["pictures"] == rows.height
     with pytest.raises(ScoreError, match="must not be mixed: unified"):
-        read_scores([scored, again])
+        read_scores([scored, rescored])
 
 
 def test_judgements_are_a_table_of_their_own_that_no_training_reads(renders, runtime, tmp_path):

@@ -30,12 +30,12 @@ RELEASES = [
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Has no file; counts what is asked."""
+    """Has no file; records requests."""
 
-    asked: list[str]
+    requested: list[str]
 
     def do_HEAD(self) -> None:
-        self.asked.append(self.path)
+        self.requested.append(self.path)
         self.send_response(404)
         self.send_header("X-Error-Code", "EntryNotFound")
         self.send_header("Content-Length", "0")
@@ -49,10 +49,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub() -> Iterator[tuple[str, list[str]]]:
-    handler = type("Handler", (Hub,), {"asked": []})
+    handler = type("Handler", (Hub,), {"requested": []})
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", handler.asked
+        yield f"http://127.0.0.1:{server.server_port}", handler.requested
         server.shutdown()
 
 
@@ -73,7 +73,7 @@ def load(release: tuple[str, str, str], endpoint: str, home: Path) -> tuple[str,
 
 
 @pytest.mark.parametrize("release", RELEASES, ids=lambda release: release[0])
-def test_a_hub_that_does_not_answer_is_asked_once(
+def test_a_hub_that_does_not_answer_is_requested_once(
     release: tuple[str, str, str], tmp_path: Path
 ) -> None:
     answer, log = load(release, "http://127.0.0.1:9", tmp_path)
@@ -85,10 +85,10 @@ def test_a_hub_that_does_not_answer_is_asked_once(
 
 
 def test_a_hub_without_the_file_names_it(hub: tuple[str, list[str]], tmp_path: Path) -> None:
-    endpoint, asked = hub
+    endpoint, requested = hub
     answer, _ = load(RELEASES[0], endpoint, tmp_path)
     assert "open_clip_model.safetensors or open_clip_pytorch_model.bin" in answer
     assert "it has no such file" in answer
-    assert [path.rpartition("/")[2] for path in asked] == [
+    assert [path.rpartition("/")[2] for path in requested] == [
         *("open_clip_model.safetensors", "open_clip_pytorch_model.bin"),
     ]

@@ -50,10 +50,10 @@ def paint(pipeline: Any, **options: Any) -> torch.Tensor:
 
 
 def test_assembling_twice_gives_the_same_bytes(dump: Path, tmp_path: Path) -> None:
-    again = files.materialise(tmp_path / "again")
+    copy = files.materialise(tmp_path / "copy")
     names = sorted(p.relative_to(dump) for p in dump.rglob("*") if p.is_file())
-    assert names == sorted(p.relative_to(again) for p in again.rglob("*") if p.is_file())
-    assert all((dump / name).read_bytes() == (again / name).read_bytes() for name in names)
+    assert names == sorted(p.relative_to(copy) for p in copy.rglob("*") if p.is_file())
+    assert all((dump / name).read_bytes() == (copy / name).read_bytes() for name in names)
 
 
 def test_files_are_named_by_their_hash_and_kept(dump: Path) -> None:
@@ -140,11 +140,11 @@ def test_the_tokenizer_knows_the_world_and_takes_anything() -> None:
 
 def test_every_usable_model_has_the_hashes_of_its_file(dump: Path) -> None:
     by_id = {model["id"]: model for model in lines(dump / "models.jsonl")}
-    known = {file.key: file for file in files.model_files(dump)}
+    assembled = {file.key: file for file in files.model_files(dump)}
     for listing in site_records.USABLE:
         file = by_id[listing.model_id]["modelVersions"][0]["files"][0]
-        assert file["hashes"] == known[listing.key].hashes
-        assert file["sizeKB"] * 1024 == known[listing.key].size
+        assert file["hashes"] == assembled[listing.key].hashes
+        assert file["sizeKB"] * 1024 == assembled[listing.key].size
     assert all(model["name"].startswith("Sandbox") for model in by_id.values())
     assert all(model["creator"]["username"] == site_records.CREATOR for model in by_id.values())
     assert len({json.dumps(m["allowCommercialUse"])[0:2] for m in by_id.values()}) == 3

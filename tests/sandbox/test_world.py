@@ -51,10 +51,10 @@ def test_a_caption_names_what_is_drawn() -> None:
 
 def test_about_a_tenth_of_the_combinations_is_held_out_and_every_pair_still_occurs() -> None:
     scenes = all_scenes()
-    kept = [scene for scene in scenes if not world.is_held_out(scene)]
-    assert 0.05 < 1 - len(kept) / len(scenes) < 0.15
-    assert len({(s.shape, s.colour) for s in kept}) == 64
-    assert len({(s.shape, s.background) for s in kept}) == 56
+    trained = [scene for scene in scenes if not world.is_held_out(scene)]
+    assert 0.05 < 1 - len(trained) / len(scenes) < 0.15
+    assert len({(s.shape, s.colour) for s in trained}) == 64
+    assert len({(s.shape, s.background) for s in trained}) == 56
     rng = random.Random(0)
     assert all(world.is_held_out(world.sample_scene(rng, held_out=True)) for _ in range(50))
     assert not any(world.is_held_out(world.sample_scene(rng)) for _ in range(50))
@@ -68,16 +68,16 @@ def test_purposes_draw_from_disjoint_seeds() -> None:
         world.EVALUATION_SEEDS,
         world.CATALOGUE_SEEDS,
     ]
-    for one, other in itertools.combinations(ranges, 2):
-        assert one.stop <= other.start or other.stop <= one.start
+    for first, second in itertools.combinations(ranges, 2):
+        assert first.stop <= second.start or second.stop <= first.start
 
 
-def test_a_scene_refuses_what_the_world_does_not_have() -> None:
+def test_a_scene_refuses_unknown_values() -> None:
     with pytest.raises(ValueError, match="'brown'"):
         world.Scene("star", "brown", "sky")
 
 
-def test_spoiling_blurs_and_says_so() -> None:
+def test_spoiling_blurs_and_names_the_flaw() -> None:
     picture, text, _ = drawings.drawing(5)
     spoiled, flaw = drawings.spoil(picture, text, random.Random(1))
     assert any(word in flaw for word in world.FLAWS)
