@@ -142,7 +142,7 @@ _SHAPES = {"clip": _clip_shapes, "hps_v2": _hps_shapes, "image_reward": _image_r
 
 
 def _write_image_reward_files(directory: Path) -> None:
-    """Writes med_config.json of the release and a vocabulary of BERT's size, which no package has."""
+    """Writes med_config.json of the release and a vocabulary of BERT's size (no package has it)."""
     from diffagent.rewards.image_reward import ImageRewardConfig
 
     config = {**ImageRewardConfig().text, "add_cross_attention": True, "encoder_width": 768}
