@@ -1,4 +1,4 @@
-"""The artefact store on S3: what holds when processes die, servers fail and objects are hurt."""
+"""The artifact store on S3: what holds when processes die, servers fail and objects are hurt."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def on(machine: str, tmp_path: Path) -> RuntimeConfig:
 
 
 def builder(tmp_path: Path, machine: str, before: str = "") -> list[str]:
-    """A command that builds the toy artefact on a machine of its own; ``before`` runs first."""
+    """A command that builds the toy artifact on a machine of its own; ``before`` runs first."""
     code = textwrap.dedent(f"""
         from pathlib import Path
         from diffagent.schemas.config import RuntimeConfig
@@ -269,7 +269,7 @@ def test_a_missing_bucket_is_told_before_the_work(s3: S3Server, tmp_path: Path) 
     assert not caught.value.retryable and not list(tmp_path.rglob("*.txt"))
 
 
-def test_the_command_line_reads_artefacts_of_the_store(s3: S3Server, tmp_path: Path) -> None:
+def test_the_command_line_reads_artifacts_of_the_store(s3: S3Server, tmp_path: Path) -> None:
     made = write_words.run(Words(), {}, on("one", tmp_path))
 
     def diffagent(*words: str) -> str:

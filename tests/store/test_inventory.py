@@ -1,4 +1,4 @@
-"""The latest artefacts of a store, its list, and what prune may remove."""
+"""The latest artifacts of a store, its list, and what prune may remove."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_prune_keeps_the_latest_and_what_they_need(runtime: RuntimeConfig) -> No
     assert len(lineage_lines(second)) == 2 and "not in" not in lineage_lines(second)[1]
     invoke("artifact", "prune", runtime.store, "--yes", "--damaged", "--unfinished")
     assert not damaged.exists() and not partial.exists()
-    assert (first.path.parent / "someone's").exists(), "no artefact, by its name"
+    assert (first.path.parent / "someone's").exists(), "no artifact, by its name"
     invoke("artifact", "prune", runtime.store, "--yes", "--other-configs")
     assert not second.path.exists() and open_artifact(other.path) == other
     assert set(states(runtime.store).values()) == {"latest", "latest, needed by toy-shard"}

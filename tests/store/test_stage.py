@@ -1,4 +1,4 @@
-"""Artefacts: identity, atomic commit, damage, resume at any kill point, refresh."""
+"""Artifacts: identity, atomic commit, damage, resume at any kill point, refresh."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def runtime(tmp_path: Path) -> RuntimeConfig:
     return RuntimeConfig(store=str(tmp_path / "store"))
 
 
-def test_second_run_returns_the_same_artefact(runtime: RuntimeConfig) -> None:
+def test_second_run_returns_the_same_artifact(runtime: RuntimeConfig) -> None:
     first = write_words.run(Words(), {}, runtime)
     made = (first.path / "manifest.json").stat().st_mtime_ns
     assert write_words.run(Words(), {}, runtime) == first

@@ -1,4 +1,4 @@
-"""The store's server over a socket: results of finished artefacts, and nothing else."""
+"""The store's server over a socket: results of finished artifacts, and nothing else."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def evaluate(config: Number, context: StageContext) -> StageResult:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    """A store with what lies in real ones beside artefacts."""
+    """A store with what lies in real ones beside artifacts."""
     store = tmp_path / "my store"
     for name, text in {
         "prefect/prefect.db": "SQLite",
