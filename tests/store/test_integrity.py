@@ -101,7 +101,7 @@ def test_what_changes_answers_is_set_aside_and_never_deleted(
         model.path / "weights.parquet"
     ).read_bytes()
     assert "generation_config.json' is damaged" in caplog.text and str(damaged) in caplog.text
-    # The right file put back, and the directory renamed, it is what it was.
+    # With the right file and the old name it is whole again.
     (damaged / "generation_config.json").write_text('{"temperature": 1.0}')
     model.path.rename(model.path.with_name("gone"))
     damaged.rename(model.path)

@@ -20,7 +20,7 @@ _HOLD = (
 )
 
 
-def test_who_waits_is_told_who_holds_it_at_once_and_again(
+def test_a_wait_logs_the_holder_at_once_and_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(locks, "_REMIND_SECONDS", 0.5)
