@@ -54,22 +54,19 @@ def run_in_child(
     name = entry.rpartition(":")[2]
     with tempfile.TemporaryDirectory(prefix="diffagent-") as folder:
         request, answer = Path(folder, "run.json"), Path(folder, "artifact.json")
-        request.write_bytes(
-            canonical_json(
-                {
-                    "entry": entry,
-                    "config": config.model_dump(mode="json"),
-                    "inputs": {
-                        name: [artifact.model_dump(mode="json") for artifact in artifacts]
-                        for name, artifacts in inputs.items()
-                    },
-                    "runtime": runtime.model_dump(mode="json"),
-                    "site_url": site_url,
-                    "answer": str(answer),
-                    "parent": os.getpid(),
-                }
-            )
-        )
+        fields = {
+            "entry": entry,
+            "config": config.model_dump(mode="json"),
+            "inputs": {
+                name: [artifact.model_dump(mode="json") for artifact in artifacts]
+                for name, artifacts in inputs.items()
+            },
+            "runtime": runtime.model_dump(mode="json"),
+            "site_url": site_url,
+            "answer": str(answer),
+            "parent": os.getpid(),
+        }
+        request.write_bytes(canonical_json(fields))
         code, last_line = _run_logged(
             [sys.executable, "-m", "diffagent.store.child_main", str(request)],
             name=name,
@@ -80,16 +77,21 @@ def run_in_child(
             return Artifact.model_validate_json(answer.read_bytes())
         if code == EXPECTED_FAILURE:
             raise unpack(json.loads(answer.read_bytes()))
-    killed = f" ({signal.Signals(-code).name})" if -code in list(signal.Signals) else ""
+    raise _crash(name, code, last_line)
+
+
+def _crash(name: str, code: int, last_line: str) -> ArtifactError:
+    """Return the error of a child that ended without an answer; a killed one is worth a retry."""
+    signal_name = f" ({signal.Signals(-code).name})" if -code in list(signal.Signals) else ""
     remedy = (
         "it was killed from outside, or the machine ran out of memory; run the same command "
         "again: it goes on from what was written"
         if code < 0
         else "-v shows its whole log"
     )
-    crash = ArtifactError(f"{name} ended with code {code}{killed}: {last_line}; {remedy}")
-    crash.retryable = code < 0  # the next try resumes
-    raise crash
+    error = ArtifactError(f"{name} ended with code {code}{signal_name}: {last_line}; {remedy}")
+    error.retryable = code < 0  # the next try resumes
+    return error
 
 
 def _run_logged(

@@ -137,7 +137,8 @@ class Stage(Generic[C]):
 
     def directory(self, config: C, inputs: Inputs, runtime: RuntimeConfig) -> Path:
         """Return where the artifact of this request is built and read on this machine."""
-        return self._directory(config, self._with_history(config, inputs, runtime), runtime)
+        inputs = self._with_history(config, inputs, runtime)
+        return open_store(runtime).root / self.name / self.identity(config, inputs)[:16]
 
     def cached(self, config: C, inputs: Inputs, runtime: RuntimeConfig) -> Artifact | None:
         """Return the artifact of this request when the store has it whole.
@@ -171,7 +172,7 @@ class Stage(Generic[C]):
         store = open_store(runtime)
         with explained(f"stage {self.name!r}", store.root / self.name):
             inputs = self._with_history(config, inputs, runtime)
-            directory = self._directory(config, inputs, runtime)
+            directory = self.directory(config, inputs, runtime)
             if not refresh and (artifact := store.find(directory)):
                 log.info("%s: cached in %s", self.name, artifact.location)
                 return artifact  # no lock is taken: a read-only store is enough
@@ -195,9 +196,6 @@ class Stage(Generic[C]):
         if self.history is None or PREVIOUS in inputs:
             return inputs
         return {**inputs, PREVIOUS: self.history(config, inputs, runtime)}
-
-    def _directory(self, config: C, inputs: Inputs, runtime: RuntimeConfig) -> Path:
-        return open_store(runtime).root / self.name / self.identity(config, inputs)[:16]
 
     def _build(self, config: C, context: StageContext, store: Store, directory: Path) -> Artifact:
         """Let the body fill the partial directory, and commit that unless it has no news."""
