@@ -23,13 +23,15 @@ install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt requirements-rewards.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ray,s3]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev,ray,s3]'
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-rewards.txt
 	$(BIN)/python -m diffagent.compat
+	$(BIN)/python -m diffagent.sandbox build/sandbox
 	touch $@
 
 demo: install
 	mkdir -p "$(PREFECT_HOME)"
+	$(BIN)/python -m diffagent.sandbox build/sandbox
 	$(BIN)/python -m flows.run_pipeline $(CONFIG) --store "$(STORE)"
 
 test: install

@@ -206,6 +206,6 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["--plain"]:
         print(json.dumps(plain(open_artifact(Path(sys.argv[2])), Path(sys.argv[3]))))
     else:
-        dump = Path(sys.argv[1]) if len(sys.argv) > 1 else materialise()
+        dump = Path(sys.argv[1]) if len(sys.argv) > 1 else materialise(Path("build/sandbox"))
         with tempfile.TemporaryDirectory(dir=".") as scratch:
             main(dump, [int(a) for a in sys.argv[2:]] or list(SIZES), scratch)

@@ -38,7 +38,10 @@ BOILERPLATE = 0.01
 
 def sandbox_prints() -> pa.Table:
     """The sandbox's prompts; every four of them a post, every twenty a creator's."""
-    items = map(orjson.loads, (materialise() / "images.jsonl").read_bytes().splitlines())
+    items = map(
+        orjson.loads,
+        (materialise(Path("build/sandbox")) / "images.jsonl").read_bytes().splitlines(),
+    )
     prompts = [text for item in items if (text := (item.get("meta") or {}).get("prompt"))]
     return pa.table(
         {

@@ -417,7 +417,7 @@ def sandbox() -> str:
     """A directory with the sandbox's records."""
     from diffagent.sandbox.files import materialise
 
-    return str(materialise())
+    return str(materialise(Path("build/sandbox")))
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
     DiffAgentError
     ├── ConfigError          a run configuration is wrong
+    │   └── MissingExtra        a feature needs packages that are not installed
     ├── SchemaError          a record does not have its stated form (names the field)
     ├── ArtifactError        an artifact is missing or of another version, or its store fails
     │   └── DamagedArtifact     its files are not those of its manifest
@@ -35,6 +36,10 @@ class DiffAgentError(Exception):
 
 class ConfigError(DiffAgentError):
     """A run configuration is wrong."""
+
+
+class MissingExtra(ConfigError, ImportError):  # noqa: N818  the state, as in NotFound
+    """A feature needs packages that are not installed; see `diffagent.extras`."""
 
 
 class SchemaError(DiffAgentError):

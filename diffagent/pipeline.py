@@ -99,7 +99,7 @@ def _training_nodes(config: PipelineConfig) -> Iterator[Node]:
     dabench, agent = ("shard",), ("sft",)
     yield Node(
         "sft",
-        "diffagent.train.stages:train_sft",
+        "diffagent.train.sft_stage:train_sft",
         config.sft,
         {"dabench": dabench},
         "train-sft",
@@ -121,7 +121,7 @@ def _training_nodes(config: PipelineConfig) -> Iterator[Node]:
         yield from _judge(config, f"sample-{i}", str(i), "train-rrhf")
     yield Node(
         "rrhf",
-        "diffagent.train.stages:train_rrhf",
+        "diffagent.train.rrhf_stage:train_rrhf",
         config.rrhf,
         {
             "dabench": dabench,
@@ -171,7 +171,7 @@ def _evaluation_nodes(config: PipelineConfig) -> Iterator[Node]:
     judged = {"judgements": tuple(f"judge-{part}" for part in parts)}
     yield Node(
         "evaluate",
-        "diffagent.evaluation.report:evaluate",
+        "diffagent.evaluation.evaluate_stage:evaluate",
         evaluation,
         {
             "dabench": ("shard",),

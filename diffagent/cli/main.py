@@ -264,7 +264,7 @@ def _print_calls(chooser: Selector, prompt: str, n: int) -> None:
 
 @app.command(
     "civitai",
-    help="A local Civitai: serve a dump or the sandbox.",
+    help="A local Civitai: serve a dump.",
     add_help_option=False,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )

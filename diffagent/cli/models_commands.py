@@ -46,7 +46,7 @@ Folders = Annotated[
 ]
 Site = Annotated[
     str | None,
-    typer.Option(help="Address of a Civitai, 'sandbox' or KIND:DIR; default crawl.site."),
+    typer.Option(help="Address of a Civitai, or KIND:DIR; default crawl.site."),
 ]
 LimitGB = Annotated[
     float | None,

@@ -30,6 +30,7 @@ from diffagent.crawl.snapshot import summarise
 from diffagent.crawl.walks import Walks
 from diffagent.errors import ConfigError
 from diffagent.localcivitai.site import site_files
+from diffagent.localcivitai.sources import read_about
 from diffagent.schemas.config import CrawlConfig
 from diffagent.schemas.manifest import Funnel, FunnelStep
 from diffagent.store import StageContext, StageResult, stage
@@ -82,6 +83,8 @@ def crawl(config: CrawlConfig, context: CrawlContext) -> StageResult:
     """
     if not context.site_url:
         raise ConfigError("crawl needs the address of a Civitai API: site_url is empty")
+    note = read_about(config.site)
+    about = {"about": note} if note else {}
     journal, started = context.out / JOURNAL, time.monotonic()
     memory = Memory.load(context.memory)
     # The journal is removed last: models without it are the whole snapshot of a run that was
@@ -94,6 +97,7 @@ def crawl(config: CrawlConfig, context: CrawlContext) -> StageResult:
         if context.previous and not new:
             metrics = memory.metrics
             metrics["seconds"] = round(time.monotonic() - started, 2)
+            metrics |= about
             log.info("nothing new on the site: %s", metrics)
             rows = context.previous.manifest.rows
             return StageResult(
@@ -108,7 +112,7 @@ def crawl(config: CrawlConfig, context: CrawlContext) -> StageResult:
     memory.save(context.memory)
     if metrics.get("text_ids"):
         drift["ids in quotes, made numbers"] = metrics["text_ids"]
-    metrics |= {"seconds": round(time.monotonic() - started, 2), "schema_drift": drift}
+    metrics |= {"seconds": round(time.monotonic() - started, 2), "schema_drift": drift, **about}
     if drift:
         log.warning("%d field(s) of a shape not known here: see schema_drift", len(drift))
     return StageResult(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import subprocess
@@ -10,17 +9,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from diffagent.errors import CivitaiError, ConfigError
 from diffagent.localcivitai.faults import PROFILES, FaultName
 from diffagent.localcivitai.replay import Replay
-from diffagent.localcivitai.sources import SOURCES, is_source, open_source
+from diffagent.localcivitai.sources import about_file, open_source, require_source
 from diffagent.schemas.config import CrawlConfig
 
 log = logging.getLogger(__name__)
 
-SANDBOX = "sandbox"
 _READY = "serving on "
 
 
@@ -31,9 +28,9 @@ def embedded_site(
     """Yield the address of a Civitai API.
 
     Args:
-        site: an http(s) address (which is yielded as it is), 'sandbox', or a source
-            (``diffagent.localcivitai.sources``) such as 'dump:DIR' or 'local:DIR'. All but the
-            first start a server as a child process on a free port of the loopback interface.
+        site: an http(s) address (which is yielded as it is), or a source
+            (``diffagent.localcivitai.sources``) such as 'dump:DIR' or 'local:DIR', which a child
+            process serves on a free port of the loopback interface.
         faults: fault profile of the embedded server.
         cache: where a source may keep what is slow to find out, such as hashes of large files.
 
@@ -47,12 +44,7 @@ def embedded_site(
     if faults not in PROFILES:
         raise ConfigError(f"no fault profile {faults!r}; choose one of {sorted(PROFILES)}")
     command = [sys.executable, "-m", "diffagent", "civitai", "serve", "--port", "0"]
-    if site != SANDBOX and not is_source(site):
-        kinds = ", ".join(f"'{kind}:DIR'" for kind in SOURCES)
-        raise ConfigError(
-            f"site {site!r} is neither an http(s) address nor 'sandbox' nor one of {kinds} with a "
-            "directory that exists"
-        )
+    require_source(site)
     command += ["--parent", str(os.getpid()), "--faults", faults, "--site", site]
     command += ["--cache", str(cache)] if cache else []
     server = subprocess.Popen(
@@ -75,21 +67,16 @@ def embedded_site(
 
 
 def replay_of(site: str, cache: Path | None = None) -> Replay:
-    """The records behind 'sandbox' or a source.
+    """The records behind a source.
 
     Raises:
         ConfigError: there is no such source, or it does not hold what it should.
     """
-    address = f"dump:{_sandbox_files().materialise()}" if site == SANDBOX else site
-    records = open_source(address, cache)
+    records = open_source(site, cache)
     return Replay.load(records.models, records.images, records.files)
 
 
 def site_files(config: CrawlConfig) -> list[Path]:
-    """The files that the sandbox's site is made of; none of any other site, which may change."""
-    return list(_sandbox_files().sources()) if config.site == SANDBOX else []
-
-
-def _sandbox_files() -> Any:
-    # Only a run on the sandbox pays for it.
-    return importlib.import_module("diffagent.sandbox.files")
+    """Returns the note of a dump that has one; no other file, since a site may change."""
+    note = about_file(config.site)
+    return [note] if note else []

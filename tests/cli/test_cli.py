@@ -154,7 +154,7 @@ def test_errors_are_a_line_on_stderr_and_exit_code_1(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if "crawl.site.x=1" in arguments:
-        config_file.write_text(config_file.read_text() + "crawl: {site: sandbox}\n")
+        config_file.write_text(config_file.read_text() + "crawl: {site: dump:records}\n")
     command, *rest = arguments
     monkeypatch.setattr(sys, "argv", ["diffagent", command, "-c", str(config_file), *rest])
     with pytest.raises(SystemExit) as stopped:

@@ -39,6 +39,22 @@ def site_of(source: str, store: Path, config: CrawlConfig = ALL) -> Artifact:
         return crawl.run(config, {}, RuntimeConfig(store=str(store)), site_url=url)
 
 
+def test_a_note_of_a_dump_enters_the_request_and_the_manifest(tmp_path: Path) -> None:
+    dump.write_dump(tmp_path, MODELS, IMAGES)
+    config = ALL.model_copy(update={"site": f"dump:{tmp_path}"})
+    plain = crawl.identity(config, {})
+    note = {"source": "built from drawings", "limits": ["none"]}
+    (tmp_path / "about.json").write_text(json.dumps({**note, "version": 1}))
+    first = crawl.identity(config, {})
+    snapshot = site_of(config.site, tmp_path / "store", config)
+    assert snapshot.manifest.metrics["about"] == note
+    (tmp_path / "about.json").write_text(json.dumps({**note, "version": 2}))
+    assert len({plain, first, crawl.identity(config, {})}) == 3
+    (tmp_path / "about.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"about\.json.*is not usable"):
+        site_of(config.site, tmp_path / "store", config)
+
+
 def texts(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Nested columns as text with JSON, annotations left out."""
     return [

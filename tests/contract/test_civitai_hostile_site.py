@@ -474,7 +474,7 @@ def test_no_redirect_leads_to_another_host(recorder: Any, form: str) -> None:
 def test_a_secret_in_the_site_is_refused_and_not_repeated(site: str) -> None:
     data = {
         "crawl": {"site": site},
-        "rewards": {"scorers": [{"name": "clip", "model": "sandbox"}], "unify": "chatgen"},
+        "rewards": {"scorers": [{"name": "clip", "model": "tiny-clip"}], "unify": "chatgen"},
     }
     with pytest.raises(ConfigFileError, match="CIVITAI_TOKEN") as caught:
         configure(data, None, "run.yaml")
@@ -609,7 +609,7 @@ def test_commands_say_it_without_being_asked_to(tmp_path: Path, command: list[st
     config = tmp_path / "run.yaml"
     config.write_text(
         "crawl: {site: 'http://127.0.0.1:9'}\n"
-        "rewards: {scorers: [{name: clip, model: sandbox}], unify: chatgen}\n"
+        "rewards: {scorers: [{name: clip, model: tiny-clip}], unify: chatgen}\n"
         f"runtime: {{store: {tmp_path / 'store'}}}\n"
     )
     words = [w.format(config=config, models=tmp_path / "models") for w in command]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from zoneinfo import ZoneInfo
 
 import pytest
-import schemas
 import yaml
 from prefect.flows import load_flow_from_entrypoint
 

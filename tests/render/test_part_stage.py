@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from diffagent.evaluation.report import evaluate
+from diffagent.evaluation.evaluate_stage import evaluate
 from diffagent.render.part_stage import part
 from diffagent.schemas.config import EvaluationConfig, PartConfig
 from diffagent.store import StageContext, StageResult, stage

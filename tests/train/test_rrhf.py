@@ -33,7 +33,7 @@ from diffagent.train.rrhf import (
     encode_ranked,
     rank,
 )
-from diffagent.train.stages import train_rrhf
+from diffagent.train.rrhf_stage import train_rrhf
 from tests.agent.agent_world import make_catalogue
 from tests.conftest import AgentRun
 from tests.train.test_sft import Killed, kill_at, state

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -313,11 +313,24 @@ def _history_of_version(manifest: Manifest, store: str) -> str | None:
 
 def site_of(filtered: Manifest, store: str) -> str | None:
     """The site whose records were filtered; None when the crawl is there no more."""
-    for ref in filtered.inputs.get("snapshot", ()):
-        crawl = _manifest(f"{store}/{ref.stage}/{ref.identity[:16]}")
-        if crawl and (site := crawl.config.get("site")):
+    for crawl in _crawls(filtered, store):
+        if site := crawl.config.get("site"):
             return str(site).rstrip("/")
     return None
+
+
+def about_of(filtered: Manifest, store: str) -> dict[str, Any]:
+    """Returns the note of the dump whose records were filtered; empty when it has none."""
+    for crawl in _crawls(filtered, store):
+        if about := crawl.metrics.get("about"):
+            return dict(about)
+    return {}
+
+
+def _crawls(filtered: Manifest, store: str) -> Iterator[Manifest]:
+    for ref in filtered.inputs.get("snapshot", ()):
+        if crawl := _manifest(f"{store}/{ref.stage}/{ref.identity[:16]}"):
+            yield crawl
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from diffagent.dabench.build.card import CardFacts, source_of, write_card
 from diffagent.dabench.build.history import (
     SPLITS_FILE,
     VERSION,
+    about_of,
     check_kept,
     find_previous,
     history_of,
@@ -114,6 +115,7 @@ def build_dabench(config: DABenchConfig, context: StageContext) -> StageResult:
         rows=rows,
         models_used=models,
         source=source_of(site_of(filtered.manifest, store_of(filtered))),
+        about=about_of(filtered.manifest, store_of(filtered)),
         groups=len(sizes),
         largest_group=int(sizes.max(initial=0)),
         random_rows=_count(np.where(plan.inside, plan.by_chance, np.int8(NO_SPLIT))),

@@ -13,13 +13,8 @@ import pytest
 from benchmarks.hostile import hostile_prompts
 from diffagent.agent.retrieval import fitting, mixture
 from diffagent.agent.retrieval.experts import card_texts
-from diffagent.agent.retrieval.fitting import (
-    RECIPES,
-    fit,
-    load_selector,
-    resolve_encoder,
-    save_selector,
-)
+from diffagent.agent.retrieval.fit_stage import resolve_encoder
+from diffagent.agent.retrieval.fitting import RECIPES, fit, load_selector, save_selector
 from diffagent.agent.retrieval.heads import fit_model_token
 from diffagent.agent.retrieval.ranked import Ranked
 from diffagent.agent.retrieval.terms import Floats

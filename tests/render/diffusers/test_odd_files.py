@@ -36,9 +36,9 @@ def with_notes(content: bytes, notes: Any) -> bytes:
 
 
 @pytest.fixture
-def models(tmp_path: Path) -> Path:
+def models(tmp_path: Path, sandbox_site: Path) -> Path:
     """A folder of the WebUI with the sandbox's base and LoRA, and broken copies of both."""
-    sources = {file.key: file.path for file in sandbox_files.model_files()}
+    sources = {file.key: file.path for file in sandbox_files.model_files(sandbox_site)}
     folder = tmp_path / "models"
     checkpoints, loras = folder / "Stable-diffusion", folder / "Lora"
     checkpoints.mkdir(parents=True), loras.mkdir()

@@ -1,7 +1,7 @@
-"""'sandbox-llama': a tiny Llama with random weights and a tokenizer of its own.
+"""'tiny-llama': a tiny Llama with random weights and a tokenizer of its own.
 
-It knows nothing but the texts that it is trained on, so it can answer about the sandbox's world
-in seconds on one core, and about nothing else.
+It learns only from its training texts: trained on the sandbox's dataset it answers in seconds on
+one core, and it has no other knowledge.
 """
 
 from __future__ import annotations
