@@ -246,7 +246,7 @@ def _mark_series(entries: Sequence[Entry]) -> None:
             parents: dict[str, list[str]] = {}
             for name, ref, parent in _parents(entry, contents):
                 parents.setdefault(name, []).append(series(parent) if parent else ref.identity)
-            entry.series = entry.manifest.series or latest.series_of(
+            entry.series = entry.manifest.series or latest.name_series(
                 entry.manifest.stage, entry.manifest.config, parents
             )
         return entry.series

@@ -97,7 +97,7 @@ class StageContext:
         return self.inputs[name]
 
 
-#: Finds the earlier artifacts of a stage that a request goes on from, in its store.
+#: Finds the earlier artifacts of a stage that a request continues, in its store.
 History = Callable[[C, Inputs, RuntimeConfig], Sequence[Artifact]]
 #: Makes the context of a stage that uses more of what earlier runs of its request left, given the
 #: plain context and the directory of the request (where its artifact is, or will be).
@@ -192,7 +192,7 @@ class Stage(Generic[C]):
         return artifact
 
     def _with_history(self, config: C, inputs: Inputs, runtime: RuntimeConfig) -> Inputs:
-        """Add the earlier artifacts that a stage with a history goes on from to its inputs."""
+        """Add the earlier artifacts that a request continues to its inputs."""
         if self.history is None or PREVIOUS in inputs:
             return inputs
         return {**inputs, PREVIOUS: self.history(config, inputs, runtime)}
@@ -233,7 +233,7 @@ class Stage(Generic[C]):
             stage_version=self.version,
             identity=self.identity(config, inputs),
             content_digest=result.content_digest or files_digest(files),
-            series=latest.series_of(self.name, settings, series),
+            series=latest.name_series(self.name, settings, series),
             config=settings,
             inputs={
                 name: tuple(artifact.reference for artifact in artifacts)
@@ -267,7 +267,7 @@ def stage(
         config: type of the config.
         files: lists the local files, weights for example, that a config names; their contents are
             part of the identity.
-        history: finds the earlier artifacts of the stage that a request goes on from; they become
+        history: finds the earlier artifacts of the stage that a request continues; they become
             its input ``PREVIOUS``, so they are part of its identity and lineage.
         extend_context: makes the context of a body that uses more of what earlier runs of its
             request left than ``context.previous``.

@@ -31,6 +31,7 @@ from diffagent.store import (
     integrity,
     local_copies,
     named_files,
+    object_store,
     open_artifact,
     stage,
     verify_artifact,
@@ -312,10 +313,13 @@ def test_a_remote_store_is_shared(tmp_path: Path) -> None:
     assert follower.manifest.inputs["words"][0].content_digest == artifact.content_digest
 
 
-def test_lineage_of_a_remote_store(tmp_path: Path) -> None:
+def test_lineage_of_a_remote_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here, there = two_machines(tmp_path)
     parent = write_words.run(Words(), {}, here)
-    write_words.run(Words(words=("child",)), {"words": [parent]}, here)
+    built = write_words.run(Words(words=("child",)), {"words": [parent]}, here)
+    with monkeypatch.context() as patch:
+        patch.setattr(object_store, "read_remote", lambda uri: pytest.fail(f"{uri} is read"))
+        assert len(lineage_lines(built)) == 2, "from the copies on this disk"
     child = write_words.run(Words(words=("child",)), {"words": [parent]}, there)
     lines = lineage_lines(child)
     assert len(lines) == 2 and parent.identity[:16] in lines[1] and "not in" not in lines[1]
