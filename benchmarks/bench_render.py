@@ -41,6 +41,7 @@ from diffagent.render.renderer import Files, ModelRef
 from diffagent.sandbox import files, site_records
 from diffagent.t2i.samplers import SAMPLERS, normalise
 from tools.sandbox.single_file import single_file_tensors
+from tools.sandbox.tiny_networks import CONFIG_DIR
 
 CPU = torch.device("cpu")
 
@@ -118,7 +119,7 @@ def naive(
 ) -> Iterator[tuple[Recipe, np.ndarray[Any, Any]]]:
     """Plain diffusers, as one writes it for a handful of pictures."""
     diffusers = quiet_diffusers()
-    config = next(path for path in shipped_configs() if path.name == "sd15-tiny")
+    config = CONFIG_DIR
     pipeline, current, laid = None, None, None
     for job in jobs:
         if job.checkpoint != current:
@@ -174,7 +175,7 @@ def planner(number: int, seed: int, alone: int) -> None:
         def fetch(file: ModelRef) -> Path:
             return paths[file.sha256]
 
-        renderer = DiffusersRenderer(CPU)
+        renderer = DiffusersRenderer(CPU, [CONFIG_DIR])
         started, cpu = time.perf_counter(), time.process_time()
         planned = {job: pixels(image) for job, image in draw(jobs, renderer, files_of, fetch)}
         ours, our_cpu = time.perf_counter() - started, time.process_time() - cpu
@@ -201,7 +202,7 @@ def planner(number: int, seed: int, alone: int) -> None:
             values_that_differ=float(np.mean([(planned[j] != plain[j]).mean() for j in planned])),
         )  # fmt: skip
         sample = random.Random(seed + 1).sample(list(planned), min(alone, len(planned)))
-        single = DiffusersRenderer(CPU)
+        single = DiffusersRenderer(CPU, [CONFIG_DIR])
         same = 0
         for job in sample:  # one job at a time, in random order
             ((_, image),) = draw([job], single, files_of, fetch)

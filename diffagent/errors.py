@@ -4,7 +4,7 @@
     ├── ConfigError          a run configuration is wrong
     │   └── MissingExtra        a feature needs packages that are not installed
     ├── SchemaError          a record does not have its stated form (names the field)
-    ├── ArtifactError        an artefact is missing or of another version, or its store fails
+    ├── ArtifactError        an artifact is missing or of another version, or its store fails
     │   └── DamagedArtifact     its files are not those of its manifest
     ├── CivitaiError         the site answered with something other than data
     │   ├── RateLimited      429 of the edge           (retryable)
@@ -51,11 +51,11 @@ class SchemaError(DiffAgentError):
 
 
 class ArtifactError(DiffAgentError):
-    """An artefact is missing or of another version, or its store fails."""
+    """An artifact is missing or of another version, or its store fails."""
 
 
 class DamagedArtifact(ArtifactError):  # noqa: N818  the state, as in NotFound
-    """The files of an artefact are not those of its manifest."""
+    """The files of an artifact are not those of its manifest."""
 
 
 class CivitaiError(DiffAgentError):

@@ -116,8 +116,8 @@ def _other_error(error: BaseException, action: str) -> DiffAgentError:
         )
     if isinstance(error, ImportError):
         return ConfigError(
-            f"{action}: {_reason(error)}; install what is missing (docs and pyproject.toml name "
-            "the extras), or run 'make install' again"
+            f"{action}: {_reason(error)}; install the missing package (docs and pyproject.toml "
+            "name the extras), or run 'make install' again"
         )
     kind = type(error).__name__
     if isinstance(error, RecursionError):
@@ -158,7 +158,7 @@ def reading(path: Path) -> Iterator[None]:
             raise
         raise ArtifactError(
             f"cannot read {str(path)!r}: {_reason(error)}; the file is damaged: 'diffagent "
-            "artifact verify' lists what is; copy it again, or run the stage that wrote it again"
+            "artifact verify' lists the damage; copy it again, or run the stage that wrote it again"
         ) from error
 
 

@@ -41,7 +41,7 @@ _ERRORS = [
 
 @stage("toy-fails", version=1, config=Words)
 def fail(config: Words, context: StageContext) -> StageResult:
-    """Fail as ``config.fail`` says."""
+    """Fail as ``config.fail`` requests."""
     context.progress(0.5, "half of the words")
     if config.fail.isdigit():
         raise _ERRORS[int(config.fail)]
@@ -49,7 +49,7 @@ def fail(config: Words, context: StageContext) -> StageResult:
         raise SystemExit(9)
     if config.fail == "panic":
         raise type("PanicException", (BaseException,), {})("a panic of a library in Rust")
-    raise KeyError("nobody\x1b[31m expects\nthis")
+    raise KeyError("un\x1b[31mexpected\nkey")
 
 
 @pytest.mark.parametrize("number", range(len(_ERRORS)))

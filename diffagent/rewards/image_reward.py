@@ -283,25 +283,25 @@ def join_parts(
     class ImageRewardNetwork(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.blip = nn.Module()
+            self.blip: Any = nn.Module()
             self.blip.visual_encoder = vision
             self.blip.text_encoder = text
             self.blip.vision_proj = nn.Linear(config.vision_width, config.embed_dim)
             self.blip.text_proj = nn.Linear(config.text["hidden_size"], config.embed_dim)
-            self.mlp = nn.Module()
+            self.mlp: Any = nn.Module()
             self.mlp.layers = layers
 
         def rewards(
             self, ids: torch.Tensor, mask: torch.Tensor, image_features: torch.Tensor
         ) -> torch.Tensor:
-            states = text(
+            states = self.blip.text_encoder(
                 ids,
                 attention_mask=mask,
                 encoder_hidden_states=image_features,
                 return_dict=True,
             ).last_hidden_state
             with torch.autocast(states.device.type, enabled=False):
-                raw: torch.Tensor = layers(states[:, 0].float())[:, 0]
+                raw: torch.Tensor = self.mlp.layers(states[:, 0].float())[:, 0]
             return (raw - config.mean) / config.std
 
     return ImageRewardNetwork()

@@ -632,6 +632,11 @@ class RuntimeConfig(_Section):
         description="folders of model files, or installations of A1111 or ComfyUI, that are read "
         "in place before anything is downloaded",
     )
+    model_configs: tuple[str, ...] = Field(
+        default=(),
+        description="folders with the diffusers configuration (model_index.json, no weights) of "
+        "architectures that the package does not have; those in MODELS/configs are read too",
+    )
     max_downloads: int = Field(
         default=2, ge=1, le=32, description="of model files at once, by all processes"
     )

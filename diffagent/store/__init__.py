@@ -5,7 +5,6 @@ from diffagent.store.atomic_writes import atomic_file
 from diffagent.store.digests import (
     canonical_json,
     files_digest,
-    json_digest,
     named_files,
     sha256_file,
 )
@@ -30,7 +29,6 @@ __all__ = [
     "canonical_json",
     "describe_directory",
     "files_digest",
-    "json_digest",
     "named_files",
     "open_artifact",
     "open_store",

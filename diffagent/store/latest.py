@@ -32,7 +32,7 @@ def pointers(series: str) -> tuple[str, str]:
     return LATEST, f"{LATEST}-{series}"
 
 
-def series_of(stage: str, config: Mapping[str, Any], parents: Mapping[str, Sequence[str]]) -> str:
+def name_series(stage: str, config: Mapping[str, Any], parents: Mapping[str, Sequence[str]]) -> str:
     """Return eight hex digits that name a stage, its configuration and its parents' series."""
     text = json.dumps([stage, config, {k: list(v) for k, v in parents.items()}], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]

@@ -17,15 +17,20 @@ PREVIOUS = "previous"
 
 def find_parent(artifact: Artifact, parent: InputRef) -> Artifact | None:
     """Find the artifact that ``parent`` names in the same store; None when it was removed."""
+    candidates = _candidates(artifact, parent)
+    return next((c for c in candidates if c and c.content_digest == parent.content_digest), None)
+
+
+def _candidates(artifact: Artifact, parent: InputRef) -> Iterator[Artifact | None]:
+    """Yield the artifacts in the places where a parent may be, those on this disk first."""
     stage = artifact.path.resolve().parent.parent / parent.stage
     name = parent.identity[:16]
+    yield _open(stage / name)
     # A refresh with new content renames the old artifact to IDENTITY.CONTENT.
-    candidates = [_open(stage / name), _open(stage / f"{name}.{parent.content_digest[:8]}")]
+    yield _open(stage / f"{name}.{parent.content_digest[:8]}")
     if artifact.remote:
         uri = f"{artifact.remote.rsplit('/', 2)[0]}/{parent.stage}/{name}"
-        candidates.append(find_remote(uri, stage / name))
-    matches = (c for c in candidates if c and c.content_digest == parent.content_digest)
-    return next(matches, None)
+        yield find_remote(uri, stage / name)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -46,7 +51,7 @@ def series_of(artifact: Artifact) -> str:
         for name, refs in manifest.inputs.items()
         if name != PREVIOUS
     }
-    return latest.series_of(manifest.stage, manifest.config, parents)
+    return latest.name_series(manifest.stage, manifest.config, parents)
 
 
 def ancestors(artifact: Artifact) -> Iterator[Artifact]:

@@ -97,7 +97,7 @@ class StageContext:
         return self.inputs[name]
 
 
-#: Finds the earlier artifacts of a stage that a request goes on from, in its store.
+#: Finds the earlier artifacts of a stage that a request continues, in its store.
 History = Callable[[C, Inputs, RuntimeConfig], Sequence[Artifact]]
 #: Makes the context of a stage that uses more of what earlier runs of its request left, given the
 #: plain context and the directory of the request (where its artifact is, or will be).
@@ -137,7 +137,8 @@ class Stage(Generic[C]):
 
     def directory(self, config: C, inputs: Inputs, runtime: RuntimeConfig) -> Path:
         """Return where the artifact of this request is built and read on this machine."""
-        return self._directory(config, self._with_history(config, inputs, runtime), runtime)
+        inputs = self._with_history(config, inputs, runtime)
+        return open_store(runtime).root / self.name / self.identity(config, inputs)[:16]
 
     def cached(self, config: C, inputs: Inputs, runtime: RuntimeConfig) -> Artifact | None:
         """Return the artifact of this request when the store has it whole.
@@ -171,7 +172,7 @@ class Stage(Generic[C]):
         store = open_store(runtime)
         with explained(f"stage {self.name!r}", store.root / self.name):
             inputs = self._with_history(config, inputs, runtime)
-            directory = self._directory(config, inputs, runtime)
+            directory = self.directory(config, inputs, runtime)
             if not refresh and (artifact := store.find(directory)):
                 log.info("%s: cached in %s", self.name, artifact.location)
                 return artifact  # no lock is taken: a read-only store is enough
@@ -191,13 +192,10 @@ class Stage(Generic[C]):
         return artifact
 
     def _with_history(self, config: C, inputs: Inputs, runtime: RuntimeConfig) -> Inputs:
-        """Add the earlier artifacts that a stage with a history goes on from to its inputs."""
+        """Add the earlier artifacts that a request continues to its inputs."""
         if self.history is None or PREVIOUS in inputs:
             return inputs
         return {**inputs, PREVIOUS: self.history(config, inputs, runtime)}
-
-    def _directory(self, config: C, inputs: Inputs, runtime: RuntimeConfig) -> Path:
-        return open_store(runtime).root / self.name / self.identity(config, inputs)[:16]
 
     def _build(self, config: C, context: StageContext, store: Store, directory: Path) -> Artifact:
         """Let the body fill the partial directory, and commit that unless it has no news."""
@@ -235,7 +233,7 @@ class Stage(Generic[C]):
             stage_version=self.version,
             identity=self.identity(config, inputs),
             content_digest=result.content_digest or files_digest(files),
-            series=latest.series_of(self.name, settings, series),
+            series=latest.name_series(self.name, settings, series),
             config=settings,
             inputs={
                 name: tuple(artifact.reference for artifact in artifacts)
@@ -269,7 +267,7 @@ def stage(
         config: type of the config.
         files: lists the local files, weights for example, that a config names; their contents are
             part of the identity.
-        history: finds the earlier artifacts of the stage that a request goes on from; they become
+        history: finds the earlier artifacts of the stage that a request continues; they become
             its input ``PREVIOUS``, so they are part of its identity and lineage.
         extend_context: makes the context of a body that uses more of what earlier runs of its
             request left than ``context.previous``.

@@ -1,6 +1,6 @@
-"""The place where artifacts are kept: one protocol, in a directory or at a URI.
+"""Stores of artifacts: one protocol, for a directory or a URI.
 
-A store keeps the artifact of a request in ``STAGE/IDENTITY[:16]``. Work happens in a hidden partial
+A store holds the artifact of a request in ``STAGE/IDENTITY[:16]``. Work happens in a hidden partial
 directory next to it, which stays when the process dies, so that the stage can resume;
 ``manifest.json`` is written last and the directory is renamed into place.
 """
@@ -19,7 +19,7 @@ from diffagent.store.remote_store import RemoteStore
 
 
 class Store(Protocol):
-    """A place where artifacts are kept.
+    """A store of artifacts.
 
     Methods take the ``directory`` of a request, ``ROOT/STAGE/NAME``: where its artifact is built
     and read on this machine.

@@ -30,7 +30,7 @@ FOR_PEOPLE = ("README.md", "LICENSE.md", "loss.png", "training_log.jsonl", "plot
 
 @stage("toy-model", version=1, config=Words)
 def train(config: Words, context: StageContext) -> StageResult:
-    """An artefact that took hours: a model with a card and settings that change its answers."""
+    """An artifact that took hours: a model with a card and settings that change its answers."""
     calls.append("train")
     table = pa.table({"word": [*config.words] * 1000})
     pq.write_table(table, context.out / "weights.parquet")
@@ -101,7 +101,7 @@ def test_what_changes_answers_is_set_aside_and_never_deleted(
         model.path / "weights.parquet"
     ).read_bytes()
     assert "generation_config.json' is damaged" in caplog.text and str(damaged) in caplog.text
-    # The right file put back, and the directory renamed, it is what it was.
+    # With the right file and the old name it is whole again.
     (damaged / "generation_config.json").write_text('{"temperature": 1.0}')
     model.path.rename(model.path.with_name("gone"))
     damaged.rename(model.path)
@@ -123,11 +123,11 @@ def test_a_damaged_input_is_named_set_aside_and_made_again_by_the_next_run(
     assert calls == ["train", "train", "answer"]
 
 
-def test_a_store_of_before_is_verified_before_its_artefacts_are_read(
+def test_a_store_of_before_is_verified_before_its_artifacts_are_read(
     runtime: RuntimeConfig,
 ) -> None:
     model = train.run(Words(), {}, runtime)
-    integrity.forget(model.path)  # nothing is noted of an artefact of an older version
+    integrity.forget(model.path)  # nothing is noted of an artifact of an older version
     flip(model.path / "weights.parquet")
     assert train.run(Words(), {}, runtime) == model, "a cached run reads no bytes"
     with pytest.raises(DamagedArtifact, match="weights"):
@@ -174,7 +174,7 @@ def test_an_input_that_a_refresh_replaced_is_not_read_under_its_old_name(
         answer.run(Words(), {"model": [other]}, runtime)
 
 
-def test_a_damaged_copy_of_a_remote_artefact_is_brought_again(
+def test_a_damaged_copy_of_a_remote_artifact_is_brought_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     here, there = two_machines(tmp_path)

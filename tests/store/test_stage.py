@@ -1,4 +1,4 @@
-"""Artefacts: identity, atomic commit, damage, resume at any kill point, refresh."""
+"""Artifacts: identity, atomic commit, damage, resume at any kill point, refresh."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from diffagent.store import (
     integrity,
     local_copies,
     named_files,
+    object_store,
     open_artifact,
     stage,
     verify_artifact,
@@ -78,11 +79,11 @@ def runtime(tmp_path: Path) -> RuntimeConfig:
     return RuntimeConfig(store=str(tmp_path / "store"))
 
 
-def test_second_run_returns_the_same_artefact(runtime: RuntimeConfig) -> None:
+def test_second_run_returns_the_same_artifact(runtime: RuntimeConfig) -> None:
     first = write_words.run(Words(), {}, runtime)
-    made = (first.path / "manifest.json").stat().st_mtime_ns
+    written = (first.path / "manifest.json").stat().st_mtime_ns
     assert write_words.run(Words(), {}, runtime) == first
-    assert (first.path / "manifest.json").stat().st_mtime_ns == made
+    assert (first.path / "manifest.json").stat().st_mtime_ns == written
     verify_artifact(first)
     manifest = first.manifest
     assert [f.path for f in manifest.files] == ["0.txt", "1.txt", "2.txt"]
@@ -99,7 +100,7 @@ def test_identity_is_of_config_and_input_contents(runtime: RuntimeConfig) -> Non
     elsewhere = one.model_copy(update={"path": Path("/elsewhere"), "identity": "other"})
     assert write_words.identity(Words(), {"a": [one]}) == write_words.identity(
         Words(), {"a": [elsewhere]}
-    ), "where an input lies, or how it was asked for, is not what it is"
+    ), "the path and the request of an input are not part of it"
 
 
 def test_identity_is_of_the_files_that_the_config_names(tmp_path: Path) -> None:
@@ -298,24 +299,27 @@ def two_machines(tmp_path: Path) -> tuple[RuntimeConfig, RuntimeConfig]:
 
 def test_a_remote_store_is_shared(tmp_path: Path) -> None:
     here, there = two_machines(tmp_path)
-    made = write_words.run(Words(), {}, here)
-    assert made.location == f"{here.store}/toy-words/{made.path.name}"
+    artifact = write_words.run(Words(), {}, here)
+    assert artifact.location == f"{here.store}/toy-words/{artifact.path.name}"
     assert write_words.cached(Words(words=("z",)), {}, there) is None
-    found = write_words.run(Words(), {}, there)
-    assert found.content_digest == made.content_digest
-    assert found.path.is_relative_to(tmp_path / "there") and not found.path.exists(), "not copied"
-    assert found.manifest == made.manifest
-    assert found.file("1.txt").read_text() == "b" and found.path.exists()
-    verify_artifact(found)
+    copy = write_words.run(Words(), {}, there)
+    assert copy.content_digest == artifact.content_digest
+    assert copy.path.is_relative_to(tmp_path / "there") and not copy.path.exists(), "not copied"
+    assert copy.manifest == artifact.manifest
+    assert copy.file("1.txt").read_text() == "b" and copy.path.exists()
+    verify_artifact(copy)
     # A handle of another machine is brought to where this one keeps its copies.
-    follower = write_words.run(Words(words=("next",)), {"words": [made]}, there)
-    assert follower.manifest.inputs["words"][0].content_digest == made.content_digest
+    follower = write_words.run(Words(words=("next",)), {"words": [artifact]}, there)
+    assert follower.manifest.inputs["words"][0].content_digest == artifact.content_digest
 
 
-def test_lineage_of_a_remote_store(tmp_path: Path) -> None:
+def test_lineage_of_a_remote_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     here, there = two_machines(tmp_path)
     parent = write_words.run(Words(), {}, here)
-    write_words.run(Words(words=("child",)), {"words": [parent]}, here)
+    built = write_words.run(Words(words=("child",)), {"words": [parent]}, here)
+    with monkeypatch.context() as patch:
+        patch.setattr(object_store, "read_remote", lambda uri: pytest.fail(f"{uri} is read"))
+        assert len(lineage_lines(built)) == 2, "from the copies on this disk"
     child = write_words.run(Words(words=("child",)), {"words": [parent]}, there)
     lines = lineage_lines(child)
     assert len(lines) == 2 and parent.identity[:16] in lines[1] and "not in" not in lines[1]
@@ -325,18 +329,18 @@ def test_lineage_of_a_remote_store(tmp_path: Path) -> None:
 
 def test_a_remote_store_is_not_trusted_with_paths(tmp_path: Path) -> None:
     here, there = two_machines(tmp_path)
-    made = write_words.run(Words(), {}, here)
-    manifest = tmp_path / "store" / "toy-words" / made.path.name / "manifest.json"
+    artifact = write_words.run(Words(), {}, here)
+    manifest = tmp_path / "store" / "toy-words" / artifact.path.name / "manifest.json"
     (folder,) = (p for p in manifest.parent.iterdir() if p.is_dir())
     moved = manifest.parent / "0.txt"
     moved.write_text("a")
-    told = manifest.read_text().replace('"0.txt"', '"../0.txt"')
-    manifest.write_text(told)
+    text = manifest.read_text().replace('"0.txt"', '"../0.txt"')
+    manifest.write_text(text)
     renamed = hashlib.sha256(
-        canonical_json(sorted([e["path"], e["sha256"]] for e in json.loads(told)["files"]))
+        canonical_json(sorted([e["path"], e["sha256"]] for e in json.loads(text)["files"]))
     ).hexdigest()
     folder.rename(folder.with_name(renamed[:16]))
-    stolen = open_artifact(f"{here.store}/toy-words/{made.path.name}")
+    stolen = open_artifact(f"{here.store}/toy-words/{artifact.path.name}")
     with pytest.raises(ArtifactError, match="leaves the artifact"):
         stolen.model_copy(update={"path": there.local_store / "toy-words" / "x"}).local()
 
@@ -355,13 +359,15 @@ def test_the_cache_of_a_remote_store_has_a_bound(
     here, _ = two_machines(tmp_path)
     here = here.model_copy(update={"cache_gb": 2500 / 1e9})
     configs = [Words(words=(letter * 1000,)) for letter in "abcd"]
-    made = [write_words.run(config, {}, here) for config in configs[:3]]
-    assert [a.path.exists() for a in made] == [False, True, True], "the first made goes first"
-    with local_copies.in_use([made[1].path]):
+    artifacts = [write_words.run(config, {}, here) for config in configs[:3]]
+    assert [a.path.exists() for a in artifacts] == [False, True, True], "the first is removed first"
+    with local_copies.in_use([artifacts[1].path]):
         last = write_words.run(configs[3], {}, here)
-        assert [a.path.exists() for a in made] == [False, True, False], "what is in use stays"
-    assert made[0].file("0.txt").read_text() == "a" * 1000, "and comes back when it is read"
-    # What the store does not have is never removed.
+        assert [a.path.exists() for a in artifacts] == [False, True, False], (
+            "an artifact in use stays"
+        )
+    assert artifacts[0].file("0.txt").read_text() == "a" * 1000, "and comes back when it is read"
+    # An artifact that the store lacks is never removed.
     shutil.rmtree(tmp_path / "store")
     write_words.run(configs[0].model_copy(update={"words": ("e" * 1000,)}), {}, here)
     assert last.path.exists() and "store does not have it" in caplog.text

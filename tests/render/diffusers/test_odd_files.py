@@ -25,6 +25,7 @@ from diffagent.sandbox import files as sandbox_files
 from diffagent.sheet.prompts_file import folder_entries
 from tests.render import tiny_sd
 from tests.render.diffusers.test_pipelines import RECIPE
+from tools.sandbox.tiny_networks import CONFIG_DIR
 
 
 def with_notes(content: bytes, notes: Any) -> bytes:
@@ -87,6 +88,8 @@ def test_pictures_that_need_a_broken_file_fail_alone(tmp_path: Path, models: Pat
         "--no-score",
         "--store",
         tmp_path / "store",
+        "--set",
+        f"runtime.model_configs=[{CONFIG_DIR.parent}]",
         "--steps",
         2,
         "--width",
