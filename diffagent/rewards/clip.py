@@ -76,12 +76,13 @@ class ClipScorer(Scorer):
             ConfigError: no such model, tag or file, or a file of another hash.
             ScoreError: the weights do not fit the architecture.
         """
-        return cls._of_network(*cls._network(model, weights, sha256), runtime)
+        return cls.from_network(*load_open_clip(model, weights, sha256), runtime)
 
     @classmethod
-    def _of_network(
+    def from_network(
         cls, network: Any, tokenizer: Any, version: str, runtime: Runtime | None
     ) -> Self:
+        """Wraps a network of open_clip as `load_open_clip` returns it."""
         config = dict(network.visual.preprocess_cfg)
         preparation, settings = cls._preparation(config)
         return cls(
@@ -94,12 +95,6 @@ class ClipScorer(Scorer):
             digest=content_digest(network, {"scorer": cls.name, **settings}),
             runtime=runtime or Runtime(),
         )
-
-    @staticmethod
-    def _network(
-        model: str, weights: str | Path | None, sha256: str | None
-    ) -> tuple[Any, Any, str]:
-        return load_open_clip(model, weights, sha256)
 
     @staticmethod
     def _preparation(config: dict[str, Any]) -> tuple[Preparation, dict[str, Any]]:

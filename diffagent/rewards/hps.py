@@ -45,34 +45,35 @@ class HPSScorer(ClipScorer):
             official: compute with the network of the package hpsv2.
             runtime: where and how to compute.
         """
-        network, tokenizer, version = cls._network(model, weights, sha256)
+        network, tokenizer, version = _load_network(model, weights, sha256)
         if official:
             from diffagent.rewards.official import to_hpsv2
 
             network = to_hpsv2(network, None if model in RELEASES else Path(model))
-        return cls._of_network(network, tokenizer, version, runtime)
-
-    @staticmethod
-    def _network(
-        model: str, weights: str | Path | None, sha256: str | None
-    ) -> tuple[Any, Any, str]:
-        if model in RELEASES:
-            file = hub_or_local(weights or REPOSITORY, RELEASES[model])
-            if file.name in RELEASES.values() and file.name != RELEASES[model]:
-                raise ConfigError(
-                    f"{str(file)!r} is not HPS {model} but another release, whose scores must not "
-                    f"be taken for its; give {RELEASES[model]!r}, or the model that belongs to it"
-                )
-            check_sha256(file, sha256)
-            network, tokenizer, _ = load_open_clip(ARCHITECTURE, file)
-            return network, tokenizer, model
-        if not Path(model).is_dir():
-            raise ConfigError(
-                f"HPS model {model!r} is neither one of {sorted(RELEASES)} nor a directory"
-            )
-        return load_open_clip(model, weights, sha256)
+        return cls.from_network(network, tokenizer, version, runtime)
 
     @staticmethod
     def _preparation(config: dict[str, Any]) -> tuple[Preparation, dict[str, Any]]:
         settings = {**config, "resize_mode": "hpsv2 1.2.0: longest side, padded"}
         return Preparation.from_open_clip(config, "hps"), settings
+
+
+def _load_network(
+    model: str, weights: str | Path | None, sha256: str | None
+) -> tuple[Any, Any, str]:
+    """Returns network, tokenizer and version; see `load_open_clip`."""
+    if model in RELEASES:
+        file = hub_or_local(weights or REPOSITORY, RELEASES[model])
+        if file.name in RELEASES.values() and file.name != RELEASES[model]:
+            raise ConfigError(
+                f"{str(file)!r} is not HPS {model} but another release with other scores; "
+                f"give {RELEASES[model]!r}, or the model that belongs to the file"
+            )
+        check_sha256(file, sha256)
+        network, tokenizer, _ = load_open_clip(ARCHITECTURE, file)
+        return network, tokenizer, model
+    if not Path(model).is_dir():
+        raise ConfigError(
+            f"HPS model {model!r} is neither one of {sorted(RELEASES)} nor a directory"
+        )
+    return load_open_clip(model, weights, sha256)

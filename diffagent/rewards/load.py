@@ -42,19 +42,14 @@ def load_judges(
 
     _check_names("judges.judges", [spec.name for spec in config.judges])
     runtime = Runtime(device, config.dtype, config.batch_size, compiled)
-    judges: list[Scorer] = []
-    for spec in config.judges:
-        if spec.head:
-            judges.append(
-                AestheticScorer.load(
-                    spec.model, spec.weights, head=spec.head, sha256=spec.sha256, runtime=runtime
-                )
-            )
-        else:
-            judges.append(
-                PickScoreScorer.load(spec.model, spec.weights, sha256=spec.sha256, runtime=runtime)
-            )
-    return judges
+    return [
+        AestheticScorer.load(
+            spec.model, spec.weights, head=spec.head, sha256=spec.sha256, runtime=runtime
+        )
+        if spec.head
+        else PickScoreScorer.load(spec.model, spec.weights, sha256=spec.sha256, runtime=runtime)
+        for spec in config.judges
+    ]
 
 
 def _check_names(setting: str, names: list[str]) -> None:
