@@ -77,7 +77,7 @@ def _prefect(*words: str, capture: bool = False) -> str:
         DiffAgentError: the command failed.
     """
     if importlib.util.find_spec("prefect") is None:
-        raise ConfigError("this command needs Prefect: pip install prefect")
+        raise ConfigError("this command needs Prefect: pip install 'diffagent[prefect]'")
     done = subprocess.run(
         [sys.executable, "-m", "prefect", "deployment", *words],
         # A server for the length of one command would know no deployment.
