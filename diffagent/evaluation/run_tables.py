@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import polars as pl
 
 from diffagent.errors import ArtifactError
 from diffagent.rewards.scores import read_scores
 from diffagent.schemas.config import EvaluationConfig
-from diffagent.schemas.tables import CANDIDATES, JUDGEMENTS, RENDERS, Table
 from diffagent.store import Artifact, StageContext
 
 
@@ -35,11 +33,11 @@ def read_run_tables(config: EvaluationConfig, context: StageContext) -> RunTable
     """
     judgements = context.inputs.get("judgements")
     tables = RunTables(
-        candidates=_read(context.many("candidates"), CANDIDATES),
-        renders=_read(context.many("renders"), RENDERS),
+        candidates=_read(context.many("candidates"), "candidates.parquet"),
+        renders=_read(context.many("renders"), "renders.parquet"),
         scores=read_scores(context.many("scores")),
         dabench=_read_split(context.one("dabench"), config.split),
-        judgements=read_scores(judgements, JUDGEMENTS) if judgements else None,
+        judgements=read_scores(judgements, "judgements.parquet") if judgements else None,
     )
     sources = set(tables.candidates["source"])
     if sources != set(config.selectors):
@@ -50,8 +48,8 @@ def read_run_tables(config: EvaluationConfig, context: StageContext) -> RunTable
     return tables
 
 
-def _read(artifacts: Sequence[Artifact], table: Table[Any]) -> pl.DataFrame:
-    return pl.concat([table.read_frame(a.file(table.file_name)) for a in artifacts])
+def _read(artifacts: Sequence[Artifact], name: str) -> pl.DataFrame:
+    return pl.concat([pl.read_parquet(a.file(name)) for a in artifacts])
 
 
 def _read_split(dabench: Artifact, split: str) -> pl.DataFrame:

@@ -6,7 +6,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffagent.schemas.config import PartConfig
-from diffagent.schemas.tables import CANDIDATES
 from diffagent.store import StageContext, StageResult, stage
 
 
@@ -17,9 +16,7 @@ def part(config: PartConfig, context: StageContext) -> StageResult:
     Valid answers are cut in the order of their APIs, which begin with the model: a checkpoint is
     loaded for few parts. Each part has as many of them as the others, or one more or less.
     """
-    path = context.one("candidates").file(CANDIDATES.file_name)
-    CANDIDATES.check(path)
-    table = pq.read_table(path)
+    table = pq.read_table(context.one("candidates").file("candidates.parquet"))
     rows = list(enumerate(zip(table["status"].to_pylist(), table["api"].to_pylist(), strict=True)))
     valid = sorted((api, row) for row, (status, api) in rows if status == "valid")
     invalid = [row for row, (status, _) in rows if status != "valid"]

@@ -10,7 +10,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from diffagent.civitai.client import client_for
 from diffagent.errors import RenderError
@@ -26,7 +29,7 @@ from diffagent.render.safety import check_pictures
 from diffagent.schemas.api import ApiError, parse_api
 from diffagent.schemas.config import RenderConfig
 from diffagent.schemas.manifest import Funnel, FunnelStep
-from diffagent.schemas.tables import CANDIDATES, RENDERS, CandidateRow, RenderRow
+from diffagent.schemas.tables import RENDERS
 from diffagent.store import Progress, StageContext, StageResult, stage
 from diffagent.t2i.catalogue import Catalogue
 
@@ -88,7 +91,7 @@ class Job:
     ``note``: how the picture differs from what the call means.
     """
 
-    row: CandidateRow
+    row: Mapping[str, Any]
     seed: int
     recipe: Recipe | None
     status: str
@@ -113,7 +116,7 @@ def render(config: RenderConfig, context: StageContext) -> StageResult:
         CivitaiError: the site is in trouble that may pass; run it again.
     """
     catalogue = Catalogue.load(context.one("dabench").path)
-    candidates = CANDIDATES.read(context.one("candidates").file(CANDIDATES.file_name))
+    candidates = pq.read_table(context.one("candidates").file("candidates.parquet")).to_pylist()
     jobs = list(make_jobs(candidates, catalogue, config))
     wanted = {job.recipe.digest: job.recipe for job in jobs if job.recipe}
     started = time.monotonic()
@@ -131,7 +134,7 @@ def render(config: RenderConfig, context: StageContext) -> StageResult:
     failed |= {digest: RenderError(REASONS["unsafe"], reason="unsafe") for digest in unsafe}
     jobs = [finish(job, failed, album.nsfw, name) for job in jobs]
     check_failures(jobs, config.max_failed_fraction)
-    RENDERS.write(map(to_row, jobs), context.out / RENDERS.file_name)
+    pq.write_table(to_table(jobs), context.out / "renders.parquet", compression="zstd")
     return StageResult(
         rows={"renders.parquet": len(jobs)},
         funnels=(funnel(jobs),),
@@ -150,7 +153,7 @@ def render(config: RenderConfig, context: StageContext) -> StageResult:
 
 
 def make_jobs(
-    candidates: Iterable[CandidateRow], catalogue: Catalogue, config: RenderConfig
+    candidates: Iterable[Mapping[str, Any]], catalogue: Catalogue, config: RenderConfig
 ) -> Iterator[Job]:
     """A job for each candidate and seed, sorted by prompt, source, candidate, seed.
 
@@ -159,21 +162,24 @@ def make_jobs(
         catalogue: what the names in them mean.
         config: seeds and the largest size.
     """
-    for row in sorted(candidates, key=lambda row: (row.prompt_id, row.source, row.candidate)):
+    key = ("prompt_id", "source", "candidate")
+    for row in sorted(candidates, key=lambda row: tuple(row[name] for name in key)):
         for seed in sorted(set(config.seeds)):
-            if row.status != "valid":
-                yield Job(row, seed, None, "invalid", row.reason)
+            if row["status"] != "valid":
+                yield Job(row, seed, None, "invalid", row["reason"])
                 continue
             try:
                 yield Job(row, seed, _recipe(row, seed, catalogue, config), "ok", None)
             except RenderError as error:
-                log.warning("prompt %s, %s: %s", row.prompt_id, row.source, error)
+                log.warning("prompt %s, %s: %s", row["prompt_id"], row["source"], error)
                 yield Job(row, seed, None, "failed", error.reason, problem=str(error))
 
 
-def _recipe(row: CandidateRow, seed: int, catalogue: Catalogue, config: RenderConfig) -> Recipe:
+def _recipe(
+    row: Mapping[str, Any], seed: int, catalogue: Catalogue, config: RenderConfig
+) -> Recipe:
     try:
-        api = parse_api(row.api or "")
+        api = parse_api(row["api"] or "")
     except ApiError as error:
         raise RenderError(f"cannot read the API: {error}", reason="unreadable-api") from None
     size = api.params.width * api.params.height
@@ -183,7 +189,7 @@ def _recipe(row: CandidateRow, seed: int, catalogue: Catalogue, config: RenderCo
             f"({config.max_pixels})",
             reason="too-large",
         )
-    return resolve(api, row.prompt, seed, catalogue)
+    return resolve(api, row["prompt"], seed, catalogue)
 
 
 class Album:
@@ -336,21 +342,22 @@ def check_failures(jobs: Iterable[Job], limit: float) -> None:
         )
 
 
-def to_row(job: Job) -> RenderRow:
-    """Returns the row of the table of renders."""
-    return RenderRow(
-        prompt_id=job.row.prompt_id,
-        source=job.row.source,
-        candidate=job.row.candidate,
-        seed=job.seed,
-        prompt=job.row.prompt,
-        recipe=job.recipe.digest if job.recipe else None,
-        status=job.status,
-        reason=job.reason,
-        problem=job.problem,
-        nsfw=job.nsfw,
-        note=job.note,
-    )
+def to_table(jobs: Iterable[Job]) -> pa.Table:
+    """The jobs as ``diffagent.schemas.tables.RENDERS``."""
+    rows = [
+        {
+            **{name: job.row[name] for name in ("prompt_id", "source", "candidate", "prompt")},
+            "seed": job.seed,
+            "recipe": job.recipe.digest if job.recipe else None,
+            "nsfw": job.nsfw,
+            "status": job.status,
+            "reason": job.reason,
+            "problem": job.problem,
+            "note": job.note,
+        }
+        for job in jobs
+    ]
+    return pa.Table.from_pylist(rows, schema=RENDERS)
 
 
 def funnel(jobs: Iterable[Job]) -> Funnel:

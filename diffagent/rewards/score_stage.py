@@ -9,13 +9,15 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from diffagent.device import resolve_device
 from diffagent.rewards.image_batches import load_pictures
@@ -25,15 +27,7 @@ from diffagent.rewards.scores import define, write_scores
 from diffagent.rewards.unified import Unifier
 from diffagent.schemas.config import JudgesConfig, RewardsConfig
 from diffagent.schemas.manifest import Funnel, FunnelStep
-from diffagent.schemas.tables import (
-    JUDGEMENTS,
-    RENDERS,
-    SCORES,
-    TRUNCATED,
-    JudgementRow,
-    RenderRow,
-    ScoreRow,
-)
+from diffagent.schemas.tables import JUDGEMENTS, SCORES, TRUNCATED
 from diffagent.store import Artifact, Progress, StageContext, StageResult, stage
 
 if TYPE_CHECKING:
@@ -43,7 +37,6 @@ log = logging.getLogger(__name__)
 
 #: A prompt and the digest of the recipe of a picture.
 Pair = tuple[str, str]
-S = TypeVar("S", ScoreRow, JudgementRow)
 
 
 @dataclass
@@ -97,12 +90,12 @@ def score(config: RewardsConfig, context: StageContext) -> StageResult:
     )
     unifier = Unifier.from_config(config, scorers)
     rows, pairs, judged = _judge_renders(scorers, context, config.batch_size)
-    scored = score_rows(rows, pairs, judged, ScoreRow, unifier)
+    table = to_table(rows, pairs, judged, SCORES, unifier)
     definition = define(scorers, config.dtype, unifier)
-    write_scores(SCORES, scored, context.out, definition)
+    write_scores(table, context.out / "scores.parquet", definition)
     return StageResult(
-        rows={SCORES.file_name: len(scored)},
-        funnels=(_funnel(scored),),
+        rows={"scores.parquet": table.num_rows},
+        funnels=(_funnel(table),),
         metrics={
             **judged.report(scorers),
             "unified": definition["unified"],
@@ -127,22 +120,22 @@ def judge(config: JudgesConfig, context: StageContext) -> StageResult:
         config, device=str(resolve_device(runtime.device)), compiled=runtime.compile_scorers
     )
     rows, pairs, judged = _judge_renders(judges, context, config.batch_size)
-    judgements = score_rows(rows, pairs, judged, JudgementRow)
-    write_scores(JUDGEMENTS, judgements, context.out, define(judges, config.dtype))
+    table = to_table(rows, pairs, judged, JUDGEMENTS)
+    write_scores(table, context.out / "judgements.parquet", define(judges, config.dtype))
     return StageResult(
-        rows={JUDGEMENTS.file_name: len(judgements)},
-        funnels=(_funnel(judgements),),
+        rows={"judgements.parquet": table.num_rows},
+        funnels=(_funnel(table),),
         metrics=judged.report(judges),
     )
 
 
 def _judge_renders(
     scorers: Sequence[Scorer], context: StageContext, batch_size: int
-) -> tuple[list[RenderRow], list[Pair], Judged]:
+) -> tuple[list[dict[str, Any]], list[Pair], Judged]:
     """Rows of renders.parquet, their distinct (prompt, picture), and the scores of these."""
     renders: Artifact = context.one("renders")
-    rows = RENDERS.read(renders.file(RENDERS.file_name))
-    pairs = sorted({(row.prompt, row.recipe) for row in rows if row.recipe and row.status == "ok"})
+    rows = pq.read_table(renders.file("renders.parquet")).to_pylist()
+    pairs = sorted({(row["prompt"], row["recipe"]) for row in rows if row["status"] == "ok"})
     judged = score_pictures(
         scorers,
         [prompt for prompt, _ in pairs],
@@ -225,20 +218,20 @@ def _to_numpy(parts: Sequence[Any]) -> npt.NDArray[np.float64]:
     return joined.astype(np.float64)
 
 
-def score_rows(
-    rows: Iterable[RenderRow],
+def to_table(
+    rows: Iterable[Mapping[str, Any]],
     pairs: Sequence[Pair],
     judged: Judged,
-    kind: type[S],
+    schema: pa.Schema,
     unifier: Unifier | None = None,
-) -> list[S]:
-    """Returns a row of scores for each row of renders.
+) -> pa.Table:
+    """The rows of a render table with their scores.
 
     Args:
-        rows: the rows of renders.
-        pairs: the scored (prompt, recipe), in the order of ``judged``.
+        rows: of ``diffagent.schemas.tables.RENDERS``.
+        pairs: what was scored, in the order of ``judged``.
         judged: their scores.
-        kind: type of the rows.
+        schema: ``SCORES`` or ``JUDGEMENTS``.
         unifier: adds the unified score.
     """
     usable = [i for i in range(len(pairs)) if i not in judged.failures]
@@ -251,24 +244,31 @@ def score_rows(
     }
     failed = {pairs[i]: reason.partition(":")[0] for i, reason in judged.failures.items()}
     floor = {"unified": unifier.invalid_floor} if unifier else {}
-    keys = {field.name for field in fields(RenderRow)} & {field.name for field in fields(kind)}
-    empty = dict.fromkeys(field.name for field in fields(kind))
-    result = []
+    return pa.Table.from_pylist(list(_rows(rows, scored, failed, floor, schema)), schema=schema)
+
+
+def _rows(
+    rows: Iterable[Mapping[str, Any]],
+    scored: Mapping[Pair, Mapping[str, float]],
+    failed: Mapping[Pair, str],
+    floor: Mapping[str, float],
+    schema: pa.Schema,
+) -> Iterator[dict[str, Any]]:
     for row in rows:
-        values: dict[str, Any] = {**empty, **{key: getattr(row, key) for key in keys}}
-        pair = row.prompt, row.recipe or ""
-        if row.status == "invalid":
-            values.update({} if row.reason == TRUNCATED else floor)
+        result = {name: row.get(name) for name in schema.names}
+        pair = row["prompt"], row["recipe"]
+        if row["status"] == "invalid":
+            result.update({} if row["reason"] == TRUNCATED else floor)
         elif pair in failed:
-            values.update(status="failed", reason=failed[pair])
-        elif row.status == "ok":
-            values.update(scored[pair])
-        result.append(kind(**values))
-    return result
+            result.update(status="failed", reason=failed[pair])
+        elif row["status"] == "ok":
+            result.update(scored[pair])
+        yield result
 
 
-def _funnel(rows: Sequence[ScoreRow | JudgementRow]) -> Funnel:
-    counts = Counter((row.status, row.reason) for row in rows)
+def _funnel(table: pa.Table) -> Funnel:
+    reasons = table.column("reason").to_pylist()
+    counts = Counter(zip(table.column("status").to_pylist(), reasons, strict=True))
     steps = tuple(
         FunnelStep(filter=status, reason=reason or "", dropped=n)
         for (status, reason), n in sorted(counts.items(), key=str)

@@ -8,18 +8,18 @@ error when they do not say the same.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffagent.errors import ScoreError
 from diffagent.failures import reading
 from diffagent.rewards.scorer import Scorer
 from diffagent.rewards.unified import Unifier
-from diffagent.schemas.tables import SCORES, R, Table
 from diffagent.store import Artifact
 
 _KEY = b"diffagent.scores"
@@ -40,12 +40,10 @@ def define(scorers: Sequence[Scorer], dtype: str, unifier: Unifier | None = None
     return definition
 
 
-def write_scores(
-    table: Table[R], rows: Iterable[R], directory: Path, definition: Definition
-) -> None:
-    """Write rows of scores together with their definition."""
+def write_scores(table: pa.Table, file: Path, definition: Definition) -> None:
+    """Write a table of scores together with its definition."""
     metadata = {_KEY: json.dumps(definition, sort_keys=True)}
-    table.write(rows, directory / table.file_name, metadata)
+    pq.write_table(table.replace_schema_metadata(metadata), file, compression="zstd")
 
 
 def read_definition(file: Path) -> Definition:
@@ -56,17 +54,17 @@ def read_definition(file: Path) -> Definition:
     return definition
 
 
-def read_scores(artifacts: Sequence[Artifact], table: Table[Any] = SCORES) -> pl.DataFrame:
+def read_scores(artifacts: Sequence[Artifact], name: str = "scores.parquet") -> pl.DataFrame:
     """The rows of all artefacts' tables, in order.
 
     Args:
         artifacts: of the stage ``score``, or ``judge``; at least one.
-        table: ``SCORES`` or ``JUDGEMENTS``.
+        name: of the table.
 
     Raises:
         ScoreError: they were not made by the same scorers, or unified in the same way.
     """
-    files = [artifact.file(table.file_name) for artifact in artifacts]
+    files = [artifact.file(name) for artifact in artifacts]
     expected = read_definition(files[0])
     for file in files[1:]:
         found = read_definition(file)
@@ -75,7 +73,7 @@ def read_scores(artifacts: Sequence[Artifact], table: Table[Any] = SCORES) -> pl
                 f"{str(file)!r} and {str(files[0])!r} hold scores that must not be mixed: "
                 f"{_difference(found, expected)}; score both with one configuration"
             )
-    return pl.concat([table.read_frame(file) for file in files])
+    return pl.concat([pl.read_parquet(file) for file in files])
 
 
 def _difference(a: Definition, b: Definition) -> str:

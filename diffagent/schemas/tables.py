@@ -1,27 +1,8 @@
-"""Tables that stages write: one definition gives the Arrow schema, the reader and the writer.
-
-Tables that only one package reads are Arrow schemas. Tables that stages pass on (candidates,
-renders, scores, judgements) are types of rows: a `Table` derives the schema from a dataclass, so a
-misspelt column is an error of the type checker, and a file with other columns is refused by name.
-Bump SCHEMA_VERSION when a meaning changes.
-"""
+"""Arrow schemas of every table that a stage writes. Bump SCHEMA_VERSION when a meaning changes."""
 
 from __future__ import annotations
 
-import types
-import typing
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Generic, Protocol, TypeVar
-
 import pyarrow as pa
-import pyarrow.parquet as pq
-
-from diffagent.errors import ArtifactError
-
-if TYPE_CHECKING:
-    import polars as pl
 
 
 def _schema(*fields: tuple[str, pa.DataType, bool]) -> pa.Schema:
@@ -158,194 +139,64 @@ DECISIONS = _schema(
     ("present", _bool, False),  # among the prints of this version, with this mark and split
 )
 
-Int32 = Annotated[int, pa.int32()]
+#: One row a candidate answer to a prompt: sampled, taken from DABench or given by a selector.
+CANDIDATES = _schema(
+    ("prompt_id", _int, False),  # DABENCH.id
+    ("prompt", _text, False),
+    ("candidate", pa.int32(), False),  # 0..k-1 within the prompt and source
+    ("source", _text, False),  # 'dabench', 'sft', 'rrhf', 'popular', 'random', 'nearest'
+    ("text", _text, False),  # what was answered, verbatim
+    ("api", _text, True),  # compact JSON when valid
+    ("status", _text, False),  # 'valid' | 'invalid'
+    ("reason", _text, True),  # 'truncated', or the kind of hallucination: agent.verify.KINDS
+    ("logprob", _float, True),  # length-normalised, of the sampled tokens
+)
 
+#: One row a (candidate, seed). ``recipe`` is the digest of what determines the picture, and
+#: the picture is images/RECIPE.png of the same artefact.
+RENDERS = _schema(
+    ("prompt_id", _int, False),
+    ("source", _text, False),
+    ("candidate", pa.int32(), False),
+    ("seed", _int, False),
+    ("prompt", _text, False),
+    ("recipe", _text, True),
+    ("status", _text, False),  # 'ok' | 'invalid' | 'failed'
+    ("reason", _text, True),
+    ("problem", _text, True),  # a failed picture's own message: which file, what is wrong with it
+    ("nsfw", _float, True),  # probability by the safety check; null: not checked
+    ("note", _text, True),  # how the picture differs from what its call means; null: it does not
+)
 
-class _Row(Protocol):
-    __dataclass_fields__: typing.ClassVar[dict[str, Any]]
+#: One row a RENDERS row, in the same order. Rewards are null where there is no picture;
+#: ``unified`` is the floor for a hallucination and null for a truncated answer or a failed render.
+SCORES = _schema(
+    ("prompt_id", _int, False),
+    ("source", _text, False),
+    ("candidate", pa.int32(), False),
+    ("seed", _int, False),
+    ("recipe", _text, True),
+    ("clip", _float, True),
+    ("image_reward", _float, True),
+    ("hps_v2", _float, True),
+    ("unified", _float, True),
+    ("status", _text, False),
+    ("reason", _text, True),
+)
 
-
-R = TypeVar("R", bound=_Row)
-
-
-class Table(Generic[R]):
-    """Rows of one dataclass in parquet files.
-
-    Args:
-        row: a dataclass of texts, numbers and truth values; ``X | None`` is a nullable column.
-        file_name: name of the file in an artifact.
-    """
-
-    def __init__(self, row: type[R], file_name: str) -> None:
-        self.row, self.file_name = row, file_name
-        hints = typing.get_type_hints(row, include_extras=True)
-        self.schema = pa.schema([_column(name, hint) for name, hint in hints.items()])
-
-    def write(
-        self, rows: Iterable[R], path: Path, metadata: Mapping[bytes, str] | None = None
-    ) -> None:
-        """Write ``rows`` to the file ``path``, with ``metadata`` in its schema."""
-        rows = list(rows)
-        columns = [[getattr(row, name) for row in rows] for name in self.schema.names]
-        arrays = [pa.array(c, f.type) for c, f in zip(columns, self.schema, strict=True)]
-        table = pa.Table.from_arrays(arrays, schema=self.schema)
-        if metadata:
-            table = table.replace_schema_metadata(dict(metadata))
-        pq.write_table(table, path, compression="zstd")
-
-    def read(self, path: Path) -> list[R]:
-        """Read the rows of a file.
-
-        Raises:
-            ArtifactError: it has other columns.
-        """
-        self.check(path)
-        return [self.row(**values) for values in pq.read_table(path).to_pylist()]
-
-    def read_frame(self, path: Path) -> pl.DataFrame:
-        """Read a file as a data frame.
-
-        Raises:
-            ArtifactError: it has other columns.
-        """
-        import polars as pl
-
-        self.check(path)
-        return pl.read_parquet(path)
-
-    def check(self, path: Path) -> None:
-        """Compare the columns of a file with the schema.
-
-        Raises:
-            ArtifactError: a column is missing, unknown or of another type; each is named.
-        """
-        columns = {field.name: field.type for field in pq.read_schema(path)}
-        expected = {field.name: field.type for field in self.schema}
-        problems = [f"lacks {name!r}" for name in expected if name not in columns]
-        problems += [f"has an unknown column {name!r}" for name in columns if name not in expected]
-        problems += [
-            f"{name!r} is {columns[name]} instead of {kind}"
-            for name, kind in expected.items()
-            if name in columns and columns[name] != kind
-        ]
-        if problems:
-            raise ArtifactError(
-                f"{str(path)!r} is not a table of {self.row.__name__}: {'; '.join(problems)}; "
-                "build its stage again with this version"
-            )
-
-
-def _column(name: str, hint: Any) -> pa.Field:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    [kind] = [option for option in options if option is not type(None)]
-    if typing.get_origin(kind) is Annotated:
-        arrow = typing.get_args(kind)[1]
-    else:
-        arrow = {str: _text, int: _int, float: _float, bool: _bool}[kind]
-    return pa.field(name, arrow, nullable=len(options) > 1)
-
-
-@dataclass(frozen=True, slots=True)
-class CandidateRow:
-    """One answer to a prompt: sampled, taken from DABench, or given by a selector.
-
-    Attributes:
-        prompt_id: ``id`` of the pair in DABench.
-        prompt: the prompt.
-        candidate: number of the answer within the prompt and source, from 0.
-        source: 'dabench' or the name of the selector.
-        text: the answer, verbatim.
-        api: compact JSON of the API call when it is valid.
-        status: 'valid' or 'invalid'.
-        reason: 'truncated', or the kind of hallucination (``agent.verify.KINDS``).
-        logprob: length-normalised log-probability of the sampled tokens.
-    """
-
-    prompt_id: int
-    prompt: str
-    candidate: Int32
-    source: str
-    text: str
-    api: str | None
-    status: str
-    reason: str | None
-    logprob: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class RenderRow:
-    """One (candidate, seed): a picture, or the reason why there is none.
-
-    Attributes:
-        prompt_id: as in `CandidateRow`.
-        source: as in `CandidateRow`.
-        candidate: as in `CandidateRow`.
-        seed: of the picture.
-        prompt: the prompt.
-        recipe: digest of everything that determines the picture, which is images/RECIPE.png of the
-            same artifact.
-        status: 'ok', 'invalid' or 'failed'.
-        reason: of a row without a picture.
-        problem: message of a failed picture: which file, and its fault.
-        nsfw: probability by the safety check; null: not checked.
-        note: difference between the picture and the meaning of its API call; null: none.
-    """
-
-    prompt_id: int
-    source: str
-    candidate: Int32
-    seed: int
-    prompt: str
-    recipe: str | None
-    status: str
-    reason: str | None
-    problem: str | None = None
-    nsfw: float | None = None
-    note: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ScoreRow:
-    """Rewards of one `RenderRow`, in the same order; null where there is no picture.
-
-    ``unified`` is the floor for a hallucination and null for a truncated answer or a failed render.
-    """
-
-    prompt_id: int
-    source: str
-    candidate: Int32
-    seed: int
-    recipe: str | None
-    clip: float | None
-    image_reward: float | None
-    hps_v2: float | None
-    unified: float | None
-    status: str
-    reason: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class JudgementRow:
-    """Scores of held-out judges for one `RenderRow`, in the same order.
-
-    Null where there is no picture or no such judge. No agent is trained on them.
-    """
-
-    prompt_id: int
-    source: str
-    candidate: Int32
-    seed: int
-    recipe: str | None
-    pick_score: float | None
-    aesthetic: float | None
-    status: str
-    reason: str | None
-
-
-CANDIDATES = Table(CandidateRow, "candidates.parquet")
-RENDERS = Table(RenderRow, "renders.parquet")
-SCORES = Table(ScoreRow, "scores.parquet")
-JUDGEMENTS = Table(JudgementRow, "judgements.parquet")
+#: One row a RENDERS row, in the same order: what held-out judges say, null where there is no
+#: picture or no such judge. Not what an agent is trained on.
+JUDGEMENTS = _schema(
+    ("prompt_id", _int, False),
+    ("source", _text, False),
+    ("candidate", pa.int32(), False),
+    ("seed", _int, False),
+    ("recipe", _text, True),
+    ("pick_score", _float, True),
+    ("aesthetic", _float, True),
+    ("status", _text, False),
+    ("reason", _text, True),
+)
 
 #: One row a (selector, held-out prompt). Agreement with DABench is 1 or 0, and 0 for an invalid
 #: answer; rewards are means over the seeds and null where there is no picture.

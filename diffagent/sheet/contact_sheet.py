@@ -26,7 +26,7 @@ from diffagent.sheet.prompts_file import LOCAL_VERSION
 from diffagent.store import atomic_file
 
 #: Columns of scores with their names for people, in the order in which they are shown.
-SHOWN_SCORES: Mapping[str, str] = {
+SCORES: Mapping[str, str] = {
     "unified": "Unified",
     "clip": "CLIP",
     "image_reward": "ImageReward",
@@ -135,13 +135,13 @@ def write_contact_sheet(
         lstrip_blocks=True,
     )
     text = folder.joinpath("contact_sheet.html").read_text(encoding="utf-8")
-    present = [name for name in SHOWN_SCORES if any(name in card.scores for card in cards)]
+    present = [name for name in SCORES if any(name in card.scores for card in cards)]
     page = environment.from_string(text).render(
         title=title,
         generator=_GENERATOR,
         cards=cards,
         facts=facts,
-        scores={name: SHOWN_SCORES[name] for name in present},
+        scores={name: SCORES[name] for name in present},
         models=sorted({card.model for card in cards}),
         # Jinja takes the line break at a block's end away; what is hashed is what stands there.
         script=_embedded(script),

@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from diffagent.errors import ConfigError, RenderError
 from diffagent.render.render_stage import REASONS
 from diffagent.schemas.api import T2IAPI, LoRA, Params, parse_api
-from diffagent.schemas.tables import RENDERS, SCORES, RenderRow, ScoreRow
-from diffagent.sheet.contact_sheet import SHOWN_SCORES, Card
+from diffagent.schemas.tables import RENDERS
+from diffagent.sheet.contact_sheet import SCORES, Card
 from diffagent.store import Artifact, StageContext, StageResult, sha256_file, stage
 from diffagent.t2i.metadata import Generation, read_image_metadata
 
@@ -51,18 +52,19 @@ def pictures(config: PicturesConfig, context: StageContext) -> StageResult:
     rows = []
     for number, (name, prompt) in enumerate(config.pictures, 1):
         digest = sha256_file(Path(name))
-        row = RenderRow(number, "pictures", 0, 0, prompt, digest, "ok", reason=None)
+        row = {"prompt_id": number, "source": "pictures", "candidate": 0, "seed": 0}
+        row |= {"prompt": prompt, "recipe": digest, "status": "ok", "reason": None}
         try:
             if not prompt:
                 raise RenderError(f"{name!r} states no prompt", reason="no-prompt")
             upright(Path(name)).save(images / f"{digest}.png")
         except RenderError as error:
             log.warning("%s", error)
-            problem = str(error) if error.reason == "bad-picture" else None
-            row = replace(row, recipe=None, status="failed", reason=error.reason, problem=problem)
+            row |= {"recipe": None, "status": "failed", "reason": error.reason}
+            row |= {"problem": str(error)} if error.reason == "bad-picture" else {}
         rows.append(row)
-    RENDERS.write(rows, context.out / RENDERS.file_name)
-    return StageResult(rows={RENDERS.file_name: len(rows)})
+    pq.write_table(pa.Table.from_pylist(rows, schema=RENDERS), context.out / "renders.parquet")
+    return StageResult(rows={"renders.parquet": len(rows)})
 
 
 def upright(path: Path) -> Image:
@@ -165,30 +167,32 @@ def sheet_cards(
         apis: the call of (prompt, source, candidate), as JSON.
         scores: the artefact of their scores, when there is one.
     """
-    rows = RENDERS.read(renders.file(RENDERS.file_name))
-    scored = SCORES.read(scores.file(SCORES.file_name)) if scores else [None] * len(rows)
+    rows = pq.read_table(renders.file("renders.parquet")).to_pylist()
+    scored = (
+        pq.read_table(scores.file("scores.parquet")).to_pylist() if scores else [{} for _ in rows]
+    )
     return [_card(row, more, renders, apis) for row, more in zip(rows, scored, strict=True)]
 
 
 def _card(
-    row: RenderRow, scored: ScoreRow | None, renders: Artifact, apis: Mapping[Key, str]
+    row: Mapping[str, Any], scored: Mapping[str, Any], renders: Artifact, apis: Mapping[Key, str]
 ) -> Card:
-    number = f"{row.prompt_id:04d}-{row.candidate}-{row.seed}"
-    api = apis.get((row.prompt_id, row.source, row.candidate))
-    drawn = row.status == "ok"
-    shown = {name: getattr(scored, name, None) for name in SHOWN_SCORES} | {"nsfw": row.nsfw}
-    reason = row.reason or (scored.reason if scored else None) or ""
+    number = f"{row['prompt_id']:04d}-{row['candidate']}-{row['seed']}"
+    api = apis.get((row["prompt_id"], row["source"], row["candidate"]))
+    drawn = row["status"] == "ok"
+    told = {**row, **{k: v for k, v in scored.items() if k in SCORES}}
+    reason = row["reason"] or scored.get("reason") or ""
     return Card(
         number=number,
-        prompt=row.prompt,
-        source=row.source,
-        seed=row.seed,
+        prompt=row["prompt"],
+        source=row["source"],
+        seed=row["seed"],
         api=parse_api(api) if api else None,
-        picture=renders.file(f"images/{row.recipe}.png") if drawn else None,
+        picture=renders.file(f"images/{row['recipe']}.png") if drawn else None,
         href=f"{number}.png" if drawn else "",
-        problem=row.problem or REASONS.get(reason, reason),
-        note=row.note or "",
-        scores={name: value for name, value in shown.items() if drawn and value is not None},
+        problem=row.get("problem") or REASONS.get(reason, reason),
+        note=row.get("note") or "",
+        scores={n: told[n] for n in SCORES if told.get(n) is not None} if drawn else {},
     )
 
 

@@ -52,7 +52,7 @@ def test_shards_share_out_the_drawn_prompts(agent_run: AgentRun, shards: list[Ar
 
 def test_rows_have_the_schema_the_order_and_no_duplicates(shards: list[Artifact]) -> None:
     for artifact in shards:
-        assert pq.read_schema(artifact.file("candidates.parquet")).equals(CANDIDATES.schema)
+        assert pq.read_schema(artifact.file("candidates.parquet")).equals(CANDIDATES)
         rows = table(artifact)
         assert rows.equals(rows.sort("prompt_id", "source", "candidate"))
         assert rows.select("prompt_id", "text").is_unique().all()

@@ -130,13 +130,13 @@ class Run:
             "select",
             config,
             {"dabench": [self.dabench], **({"agent": self.agent} if name == "sft" else {})},
-            lambda out: write_rows(out / "candidates.parquet", rows, CANDIDATES.schema),
+            lambda out: write_rows(out / "candidates.parquet", rows, CANDIDATES),
             metrics={"latency_seconds": {"mean": 0.01 + rng.random(), "p95": 1 + rng.random()}},
         )
         inputs = {"candidates": [select], "dabench": [self.dabench]}
 
         def write_renders(out: Path) -> None:
-            write_rows(out / "renders.parquet", renders, RENDERS.schema)
+            write_rows(out / "renders.parquet", renders, RENDERS)
             for row in renders:
                 if row["status"] == "ok":
                     path = out / "images" / f"{row['recipe']}.png"
@@ -148,7 +148,7 @@ class Run:
             "score",
             RewardsConfig.model_validate({"scorers": scorers, "reference": "reference.json"}),
             {"renders": [render]},
-            lambda out: write_rows(out / "scores.parquet", scores, SCORES.schema),
+            lambda out: write_rows(out / "scores.parquet", scores, SCORES),
         )
         for kind, artifact in (("candidates", select), ("renders", render), ("scores", score)):
             self.inputs[kind].append(artifact)

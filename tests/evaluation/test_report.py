@@ -179,10 +179,8 @@ def test_held_out_judges_stand_in_the_report(run: Run, report: Artifact) -> None
 
     def write(out: Path, renders: Artifact) -> None:
         rows = pq.read_table(renders.file("renders.parquet")).to_pylist()
-        kept = [
-            {n: row.get(n) for n in JUDGEMENTS.schema.names} | {"pick_score": 21.5} for row in rows
-        ]
-        write_rows(out / "judgements.parquet", kept, JUDGEMENTS.schema)
+        kept = [{n: row.get(n) for n in JUDGEMENTS.names} | {"pick_score": 21.5} for row in rows]
+        write_rows(out / "judgements.parquet", kept, JUDGEMENTS)
 
     judged = [
         run._stage(

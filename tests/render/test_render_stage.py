@@ -100,7 +100,7 @@ class World:
     def inputs(self) -> dict[str, list[Artifact]]:
         table = Catalogue(self.entries).to_table()
         pq.write_table(table, self.folder / "dabench" / "catalogue.parquet")
-        candidates = pa.Table.from_pylist(self.rows, schema=CANDIDATES.schema)
+        candidates = pa.Table.from_pylist(self.rows, schema=CANDIDATES)
         pq.write_table(candidates, self.folder / "candidates" / "candidates.parquet")
         return {name: [sealed(name, self.folder / name)] for name in ("dabench", "candidates")}
 
@@ -191,7 +191,7 @@ def test_equal_answers_share_a_picture(world: World) -> None:
     world.answer("A", prompt_id=2, prompt="a blue square")
     artifact = world.render(seeds=(7, 3))
     table = pq.read_table(artifact.file("renders.parquet"))
-    assert table.schema.equals(RENDERS.schema)
+    assert table.schema.equals(RENDERS)
     renders = table.to_pylist()
     keys = [(r["prompt_id"], r["source"], r["candidate"], r["seed"]) for r in renders]
     assert keys == sorted(keys)
@@ -468,7 +468,7 @@ def test_scores_follow_the_rows(world: World, scorers: list[Brightness]) -> None
     renders = world.render()
     artifact = score.run(rewards(world.folder), {"renders": [renders]}, world.runtime)
     table = pq.read_table(artifact.file("scores.parquet"))
-    assert table.schema.equals(SCORES.schema)
+    assert table.schema.equals(SCORES)
     scores = table.to_pylist()
     kept = ("prompt_id", "source", "candidate", "seed", "recipe")
     assert [[r[k] for k in kept] for r in scores] == [[r[k] for k in kept] for r in rows(renders)]

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from diffagent.errors import ArtifactError, ScoreError
 from diffagent.rewards.load import load_scorers
 from diffagent.rewards.reference import main as measure
-from diffagent.rewards.score_stage import Judged, judge, score, score_pictures, score_rows
+from diffagent.rewards.score_stage import Judged, judge, score, score_pictures, to_table
 from diffagent.rewards.scores import read_definition, read_scores
 from diffagent.rewards.unified import MetricReference, Unifier
 from diffagent.sandbox import world
 from diffagent.sandbox.files import SCORERS
 from diffagent.schemas.config import JudgesConfig, RenderConfig, RewardsConfig, RuntimeConfig
-from diffagent.schemas.tables import JUDGEMENTS, RENDERS, SCORES, RenderRow, ScoreRow
+from diffagent.schemas.tables import JUDGEMENTS, RENDERS, SCORES
 from diffagent.store import StageContext, StageResult, stage
 from tests.evaluation.evaluation_run import write_rows
 
@@ -53,7 +53,7 @@ def make_renders(store: Path, seed: int = 0):
                 image.save(file)
                 if number == 2:
                     file.write_bytes(b"no picture")
-        write_rows(context.out / "renders.parquet", rows, RENDERS.schema)
+        write_rows(context.out / "renders.parquet", rows, RENDERS)
 
     def body(config: RenderConfig, context: StageContext) -> StageResult:
         write(context)
@@ -81,7 +81,7 @@ def scored(renders, runtime):
 
 def test_every_row_has_scores_a_floor_or_a_reason(scored, renders):
     table = pq.read_table(scored.file("scores.parquet"))
-    assert table.schema.equals(SCORES.schema)
+    assert table.schema.equals(SCORES)
     rows = table.to_pylist()
     status = [row["status"] for row in rows]
     assert status == ["ok", "ok", "failed", "ok", "ok", "invalid", "failed"]
@@ -161,7 +161,7 @@ def test_judgements_are_a_table_of_their_own_that_no_training_reads(renders, run
         JudgesConfig.model_validate({"judges": judges}), {"renders": [renders]}, runtime
     )
     table = pq.read_table(judged.file("judgements.parquet"))
-    assert table.schema.equals(JUDGEMENTS.schema)
+    assert table.schema.equals(JUDGEMENTS)
     rows = table.to_pylist()
     assert [row["aesthetic"] is not None for row in rows] == [True] * 2 + [False] + [True] * 2 + [
         False
@@ -176,11 +176,12 @@ def test_judgements_are_a_table_of_their_own_that_no_training_reads(renders, run
 
 def test_a_truncated_answer_has_no_score_and_an_invalid_one_the_floor():
     rows = [
-        RenderRow(number, "sft", 0, 0, "a", None, "invalid", reason)
+        {"prompt": "a", "recipe": None, "status": "invalid", "reason": reason}
+        | {"prompt_id": number, "source": "sft", "candidate": 0, "seed": 0}
         for number, reason in enumerate(("truncated", "unparsable"))
     ]
     reference = {"clip": MetricReference(0.0, 1.0, "digest")}
     unifier = Unifier("zscore", {"clip": 1.0}, -10.0, reference)
-    scored = score_rows(rows, [], Judged({"clip": np.zeros(0)}), ScoreRow, unifier)
-    assert [row.unified for row in scored] == [None, -10.0]
-    assert [row.reason for row in scored] == ["truncated", "unparsable"]
+    table = to_table(rows, [], Judged({"clip": np.zeros(0)}), SCORES, unifier)
+    assert table.column("unified").to_pylist() == [None, -10.0]
+    assert table.column("reason").to_pylist() == ["truncated", "unparsable"]

@@ -78,12 +78,12 @@ def toy_scores(config: ToyConfig, context: StageContext) -> StageResult:
         valid = row["status"] == "valid"
         reward = float(valid and json.loads(row["text"])["model"] == FAVOURITE)
         rows += [
-            {name: row.get(name) for name in SCORES.schema.names}
+            {name: row.get(name) for name in SCORES.names}
             | {"seed": seed, "unified": reward if valid else -10.0}
             | {"status": "ok" if valid else "invalid"}
             for seed in range(2)
         ]
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCORES.schema), context.out / "scores.parquet")
+    pq.write_table(pa.Table.from_pylist(rows, schema=SCORES), context.out / "scores.parquet")
     return StageResult()
 
 
@@ -257,13 +257,13 @@ class Table(BaseModel):
 
 @stage("score", version=1, config=Table)
 def given_scores(config: Table, context: StageContext) -> StageResult:
-    table = pa.Table.from_pylist(config.rows, schema=SCORES.schema)
+    table = pa.Table.from_pylist(config.rows, schema=SCORES)
     pq.write_table(table, context.out / "scores.parquet")
     return StageResult()
 
 
 def score(prompt_id: int, source: str, number: int, *unified: float | None) -> list[dict[str, Any]]:
-    base = dict.fromkeys(SCORES.schema.names) | {"prompt_id": prompt_id, "source": source}
+    base = dict.fromkeys(SCORES.names) | {"prompt_id": prompt_id, "source": source}
     return [
         base
         | {"candidate": number, "seed": seed, "unified": value}
