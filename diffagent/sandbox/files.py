@@ -43,7 +43,7 @@ LORAS = ("pixel-art", "night")
 
 
 @dataclass(frozen=True)
-class ModelFile:
+class SandboxFile:
     """One assembled model file.
 
     Attributes:
@@ -110,11 +110,11 @@ def materialise(target: Path) -> Path:
     return target
 
 
-def model_files(site: Path) -> list[ModelFile]:
+def model_files(site: Path) -> list[SandboxFile]:
     """Returns the model files of a folder that `materialise` wrote."""
     rows = json.loads((site / "sandbox.json").read_text())["files"]
     return [
-        ModelFile(r["key"], site / "named" / f"{r['key']}.safetensors", r["size"], r["hashes"])
+        SandboxFile(r["key"], site / "named" / f"{r['key']}.safetensors", r["size"], r["hashes"])
         for r in rows
     ]
 
@@ -145,7 +145,9 @@ def _write_dump(directory: Path) -> None:
         (directory / "files" / name).write_bytes(content)
         (directory / "named" / f"{key}.safetensors").symlink_to(Path("..", "files", name))
         rows.append({"key": key, "size": len(content), "hashes": hashes})
-    files = {row["key"]: ModelFile(row["key"], Path(), row["size"], row["hashes"]) for row in rows}
+    files = {
+        row["key"]: SandboxFile(row["key"], Path(), row["size"], row["hashes"]) for row in rows
+    }
     _write_lines(directory / "models.jsonl", site_records.models(files))
     _write_lines(directory / "images.jsonl", site_records.images(files))
     about = {**ABOUT, "version": identity()}
