@@ -429,7 +429,7 @@ class ScorerConfig(_Section):
     weight: float = Field(default=1.0, ge=0, description="weight in the unified score")
     backend: Literal["default", "official"] = Field(
         default="default",
-        exclude_if=lambda backend: backend == "default",  # the default keeps identities as they were
+        exclude_if=lambda backend: backend == "default",  # keeps identities of older configs
         description="'official': compute with the authors' package (image-reward, hpsv2)",
     )
 
