@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from diffagent.errors import ConfigError
+from diffagent.errors import ArtifactError, ConfigError
 from diffagent.schemas.config import (
     EvaluationConfig,
     PartConfig,
@@ -282,6 +282,26 @@ def find_cached(nodes: Mapping[str, Node], config: PipelineConfig) -> dict[str, 
     return found
 
 
+def find_inputs(
+    nodes: Mapping[str, Node], keys: Iterable[str], config: PipelineConfig
+) -> dict[str, Artifact]:
+    """Return the artifacts that the nodes ``keys`` read, and those of all their ancestors.
+
+    Raises:
+        ArtifactError: the store lacks one that they read.
+    """
+    parents = [parent for key in keys for parent in nodes[key].parents]
+    artifacts = find_cached(upstream(nodes, parents), config)
+    for parent in parents:
+        if parent not in artifacts:
+            raise ArtifactError(
+                f"{config.runtime.store!r} has no artifact of {parent!r} for this configuration; "
+                f"build it with: diffagent run -c FILE --until {parent}, or the deployment "
+                f"{nodes[parent].group!r}"
+            )
+    return artifacts
+
+
 def run_node(
     node: Node,
     inputs: Inputs,
@@ -308,18 +328,20 @@ def run_node(
 
 def run(
     config: PipelineConfig,
-    upto: str | None = None,
+    until: str | None = None,
     *,
+    only: str | None = None,
     refresh: bool = False,
     on_start: Callable[[Node], None] = lambda node: None,
     on_done: Callable[[Node, Artifact, bool], None] | None = None,
     progress: Progress = lambda fraction, text: None,
 ) -> dict[str, Artifact]:
-    """Run the plan, or what the stage ``upto`` needs, one node after the other.
+    """Run the plan, or the part of it that one stage needs, one node after the other.
 
     Args:
         config: the whole run.
-        upto: a key of ``plan`` or the name of a sharded stage; None runs everything.
+        until: a key of ``plan`` or the name of a sharded stage: the last stage to run.
+        only: the same, of the only stage to run; its inputs must be in the store.
         refresh: crawl again even when there is a snapshot; what follows is rebuilt only when
             the site had something new.
         on_start: called before a node that has to be built.
@@ -327,15 +349,20 @@ def run(
         progress: called by the node that is being built.
 
     Returns:
-        The artefacts by node key, in the order in which they were made.
+        The artifacts by node key, in the order in which they were made.
 
     Raises:
-        DiffAgentError: a stage failed, or there is no stage ``upto``.
+        DiffAgentError: a stage failed, or the plan has no such stage.
+        ArtifactError: the store lacks an input of the stage ``only``.
     """
     nodes = plan(config)
-    if upto is not None:
-        nodes = upstream(nodes, targets(nodes, upto))
     done: dict[str, Artifact] = {}
+    if until is not None:
+        nodes = upstream(nodes, targets(nodes, until))
+    if only is not None:
+        keys = targets(nodes, only)
+        done = find_inputs(nodes, keys, config)
+        nodes = {key: nodes[key] for key in keys}
     with contextlib.ExitStack() as stack:
         site_url = ""
         for node in nodes.values():

@@ -100,7 +100,8 @@ def test_no_home_is_needed(home: str | None, tmp_path: Path) -> None:
 @pytest.mark.parametrize("home", ["/dev/null", "/proc"])
 def test_the_sandbox_needs_no_home_and_its_server_no_traceback(home: str, tmp_path: Path) -> None:
     changes = {"HOME": home, "TMPDIR": str(tmp_path), "XDG_CACHE_HOME": ""}
-    command = [sys.executable, "-m", "diffagent", "crawl", "-c", str(SANDBOX_CONFIG)]
+    command = [sys.executable, "-m", "diffagent", "run", "--only", "crawl"]
+    command += ["-c", str(SANDBOX_CONFIG)]
     command += ["--set", f"runtime.store={tmp_path / 'store'}", "--set", "crawl.max_models=1"]
 
     def crawl() -> subprocess.CompletedProcess[str]:

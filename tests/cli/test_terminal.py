@@ -13,7 +13,8 @@ import yaml
 
 _SCRIPT = """
 import sys, time, logging
-from diffagent import cli, pipeline
+from diffagent import pipeline
+from diffagent.cli import main as cli
 from diffagent.store.artifacts import StageResult, stage
 from diffagent.schemas.config import CrawlConfig
 import contextlib
@@ -39,7 +40,15 @@ def command(tmp_path: Path) -> list[str]:
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump({"rewards": rewards, "runtime": {"store": str(tmp_path)}}))
     (tmp_path / "script.py").write_text(_SCRIPT)
-    return [sys.executable, str(tmp_path / "script.py"), "crawl", "-c", str(config)]
+    return [
+        sys.executable,
+        str(tmp_path / "script.py"),
+        "run",
+        "--only",
+        "crawl",
+        "-c",
+        str(config),
+    ]
 
 
 def on_terminal(command: list[str]) -> tuple[str, str]:

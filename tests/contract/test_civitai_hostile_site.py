@@ -598,7 +598,7 @@ def test_a_server_that_is_silent_is_named(
 @pytest.mark.parametrize(
     "command",
     [
-        ["crawl", "--config", "{config}"],
+        ["run", "--only", "crawl", "--config", "{config}"],
         ["models", "fetch", "--models", "{models}", "--site", "http://127.0.0.1:9", "12"],
     ],
     ids=["crawl", "models fetch"],

@@ -165,7 +165,7 @@ def test_one_command_makes_a_dataset_of_a_folder(folder: Path, tmp_path: Path) -
     store = tmp_path / "store"
     settings = ["--set", f"crawl.site=local:{folder}", "--set", f"runtime.store={store}"]
     config = ["--config", str(ROOT / "configs/paper.yaml")]
-    done = CliRunner().invoke(app, ["shard", *config, *settings])
+    done = CliRunner().invoke(app, ["run", "--until", "shard", *config, *settings])
     assert done.exit_code == 0, done.output
     (shards,) = store.glob("shard/[0-9a-f]*/manifest.json")
     made = open_artifact(shards.parent)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from zoneinfo import ZoneInfo
 
 import pytest
+import schemas
 import yaml
 from prefect.flows import load_flow_from_entrypoint
 
 import flows
-import schemas
 import tasks
 from diffagent.schemas.config import load_config
 from tests.conftest import ROOT

@@ -92,6 +92,6 @@ def test_errors_of_commands_are_harmless(
     config = tmp_path / "run.yaml"
     config.write_text('crawl: {"site": "x\\e[2J\\u202e"}\n')
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr("sys.argv", ["diffagent", "crawl", "--config", str(config)])
+        patch.setattr("sys.argv", ["diffagent", "run", "--only", "crawl", "--config", str(config)])
         main.main()
     assert harmless(capsys.readouterr().err)
