@@ -34,12 +34,14 @@ import plain_build
 import psutil
 from pydantic import BaseModel
 
+from diffagent.dabench.build.shard_config import DABenchConfig
 from diffagent.dabench.build.shard_stage import build_dabench
+from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.dabench.parquet_tables import read_rows
 from diffagent.localcivitai.sources.dump import read_records
 from diffagent.sandbox.files import materialise
-from diffagent.schemas.config import DABenchConfig, FilterConfig, RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store.artifacts import Artifact, StageContext, StageResult, open_artifact, stage
 
 SIZES = (100_000, 1_000_000, 5_000_000)

@@ -19,10 +19,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from diffagent.crawl.crawl_config import CrawlConfig
 from diffagent.crawl.crawl_stage import crawl
 from diffagent.localcivitai.site import embedded_site
 from diffagent.localcivitai.sources.dump import write_dump
-from diffagent.schemas.config import CrawlConfig, RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store.artifacts import Artifact
 
 MODELS, IMAGES, RATE = 1_000, 60_000, 50.0

@@ -36,11 +36,12 @@ from typing import Any
 
 import orjson
 
+from diffagent.crawl.crawl_config import CrawlConfig
 from diffagent.localcivitai.faults import PROFILES, TRANSPORT, Faults, Profile
 from diffagent.localcivitai.replay import Replay
 from diffagent.localcivitai.sources.dump import read_records
-from diffagent.schemas.config import CrawlConfig, RuntimeConfig
 from diffagent.schemas.payloads import unwrap_meta
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store.artifacts import peak_memory_bytes
 
 DAYS, DAMAGED_BEFORE, SCHEMA_DAY, NEVER = 6, 6, 3, 99

@@ -26,7 +26,6 @@ from diffagent.errors import (
     UnexpectedError,
 )
 from diffagent.schemas.api import ApiError
-from diffagent.schemas.config import ConfigFileError
 from diffagent.schemas.printable import printable
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -62,8 +61,6 @@ def as_error(error: BaseException, doing: str, store: Path | None = None) -> Dif
     """
     if isinstance(error, DiffAgentError):
         return error
-    if isinstance(error, ConfigFileError):
-        return ConfigError(str(error))
     if isinstance(error, ValidationError):
         faults = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         return ConfigError(f"{doing}: {printable('; '.join(faults)):.{_LINE}}")

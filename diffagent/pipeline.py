@@ -21,16 +21,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from diffagent.agent.sample_config import SampleShard
+from diffagent.agent.select_config import SelectConfig, Selector
 from diffagent.errors import ArtifactError, ConfigError
-from diffagent.schemas.config import (
-    EvaluationConfig,
-    PartConfig,
-    PipelineConfig,
-    RuntimeConfig,
-    SampleShard,
-    SelectConfig,
-    Selector,
-)
+from diffagent.evaluation.evaluate_config import EvaluationConfig
+from diffagent.render.part_config import PartConfig
+from diffagent.run_config import RunConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store.artifacts import Artifact, Inputs, Progress, Stage
 from diffagent.store.child import run_in_child
 
@@ -63,7 +60,7 @@ class Node:
         return tuple(key for keys in self.inputs.values() for key in keys)
 
 
-def plan(config: PipelineConfig) -> dict[str, Node]:
+def plan(config: RunConfig) -> dict[str, Node]:
     """All nodes of a run by key, parents before children.
 
     Keys: ``crawl``, ``filter``, ``shard``, ``sft``, ``sample-0`` ... , ``render-0`` ... ,
@@ -75,7 +72,7 @@ def plan(config: PipelineConfig) -> dict[str, Node]:
     return {node.key: node for node in nodes}
 
 
-def _dataset_nodes(config: PipelineConfig) -> Iterator[Node]:
+def _dataset_nodes(config: RunConfig) -> Iterator[Node]:
     group: Group = "build-dabench"
     yield Node("crawl", "diffagent.crawl.crawl_stage:crawl", config.crawl, {}, group, site=True)
     yield Node(
@@ -95,7 +92,7 @@ def _dataset_nodes(config: PipelineConfig) -> Iterator[Node]:
     )
 
 
-def _training_nodes(config: PipelineConfig) -> Iterator[Node]:
+def _training_nodes(config: RunConfig) -> Iterator[Node]:
     dabench, agent = ("shard",), ("sft",)
     yield Node(
         "sft",
@@ -135,7 +132,7 @@ def _training_nodes(config: PipelineConfig) -> Iterator[Node]:
     )
 
 
-def _evaluation_nodes(config: PipelineConfig) -> Iterator[Node]:
+def _evaluation_nodes(config: RunConfig) -> Iterator[Node]:
     group: Group = "evaluate-agent"
     evaluation = config.evaluation
     shared = evaluation.model_dump(
@@ -192,7 +189,7 @@ def _parts(evaluation: EvaluationConfig, selector: str) -> list[str]:
     return [f"{selector}-{shard}" for shard in range(evaluation.num_shards)]
 
 
-def _judge(config: PipelineConfig, candidates: str, name: str, group: Group) -> Iterator[Node]:
+def _judge(config: RunConfig, candidates: str, name: str, group: Group) -> Iterator[Node]:
     """Render the candidates of one node and score the pictures."""
     yield Node(
         f"render-{name}",
@@ -217,7 +214,7 @@ def _judge(config: PipelineConfig, candidates: str, name: str, group: Group) -> 
     )
 
 
-def _held_out(config: PipelineConfig, name: str, group: Group) -> Node:
+def _held_out(config: RunConfig, name: str, group: Group) -> Node:
     """Held-out judges look at the pictures of one selector; at no picture to train on."""
     return Node(
         f"judge-{name}",
@@ -265,12 +262,12 @@ def node_inputs(node: Node, done: Mapping[str, Artifact]) -> dict[str, list[Arti
     return {name: [done[key] for key in keys] for name, keys in node.inputs.items()}
 
 
-def cached(node: Node, done: Mapping[str, Artifact], config: PipelineConfig) -> Artifact | None:
+def cached(node: Node, done: Mapping[str, Artifact], config: RunConfig) -> Artifact | None:
     """The node's artefact when it is there already; None when it has to be built."""
     return load_stage(node).cached(node.config, node_inputs(node, done), config.runtime)
 
 
-def find_cached(nodes: Mapping[str, Node], config: PipelineConfig) -> dict[str, Artifact]:
+def find_cached(nodes: Mapping[str, Node], config: RunConfig) -> dict[str, Artifact]:
     """The artefacts of ``nodes`` that are on disk, whole; nothing is run.
 
     A node whose parents are not there is not there either: its request is not known yet.
@@ -283,7 +280,7 @@ def find_cached(nodes: Mapping[str, Node], config: PipelineConfig) -> dict[str, 
 
 
 def find_inputs(
-    nodes: Mapping[str, Node], keys: Iterable[str], config: PipelineConfig
+    nodes: Mapping[str, Node], keys: Iterable[str], config: RunConfig
 ) -> dict[str, Artifact]:
     """Return the artifacts that the nodes ``keys`` read, and those of all their ancestors.
 
@@ -327,7 +324,7 @@ def run_node(
 
 
 def run(
-    config: PipelineConfig,
+    config: RunConfig,
     until: str | None = None,
     *,
     only: str | None = None,
@@ -387,7 +384,7 @@ def run(
     return done
 
 
-def open_site(config: PipelineConfig) -> contextlib.AbstractContextManager[str]:
+def open_site(config: RunConfig) -> contextlib.AbstractContextManager[str]:
     """The address of the run's Civitai API; an embedded server lives as long as the block."""
     from diffagent.localcivitai.site import embedded_site
 

@@ -18,12 +18,13 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from diffagent import pipeline
 from diffagent.errors import ArtifactError, ConfigError
 from diffagent.pipeline import Group, Node, find_cached, open_site
-from diffagent.schemas.config import PipelineConfig, RuntimeConfig, load_config
+from diffagent.run_config import RunConfig, load_config
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store.artifacts import Artifact
 from tasks._report import report_stages
 
 
-def configure(config: str, overrides: Mapping[str, Any] | None) -> PipelineConfig:
+def configure(config: str, overrides: Mapping[str, Any] | None) -> RunConfig:
     """The run's configuration from the flow's parameters; other processes find its store."""
     settings = load_config(config, dict(overrides or {}))
     runtime = settings.runtime
@@ -33,9 +34,7 @@ def configure(config: str, overrides: Mapping[str, Any] | None) -> PipelineConfi
     return settings.model_copy(update={"runtime": absolute})
 
 
-def run_group(
-    config: PipelineConfig, group: Group, *, refresh: bool = False
-) -> dict[str, Artifact]:
+def run_group(config: RunConfig, group: Group, *, refresh: bool = False) -> dict[str, Artifact]:
     """Run every node of ``group`` as a task; what it needs of other groups must be there.
 
     Raises:
@@ -76,7 +75,7 @@ def run_group(
     return done | made
 
 
-def run_one(config: PipelineConfig, key: str) -> Artifact:
+def run_one(config: RunConfig, key: str) -> Artifact:
     """Run the node ``key`` as a task of the current flow; what it reads must be in the store.
 
     Raises:
@@ -168,7 +167,7 @@ def _wait(group: Group, futures: Mapping[str, PrefectFuture[Artifact]]) -> dict[
     return states
 
 
-def locate(config: PipelineConfig, keys: Iterable[str]) -> dict[str, Artifact]:
+def locate(config: RunConfig, keys: Iterable[str]) -> dict[str, Artifact]:
     """Those of the artefacts ``keys`` that are on disk, whole; nothing is run."""
     keys = tuple(keys)
     found = find_cached(pipeline.upstream(pipeline.plan(config), keys), config)

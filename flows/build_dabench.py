@@ -21,7 +21,7 @@ def build_dabench(
     """Crawl, filter and write DABench.
 
     Args:
-        config: YAML file of ``diffagent.schemas.config.PipelineConfig``.
+        config: YAML file of ``diffagent.run_config.RunConfig``.
         overrides: dotted keys to values, such as {"runtime.store": "store"}.
         refresh: crawl again; when the site has nothing new, nothing else is done.
     """

@@ -20,7 +20,7 @@ def evaluate_agent(
     """Compare the agent with its baselines on held-out prompts.
 
     Args:
-        config: YAML file of ``diffagent.schemas.config.PipelineConfig``.
+        config: YAML file of ``diffagent.run_config.RunConfig``.
         overrides: dotted keys to values, such as {"runtime.store": "store"}.
     """
     settings = configure(config, overrides)

@@ -29,7 +29,7 @@ def run_pipeline(
     """Run the four flows one after the other, each from cache where it can.
 
     Args:
-        config: YAML file of ``diffagent.schemas.config.PipelineConfig``.
+        config: YAML file of ``diffagent.run_config.RunConfig``.
         overrides: dotted keys to values, such as {"runtime.store": "store"}.
         refresh: crawl again; when the site has nothing new, all else is Cached.
     """

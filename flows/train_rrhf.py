@@ -18,7 +18,7 @@ def train_rrhf(
     """Sample, render, score, then align the agent.
 
     Args:
-        config: YAML file of ``diffagent.schemas.config.PipelineConfig``.
+        config: YAML file of ``diffagent.run_config.RunConfig``.
         overrides: dotted keys to values, such as {"runtime.store": "store"}.
     """
     settings = configure(config, overrides)

@@ -25,7 +25,7 @@ from prefect.states import Crashed
 
 from diffagent.errors import ArtifactError
 from diffagent.pipeline import Node, load_stage
-from diffagent.schemas.config import PipelineConfig
+from diffagent.run_config import RunConfig
 from diffagent.store.artifacts import Artifact, Inputs
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def _lost(seconds: float) -> State[Any]:
     return Crashed(message=f"nothing was heard of its worker for {seconds:.0f} s")
 
 
-def run_on_worker(node: Node, config: PipelineConfig, inputs: Inputs) -> Artifact:
+def run_on_worker(node: Node, config: RunConfig, inputs: Inputs) -> Artifact:
     """Have a worker run ``node``, and wait for it; what the store has is not run again.
 
     Raises:

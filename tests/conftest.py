@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from diffagent import compat
-from diffagent.schemas.config import RuntimeConfig, SFTConfig
 from diffagent.schemas.manifest import FileEntry, Manifest
+from diffagent.schemas.runtime import RuntimeConfig
+from diffagent.train.sft_config import SFTConfig
 
 if TYPE_CHECKING:
     from diffagent.store.artifacts import Artifact

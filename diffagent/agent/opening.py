@@ -51,7 +51,8 @@ def open_selector(
         writer = load_agent(agent, device, quantization, generates=generates)
         return llm_selector.LLM(writer if usable is None else writer.only(usable), **options)
     from diffagent.agent.retrieval.fitting import FITTED, fitted_selector
-    from diffagent.schemas.config import RerankConfig, RuntimeConfig
+    from diffagent.agent.retrieval.rerank_config import RerankConfig
+    from diffagent.schemas.runtime import RuntimeConfig
     from diffagent.store.artifacts import open_artifact
 
     if dabench is None:

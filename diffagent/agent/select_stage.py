@@ -23,9 +23,10 @@ from diffagent.agent.baselines import Nearest, Popular, Random, Usage
 from diffagent.agent.candidates import Answer, write_candidates
 from diffagent.agent.prompts import draw, read_split
 from diffagent.agent.retrieval.fitting import FITTED, fitted_selector
+from diffagent.agent.retrieval.rerank_config import RerankConfig
+from diffagent.agent.select_config import SelectConfig
 from diffagent.agent.selector import Selector
 from diffagent.errors import ArtifactError
-from diffagent.schemas.config import RerankConfig, SelectConfig
 from diffagent.store.artifacts import StageContext, StageResult, stage
 from diffagent.t2i.catalogue import Catalogue
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from diffagent.errors import DiffAgentError
     from diffagent.render.files.model_cache import CachedModel, ModelCache
     from diffagent.render.files.model_store import ModelStore
-    from diffagent.schemas.config import RuntimeConfig
+    from diffagent.schemas.runtime import RuntimeConfig
     from diffagent.t2i.catalogue import Entry
 
 A = TypeVar("A")
@@ -259,7 +259,8 @@ def _runtime(
     limit_gb: float | None = None,
 ) -> RuntimeConfig:
     """The settings of a run's file, and what the command line says in their place."""
-    from diffagent.schemas.config import RuntimeConfig, load_config
+    from diffagent.run_config import load_config
+    from diffagent.schemas.runtime import RuntimeConfig
 
     runtime = load_config(config).runtime if config else RuntimeConfig()
     given: dict[str, Any] = {
@@ -285,9 +286,10 @@ def _open_store(
     limit_gb: float | None,
 ) -> Iterator[tuple[ModelStore, CivitaiClient]]:
     from diffagent.civitai.client import client_for
+    from diffagent.crawl.crawl_config import CrawlConfig
     from diffagent.localcivitai.site import embedded_site
     from diffagent.render.files.model_store import ModelStore
-    from diffagent.schemas.config import CrawlConfig, load_config
+    from diffagent.run_config import load_config
 
     runtime = _runtime(config, models, folders, limit_gb)
     site = site or (load_config(config).crawl if config else CrawlConfig()).site

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import logging
 import sys
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ T = TypeVar("T")
 if TYPE_CHECKING:
     from diffagent.agent.candidates import Row
     from diffagent.agent.selector import Selector
-    from diffagent.schemas.config import PipelineConfig as RunConfig
+    from diffagent.run_config import RunConfig
     from diffagent.store.artifacts import Artifact
     from diffagent.t2i.catalogue import Entry
 
@@ -292,7 +293,7 @@ def _parameters(texts: list[str] | None) -> dict[str, Any]:
     from diffagent.errors import ConfigError
     from diffagent.sheet.prompts_file import Parameters
 
-    types = {
+    types: dict[str, Callable[[str], Any]] = {
         field.name: type(field.default) if field.default is not None else int
         for field in fields(Parameters)
         if field.name != "loras"
@@ -315,7 +316,7 @@ def _parameters(texts: list[str] | None) -> dict[str, Any]:
 
 def _config(file: Path | None, settings: list[str] | None, changes: dict[str, Any]) -> RunConfig:
     """The settings of a run's file or the released scorers, and what the command line says."""
-    from diffagent.schemas.config import configure, load_config
+    from diffagent.run_config import configure, load_config
 
     overrides = {key: value for key, value in changes.items() if value is not None}
     overrides |= parse_overrides(settings)

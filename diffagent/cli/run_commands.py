@@ -63,7 +63,7 @@ def run(
     diffagent run -c configs/sandbox.yaml --until shard
     """
     from diffagent.errors import ConfigError
-    from diffagent.schemas.config import load_config
+    from diffagent.run_config import load_config
 
     if until is not None and only is not None:
         raise ConfigError("--until and --only exclude each other; give one of them")

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from diffagent.civitai.client import client_for
+from diffagent.crawl.crawl_config import CrawlConfig
 from diffagent.crawl.crawler import Crawler, Session
 from diffagent.crawl.journal import Journal
 from diffagent.crawl.known import Known
@@ -28,7 +29,6 @@ from diffagent.crawl.snapshot import summarise
 from diffagent.crawl.walks import Walks
 from diffagent.errors import ConfigError
 from diffagent.localcivitai.site import site_files
-from diffagent.schemas.config import CrawlConfig
 from diffagent.schemas.manifest import Funnel, FunnelStep
 from diffagent.store.artifacts import StageContext, StageResult, stage
 
@@ -37,7 +37,13 @@ log = logging.getLogger(__name__)
 JOURNAL, SCRATCH, SALVAGED = "journal.gz", "scratch", "salvaged"
 
 
-@stage("crawl", version=2, config=CrawlConfig, files=site_files, salvages=True)
+@stage(
+    "crawl",
+    version=2,
+    config=CrawlConfig,
+    files=lambda config: site_files(config.site),
+    salvages=True,
+)
 def crawl(config: CrawlConfig, context: StageContext) -> StageResult:
     """Fetch models, images and pages from ``context.site_url``.
 

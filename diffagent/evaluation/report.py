@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from diffagent.agent.verify import KINDS
 from diffagent.errors import ArtifactError
+from diffagent.evaluation.evaluate_config import EvaluationConfig
 from diffagent.evaluation.metrics import evaluation_table
 from diffagent.evaluation.summary import (
     SELECTORS,
@@ -32,7 +33,6 @@ from diffagent.evaluation.summary import (
 )
 from diffagent.rewards.scores import read_scores
 from diffagent.schemas.api import T2IAPI, parse_api
-from diffagent.schemas.config import EvaluationConfig
 from diffagent.schemas.manifest import Manifest
 from diffagent.schemas.tables import EVALUATION, TRUNCATED
 from diffagent.store.artifacts import (

@@ -15,7 +15,6 @@ from diffagent.errors import CivitaiError, ConfigError
 from diffagent.localcivitai.faults import PROFILES, FaultName
 from diffagent.localcivitai.replay import Replay
 from diffagent.localcivitai.sources import SOURCES, is_source, open_source
-from diffagent.schemas.config import CrawlConfig
 
 log = logging.getLogger(__name__)
 
@@ -84,9 +83,9 @@ def replay_of(site: str, cache: Path | None = None) -> Replay:
     return Replay.load(records.models, records.images, records.files)
 
 
-def site_files(config: CrawlConfig) -> list[Path]:
+def site_files(site: str) -> list[Path]:
     """The files that the sandbox's site is made of; none of any other site, which may change."""
-    return list(_sandbox_files().sources()) if config.site == SANDBOX else []
+    return list(_sandbox_files().sources()) if site == SANDBOX else []
 
 
 def _sandbox_files() -> Any:

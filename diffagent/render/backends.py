@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from diffagent.errors import ConfigError
 
 if TYPE_CHECKING:
+    from diffagent.render.render_config import RenderConfig
     from diffagent.render.renderer import Renderer
-    from diffagent.schemas.config import RenderConfig, RuntimeConfig
+    from diffagent.schemas.runtime import RuntimeConfig
 
 
 def open_renderer(

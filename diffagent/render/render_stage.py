@@ -24,10 +24,10 @@ from diffagent.render.picture_cache import PictureCache
 from diffagent.render.planner import draw
 from diffagent.render.pnginfo import payload_hash, write_png
 from diffagent.render.recipe import UNKNOWN_BASE_MODEL, Recipe, by_hash, resolve
+from diffagent.render.render_config import RenderConfig
 from diffagent.render.renderer import Files, ModelRef, Renderer
 from diffagent.render.safety import check_pictures
 from diffagent.schemas.api import ApiError, parse_api
-from diffagent.schemas.config import RenderConfig
 from diffagent.schemas.manifest import Funnel, FunnelStep
 from diffagent.schemas.tables import RENDERS
 from diffagent.store.artifacts import Progress, StageContext, StageResult, stage

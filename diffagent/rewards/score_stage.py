@@ -21,11 +21,12 @@ import pyarrow.parquet as pq
 
 from diffagent.device import resolve_device
 from diffagent.rewards.image_batches import load_pictures
+from diffagent.rewards.judge_config import JudgesConfig
 from diffagent.rewards.load import judge_files, load_judges, load_scorers, reward_files
+from diffagent.rewards.score_config import RewardsConfig
 from diffagent.rewards.scorer import Scorer
 from diffagent.rewards.scores import define, write_scores
 from diffagent.rewards.unified import Unifier
-from diffagent.schemas.config import JudgesConfig, RewardsConfig
 from diffagent.schemas.manifest import Funnel, FunnelStep
 from diffagent.schemas.tables import JUDGEMENTS, SCORES, TRUNCATED
 from diffagent.store.artifacts import Artifact, Progress, StageContext, StageResult, stage

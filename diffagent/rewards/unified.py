@@ -33,7 +33,7 @@ from diffagent.rewards.load import reference_file
 from diffagent.rewards.scorer import Scorer
 
 if TYPE_CHECKING:
-    from diffagent.schemas.config import RewardsConfig
+    from diffagent.rewards.score_config import RewardsConfig
 
 log = logging.getLogger(__name__)
 

@@ -39,7 +39,7 @@ from diffagent.errors import ArtifactError, DamagedArtifact
 from diffagent.failures import explained
 from diffagent.store.locks import locked
 from diffagent.store.object_store import check_writable, missing_files, pull, push, read_pointer, read_remote, verify_remote, write_pointer
-from diffagent.schemas.config import RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.manifest import SCHEMA_VERSION, FileEntry, Funnel, InputRef, Manifest
 
 log = logging.getLogger(__name__)

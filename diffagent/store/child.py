@@ -22,7 +22,7 @@ from pydantic import BaseModel
 from diffagent.store.artifacts import Artifact, Inputs, Progress, canonical_json
 from diffagent.errors import ArtifactError
 from diffagent.failures import unpack
-from diffagent.schemas.config import RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.printable import printable
 
 log = logging.getLogger(__name__)

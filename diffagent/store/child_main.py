@@ -22,7 +22,7 @@ from diffagent.store.child import EXPECTED_FAILURE, PROGRESS_MARK
 from diffagent.device import keep_freed_memory
 from diffagent.errors import DiffAgentError
 from diffagent.failures import explained, pack
-from diffagent.schemas.config import RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 
 log = logging.getLogger("diffagent.store.child_main")
 _PROGRESS_SECONDS = 0.5

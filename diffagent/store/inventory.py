@@ -17,7 +17,7 @@ from diffagent.store import local_copies, latest
 from diffagent.store.artifacts import PREVIOUS, read_manifest
 from diffagent.errors import ArtifactError, DamagedArtifact
 from diffagent.store.object_store import list_manifests, list_pointers
-from diffagent.schemas.config import RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.manifest import InputRef, Manifest
 
 #: How the directories of artefacts, and what belongs to them, are called.

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 
 from diffagent.agent.candidates import write_candidates
 from diffagent.errors import SchemaError
-from diffagent.schemas.config import RatingsConfig
 from diffagent.schemas.tables import SCORES
 from diffagent.store.artifacts import StageContext, StageResult, canonical_json, named_files, stage
+from diffagent.train.ratings_config import RatingsConfig
 
 SOURCE = "ratings"
 

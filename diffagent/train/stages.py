@@ -5,8 +5,9 @@ A run that finds both in its store reads these declarations only: neither torch 
 
 from __future__ import annotations
 
-from diffagent.schemas.config import RRHFConfig, SFTConfig
 from diffagent.store.artifacts import StageContext, StageResult, named_files, stage
+from diffagent.train.rrhf_config import RRHFConfig
+from diffagent.train.sft_config import SFTConfig
 
 
 @stage("sft", version=3, config=SFTConfig, files=lambda config: named_files(config.model))

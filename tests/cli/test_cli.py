@@ -21,9 +21,11 @@ from diffagent.agent.selector import Choice, call_line
 from diffagent.agent.verify import Verdict
 from diffagent.cli import main
 from diffagent.cli.options import parse_overrides
+from diffagent.crawl.crawl_config import CrawlConfig
+from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.errors import ArtifactError, ConfigError, SchemaError
+from diffagent.run_config import RunConfig
 from diffagent.schemas.api import T2IAPI, Params
-from diffagent.schemas.config import CrawlConfig, FilterConfig, PipelineConfig
 from diffagent.schemas.manifest import Funnel, FunnelStep
 from diffagent.store.artifacts import StageContext, StageResult, stage
 from diffagent.t2i.catalogue import Catalogue
@@ -85,7 +87,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_a_former_stage_command_names_the_new_form() -> None:
-    config = PipelineConfig.model_validate(
+    config = RunConfig.model_validate(
         {
             "rewards": {"scorers": [{"name": "clip", "model": "tiny"}], "unify": "chatgen"},
             "judges": {"judges": [{"name": "pick_score", "model": "tiny"}]},

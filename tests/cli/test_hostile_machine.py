@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from diffagent.errors import ArtifactError
-from diffagent.schemas.config import RuntimeConfig, SFTConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store.artifacts import Artifact, StageContext, StageResult, stage
+from diffagent.train.sft_config import SFTConfig
 from diffagent.train.stages import train_sft
 from tests.agent.agent_world import make_world
 from tests.conftest import file_size_limit

@@ -16,7 +16,7 @@ import sys, time, logging
 from diffagent import pipeline
 from diffagent.cli import main as cli
 from diffagent.store.artifacts import StageResult, stage
-from diffagent.schemas.config import CrawlConfig
+from diffagent.crawl.crawl_config import CrawlConfig
 import contextlib
 
 @stage("crawl", version=1, config=CrawlConfig)

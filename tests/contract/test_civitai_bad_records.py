@@ -20,11 +20,13 @@ import requests
 from safetensors.numpy import save_file
 
 from diffagent.civitai.lenient_json import loads
+from diffagent.crawl.crawl_config import CrawlConfig
 from diffagent.crawl.crawl_stage import crawl
+from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.localcivitai.site import embedded_site, replay_of
-from diffagent.schemas.config import CrawlConfig, FilterConfig, RuntimeConfig
 from diffagent.schemas.payloads import MAX_DEPTH, flaw
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store.artifacts import Artifact
 from tests.conftest import ROOT
 from tests.contract.bad_records import POISONS, full_image, places, poisoned, site_of

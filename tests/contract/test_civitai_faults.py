@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffagent.crawl import crawler, refresh
+from diffagent.crawl.crawl_config import CrawlConfig
 from diffagent.crawl.crawl_stage import crawl
 from diffagent.errors import ArtifactError, CivitaiError, DiffAgentError
 from diffagent.localcivitai.faults import Faults, Profile
-from diffagent.schemas.config import CrawlConfig, RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store.artifacts import Artifact
 from tests.conftest import file_size_limit
 from tests.contract.conftest import synthetic_image, synthetic_model

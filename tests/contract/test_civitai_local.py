@@ -17,13 +17,15 @@ from typer.testing import CliRunner
 
 from diffagent.civitai.client import CivitaiClient
 from diffagent.cli.main import app
+from diffagent.crawl.crawl_config import CrawlConfig
 from diffagent.crawl.crawl_stage import crawl
+from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.errors import ConfigError
 from diffagent.localcivitai.site import embedded_site
 from diffagent.localcivitai.sources import open_source, synthetic_id
 from diffagent.localcivitai.sources.local import Hashes, hash_file, look, model_files
-from diffagent.schemas.config import CrawlConfig, FilterConfig, RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store.artifacts import Artifact, open_artifact
 from diffagent.t2i.catalogue import SYNTHETIC
 from tests.conftest import ROOT

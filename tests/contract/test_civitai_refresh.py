@@ -14,13 +14,14 @@ import pytest
 
 from diffagent.civitai.client import CivitaiClient
 from diffagent.civitai.pagination import Page
+from diffagent.crawl.crawl_config import CrawlConfig
 from diffagent.crawl.crawl_stage import crawl
 from diffagent.errors import CivitaiError, Forbidden, NotFound, ServerError
 from diffagent.localcivitai.faults import Faults, Profile
 from diffagent.localcivitai.replay import Replay
 from diffagent.localcivitai.server import serve
-from diffagent.schemas.config import CrawlConfig, RuntimeConfig
 from diffagent.schemas.payloads import content
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store.artifacts import Artifact
 from tests.contract.conftest import IMAGES, MODELS, synthetic_image, synthetic_model
 from tests.contract.test_civitai_crawl import ALL, HOSTILE, rows

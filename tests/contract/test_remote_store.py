@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from diffagent.errors import ArtifactError
-from diffagent.schemas.config import RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import object_store
 from diffagent.store.artifacts import artifact_directory, open_artifact, verify_artifact
 from tests.conftest import ROOT
@@ -64,7 +64,7 @@ def builder(tmp_path: Path, machine: str, before: str = "") -> list[str]:
     """A command that builds the toy artefact on a machine of its own; ``before`` runs first."""
     code = textwrap.dedent(f"""
         from pathlib import Path
-        from diffagent.schemas.config import RuntimeConfig
+        from diffagent.schemas.runtime import RuntimeConfig
         from tests.store.test_artifacts import Words, write_words
         {before}
         runtime = RuntimeConfig(store={STORE!r}, cache={str(tmp_path / machine)!r})

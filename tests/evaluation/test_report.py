@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from diffagent.errors import ArtifactError
+from diffagent.evaluation.evaluate_config import EvaluationConfig
 from diffagent.evaluation.report import (
     SANDBOX_NOTE,
     evaluate,
@@ -23,7 +24,7 @@ from diffagent.evaluation.report import (
     read_metrics,
     summary_markdown,
 )
-from diffagent.schemas.config import EvaluationConfig, JudgesConfig
+from diffagent.rewards.judge_config import JudgesConfig
 from diffagent.schemas.tables import EVALUATION, JUDGEMENTS
 from diffagent.store.artifacts import Artifact
 from diffagent.store.lineage import ancestors, lineage_lines

@@ -24,14 +24,16 @@ from diffagent.errors import Forbidden, RenderError, ServerError
 from diffagent.render import render_stage
 from diffagent.render.pnginfo import read_png
 from diffagent.render.recipe import Recipe
+from diffagent.render.render_config import RenderConfig
 from diffagent.render.render_stage import REASONS, render
 from diffagent.render.renderer import Files
 from diffagent.rewards import score_stage
 from diffagent.rewards.image_batches import Preparation
+from diffagent.rewards.score_config import RewardsConfig, ScorerConfig
 from diffagent.rewards.score_stage import score
 from diffagent.rewards.unified import MetricReference
 from diffagent.schemas.api import T2IAPI, LoRA, Params
-from diffagent.schemas.config import RenderConfig, RewardsConfig, RuntimeConfig, ScorerConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.tables import CANDIDATES, RENDERS, SCORES
 from diffagent.store.artifacts import Artifact, sha256_file
 from diffagent.t2i.catalogue import Catalogue, Entry
@@ -311,7 +313,8 @@ KILLED = """
 import os, pathlib, signal, sys
 from diffagent.store.artifacts import Artifact, sha256_file
 from diffagent.render import stage
-from diffagent.schemas.config import RenderConfig, RuntimeConfig
+from diffagent.render.render_config import RenderConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from tests.render.test_render_stage import Painter
 
 written = 0

@@ -11,10 +11,10 @@ from PIL import Image
 from diffagent import compat
 from diffagent.errors import ConfigError, ScoreError
 from diffagent.rewards.convert import main as convert
+from diffagent.rewards.judge_config import JudgesConfig
 from diffagent.rewards.judges import AestheticScorer, PickScoreScorer
 from diffagent.rewards.load import judge_files, load_judges, sandbox_directory
 from diffagent.rewards.scorer import Runtime
-from diffagent.schemas.config import JudgesConfig
 
 compat.install()
 

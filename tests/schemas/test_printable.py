@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from diffagent.cli.main import app
+from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.dabench.filter.model_filters import base_model
 from diffagent.render.files.model_cache import ModelCache
-from diffagent.schemas.config import FilterConfig
 from diffagent.schemas.payloads import Drift
 from diffagent.schemas.printable import PrintableFormatter, printable, printable_json
 

@@ -10,7 +10,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffagent.schemas.config import ConfigFileError, load_config
+from diffagent.errors import ConfigError
+from diffagent.run_config import load_config
 from diffagent.schemas.yaml_file import YamlError, parse_yaml
 
 REWARDS = "rewards: {scorers: [{name: clip, model: tiny}], unify: chatgen}\n"
@@ -53,7 +54,7 @@ CHAIN = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1,
 def test_each_fault_has_its_place_on_one_line(data: bytes, words: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(data)
-    with pytest.raises(ConfigFileError, match=words) as caught:
+    with pytest.raises(ConfigError, match=words) as caught:
         load_config(path)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
     assert len(str(caught.value)) < 500
@@ -71,11 +72,11 @@ def test_references_and_merges_are_yaml_that_works(tmp_path: Path) -> None:
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         path.write_text(REWARDS + "crawl: {site: 'dump:caf\u00e9'}\n", encoding=encoding)
         assert load_config(path).crawl.site == "dump:caf\u00e9"
-    with pytest.raises(ConfigFileError, match="No such file"):
+    with pytest.raises(ConfigError, match="No such file"):
         load_config(tmp_path / "absent.yaml")
-    with pytest.raises(ConfigFileError, match="Is a directory"):
+    with pytest.raises(ConfigError, match="Is a directory"):
         load_config(tmp_path)
-    with pytest.raises(ConfigFileError, match="null byte"):
+    with pytest.raises(ConfigError, match="null byte"):
         load_config("a\0b")
 
 
@@ -126,6 +127,6 @@ def test_a_wrong_key_or_text_is_named_with_the_right_one(
 ) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text if "rewards" in text else REWARDS + text)
-    with pytest.raises(ConfigFileError, match=words) as caught:
+    with pytest.raises(ConfigError, match=words) as caught:
         load_config(path)
     assert len(str(caught.value).splitlines()) <= 4 and "\x1b" not in str(caught.value)

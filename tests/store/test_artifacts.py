@@ -23,7 +23,9 @@ from diffagent.store.artifacts import Artifact, StageContext, StageResult, canon
 from diffagent.store.child import run_in_child
 from diffagent.errors import ArtifactError, ServerError, TrainingError
 from diffagent.store.lineage import lineage_lines
-from diffagent.schemas.config import ConfigFileError, RuntimeConfig, load_config
+from diffagent.errors import ConfigError
+from diffagent.run_config import load_config
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.manifest import Funnel, FunnelStep
 from tests.conftest import file_size_limit
 
@@ -150,7 +152,7 @@ def test_kill_9_then_the_same_command(tmp_path: Path, kill_after: int) -> None:
     script = textwrap.dedent(
         """
         import sys
-        from diffagent.schemas.config import ConfigFileError, RuntimeConfig, load_config
+        from diffagent.schemas.runtime import RuntimeConfig
         from tests.store.test_artifacts import Words, write_words
         print(write_words.run(Words(), {}, RuntimeConfig(store=sys.argv[1])).model_dump_json())
         """
@@ -328,6 +330,6 @@ def test_the_cache_of_a_remote_store_has_a_bound(
 def test_credentials_in_the_address_of_a_store_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("rewards: {scorers: [], unify: chatgen}\nruntime: {store: 's3://id:key@b/c'}")
-    with pytest.raises(ConfigFileError, match="environment alone") as caught:
+    with pytest.raises(ConfigError, match="environment alone") as caught:
         load_config(path)
     assert "key" not in str(caught.value)

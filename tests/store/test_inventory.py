@@ -14,7 +14,7 @@ from diffagent.cli import main
 from diffagent.store.artifacts import Artifact, StageContext, StageResult, artifact_directory, open_artifact, stage
 from diffagent.errors import ArtifactError, ConfigError
 from diffagent.store.lineage import lineage_lines
-from diffagent.schemas.config import RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from tests.store.test_artifacts import Words
 
 site = {"text": "one"}

@@ -13,7 +13,7 @@ import uvicorn
 
 from diffagent.store.artifacts import Artifact, StageContext, StageResult, stage
 from diffagent.store.store_server import create_app
-from diffagent.schemas.config import RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.manifest import Manifest
 from tests.flows.toy_stages import Number
 

@@ -13,7 +13,7 @@ import pytest
 from diffagent.store import wholeness
 from diffagent.store.artifacts import Artifact, StageContext, StageResult, open_artifact, stage, verify_artifact
 from diffagent.errors import ArtifactError, DamagedArtifact
-from diffagent.schemas.config import RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from tests.store.test_artifacts import Words, two_machines, write_words
 
 calls: list[str] = []

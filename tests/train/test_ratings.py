@@ -10,9 +10,10 @@ import torch
 
 from diffagent.agent.lm.llm import load_agent
 from diffagent.errors import SchemaError
-from diffagent.schemas.config import RatingsConfig, RRHFConfig
 from diffagent.train.ratings import import_ratings, read_ratings, response
+from diffagent.train.ratings_config import RatingsConfig
 from diffagent.train.rrhf import rank
+from diffagent.train.rrhf_config import RRHFConfig
 from diffagent.train.stages import train_rrhf
 from tests.conftest import AgentRun
 

@@ -23,10 +23,11 @@ from transformers import (
 from diffagent.agent.lm.format import Example
 from diffagent.agent.lm.llm import load_agent
 from diffagent.errors import TrainingError
-from diffagent.schemas.config import RuntimeConfig, SFTConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store.artifacts import Artifact
 from diffagent.train import fit, sft
 from diffagent.train.sandbox_llama import build_tokenizer
+from diffagent.train.sft_config import SFTConfig
 from diffagent.train.stages import train_sft
 from tests.agent.agent_world import make_world
 from tests.conftest import AgentRun

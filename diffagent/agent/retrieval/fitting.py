@@ -38,6 +38,7 @@ from diffagent.agent.retrieval.experts import (
     Votes,
     card_texts,
 )
+from diffagent.agent.retrieval.fit_config import FitConfig, FittedSelector
 from diffagent.agent.retrieval.heads import fit_bag, fit_model_token
 from diffagent.agent.retrieval.mixture import Mixture, fit_mixture
 from diffagent.agent.retrieval.parameters import Parameters
@@ -45,7 +46,7 @@ from diffagent.agent.retrieval.ranked import Ranked
 from diffagent.agent.retrieval.terms import Floats, Index, Terms
 from diffagent.agent.retrieval.training_calls import Calls, read_rows
 from diffagent.errors import ArtifactError, ConfigError
-from diffagent.schemas.config import FitConfig, FittedSelector, RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store.artifacts import Artifact, StageContext, StageResult, stage
 from diffagent.t2i.catalogue import Catalogue
 

@@ -28,10 +28,11 @@ from diffagent.agent.lm.llm import Agent, load_agent
 from diffagent.agent.retrieval.fitting import fitted_selector
 from diffagent.agent.retrieval.mixture import fit_weights
 from diffagent.agent.retrieval.ranked import Ranked
+from diffagent.agent.retrieval.rerank_config import RerankConfig
 from diffagent.agent.retrieval.training_calls import read_rows
 from diffagent.agent.selector import Choice
 from diffagent.errors import ArtifactError
-from diffagent.schemas.config import RerankConfig, RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store.artifacts import Artifact, StageContext, StageResult, stage
 from diffagent.t2i.catalogue import Catalogue
 

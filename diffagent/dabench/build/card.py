@@ -25,7 +25,7 @@ from diffagent.dabench import columns
 from diffagent.t2i.base_models import base_model_of
 from diffagent.t2i.catalogue import Catalogue
 from diffagent.dabench.tools.layout import one_line
-from diffagent.schemas.config import DABenchConfig
+from diffagent.dabench.build.shard_config import DABenchConfig
 from diffagent.schemas.tables import CATALOGUE, DABENCH
 from diffagent.schemas.manifest import Funnel
 

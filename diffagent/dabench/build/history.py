@@ -36,7 +36,8 @@ from diffagent.dabench.build.splits import NO_SPLIT, SPLITS, Assignment, Codes, 
 from diffagent.dabench.parquet_tables import write_table
 from diffagent.errors import ArtifactError
 from diffagent.store.object_store import list_remote, read_remote
-from diffagent.schemas.config import DABenchConfig, RuntimeConfig
+from diffagent.dabench.build.shard_config import DABenchConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.tables import DECISIONS
 from diffagent.schemas.manifest import SCHEMA_VERSION, InputRef, Manifest
 

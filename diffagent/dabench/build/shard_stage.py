@@ -25,7 +25,7 @@ from diffagent.dabench.build.neighbours import Flags, Ints
 from diffagent.dabench.build.splits import NO_SPLIT, SPLITS, Codes, Prints, Split, random_splits
 from diffagent.dabench.parquet_tables import TableWriter, read_batches, read_rows, table_writer, write_table
 from diffagent.errors import ArtifactError
-from diffagent.schemas.config import DABenchConfig
+from diffagent.dabench.build.shard_config import DABenchConfig
 from diffagent.schemas.tables import DABENCH, RECORDS
 from diffagent.schemas.manifest import Funnel
 

@@ -33,7 +33,7 @@ import pyarrow as pa
 from diffagent.dabench.build.neighbours import Flags, Groups, Int32s, Ints, Join, SetStore, Words, mix, ranges
 from diffagent.dabench.parquet_tables import read_batches
 from diffagent.errors import ArtifactError
-from diffagent.schemas.config import DABenchConfig
+from diffagent.dabench.build.shard_config import DABenchConfig
 from diffagent.schemas.tables import PRINTS
 
 Split = Literal["train", "validation", "test"]

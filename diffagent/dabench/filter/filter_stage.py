@@ -11,6 +11,7 @@ import orjson
 
 from diffagent.crawl.snapshot import read_lines
 from diffagent.dabench.filter.batches import Collector, batches, sift
+from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.dabench.filter.funnel import FunnelCounter
 from diffagent.dabench.filter.model_filters import ModelSift
 from diffagent.dabench.filter.records import DUPLICATE, PairBuilder
@@ -19,7 +20,6 @@ from diffagent.dabench.filter.snapshot_rows import read_generations, read_gone, 
 from diffagent.dabench.parquet_tables import table_writer, write_table
 from diffagent.errors import ArtifactError
 from diffagent.parallel import ordered_map
-from diffagent.schemas.config import FilterConfig
 from diffagent.schemas.tables import PRINTS, RECORDS
 from diffagent.store.artifacts import StageContext, StageResult, stage
 from diffagent.t2i.catalogue import Catalogue, rename

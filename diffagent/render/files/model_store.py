@@ -27,7 +27,7 @@ from diffagent.render.files.model_cache import ModelCache
 from diffagent.t2i.weights import check_weights
 
 if TYPE_CHECKING:
-    from diffagent.schemas.config import RuntimeConfig
+    from diffagent.schemas.runtime import RuntimeConfig
 
 log = logging.getLogger(__name__)
 

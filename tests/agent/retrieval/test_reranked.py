@@ -13,6 +13,7 @@ from diffagent.agent.decoding.grammar import name_text
 from diffagent.agent.decoding.trie import encode_texts
 from diffagent.agent.lm.llm import Agent, load_agent
 from diffagent.agent.opening import open_selector
+from diffagent.agent.retrieval.rerank_config import RerankConfig
 from diffagent.agent.retrieval.reranked import (
     Reranked,
     fit_reranker,
@@ -21,7 +22,6 @@ from diffagent.agent.retrieval.reranked import (
 )
 from diffagent.agent.selector import Choice
 from diffagent.errors import ArtifactError, ConfigError
-from diffagent.schemas.config import RerankConfig
 from tests.agent.agent_world import NAMES, make_world
 from tests.conftest import AgentRun
 

@@ -25,7 +25,9 @@ from diffagent.dabench.tools.layout import one_line
 from diffagent.dabench.build.shard_stage import build_dabench
 from diffagent.dabench.build.splits import SPLITS
 from diffagent.dabench.tools.dataset_checks import verify_dabench
-from diffagent.schemas.config import DABenchConfig, FilterConfig, RuntimeConfig
+from diffagent.dabench.build.shard_config import DABenchConfig
+from diffagent.dabench.filter.filter_config import FilterConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.tables import CATALOGUE, DABENCH
 from tests.dabench.dabench_records import hashes, image, model, snapshot, version
 from tests.dabench.build.test_history import edit_manifest

@@ -31,7 +31,9 @@ from diffagent.dabench.tools.dataset_checks import verify_dabench
 from diffagent.errors import ArtifactError
 from diffagent.store.inventory import read_inventory, superseded
 from diffagent.store.lineage import ancestors, lineage_lines
-from diffagent.schemas.config import DABenchConfig, FilterConfig, RuntimeConfig
+from diffagent.dabench.build.shard_config import DABenchConfig
+from diffagent.dabench.filter.filter_config import FilterConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.tables import DECISIONS
 from tests.dabench.dabench_records import image, model, snapshot
 from tests.dabench.dabench_sets import sign

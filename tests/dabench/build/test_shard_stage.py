@@ -24,7 +24,9 @@ from diffagent.dabench.build.shard_stage import KNOWN_APART, build_dabench, read
 from diffagent.dabench.build.splits import SPLITS
 from diffagent.dabench.parquet_tables import read_rows, table_writer, write_table
 from diffagent.errors import ArtifactError, NotFound
-from diffagent.schemas.config import DABenchConfig, FilterConfig, RuntimeConfig
+from diffagent.dabench.build.shard_config import DABenchConfig
+from diffagent.dabench.filter.filter_config import FilterConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.tables import DABENCH, PRINTS
 from tests.conftest import reseal
 from tests.dabench.dabench_records import image, model, snapshot, version

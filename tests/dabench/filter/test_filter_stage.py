@@ -13,14 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.dabench.filter.model_filters import ModelSift
 from diffagent.dabench.filter.records import Dropped, PairBuilder
 from diffagent.dabench.filter.resolve import Resolver
 from diffagent.errors import ArtifactError
 from diffagent.schemas.api import parse_api
-from diffagent.schemas.config import FilterConfig, RuntimeConfig
 from diffagent.schemas.manifest import Funnel
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.tables import CATALOGUE, PRINTS, RECORDS
 from diffagent.store.artifacts import Artifact
 from diffagent.t2i.catalogue import Catalogue, rename

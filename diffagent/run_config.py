@@ -1,0 +1,140 @@
+"""Configuration of a whole run: its sections, and how a YAML file is read and checked."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError, model_validator
+
+from diffagent.agent.sample_config import SamplingConfig
+from diffagent.crawl.crawl_config import CrawlConfig
+from diffagent.dabench.build.shard_config import DABenchConfig
+from diffagent.dabench.filter.filter_config import FilterConfig
+from diffagent.errors import ConfigError
+from diffagent.evaluation.evaluate_config import EvaluationConfig
+from diffagent.render.render_config import RenderConfig
+from diffagent.rewards.judge_config import JudgesConfig
+from diffagent.rewards.score_config import RewardsConfig
+from diffagent.schemas.runtime import RuntimeConfig
+from diffagent.schemas.section import Section
+from diffagent.schemas.yaml_file import YamlError, read_yaml
+from diffagent.train.rrhf_config import RRHFConfig
+from diffagent.train.sft_config import SFTConfig
+
+
+class RunConfig(Section):
+    """The whole run."""
+
+    crawl: CrawlConfig = CrawlConfig()
+    filters: FilterConfig = FilterConfig()
+    dabench: DABenchConfig = DABenchConfig()
+    sft: SFTConfig = SFTConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    render: RenderConfig = RenderConfig()
+    rewards: RewardsConfig
+    rrhf: RRHFConfig = RRHFConfig()
+    judges: JudgesConfig = JudgesConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    runtime: RuntimeConfig = RuntimeConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        if self.dabench.validation_fraction + self.dabench.test_fraction >= 1:
+            raise ValueError("dabench: validation_fraction + test_fraction must be below 1")
+        if self.rewards.unify == "zscore" and not self.rewards.reference:
+            raise ValueError("rewards.reference is needed for unify: zscore")
+        return self
+
+
+def _told(value: Any) -> str:
+    """A value for a message: the start of it, without what a URI has of credentials."""
+    text = re.sub("//.*@", "//***@", repr(value))
+    text = re.sub("(//[^?]*[?]).*", r"\1***", text)
+    return f"{text:.60}"
+
+
+def _key(loc: tuple[int | str, ...]) -> str:
+    """A dotted key as a person wrote it, on one line."""
+    names = (
+        part if re.fullmatch(r"[\w-]{1,60}", part) else f"{part!r:.60}" for part in map(str, loc)
+    )
+    return ".".join(names) or "config"
+
+
+def _suggestion(error: Any) -> str:
+    """The key that an unknown one was meant to be, where one is like it."""
+    *parents, key = error["loc"] or ("",)
+    if error["type"] != "extra_forbidden":
+        return ""
+    names = _keys_at(RunConfig, [part for part in parents if isinstance(part, str)])
+    like = difflib.get_close_matches(str(key), names, n=1, cutoff=0.6)
+    if like:
+        return f"; did you mean {like[0]!r}?"
+    elsewhere = [
+        f"{section}.{key}"
+        for section in RunConfig.model_fields
+        if key in _keys_at(RunConfig, [section])
+    ]
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]!r}?"
+    return f"; there are: {', '.join(sorted(names))}" if names else ""
+
+
+def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
+    """Names of the fields of the section that ``path`` leads to; none where it leads elsewhere."""
+    for name in path:
+        field = model.model_fields.get(name)
+        kinds = [field.annotation, *get_args(field.annotation)] if field else []
+        models = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not models:
+            return []
+        model = models[0]
+    return list(model.model_fields)
+
+
+def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> RunConfig:
+    """Read a YAML file; ``overrides`` maps dotted keys ('runtime.store') to values.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or any field is wrong (all are listed).
+    """
+    try:
+        data = read_yaml(Path(path))
+    except OSError as error:
+        raise ConfigError(f"cannot read {str(path)!r}: {error.strerror}") from None
+    except (YamlError, ValueError) as error:  # a path with a NUL is a ValueError
+        raise ConfigError(f"{str(path)!r} cannot be read as YAML: {error}") from None
+    if data is not None and not isinstance(data, dict):
+        raise ConfigError(f"{str(path)!r} must be a mapping of sections, got {data!r:.80}")
+    return configure(data or {}, overrides, path)
+
+
+def configure(
+    data: dict[str, Any], overrides: dict[str, Any] | None, path: str | Path
+) -> RunConfig:
+    """Check settings, changed by ``overrides``; ``path`` is their name in messages.
+
+    Raises:
+        ConfigError: a field is wrong (all are listed).
+    """
+    for dotted, value in (overrides or {}).items():
+        *parents, leaf = dotted.split(".")
+        target = data
+        for key in parents:
+            target = target.setdefault(key, {})
+            if not isinstance(target, dict):
+                raise ConfigError(f"cannot set {dotted!r}: {key!r} is {_told(target)}")
+        target[leaf] = value
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        problems = [
+            f"  {_key(e['loc'])}: {e['msg']} (got {_told(e['input'])}){_suggestion(e)}"
+            for e in error.errors()
+        ]
+        raise ConfigError(
+            "\n".join([f"{str(path)!r}: {len(problems)} problem(s)", *problems])
+        ) from None
