@@ -113,7 +113,7 @@ def _line(item: dict[str, Any]) -> bytes:
 
 def build(snapshot: Artifact, store: str) -> dict[str, Any]:
     """Build once, in this process."""
-    runtime = RuntimeConfig(store=store, workers=WORKERS)
+    runtime = RuntimeConfig(store=store, tasks={"workers": WORKERS})
     started, cpu = time.perf_counter(), cpu_seconds()
     filtered = filter_records.run(FilterConfig(), {"snapshot": [snapshot]}, runtime)
     between, cpu = time.perf_counter(), cpu_seconds() - cpu

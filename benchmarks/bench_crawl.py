@@ -69,7 +69,7 @@ class Bench:
         config = CrawlConfig(
             site=f"dump:{self.dump}", model_types=(), image_source=source, max_models=limit
         )
-        settings = RuntimeConfig(store=str(self.store), **runtime)
+        settings = RuntimeConfig(store=str(self.store), site=runtime)
         started = time.monotonic()
         made = crawl.run(config, {}, settings, site_url=self.url, refresh=refresh)
         return made, time.monotonic() - started

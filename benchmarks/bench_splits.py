@@ -96,7 +96,7 @@ def main(directory: Path) -> None:
 
 def sandbox_dabench(folder: Path) -> Path:
     """A dataset of the sandbox's records."""
-    runtime = RuntimeConfig(store=str(folder), requests_per_second=1000)
+    runtime = RuntimeConfig(store=str(folder), site={"requests_per_second": 1000})
     with embedded_site("sandbox") as url:
         snapshot = crawl.run(CrawlConfig(site="sandbox"), {}, runtime, site_url=url)
     filtered = filter_records.run(FilterConfig(), {"snapshot": [snapshot]}, runtime)

@@ -55,7 +55,7 @@ def ordered_map(
             except BrokenProcessPool:
                 raise DiffAgentError(
                     f"one of {workers} worker processes was killed, most often for want of "
-                    "memory; run the command again, with a smaller runtime.workers"
+                    "memory; run the command again, with a smaller runtime.tasks.workers"
                 ) from None
             for item in itertools.islice(left, 1):
                 waiting.append(pool.submit(_run, item))

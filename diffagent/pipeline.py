@@ -390,7 +390,7 @@ def open_site(config: RunConfig) -> contextlib.AbstractContextManager[str]:
 
     site: contextlib.AbstractContextManager[str] = embedded_site(
         config.crawl.site,
-        config.runtime.faults,
+        config.runtime.site.faults,
         config.runtime.local_store / "local-files.json",
     )
     return site

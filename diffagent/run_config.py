@@ -64,9 +64,39 @@ def _key(loc: tuple[int | str, ...]) -> str:
     return ".".join(names) or "config"
 
 
+#: Former keys of ``runtime`` -> their names in its sections.
+_RENAMED = {
+    "cache": "cache.directory",
+    "models": "models.directory",
+    "cache_gb": "cache.max_gb",
+    "models_max_gb": "models.max_gb",
+    "model_folders": "models.folders",
+    "max_downloads": "models.max_downloads",
+    "workers": "tasks.workers",
+    "runner": "tasks.runner",
+    "ray_gpus": "tasks.ray_gpus",
+    "lost_after_seconds": "tasks.lost_after_seconds",
+    "stage_timeout_seconds": "tasks.timeout_seconds",
+    "requests_per_second": "site.requests_per_second",
+    "crawl_threads": "site.threads",
+    "crawl_budget_seconds": "site.budget_seconds",
+    "refresh_share": "site.refresh_share",
+    "reconcile": "site.reconcile",
+    "faults": "site.faults",
+    "render_url": "render_server.url",
+    "render_timeout_seconds": "render_server.timeout_seconds",
+    "server_models": "render_server.models",
+    "decode_threads": "scoring.decode_threads",
+    "compile_scorers": "scoring.compile",
+}
+
+
 def _suggestion(error: Any) -> str:
     """The key that an unknown one was meant to be, where one is like it."""
     *parents, key = error["loc"] or ("",)
+    renamed = _RENAMED.get(str(key)) if parents == ["runtime"] else None
+    if renamed and error["type"] in ("extra_forbidden", "model_type"):
+        return f"; it is now 'runtime.{renamed}'"
     if error["type"] != "extra_forbidden":
         return ""
     names = _keys_at(RunConfig, [part for part in parents if isinstance(part, str)])

@@ -28,7 +28,7 @@ def configure(config: str, overrides: Mapping[str, Any] | None) -> RunConfig:
     """The run's configuration from the flow's parameters; other processes find its store."""
     settings = load_config(config, dict(overrides or {}))
     runtime = settings.runtime
-    if runtime.runner == "threads" or runtime.remote:
+    if runtime.tasks.runner == "threads" or runtime.remote:
         return settings
     absolute = runtime.model_copy(update={"store": str(Path(runtime.store).resolve())})
     return settings.model_copy(update={"runtime": absolute})
@@ -45,7 +45,7 @@ def run_group(config: RunConfig, group: Group, *, refresh: bool = False) -> dict
     nodes = pipeline.upstream(nodes, mine)  # to look for more would import what it takes to train
     found = find_cached(nodes, config)
     done = {key: found[key] for key in _needed(nodes, mine, found)}
-    spread = config.runtime.runner != "threads" and any(node.spread for node in mine.values())
+    spread = config.runtime.tasks.runner != "threads" and any(node.spread for node in mine.values())
     talks = any(node.site and (refresh or key not in found) for key, node in mine.items())
     with (
         open_site(config) if talks and not spread else contextlib.nullcontext("") as site_url,
@@ -92,14 +92,16 @@ def run_one(config: RunConfig, key: str) -> Artifact:
 
 def _runner(runtime: RuntimeConfig, nodes: int, *, spread: bool) -> TaskRunner[Any]:
     """What runs the tasks of a group: threads, which may wait for Prefect workers, or Ray."""
-    if not spread or runtime.runner == "workers":
-        return ThreadPoolTaskRunner[Artifact](max_workers=nodes if spread else runtime.workers)
+    if not spread or runtime.tasks.runner == "workers":
+        return ThreadPoolTaskRunner[Artifact](
+            max_workers=nodes if spread else runtime.tasks.workers
+        )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         from prefect_ray import RayTaskRunner
     except ImportError:
         raise ConfigError(
-            "runtime.runner: ray needs the extra: pip install 'diffagent[ray]'"
+            "runtime.tasks.runner: ray needs the extra: pip install 'diffagent[ray]'"
         ) from None
     runner: TaskRunner[Any] = RayTaskRunner()
     return runner
@@ -107,11 +109,13 @@ def _runner(runtime: RuntimeConfig, nodes: int, *, spread: bool) -> TaskRunner[A
 
 def _resources(node: Node, runtime: RuntimeConfig) -> contextlib.AbstractContextManager[Any]:
     """What Ray reserves for a node."""
-    if runtime.runner != "ray" or node.queue != "gpu" or not runtime.ray_gpus:
+    if runtime.tasks.runner != "ray" or node.queue != "gpu" or not runtime.tasks.ray_gpus:
         return contextlib.nullcontext()
     from prefect_ray.context import remote_options
 
-    options: contextlib.AbstractContextManager[Any] = remote_options(num_gpus=runtime.ray_gpus)
+    options: contextlib.AbstractContextManager[Any] = remote_options(
+        num_gpus=runtime.tasks.ray_gpus
+    )
     return options
 
 

@@ -1,4 +1,4 @@
-"""One stage, or one shard of it: what a flow with ``runtime.runner: workers`` asks of a worker."""
+"""The flow ``run-stage``: one node of the plan, for flows with the runner ``workers``."""
 
 from __future__ import annotations
 
@@ -23,6 +23,6 @@ def run_stage(key: str, config: dict[str, Any]) -> State[None]:
         config: the whole ``diffagent.run_config.RunConfig``.
     """
     settings = RunConfig.model_validate(config)
-    with heartbeat(flow_run.id, settings.runtime.lost_after_seconds):
+    with heartbeat(flow_run.id, settings.runtime.tasks.lost_after_seconds):
         artifact = run_one(settings, key)
     return Completed(message=f"{key} is in {artifact.location}.")

@@ -127,7 +127,7 @@ def stage_task(name: str) -> Task[..., Artifact]:
         refresh: bool = False,
     ) -> Artifact:
         node: Node = pipeline.plan(config)[key]
-        if node.spread and config.runtime.runner == "workers":
+        if node.spread and config.runtime.tasks.runner == "workers":
             return run_on_worker(node, config, inputs)
         began = datetime.now(UTC)
         with site_of(node, config, inputs, site_url) as url:

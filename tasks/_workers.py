@@ -99,7 +99,8 @@ def run_on_worker(node: Node, config: RunConfig, inputs: Inputs) -> Artifact:
     stage = load_stage(node)
     if found := stage.cached(node.config, inputs, config.runtime):
         return found
-    local = config.runtime.model_copy(update={"runner": "threads"})
+    tasks = config.runtime.tasks.model_copy(update={"runner": "threads"})
+    local = config.runtime.model_copy(update={"tasks": tasks})
     try:
         run = cast(
             FlowRun,
@@ -120,7 +121,7 @@ def run_on_worker(node: Node, config: RunConfig, inputs: Inputs) -> Artifact:
             f"'prefect worker start --pool diffagent --work-queue {node.queue}' on each machine"
         ) from None
     with get_client(sync_client=True) as client:
-        state = _watch(client, run, config.runtime.lost_after_seconds)
+        state = _watch(client, run, config.runtime.tasks.lost_after_seconds)
     if not state.is_completed():
         failure = ArtifactError(f"on a worker: {state.message or state.name}")
         failure.retryable = state.is_crashed()

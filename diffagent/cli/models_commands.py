@@ -38,7 +38,7 @@ Config = Annotated[
 ]
 Models = Annotated[
     Path | None,
-    typer.Option("--models", metavar="DIR", help="The cache; default runtime.models."),
+    typer.Option("--models", metavar="DIR", help="The cache; default runtime.models.directory."),
 ]
 Folders = Annotated[
     list[Path] | None,
@@ -130,7 +130,7 @@ def list_models(config: Config = None, models: Models = None, as_json: AsJSON = 
         told = ", ".join(name for name, holds in states.items() if holds)
         name = printable(f"{file.model} {file.air}".strip())
         typer.echo(f"{file.sha256[:10]}  {file.size / 1e9:8.3f} GB  {used}  {told:<10}  {name}")
-    limit = f" of {runtime.models_max_gb:g}" if runtime.models_max_gb else ""
+    limit = f" of {runtime.models.max_gb:g}" if runtime.models.max_gb else ""
     total = sum(file.size for file in files) / 1e9
     typer.echo(f"{len(files)} files, {total:.3f}{limit} GB in {runtime.models_directory}")
 
@@ -170,7 +170,7 @@ def evict(
     from diffagent.errors import ConfigError
 
     runtime = _runtime(config, models, limit_gb=limit_gb)
-    if not which and runtime.models_max_gb is None:
+    if not which and runtime.models.max_gb is None:
         raise ConfigError("evict needs models, or --limit-gb")
     cache = _cache(runtime)
     if which:
@@ -263,18 +263,19 @@ def _runtime(
     from diffagent.schemas.runtime import RuntimeConfig
 
     runtime = load_config(config).runtime if config else RuntimeConfig()
-    given: dict[str, Any] = {
-        "models": str(models) if models else None,
-        "model_folders": tuple(map(str, folders)) if folders else None,
-        "models_max_gb": limit_gb,
+    options: dict[str, Any] = {
+        "directory": str(models) if models else None,
+        "folders": tuple(map(str, folders)) if folders else None,
+        "max_gb": limit_gb,
     }
-    return runtime.model_copy(update={k: v for k, v in given.items() if v is not None})
+    changes = {name: value for name, value in options.items() if value is not None}
+    return runtime.model_copy(update={"models": runtime.models.model_copy(update=changes)})
 
 
 def _cache(runtime: RuntimeConfig) -> ModelCache:
     from diffagent.render.files.model_cache import ModelCache
 
-    return ModelCache(runtime.models_directory, runtime.models_max_bytes)
+    return ModelCache(runtime.models_directory, runtime.models.max_bytes)
 
 
 @contextmanager
@@ -295,7 +296,7 @@ def _open_store(
     site = site or (load_config(config).crawl if config else CrawlConfig()).site
     with (
         embedded_site(site, cache=runtime.local_store / "local-files.json") as url,
-        client_for(url, runtime.requests_per_second) as client,
+        client_for(url, runtime.site.requests_per_second) as client,
         ModelStore.of(runtime, client) as store,
     ):
         yield store, client

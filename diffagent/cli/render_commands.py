@@ -204,7 +204,7 @@ def render(
     keep_freed_memory()
     changes: dict[str, Any] = {
         "render.seeds": seed,
-        "runtime.model_folders": [str(folder) for folder in models] if models else None,
+        "runtime.models.folders": [str(folder) for folder in models] if models else None,
     }
     run = _config(config, settings, changes)
     check_output(out)
@@ -280,7 +280,7 @@ def _refuse_unused(
     else:
         refuse_options(context, ("n",), "needs --agent DIR or --dabench DIR, which choose")
     refuse_options(context, () if context.params["models"] else ("download",), "needs --models DIR")
-    folders = run.runtime.model_folders
+    folders = run.runtime.models.folders
     refuse_options(context, () if folders else ("base_model",), "needs --models DIR")
 
 
@@ -379,7 +379,7 @@ def _models(
     from diffagent.t2i.catalogue import Catalogue
 
     entries = list(Catalogue.load(source).entries) if source else []
-    folders = [Path(folder) for folder in run.runtime.model_folders]
+    folders = [Path(folder) for folder in run.runtime.models.folders]
     if not entries and not folders:
         raise ConfigError("render needs --models DIR, or --agent DIR or --dabench DIR")
     if not folders:

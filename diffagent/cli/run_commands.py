@@ -69,7 +69,7 @@ def run(
         raise ConfigError("--until and --only exclude each other; give one of them")
     overrides = parse_overrides(settings)
     if reconcile:
-        refresh, overrides["runtime.reconcile"] = True, True
+        refresh, overrides["runtime.site.reconcile"] = True, True
     if refresh and only not in {None, "crawl"}:
         raise ConfigError("--refresh crawls the site, and --only leaves the crawl out; use --until")
     artifacts = _build(load_config(config, overrides), until, only, refresh)

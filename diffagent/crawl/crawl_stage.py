@@ -122,15 +122,15 @@ def _fetch(config: CrawlConfig, context: StageContext, journal: Path, memory: Me
     elif context.damaged:
         salvaged = salvage(context.damaged, context.out / SALVAGED, memory.ledger)
         known = Known.load(salvaged.snapshot, salvaged.missing)
-    full = runtime.reconcile or (salvaged is not None and not salvaged.complete)
-    client = client_for(context.site_url, runtime.requests_per_second)
+    full = runtime.site.reconcile or (salvaged is not None and not salvaged.complete)
+    client = client_for(context.site_url, runtime.site.requests_per_second)
     aside = context.memory.with_name(context.memory.name.removesuffix(".memory.json"))
     with client, Journal(journal, aside=aside) as pages:
         walks = Walks(
             client,
             pages,
-            threads=runtime.crawl_threads,
-            budget_seconds=runtime.crawl_budget_seconds,
+            threads=runtime.site.threads,
+            budget_seconds=runtime.site.budget_seconds,
             known=known,
         )
         request = {
@@ -147,7 +147,7 @@ def _fetch(config: CrawlConfig, context: StageContext, journal: Path, memory: Me
                 session,
                 known,
                 memory.looked_at,
-                share=runtime.refresh_share,
+                share=runtime.site.refresh_share,
                 full=full,
                 rewrite=salvaged is not None,
             )

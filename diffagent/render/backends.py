@@ -37,16 +37,18 @@ def open_renderer(
         )
     from diffagent.render.http.remote import Remote
 
-    if not runtime.render_url:
+    if not runtime.render_server.url:
         raise ConfigError(
-            f"render.backend: {config.backend} needs the server's address: runtime.render_url, or "
-            "--url"
+            f"render.backend: {config.backend} needs the server's address: set "
+            "runtime.render_server.url"
         )
-    server = Remote(runtime.render_url, seconds_per_picture=runtime.render_timeout_seconds)
+    server = Remote(
+        runtime.render_server.url, seconds_per_picture=runtime.render_server.timeout_seconds
+    )
     if config.backend == "a1111":
         from diffagent.render.http.webui import A1111Renderer
 
-        return A1111Renderer(server, names=runtime.server_models, local=local)
+        return A1111Renderer(server, names=runtime.render_server.models, local=local)
     from diffagent.render.http.comfyui import ComfyUIRenderer
 
-    return ComfyUIRenderer(server, names=runtime.server_models, local=local)
+    return ComfyUIRenderer(server, names=runtime.render_server.models, local=local)

@@ -16,7 +16,8 @@ class RenderConfig(Section):
     max_pixels: int = Field(default=1024 * 1024, ge=64 * 64, description="larger sizes are refused")
     max_failed_fraction: float = Field(default=0.1, ge=0, le=1)
     backend: Literal["diffusers", "a1111", "comfyui"] = Field(
-        default="diffusers", description="what draws; the others are servers: runtime.render_url"
+        default="diffusers",
+        description="program that draws; A1111 and ComfyUI are servers: runtime.render_server",
     )
     safety: Literal["off", "flag", "withhold"] = Field(
         default="off",

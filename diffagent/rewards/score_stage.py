@@ -87,7 +87,7 @@ def score(config: RewardsConfig, context: StageContext) -> StageResult:
     """
     runtime = context.runtime
     scorers = load_scorers(
-        config, device=str(resolve_device(runtime.device)), compiled=runtime.compile_scorers
+        config, device=str(resolve_device(runtime.device)), compiled=runtime.scoring.compile
     )
     unifier = Unifier.from_config(config, scorers)
     rows, pairs, judged = _judge_renders(scorers, context, config.batch_size)
@@ -118,7 +118,7 @@ def judge(config: JudgesConfig, context: StageContext) -> StageResult:
     """
     runtime = context.runtime
     judges = load_judges(
-        config, device=str(resolve_device(runtime.device)), compiled=runtime.compile_scorers
+        config, device=str(resolve_device(runtime.device)), compiled=runtime.scoring.compile
     )
     rows, pairs, judged = _judge_renders(judges, context, config.batch_size)
     table = to_table(rows, pairs, judged, JUDGEMENTS)
@@ -142,7 +142,7 @@ def _judge_renders(
         [prompt for prompt, _ in pairs],
         [renders.file(f"images/{recipe}.png") for _, recipe in pairs],
         batch_size=batch_size,
-        threads=context.runtime.decode_threads,
+        threads=context.runtime.scoring.decode_threads,
         progress=context.progress,
     )
     return rows, pairs, judged

@@ -687,7 +687,7 @@ def _trim(runtime: RuntimeConfig) -> None:
         return told is not None and told.content_digest == here.content_digest
 
     try:
-        local_copies.trim(runtime.local_store, int(runtime.cache_gb * 1e9), in_store)
+        local_copies.trim(runtime.local_store, int(runtime.cache.max_gb * 1e9), in_store)
     except ArtifactError as error:  # what was made is made
         log.warning("the cache %s is not trimmed: %s", runtime.local_store, error)
 

@@ -73,7 +73,7 @@ def run_in_child(
         code, last_line = _run_logged(
             [sys.executable, "-m", "diffagent.store.child_main", str(request)],
             name=name,
-            timeout=runtime.stage_timeout_seconds,
+            timeout=runtime.tasks.timeout_seconds,
             progress=progress,
         )
         if code == 0:
@@ -123,7 +123,7 @@ def _run_logged(
     if expired.is_set():
         raise ArtifactError(
             f"{name} took longer than {timeout:.0f} s and was stopped; raise "
-            "runtime.stage_timeout_seconds, or run it again to resume"
+            "runtime.tasks.timeout_seconds, or run it again to resume"
         )
     return code, last
 

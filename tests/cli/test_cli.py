@@ -47,7 +47,7 @@ def invoke(*arguments: Any) -> str:
 
 @stage("crawl", version=1, config=CrawlConfig)
 def crawl(config: CrawlConfig, context: StageContext) -> StageResult:
-    (context.out / "page").write_text("whole pages" if context.runtime.reconcile else "a page")
+    (context.out / "page").write_text("whole pages" if context.runtime.site.reconcile else "a page")
     return StageResult(rows={"models": 1234})
 
 

@@ -89,7 +89,7 @@ def test_hostile_arguments(path: tuple[str, ...], command: Any, run: Run, tmp_pa
     config.write_text(
         "crawl: {site: 'dump:/nonexistent'}\n"
         "rewards: {scorers: [{name: clip, model: sandbox}], unify: chatgen}\n"
-        f"runtime: {{store: '{tmp_path / 'store'}', crawl_budget_seconds: 1}}\n"
+        f"runtime: {{store: '{tmp_path / 'store'}', site: {{budget_seconds: 1}}}}\n"
     )
     arguments = [p for p in command.params if p.param_type_name == "argument"]
     options = [

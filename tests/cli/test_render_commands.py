@@ -339,7 +339,7 @@ def test_names_of_models(models: Path, tmp_path: Path) -> None:
         ((), '{"prompt": "a"}', "line 1 is no API call: model"),
         ((), '{"prompt": "a"', "line 1 is not JSON"),
         ((), '{"prompt": "a", "x": ' + 2000 * "[", "line 1 is not JSON"),
-        (("-m", "dream", "--set", "render.backend=a1111"), PROMPTS, "runtime.render_url"),
+        (("-m", "dream", "--set", "render.backend=a1111"), PROMPTS, "runtime.render_server.url"),
     ],
 )
 def test_what_is_wrong_is_said(  # noqa: PLR0917

@@ -114,7 +114,7 @@ def test_a_crawl_that_is_resumed_counts_the_same(
     texts: tuple[list[str], list[str]], tmp_path: Path
 ) -> None:
     models, images = texts
-    runtime = RuntimeConfig(store=str(tmp_path), crawl_budget_seconds=1e-9)
+    runtime = RuntimeConfig(store=str(tmp_path), site={"budget_seconds": 1e-9})
     with site_of(models, images) as url:
         for _ in range(50):
             try:

@@ -123,7 +123,7 @@ def folder(tmp_path: Path) -> Path:
 def run(folder: Path, store: Path, **options: Any) -> Artifact:
     config = CrawlConfig(site=f"local:{folder}", model_types=(), image_source="feed")
     with embedded_site(config.site, cache=store / "local-files.json") as url:
-        runtime = RuntimeConfig(store=str(store), **options)
+        runtime = RuntimeConfig(store=str(store), site=options)
         return crawl.run(config, {}, runtime, site_url=url, refresh=True)
 
 

@@ -79,7 +79,7 @@ def run_and_kill(
 
     thread = threading.Thread(target=killer)
     thread.start()
-    overrides = {"runtime.runner": runner, "runtime.lost_after_seconds": 20}
+    overrides = {"runtime.tasks.runner": runner, "runtime.tasks.lost_after_seconds": 20}
     state = build_dabench(str(config_file), overrides, return_state=True)
     thread.join()
     assert lost, "no two machines ran shards at once"
@@ -212,7 +212,7 @@ def test_no_deployment_is_told(config_file: Path, meeting: Path) -> None:
         for deployment in client.read_deployments():
             client.delete_deployment(deployment.id)
     Path(meeting, "go").touch()
-    state = build_dabench(str(config_file), {"runtime.runner": "workers"}, return_state=True)
+    state = build_dabench(str(config_file), {"runtime.tasks.runner": "workers"}, return_state=True)
     assert state.is_failed() and "prefect deploy --all" in state.message
     assert not shards(meeting, "started")
 
@@ -221,6 +221,6 @@ def test_a_missing_extra_is_told(
     config_file: Path, meeting: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "prefect_ray", None)
-    state = build_dabench(str(config_file), {"runtime.runner": "ray"}, return_state=True)
+    state = build_dabench(str(config_file), {"runtime.tasks.runner": "ray"}, return_state=True)
     assert state.is_failed() and "diffagent[ray]" in state.message
     assert not shards(meeting, "started")

@@ -50,7 +50,7 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.runtime = RuntimeConfig(
-            store=str(folder / "store"), models=str(folder / "models"), device="cpu"
+            store=str(folder / "store"), models={"directory": str(folder / "models")}, device="cpu"
         )
         self.entries: list[Entry] = []
         self.rows: list[dict[str, Any]] = []

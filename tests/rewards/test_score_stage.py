@@ -68,7 +68,7 @@ def make_renders(store: Path, seed: int = 0):
 @pytest.fixture(scope="module")
 def runtime(tmp_path_factory) -> RuntimeConfig:
     store = tmp_path_factory.mktemp("store")
-    return RuntimeConfig(store=str(store), device="cpu", decode_threads=2)
+    return RuntimeConfig(store=str(store), device="cpu", scoring={"decode_threads": 2})
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from diffagent.errors import ConfigError
 from diffagent.run_config import load_config
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.yaml_file import YamlError, parse_yaml
 
 REWARDS = "rewards: {scorers: [{name: clip, model: tiny}], unify: chatgen}\n"
@@ -118,7 +119,12 @@ def test_any_bytes_are_a_value_or_a_yaml_error(data: bytes | str) -> None:
         ('runtime: {store: "a\\nb"}', "runtime.store: .*holds a line end"),
         ('sft: {model: "a\\eb"}', "sft.model: .*holds the character '.x1b'"),
         ('crawl: {model_types: ["\\udc80"]}', "crawl.model_types: .*holds the character"),
-        ('runtime: {server_models: {"a\\0": b}}', "runtime.server_models: .*holds the character"),
+        (
+            'runtime: {render_server: {models: {"a\\0": b}}}',
+            "runtime.render_server.models: .*holds the character",
+        ),
+        ("runtime: {crawl_threads: 3}", "crawl_threads: .*it is now 'runtime.site.threads'"),
+        ("runtime: {models: here}", "runtime.models: .*it is now 'runtime.models.directory'"),
         ('"a\\nb\\e[31m": 1', r"'a.nb.x1b\[31m'"),
     ],
 )
@@ -130,3 +136,13 @@ def test_a_wrong_key_or_text_is_named_with_the_right_one(
     with pytest.raises(ConfigError, match=words) as caught:
         load_config(path)
     assert len(str(caught.value).splitlines()) <= 4 and "\x1b" not in str(caught.value)
+
+
+def test_every_former_key_of_runtime_names_a_setting() -> None:
+    from diffagent.run_config import _RENAMED
+
+    for key, path in _RENAMED.items():
+        section, name = path.split(".")
+        kind = RuntimeConfig.model_fields[section].annotation
+        assert name in kind.model_fields, path
+        assert key not in RuntimeConfig.model_fields or key == section

@@ -82,7 +82,7 @@ def filter_records(config: FilterConfig, context: StageContext) -> StageResult:
 def _workers(config: FilterConfig, context: StageContext) -> int:
     """Processes that read records: one when they are few, or when the site is asked in between."""
     size = sum(path.stat().st_size for path in context.one("snapshot").glob("images/*.jsonl.gz"))
-    return 1 if size < _SMALL or config.max_hash_lookups else context.runtime.workers
+    return 1 if size < _SMALL or config.max_hash_lookups else context.runtime.tasks.workers
 
 
 def _site_lookup(config: FilterConfig, context: StageContext) -> Lookup | None:
@@ -91,7 +91,7 @@ def _site_lookup(config: FilterConfig, context: StageContext) -> Lookup | None:
     from diffagent.civitai.client import client_for
     from diffagent.dabench.filter.lookup import SiteLookup
 
-    client = client_for(context.site_url, context.runtime.requests_per_second)
+    client = client_for(context.site_url, context.runtime.site.requests_per_second)
     return SiteLookup(context.out / "by-hash.jsonl", client, config.max_hash_lookups)
 
 
