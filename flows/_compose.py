@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from diffagent.run_config import RunConfig, load_config
 from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store.artifacts import Artifact
 from tasks._report import report_stages
+from tasks.stages import task_of
 
 
 def configure(config: str, overrides: Mapping[str, Any] | None) -> RunConfig:
@@ -64,7 +64,7 @@ def run_group(config: RunConfig, group: Group, *, refresh: bool = False) -> dict
                 "site_url": site_url if node.site else "",
                 "refresh": refresh and key == "crawl",
             }
-            step = _task(key).with_options(
+            step = task_of(key).with_options(
                 tags=[node.queue], refresh_cache=refresh and key == "crawl"
             )
             with _resources(node, config.runtime):
@@ -82,12 +82,8 @@ def run_one(config: RunConfig, key: str) -> Artifact:
         ArtifactError: something that it reads is not in the store.
     """
     nodes = pipeline.plan(config)
-    found = find_cached(pipeline.upstream(nodes, nodes[key].parents), config)
-    _needed(nodes, {key: nodes[key]}, found)
-    artifact: Artifact = _task(key)(
-        key=key, config=config, inputs=pipeline.node_inputs(nodes[key], found)
-    )
-    return artifact
+    inputs = pipeline.node_inputs(nodes[key], pipeline.find_inputs(nodes, [key], config))
+    return task_of(key)(key=key, config=config, inputs=inputs)
 
 
 def _runner(runtime: RuntimeConfig, nodes: int, *, spread: bool) -> TaskRunner[Any]:
@@ -135,10 +131,6 @@ def _needed(
 def _depth(nodes: Mapping[str, Node], key: str) -> int:
     """Longest way from the group's start: shards of one stage run before the next stage."""
     return 1 + max((_depth(nodes, p) for p in nodes[key].parents if p in nodes), default=0)
-
-
-def _task(key: str) -> Any:
-    return importlib.import_module(f"tasks.{key.split('-', maxsplit=1)[0]}").task
 
 
 def _wait(group: Group, futures: Mapping[str, PrefectFuture[Artifact]]) -> dict[str, str]:

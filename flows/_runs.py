@@ -34,7 +34,7 @@ from tasks._workers import end_of, heartbeat
 Body = Callable[..., State[None]]
 
 
-def pipeline_flow(name: str) -> Callable[[Body], Flow[..., State[None]]]:
+def pipeline_flow(name: str, description: str) -> Callable[[Body], Flow[..., State[None]]]:
     """Make a flow of ``body(config, overrides, ...)``.
 
     Its runs are named by what they do, tagged with their configuration, and of one deployment only
@@ -58,7 +58,9 @@ def pipeline_flow(name: str) -> Callable[[Body], Flow[..., State[None]]]:
                     blocked = _blocked(client, current, lost_after)
                     return blocked or body(*call.args)
 
-        return flow(name=name, persist_result=False, flow_run_name=run_name)(run)
+        return flow(
+            name=name, description=description, persist_result=False, flow_run_name=run_name
+        )(run)
 
     return wrap
 

@@ -22,9 +22,9 @@ from diffagent import pipeline
 from diffagent.pipeline import find_cached
 from diffagent.store.artifacts import verify_artifact
 from flows._compose import configure
-from flows.build_dabench import build_dabench
+from flows.group_flows import build_dabench
 from flows.run_stage import run_stage
-from tasks import render
+from tasks import stages
 from tests.conftest import ROOT
 from tests.flows.toy_stages import slow_plan
 
@@ -38,7 +38,10 @@ def meeting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.setenv("TOY_MEETING", str(folder))
     monkeypatch.setattr(pipeline, "plan", slow_plan)
-    monkeypatch.setattr(render, "task", render.task.with_options(retry_delay_seconds=[0, 0]))
+    impatient = stages.task_of("render-0").with_options(retry_delay_seconds=[0, 0])
+    monkeypatch.setattr(
+        stages, "_task", lambda name: impatient if name == "render" else stages.stage_task(name)
+    )
     return folder
 
 
