@@ -12,6 +12,7 @@ import typer
 from diffagent.cli.artifact_commands import app as artifact_app
 from diffagent.cli.civitai_commands import app as civitai_app
 from diffagent.cli.command_group import CommandGroup, GroupedCommand
+from diffagent.cli.config_commands import config
 from diffagent.cli.dabench_commands import app as dabench_app
 from diffagent.cli.deployment_commands import app as deployment_app
 from diffagent.cli.models_commands import app as models_app
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (run, select, render, score):
+for command in (run, select, render, score, config):
     app.command(cls=GroupedCommand)(command)
 app.add_typer(artifact_app, name="artifact")
 app.add_typer(civitai_app, name="civitai")

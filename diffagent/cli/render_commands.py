@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from diffagent.t2i.catalogue import Entry
 
 #: The released reward models, as in configs/paper.yaml.
-_REWARDS = {
+RELEASED_REWARDS = {
     "scorers": [
         {"name": "clip", "model": "ViT-L-14-quickgelu", "weights": "openai"},
         {"name": "image_reward", "model": "v1.0", "weights": "THUDM/ImageReward"},
@@ -323,7 +323,7 @@ def _config(file: Path | None, settings: list[str] | None, changes: dict[str, An
     overrides.setdefault("render.max_failed_fraction", 1.0)  # a sheet of the others is worth it
     if file:
         return load_config(file, overrides)
-    data = {"rewards": deepcopy(_REWARDS), "render": {"max_pixels": _MAX_PIXELS}}
+    data = {"rewards": deepcopy(RELEASED_REWARDS), "render": {"max_pixels": _MAX_PIXELS}}
     return configure(data, overrides, "the command line")
 
 
