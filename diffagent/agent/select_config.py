@@ -14,21 +14,22 @@ Selector = Literal["popular", "random", "nearest", "sft", "rrhf", "reranked"] | 
 
 
 class SelectConfig(Section):
-    """One selector's answers to held-out prompts: what the stage ``select`` takes."""
+    """A selector, and the held-out prompts that it answers."""
 
-    selector: Selector
-    split: Literal["validation", "test"] = "test"
-    num_prompts: int = Field(default=200, ge=1)
+    selector: Selector = Field(description="selector that answers")
+    split: Literal["validation", "test"] = Field(default="test", description="split of the prompts")
+    num_prompts: int = Field(default=200, ge=1, description="prompts, drawn by the seed")
     max_new_tokens: int | None = MAX_NEW_TOKENS
     decoding: Decoding = Field(
         default="unconstrained",
-        description="of an agent: 'unconstrained' shows what it hallucinates; 'constrained' has "
-        "valid answers alone",
+        description="of an agent: 'unconstrained' counts its hallucinations; 'constrained' gives "
+        "valid answers only",
     )
     encoder: str = Field(
         default="",
-        description="of fitted selectors: as in FitConfig; '' is MiniLM for those that need one",
+        description="sentence encoder of fitted selectors, as in FitConfig; '': MiniLM for those "
+        "that need one",
     )
     seed: int = Field(
-        default=0, ge=0, description="of the prompts drawn, of 'random' and of what is fitted"
+        default=0, ge=0, description="seed of the prompts drawn, of 'random' and of fitting"
     )

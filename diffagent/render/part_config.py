@@ -8,7 +8,7 @@ from diffagent.schemas.section import Section
 
 
 class PartConfig(Section):
-    """One part of a table of candidates: what the stage ``part`` takes."""
+    """One part of a table of candidates."""
 
-    num_parts: int = Field(ge=1)
-    part: int = Field(ge=0, description="0 .. num_parts - 1")
+    num_parts: int = Field(ge=1, description="parts of the table")
+    part: int = Field(ge=0, description="number of the part, below num_parts")

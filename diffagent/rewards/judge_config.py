@@ -11,28 +11,29 @@ from diffagent.schemas.section import Section
 
 
 class JudgeConfig(Section):
-    """One held-out judge. Its names are none of `ScorerConfig`'s: it cannot become a reward."""
+    """A held-out judge; its names differ from those of ``ScorerConfig``, so none is a reward."""
 
-    name: Literal["pick_score", "aesthetic"]
+    name: Literal["pick_score", "aesthetic"] = Field(description="kind of the judge")
     model: str = Field(
-        description="'pick_score': directory or hub id (ID@REVISION pins it) of a CLIP in "
-        "transformers' layout; "
-        "'aesthetic': open_clip name or directory of the CLIP under the head"
+        description="'pick_score': directory or hub id (ID@REVISION pins it) of a CLIP of "
+        "transformers; 'aesthetic': name in open_clip, or directory, of the CLIP below the head"
     )
-    weights: str | None = Field(default=None, description="'aesthetic': of a CLIP given by name")
-    head: str | None = Field(default=None, description="'aesthetic': file of the head")
+    weights: str | None = Field(
+        default=None, description="'aesthetic': weights of a CLIP that model names"
+    )
+    head: str | None = Field(default=None, description="'aesthetic': safetensors file of the head")
     sha256: str | None = SHA256
 
     @model_validator(mode="after")
     def _check(self) -> JudgeConfig:
         if (self.name == "aesthetic") != (self.head is not None):
-            raise ValueError("head: the file that 'aesthetic' needs, and no other judge has")
+            raise ValueError("head: 'aesthetic' needs this file, and no other judge uses it")
         return self
 
 
 class JudgesConfig(Section):
-    """Who judges the pictures of an evaluation, beside the rewards that agents are trained on."""
+    """Held-out judges of an evaluation, in addition to the rewards that agents are trained on."""
 
-    judges: tuple[JudgeConfig, ...] = ()
+    judges: tuple[JudgeConfig, ...] = Field(default=(), description="held-out judges")
     dtype: ScorerDtype = DTYPE
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=32, ge=1, description="pictures per batch")

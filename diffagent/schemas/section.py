@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
-#: No path, file or terminal can hold these as text.
+#: Characters that no path, file or terminal holds as text.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
 
@@ -20,12 +20,14 @@ def _check_characters(value: Any) -> None:
 
 
 class Section(BaseModel):
+    """A frozen part of a configuration that refuses unknown keys and control characters."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     @field_validator("*", mode="before")
     @classmethod
     def _check_text(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse control characters and lone surrogates; a section looks at its own settings."""
+        """Refuse control characters and lone surrogates; nested sections check their own."""
         kind = cls.model_fields[str(info.field_name)].annotation
         if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
             _check_characters(value)

@@ -8,6 +8,6 @@ from diffagent.schemas.section import Section
 
 
 class RatingsConfig(Section):
-    """Ratings that people gave to pictures: what the stage ``ratings`` takes."""
+    """File of ratings that people gave to pictures."""
 
-    path: str = Field(description="JSON file: see diffagent.train.ratings.read_ratings")
+    path: str = Field(description="JSON file (diffagent.train.ratings.read_ratings)")

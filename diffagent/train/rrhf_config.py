@@ -14,8 +14,8 @@ class RRHFConfig(TrainingConfig):
 
     loss: Literal["rrhf", "dpo", "simpo", "gspo"] = Field(
         default="rrhf",
-        description="ranking term: see diffagent.train.losses.ranking_loss; for the others as "
-        "published set pairs: mean and sft_weight: 0",
+        description="ranking term (diffagent.train.losses.ranking_loss); to use the other three as "
+        "published, set pairs: mean and sft_weight: 0",
     )
     formulation: Literal["packed", "padded"] = Field(
         default="packed",
@@ -23,21 +23,26 @@ class RRHFConfig(TrainingConfig):
         "can; 'padded': one row a candidate. The loss is the same",
     )
     gradient_checkpointing: float = Field(default=0.3, ge=0, le=1, description=CHECKPOINTING)
-    per_device_train_batch_size: int = Field(default=4, ge=1, description="prompts per step")
+    per_device_train_batch_size: int = Field(default=4, ge=1, description="prompts per batch")
     eval_fraction: float = Field(
         default=0.1,
         gt=0,
         lt=1,
-        description="with eval_steps: share of the ranked prompts that is measured, not trained on",
+        description="with eval_steps: share of the ranked prompts to hold out for evaluation",
     )
     rank_weight: float = Field(default=1.0, ge=0, description="weight of the ranking term")
-    sft_weight: float = Field(default=1.0, ge=0, description="weight of L_ft")
+    sft_weight: float = Field(
+        default=1.0, ge=0, description="weight of the fine-tuning term (L_ft)"
+    )
     length_normalization: bool = Field(
         default=True, description="'rrhf': equation 1 divides by |y|; 'simpo' always does"
     )
     pairs: Literal["sum", "mean"] = Field(
-        default="sum", description="equation 2 over the pairs of a prompt; 'sum' in the paper"
+        default="sum",
+        description="reduction of equation 2 over the pairs of a prompt; the paper's is 'sum'",
     )
-    margin: float = Field(default=0.0, ge=0, description="0 as in the paper; 'simpo': its gamma")
-    beta: float = Field(default=0.1, gt=0, description="'dpo', 'simpo': sharpness; 2 in SimPO")
-    clip: float = Field(default=0.2, gt=0, description="'gspo': bound of the likelihood ratio")
+    margin: float = Field(
+        default=0.0, ge=0, description="margin of a pair, 0 in the paper; gamma of 'simpo'"
+    )
+    beta: float = Field(default=0.1, gt=0, description="beta of 'dpo' and 'simpo'; SimPO uses 2")
+    clip: float = Field(default=0.2, gt=0, description="'gspo': limit of the likelihood ratio")

@@ -21,13 +21,15 @@ class SFTConfig(TrainingConfig):
     num_hidden_layers: int = Field(default=4, ge=1, description="sandbox-llama only")
     vocab_size: int = Field(default=2048, ge=300, description="sandbox-llama only: byte-level BPE")
     gradient_checkpointing: float = Field(default=0, ge=0, le=1, description=CHECKPOINTING)
-    per_device_train_batch_size: int = Field(default=16, ge=1)
-    weight_decay: float = Field(default=0.0, ge=0)
+    per_device_train_batch_size: int = Field(default=16, ge=1, description="rows of a batch")
+    weight_decay: float = Field(default=0.0, ge=0, description="weight decay of AdamW")
     batching: Literal["random", "by_length", "packed"] = Field(
         default="random",
-        description="'by_length': rows of one batch are about equally long; 'packed': a row of the "
-        "batch holds as many examples as fit into max_length, and none sees another",
+        description="'by_length': rows of a batch have about the same length; 'packed': a row "
+        "holds as many examples as fit into max_length, and no example attends to another",
     )
     eval_prompts: int = Field(
-        default=1000, ge=1, description="of the validation split, drawn by the seed"
+        default=1000,
+        ge=1,
+        description="with eval_steps: prompts of the validation split, drawn by the seed",
     )

@@ -14,12 +14,12 @@ FittedSelector = Literal[
 
 
 class FitConfig(Section):
-    """A selector that is fitted, and kept: what the stage ``fit`` takes."""
+    """Selector to fit on a dataset."""
 
-    selector: FittedSelector = "combined"
+    selector: FittedSelector = Field(default="combined", description="selector to fit")
     encoder: str = Field(
         default="",
-        description="sentence encoder: 'minilm', a directory, a hub's NAME or NAME@REVISION, '' "
-        "for none",
+        description="sentence encoder: 'minilm', a directory, or NAME or NAME@REVISION on the hub; "
+        "'': none",
     )
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="seed of the fitting")

@@ -9,12 +9,14 @@ from diffagent.schemas.section import Section
 
 
 class RerankConfig(Section):
-    """A fitted selector that proposes, for an agent that chooses: what ``rerank`` takes."""
+    """Fitted selector that proposes models, of which an agent chooses one."""
 
-    retrieval: FittedSelector = "combined"
-    encoder: str = Field(default="", description="as in FitConfig")
-    candidates: int = Field(default=20, ge=2, description="models that are proposed")
-    num_prompts: int = Field(
-        default=500, ge=1, description="of the validation split, by which both are weighed"
+    retrieval: FittedSelector = Field(default="combined", description="selector that proposes")
+    encoder: str = Field(
+        default="", description="sentence encoder of that selector, as in FitConfig"
     )
-    seed: int = Field(default=0, ge=0)
+    candidates: int = Field(default=20, ge=2, description="models to propose per prompt")
+    num_prompts: int = Field(
+        default=500, ge=1, description="prompts of the validation split on which both are weighted"
+    )
+    seed: int = Field(default=0, ge=0, description="seed of the fitting and of the prompts drawn")
