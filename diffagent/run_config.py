@@ -1,4 +1,4 @@
-"""Configuration of a whole run: its sections, and how a YAML file is read and checked."""
+"""Configuration of a whole run: its sections, and the reading and checking of a YAML file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from diffagent.train.sft_config import SFTConfig
 
 
 class RunConfig(Section):
-    """The whole run."""
+    """Settings of a run, a section for each stage."""
 
     crawl: CrawlConfig = CrawlConfig()
     filters: FilterConfig = FilterConfig()
@@ -45,19 +45,19 @@ class RunConfig(Section):
         if self.dabench.validation_fraction + self.dabench.test_fraction >= 1:
             raise ValueError("dabench: validation_fraction + test_fraction must be below 1")
         if self.rewards.unify == "zscore" and not self.rewards.reference:
-            raise ValueError("rewards.reference is needed for unify: zscore")
+            raise ValueError("rewards.unify 'zscore' needs rewards.reference")
         return self
 
 
-def _told(value: Any) -> str:
-    """A value for a message: the start of it, without what a URI has of credentials."""
+def _shown(value: Any) -> str:
+    """Return the beginning of a value for a message, without credentials of a URI."""
     text = re.sub("//.*@", "//***@", repr(value))
     text = re.sub("(//[^?]*[?]).*", r"\1***", text)
     return f"{text:.60}"
 
 
 def _key(loc: tuple[int | str, ...]) -> str:
-    """A dotted key as a person wrote it, on one line."""
+    """Return the dotted key of a location, on one line."""
     names = (
         part if re.fullmatch(r"[\w-]{1,60}", part) else f"{part!r:.60}" for part in map(str, loc)
     )
@@ -92,7 +92,7 @@ _RENAMED = {
 
 
 def _suggestion(error: Any) -> str:
-    """The key that an unknown one was meant to be, where one is like it."""
+    """Return a hint at the key that an unknown key was meant to be; '' for other errors."""
     *parents, key = error["loc"] or ("",)
     renamed = _RENAMED.get(str(key)) if parents == ["runtime"] else None
     if renamed and error["type"] in ("extra_forbidden", "model_type"):
@@ -100,21 +100,21 @@ def _suggestion(error: Any) -> str:
     if error["type"] != "extra_forbidden":
         return ""
     names = _keys_at(RunConfig, [part for part in parents if isinstance(part, str)])
-    like = difflib.get_close_matches(str(key), names, n=1, cutoff=0.6)
-    if like:
-        return f"; did you mean {like[0]!r}?"
-    elsewhere = [
+    similar = difflib.get_close_matches(str(key), names, n=1, cutoff=0.6)
+    if similar:
+        return f"; did you mean {similar[0]!r}?"
+    same_name = [
         f"{section}.{key}"
         for section in RunConfig.model_fields
         if key in _keys_at(RunConfig, [section])
     ]
-    if elsewhere:
-        return f"; did you mean {elsewhere[0]!r}?"
-    return f"; there are: {', '.join(sorted(names))}" if names else ""
+    if same_name:
+        return f"; did you mean {same_name[0]!r}?"
+    return f"; choose one of: {', '.join(sorted(names))}" if names else ""
 
 
 def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
-    """Names of the fields of the section that ``path`` leads to; none where it leads elsewhere."""
+    """Return the names of the settings of the section at ``path``; none if it is no section."""
     for name in path:
         field = model.model_fields.get(name)
         kinds = [field.annotation, *get_args(field.annotation)] if field else []
@@ -126,10 +126,14 @@ def _keys_at(model: type[BaseModel], path: list[str]) -> list[str]:
 
 
 def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> RunConfig:
-    """Read a YAML file; ``overrides`` maps dotted keys ('runtime.store') to values.
+    """Read a YAML file.
+
+    Args:
+        path: the file.
+        overrides: dotted keys ('runtime.store') -> values that replace those of the file.
 
     Raises:
-        ConfigError: the file is missing or not YAML, or any field is wrong (all are listed).
+        ConfigError: the file is missing or not YAML, or settings are wrong (all are listed).
     """
     try:
         data = read_yaml(Path(path))
@@ -138,17 +142,22 @@ def load_config(path: str | Path, overrides: dict[str, Any] | None = None) -> Ru
     except (YamlError, ValueError) as error:  # a path with a NUL is a ValueError
         raise ConfigError(f"{str(path)!r} cannot be read as YAML: {error}") from None
     if data is not None and not isinstance(data, dict):
-        raise ConfigError(f"{str(path)!r} must be a mapping of sections, got {data!r:.80}")
+        raise ConfigError(f"{str(path)!r} needs sections at its top level, got {data!r:.80}")
     return configure(data or {}, overrides, path)
 
 
 def configure(
     data: dict[str, Any], overrides: dict[str, Any] | None, path: str | Path
 ) -> RunConfig:
-    """Check settings, changed by ``overrides``; ``path`` is their name in messages.
+    """Check settings.
+
+    Args:
+        data: section -> settings; ``overrides`` change it in place.
+        overrides: dotted keys -> values.
+        path: name of the settings in messages.
 
     Raises:
-        ConfigError: a field is wrong (all are listed).
+        ConfigError: settings are wrong (all are listed).
     """
     for dotted, value in (overrides or {}).items():
         *parents, leaf = dotted.split(".")
@@ -156,13 +165,13 @@ def configure(
         for key in parents:
             target = target.setdefault(key, {})
             if not isinstance(target, dict):
-                raise ConfigError(f"cannot set {dotted!r}: {key!r} is {_told(target)}")
+                raise ConfigError(f"cannot set {dotted!r}: {key!r} is {_shown(target)}")
         target[leaf] = value
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
         problems = [
-            f"  {_key(e['loc'])}: {e['msg']} (got {_told(e['input'])}){_suggestion(e)}"
+            f"  {_key(e['loc'])}: {e['msg']} (got {_shown(e['input'])}){_suggestion(e)}"
             for e in error.errors()
         ]
         raise ConfigError(

@@ -113,7 +113,7 @@ def test_any_bytes_are_a_value_or_a_yaml_error(data: bytes | str) -> None:
         ("sftt: {seed: 1}", "sftt: .*did you mean 'sft'"),
         ("seed: 1", "did you mean '[a-z]+.seed'"),
         ("runtime: {stor: x}", "did you mean 'store'"),
-        ("crawl: {max_pages: 1}", "crawl.max_pages: .*(did you mean|there are: image_source)"),
+        ("crawl: {max_pages: 1}", "crawl.max_pages: .*(did you mean|choose one of: image_source)"),
         ("rewards: {scorers: [{nam: clip, model: x}], unify: chatgen}", "did you mean 'name'"),
         ('runtime: {store: "a\\0b"}', "runtime.store: .*holds the character '.x00'"),
         ('runtime: {store: "a\\nb"}', "runtime.store: .*holds a line end"),

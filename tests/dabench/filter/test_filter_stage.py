@@ -301,7 +301,7 @@ def test_model_filters_that_can_be_added(
         ({"models": ("model_type",)}, "lacks nsfw, file_availability"),
         ({"records": ("media_type",)}, "lacks image_level, checkpoint_resolved"),
         ({"records": ("duplicate", *FilterConfig().records[:-1])}, "must be the last"),
-        ({"records": ("prompt", *FilterConfig().records)}, "names prompt twice"),
+        ({"records": ("prompt", *FilterConfig().records)}, "has prompt twice"),
         ({"records": ("shape",)}, "media_type"),  # lists what there is
     ],
 )
