@@ -19,7 +19,7 @@ ArtifactDir = Annotated[
 
 @app.command("show")
 def show_artifact(directory: ArtifactDir, verbose: Verbose = 0) -> None:
-    """Print what an artifact is, what is in it, and what it was made from."""
+    """Print the stage, content, measurements and lineage of an artifact."""
     from diffagent.store.artifacts import open_artifact
     from diffagent.store.lineage import lineage_lines
 
@@ -30,7 +30,8 @@ def show_artifact(directory: ArtifactDir, verbose: Verbose = 0) -> None:
         "identity": manifest.identity,
         "content": manifest.content_digest,
         "created": f"{manifest.created_at:%Y-%m-%d %H:%M:%S %Z}",
-        "took": f"{manifest.wall_seconds:.1f} s, {manifest.peak_memory_bytes / 1e6:.0f} MB at most",
+        "time": f"{manifest.wall_seconds:.1f} s",
+        "peak memory": f"{manifest.peak_memory_bytes / 1e6:.0f} MB",
         "files": f"{len(manifest.files)}, {sum(f.size for f in manifest.files) / 1e6:.1f} MB",
         **{f"rows {name}": f"{count:,}" for name, count in manifest.rows.items()},
         **{f"config {name}": value for name, value in manifest.config.items()},
@@ -48,13 +49,13 @@ def show_artifact(directory: ArtifactDir, verbose: Verbose = 0) -> None:
 
 @app.command("verify")
 def verify_artifact(directory: ArtifactDir, verbose: Verbose = 0) -> None:
-    """Read every file of an artifact and compare it with the manifest."""
+    """Compare every file of an artifact with its manifest."""
     from diffagent.store import artifacts
 
     artifact = artifacts.open_artifact(directory)
     artifacts.verify_artifact(artifact, stored="://" in directory)
     files = [entry for entry in artifact.manifest.files if not entry.for_people]
-    typer.echo(f"{artifact.location}: all {len(files)} files are as they were made")
+    typer.echo(f"{artifact.location}: all {len(files)} files match the manifest")
 
 
 Store = Annotated[str, typer.Argument(metavar="[STORE]", help="Directory or URI of a store.")]
@@ -68,20 +69,20 @@ def list_artifacts(
         bool, typer.Option("--json", help="Print JSON, an artifact a line.")
     ] = False,
 ) -> None:
-    """List the artifacts of a store: which are the latest, and what the others are needed for.
+    """List the artifacts of a store with their state: latest, needed by others, superseded.
 
-    STORE/STAGE/latest leads to what the last run of a stage made or found, latest-SERIES to the
-    same for one configuration; commands take both where they take a DIR.
+    STORE/STAGE/latest links to the artifact of the last run of a stage, latest-SERIES to that of
+    one configuration; every command accepts both as DIR.
     """
     from diffagent.store.inventory import read_inventory
 
     entries = [e for e in read_inventory(store) if stage in (None, e.stage)]
     if not as_json:
         typer.echo(
-            f"{'stage':<10} {'made':<17} {'size':>10} {'rows':>12} {'series':<8} state, path"
+            f"{'stage':<10} {'built':<17} {'size':>10} {'rows':>12} {'series':<8} state, path"
         )
     for entry in entries:
-        made = f"{entry.manifest.created_at:%Y-%m-%d %H:%M}" if entry.manifest else ""
+        built = f"{entry.manifest.created_at:%Y-%m-%d %H:%M}" if entry.manifest else ""
         rows = entry.manifest.rows if entry.manifest else {}
         if as_json:
             facts = {
@@ -99,7 +100,7 @@ def list_artifacts(
             typer.echo(json.dumps(facts))
             continue
         typer.echo(
-            f"{entry.stage:<10} {made:<17} {entry.size / 1e6:>7,.1f} MB "
+            f"{entry.stage:<10} {built:<17} {entry.size / 1e6:>7,.1f} MB "
             f"{max(rows.values(), default=0):>12,} {entry.series:<8} {entry.state}\n"
             f"{'':<10} {entry.location}"
         )
@@ -108,44 +109,47 @@ def list_artifacts(
 @app.command("prune")
 def prune_artifacts(
     store: Store = "store",
-    yes: Annotated[bool, typer.Option("--yes", help="Remove; without it nothing is.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Remove them instead of listing them.")
+    ] = False,
     damaged: Annotated[
-        bool, typer.Option("--damaged", help="Also what was set aside as damaged.")
+        bool, typer.Option("--damaged", help="Also damaged artifacts that were set aside.")
     ] = False,
     unfinished: Annotated[
-        bool, typer.Option("--unfinished", help="Also interrupted work, which could be resumed.")
+        bool, typer.Option("--unfinished", help="Also interrupted work that could be resumed.")
     ] = False,
     other_configs: Annotated[
         bool,
-        typer.Option("--other-configs", help="Also what other configurations than the last made."),
+        typer.Option("--other-configs", help="Also artifacts of earlier configurations."),
     ] = False,
 ) -> None:
-    """Remove what refreshes have superseded: no latest artifact was made from it.
+    """Remove artifacts that a refresh has superseded.
 
-    What is the latest of its configuration, and all that it was made from, stays. Prints what
-    would go, and removes it with --yes.
+    The latest artifact of each configuration and its ancestors stay. Without --yes the command
+    only lists the artifacts that it would remove.
     """
     from diffagent.errors import ConfigError
     from diffagent.store import inventory
 
     if "://" in store:
         raise ConfigError(
-            "prune removes from a store on a disk; in an object store remove the directories that "
-            "'diffagent artifact list' calls superseded with its own tools"
+            "prune works on a store on a disk; in an object store, remove the directories that "
+            "'diffagent artifact list' marks superseded with the tools of that store"
         )
     entries = inventory.read_inventory(store)
-    kinds = {kind for kind, wanted in (("damaged", damaged), ("unfinished", unfinished)) if wanted}
-    going = inventory.superseded(entries, other_configs=other_configs)
-    going += [entry for entry in entries if entry.kind in kinds]
+    options = (("damaged", damaged), ("unfinished", unfinished))
+    kinds = {kind for kind, requested in options if requested}
+    removable = inventory.superseded(entries, other_configs=other_configs)
+    removable += [entry for entry in entries if entry.kind in kinds]
     freed = 0
-    for entry in going:
-        gone = inventory.remove(entry) if yes else True
-        freed += entry.size if gone else 0
-        verb = ("removed" if gone else "in use, stays:") if yes else "would remove"
+    for entry in removable:
+        removed = inventory.remove(entry) if yes else True
+        freed += entry.size if removed else 0
+        verb = ("removed" if removed else "in use, stays:") if yes else "would remove"
         why = entry.kind if entry.kind != "whole" else "superseded"
         typer.echo(f"{verb} {entry.location} ({why}, {entry.size / 1e6:,.1f} MB)")
     typer.echo(
         f"{'freed' if yes else 'would free'} {freed / 1e6:,.1f} MB of "
         f"{sum(entry.size for entry in entries) / 1e6:,.1f} MB"
-        + ("" if yes or not going else "; --yes removes it")
+        + ("" if yes or not removable else "; --yes removes them")
     )

@@ -1,4 +1,4 @@
-"""``diffagent civitai``: a local Civitai."""
+"""``diffagent civitai``: a local server with the API of Civitai."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffagent.errors import DiffAgentError
 from diffagent.schemas.printable import log_to_terminal
 
 app = typer.Typer(
-    help="A local Civitai for development and tests.",
+    help="Serve the API of Civitai on this machine, for development and tests.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -23,7 +23,7 @@ app = typer.Typer(
 
 
 class FaultProfile(StrEnum):
-    """Names of ``diffagent.localcivitai.faults.PROFILES``."""
+    """Fault profiles: the names of ``diffagent.localcivitai.faults.PROFILES``."""
 
     none = "none"
     flaky = "flaky"
@@ -32,36 +32,43 @@ class FaultProfile(StrEnum):
 
 @app.callback()
 def _group() -> None:
-    """A local Civitai for development and tests."""
+    """Serve the API of Civitai on this machine, for development and tests."""
 
 
 @app.command()
 def serve(  # noqa: PLR0917  the command line calls it by name
     dump: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Replay models*.jsonl[.gz], images*.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder of records: models*.jsonl[.gz], images*.jsonl[.gz]."
+        ),
     ] = None,
-    sandbox: Annotated[bool, typer.Option("--sandbox", help="Serve the sandbox.")] = False,
+    sandbox: Annotated[bool, typer.Option("--sandbox", help="Serve the sandbox's world.")] = False,
     site: Annotated[
-        str | None, typer.Option(metavar="KIND:DIR", help="Serve a source, as crawl.site names it.")
+        str | None,
+        typer.Option(metavar="KIND:DIR", help="Source as in crawl.site, e.g. 'local:DIR'."),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8008,
-    faults: Annotated[FaultProfile, typer.Option(help="What goes wrong.")] = FaultProfile.none,
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8008,
+    faults: Annotated[FaultProfile, typer.Option(help="Faults to simulate.")] = FaultProfile.none,
     seed: Annotated[int, typer.Option(help="Seed of the faults.")] = 0,
-    cache: Annotated[Path | None, typer.Option(hidden=True, help="For hashes of files.")] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(hidden=True, help="File that caches hashes."),
+    ] = None,
     while_stdin: Annotated[
         bool, typer.Option("--while-stdin", hidden=True, help="End when standard input closes.")
     ] = False,
 ) -> None:
-    """Serve Civitai's REST API from a source or from the sandbox; prints its address when ready."""
+    """Serve Civitai's REST API from a source; print the address when ready."""
     from diffagent.localcivitai.faults import Faults
     from diffagent.localcivitai.server import LocalCivitai, Serving
     from diffagent.localcivitai.site import replay_of
 
-    given = [f"dump:{dump}" if dump else None, "sandbox" if sandbox else None, site]
-    sites = [name for name in given if name]
+    options = [f"dump:{dump}" if dump else None, "sandbox" if sandbox else None, site]
+    sites = [option for option in options if option]
     if len(sites) != 1:
-        raise typer.BadParameter("give one of --dump DIR, --sandbox and --site KIND:DIR")
+        raise typer.BadParameter("needs one of --dump DIR, --sandbox and --site KIND:DIR")
     log_to_terminal()
     try:
         replay = replay_of(sites[0], cache)
@@ -76,7 +83,7 @@ def serve(  # noqa: PLR0917  the command line calls it by name
 
 
 def _exit_with_parent() -> None:
-    """A killed parent cannot stop its server, but its end of the pipe closes."""
+    """Exit when the parent ends, even by SIGKILL: then its end of the pipe closes."""
     sys.stdin.buffer.read()
     os._exit(0)
 

@@ -1,7 +1,7 @@
-"""YAML as people write it and strangers may send it: one mapping, read with bounds.
+"""Reading of YAML files with limits, so that a hostile file cannot exhaust the machine.
 
-PyYAML takes a key that is given twice, keeps the last, and follows references without end. Here a
-repeated key is an error that names its line, and nesting, references and size have a bound.
+PyYAML keeps the last of two equal keys and expands references without limit. Here a duplicate key
+is an error with its line, and nesting, references and size are limited.
 """
 
 from __future__ import annotations
