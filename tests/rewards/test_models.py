@@ -27,8 +27,8 @@ from diffagent.rewards import image_reward as ir  # noqa: E402
 from diffagent.rewards.clip import ClipScorer, encode_text  # noqa: E402
 from diffagent.rewards.hps import HPSScorer  # noqa: E402
 from diffagent.rewards.image_reward import ImageRewardConfig, ImageRewardScorer  # noqa: E402
+from diffagent.rewards.score_config import RewardsConfig, ScorerConfig  # noqa: E402
 from diffagent.rewards.score_stage import score, score_pictures  # noqa: E402
-from diffagent.schemas.config import RewardsConfig, ScorerConfig  # noqa: E402
 
 PROMPTS = ["a red circle", "blue", "a red circle", "one two three four five", "green star"]
 TINY_BERT = {
