@@ -34,12 +34,14 @@ import plain_build
 import psutil
 from pydantic import BaseModel
 
+from diffagent.dabench.build.shard_config import DABenchConfig
 from diffagent.dabench.build.shard_stage import build_dabench
+from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.dabench.parquet_tables import read_rows
 from diffagent.localcivitai.sources.dump import read_records
 from diffagent.sandbox.files import materialise
-from diffagent.schemas.config import DABenchConfig, FilterConfig, RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import Artifact, StageContext, StageResult, open_artifact, stage
 
 SIZES = (100_000, 1_000_000, 5_000_000)
@@ -111,7 +113,7 @@ def _line(item: dict[str, Any]) -> bytes:
 
 def build(snapshot: Artifact, store: str) -> dict[str, Any]:
     """Build once, in this process."""
-    runtime = RuntimeConfig(store=store, workers=WORKERS)
+    runtime = RuntimeConfig(store=store, tasks={"workers": WORKERS})
     started, cpu = time.perf_counter(), cpu_seconds()
     filtered = filter_records.run(FilterConfig(), {"snapshot": [snapshot]}, runtime)
     between, cpu = time.perf_counter(), cpu_seconds() - cpu

@@ -19,10 +19,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from diffagent.crawl.crawl_config import CrawlConfig
 from diffagent.crawl.crawl_stage import crawl
 from diffagent.localcivitai.site import embedded_site
 from diffagent.localcivitai.sources.dump import write_dump
-from diffagent.schemas.config import CrawlConfig, RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import Artifact
 
 MODELS, IMAGES, RATE = 1_000, 60_000, 50.0
@@ -68,7 +69,7 @@ class Bench:
         config = CrawlConfig(
             site=f"dump:{self.dump}", model_types=(), image_source=source, max_models=limit
         )
-        settings = RuntimeConfig(store=str(self.store), **runtime)
+        settings = RuntimeConfig(store=str(self.store), site=runtime)
         started = time.monotonic()
         made = crawl.run(config, {}, settings, site_url=self.url, refresh=refresh)
         return made, time.monotonic() - started

@@ -26,9 +26,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffagent.dabench.build.neighbours import mix
+from diffagent.dabench.build.shard_config import DABenchConfig
 from diffagent.dabench.build.splits import NO_SPLIT, Prints, random_splits, shingles
 from diffagent.sandbox.files import materialise
-from diffagent.schemas.config import DABenchConfig
 from diffagent.schemas.tables import PRINTS
 from diffagent.store import peak_memory_bytes
 

@@ -27,12 +27,12 @@ import torch
 
 from diffagent.agent.lm.format import IGNORED, Example
 from diffagent.pretrained import load_model
-from diffagent.schemas.config import RRHFConfig
 from diffagent.store import peak_memory_bytes
 from diffagent.train.collate import RankedPrompt, RRHFCollator
 from diffagent.train.fit import enable_checkpointing
 from diffagent.train.passes import response_logps
 from diffagent.train.rrhf import batch_loss
+from diffagent.train.rrhf_config import RRHFConfig
 
 SMOLLM2 = {
     "vocab_size": 49_152,

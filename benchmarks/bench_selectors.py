@@ -41,7 +41,9 @@ from diffagent.agent.lm.llm import Quantization, load_agent
 from diffagent.agent.prompts import Pair
 from diffagent.agent.retrieval.encoder import TransformerEncoder
 from diffagent.agent.retrieval.experts import card_texts
+from diffagent.agent.retrieval.fit_config import FitConfig
 from diffagent.agent.retrieval.fitting import RECIPES, Vectors, fit, load_selector, save_selector
+from diffagent.agent.retrieval.rerank_config import RerankConfig
 from diffagent.agent.retrieval.reranked import Reranked, fit_reranked
 from diffagent.agent.retrieval.training_calls import model_names, read_rows
 from diffagent.agent.selector import Choice
@@ -53,7 +55,6 @@ from diffagent.evaluation.selection import (
     reliability,
 )
 from diffagent.schemas.api import parse_api
-from diffagent.schemas.config import FitConfig, RerankConfig
 from diffagent.t2i.catalogue import Catalogue, Entry
 
 STRATA = {"all": (-1, 2), "<0.6": (-1, 0.6), "<0.3": (-1, 0.3), ">=0.6": (0.6, 2)}

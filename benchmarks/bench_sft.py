@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from diffagent.agent.lm.format import IGNORED, Example
-from diffagent.schemas.config import SFTConfig
 from diffagent.train.sft import build_trainer
+from diffagent.train.sft_config import SFTConfig
 from diffagent.train.tiny_llama import build_tokenizer
 
 EXAMPLES, VOCABULARY, MAX_LENGTH, ROUNDS = 96, 8192, 512, 2

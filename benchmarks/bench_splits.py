@@ -21,13 +21,16 @@ from pathlib import Path
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 
+from diffagent.crawl.crawl_config import CrawlConfig
 from diffagent.crawl.crawl_stage import crawl
+from diffagent.dabench.build.shard_config import DABenchConfig
 from diffagent.dabench.build.shard_stage import build_dabench
 from diffagent.dabench.dataset import open_dataset
+from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.localcivitai.site import embedded_site
 from diffagent.sandbox.files import materialise
-from diffagent.schemas.config import CrawlConfig, DABenchConfig, FilterConfig, RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 
 COLUMNS = ("prompt", "version_id", "model_id", "group", "random_split")
 LIMITS = (None, 0.6, 0.3)
@@ -94,7 +97,7 @@ def main(directory: Path) -> None:
 
 def sandbox_dabench(folder: Path) -> Path:
     """A dataset of the sandbox's records."""
-    runtime = RuntimeConfig(store=str(folder), requests_per_second=1000)
+    runtime = RuntimeConfig(store=str(folder), site={"requests_per_second": 1000})
     site = f"dump:{materialise(Path('build/sandbox'))}"
     with embedded_site(site) as url:
         snapshot = crawl.run(CrawlConfig(site=site), {}, runtime, site_url=url)

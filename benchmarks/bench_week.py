@@ -36,11 +36,12 @@ from typing import Any
 
 import orjson
 
+from diffagent.crawl.crawl_config import CrawlConfig
 from diffagent.localcivitai.faults import PROFILES, TRANSPORT, Faults, Profile
 from diffagent.localcivitai.replay import Replay
 from diffagent.localcivitai.sources.dump import read_records
-from diffagent.schemas.config import CrawlConfig, RuntimeConfig
 from diffagent.schemas.payloads import unwrap_meta
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import peak_memory_bytes
 
 DAYS, DAMAGED_BEFORE, SCHEMA_DAY, NEVER = 6, 6, 3, 99
@@ -221,7 +222,7 @@ def crawl_once(url: str, store: str, day: int, share: float) -> None:
 
     time.time = lambda: real() + rng.uniform(-1e6, 1e6)
     crawling.datetime = Jumping  # type: ignore[misc]
-    runtime = RuntimeConfig(store=store, refresh_share=share, reconcile=day == DAYS)
+    runtime = RuntimeConfig(store=store, site={"refresh_share": share, "reconcile": day == DAYS})
     made = crawling.crawl.run(CONFIG, {}, runtime, site_url=url, refresh=True)
     print(json.dumps({"path": str(made.path), "usage": usage()}), flush=True)
 
@@ -428,7 +429,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kills", type=int, default=2, help="a day")
     parser.add_argument("--kill-within", type=float, default=10.0, help="seconds")
-    parser.add_argument("--share", type=float, default=0.05, help="runtime.refresh_share")
+    parser.add_argument("--share", type=float, default=0.05, help="runtime.site.refresh_share")
     parser.add_argument("--folder", type=Path, help="where the store is kept; default: nowhere")
     for name in ("--day", "--url", "--store"):
         parser.add_argument(name, help=argparse.SUPPRESS)

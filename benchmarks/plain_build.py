@@ -16,12 +16,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.dabench.filter.model_filters import ModelSift
 from diffagent.dabench.filter.record_filters import RECORD_FILTERS, Record
 from diffagent.dabench.filter.records import DUPLICATE, PairBuilder, make_api
 from diffagent.dabench.filter.resolve import Resolver
 from diffagent.dabench.filter.snapshot_rows import read_generations, read_gone
-from diffagent.schemas.config import FilterConfig
 from diffagent.store import Artifact
 from diffagent.t2i.catalogue import Catalogue, rename
 

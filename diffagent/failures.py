@@ -27,7 +27,6 @@ from diffagent.errors import (
     UnexpectedError,
 )
 from diffagent.schemas.api import ApiError
-from diffagent.schemas.config import ConfigFileError
 from diffagent.schemas.printable import printable
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -72,8 +71,6 @@ def as_error(error: BaseException, action: str, store: Path | None = None) -> Di
 
 def _input_error(error: BaseException, action: str) -> DiffAgentError | None:
     """Return the error for a value or a text that the user can change."""
-    if isinstance(error, ConfigFileError):
-        return ConfigError(str(error))
     if isinstance(error, ValidationError):
         faults = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         return ConfigError(f"{action}: {printable('; '.join(faults)):.{_LINE}}")

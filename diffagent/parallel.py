@@ -58,7 +58,7 @@ def ordered_map(
             except BrokenProcessPool:
                 raise DiffAgentError(
                     f"one of {workers} worker processes was killed, most often for want of "
-                    "memory; run the command again, with a smaller runtime.workers"
+                    "memory; run the command again, with a smaller runtime.tasks.workers"
                 ) from None
             for item in itertools.islice(remaining, 1):
                 queue.append(pool.submit(_run, item))

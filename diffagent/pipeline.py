@@ -1,8 +1,8 @@
-"""The whole run as data: which stages there are, with which config, and what feeds what.
+"""The plan of a run: its stages with their configurations and inputs, as data.
 
-``plan`` is the only place that knows the wiring. The command line runs it one node after the
-other (``run``); the Prefect flows map the same nodes to tasks. Stage modules are imported when
-a node is run, so a plan costs nothing.
+``plan`` defines the wiring and no other module does. The command line runs the nodes one after
+the other (``run``); the Prefect flows map the same nodes to tasks. The module of a stage is
+imported when its node runs, so that a plan loads no heavy library.
 
     crawl -> filter -> shard -> sft -> (sample -> render -> score) per shard -> rrhf
                           └──────┴────────────────────────────────────────────────┴─┐
@@ -21,16 +21,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
-from diffagent.errors import ConfigError
-from diffagent.schemas.config import (
-    EvaluationConfig,
-    PartConfig,
-    PipelineConfig,
-    RuntimeConfig,
-    SampleShard,
-    SelectConfig,
-    Selector,
-)
+from diffagent.agent.sample_config import SampleShard
+from diffagent.agent.select_config import SelectConfig, Selector
+from diffagent.errors import ArtifactError, ConfigError
+from diffagent.evaluation.evaluate_config import EvaluationConfig
+from diffagent.render.part_config import PartConfig
+from diffagent.run_config import RunConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import Artifact, Inputs, Progress, Stage
 from diffagent.store.child import run_in_child
 
@@ -39,32 +36,44 @@ log = logging.getLogger(__name__)
 Group = Literal["build-dabench", "train-sft", "train-rrhf", "evaluate-agent"]
 GROUPS: tuple[Group, ...] = ("build-dabench", "train-sft", "train-rrhf", "evaluate-agent")
 
-#: Selectors that answer with a trained agent -> key of the node that trains it.
+#: Selector that answers with a trained agent -> key of the node that trains the agent.
 AGENTS: Mapping[Selector, str] = {"sft": "sft", "rrhf": "rrhf", "reranked": "rrhf"}
 
 
 @dataclass(frozen=True)
 class Node:
-    """One stage of a run, or one shard of it."""
+    """A stage of a run, or one shard of a stage.
+
+    Attributes:
+        key: unique name in the plan, e.g. 'render-3'.
+        entry: 'package.module:attribute' of the ``Stage``.
+        config: configuration of the stage.
+        inputs: name of an input -> keys of the nodes whose artifacts it takes.
+        group: flow that runs the node.
+        heavy: run it in a child process, which returns its memory when it ends.
+        queue: work queue of Prefect.
+        site: it requests data from the Civitai API.
+        spread: it is one of many equal nodes, which any machine with access to the store can run.
+    """
 
     key: str
-    entry: str  # 'package.module:attribute' of the Stage
+    entry: str
     config: BaseModel
-    inputs: Mapping[str, tuple[str, ...]]  # name of the input -> keys of the nodes that make it
+    inputs: Mapping[str, tuple[str, ...]]
     group: Group
-    heavy: bool = False  # runs in a process of its own, which gives its memory back
+    heavy: bool = False
     queue: Literal["cpu", "gpu"] = "cpu"
-    site: bool = False  # talks to the Civitai API
-    spread: bool = False  # one of many alike, which any machine with the store can make
+    site: bool = False
+    spread: bool = False
 
     @property
     def parents(self) -> tuple[str, ...]:
-        """Keys of all nodes that this one reads."""
+        """Keys of all nodes whose artifacts this node reads."""
         return tuple(key for keys in self.inputs.values() for key in keys)
 
 
-def plan(config: PipelineConfig) -> dict[str, Node]:
-    """All nodes of a run by key, parents before children.
+def plan(config: RunConfig) -> dict[str, Node]:
+    """Return all nodes of a run by key, parents before children.
 
     Keys: ``crawl``, ``filter``, ``shard``, ``sft``, ``sample-0`` ... , ``render-0`` ... ,
     ``score-0`` ... , ``rrhf``, then ``select-NAME``, ``render-NAME``, ``score-NAME`` and, with
@@ -75,7 +84,7 @@ def plan(config: PipelineConfig) -> dict[str, Node]:
     return {node.key: node for node in nodes}
 
 
-def _dataset_nodes(config: PipelineConfig) -> Iterator[Node]:
+def _dataset_nodes(config: RunConfig) -> Iterator[Node]:
     group: Group = "build-dabench"
     yield Node("crawl", "diffagent.crawl.crawl_stage:crawl", config.crawl, {}, group, site=True)
     yield Node(
@@ -84,7 +93,7 @@ def _dataset_nodes(config: PipelineConfig) -> Iterator[Node]:
         config.filters,
         {"snapshot": ("crawl",)},
         group,
-        site=True,  # hashes that no listed model has are looked up
+        site=True,  # it looks up hashes that no listed model has
     )
     yield Node(
         "shard",
@@ -95,7 +104,7 @@ def _dataset_nodes(config: PipelineConfig) -> Iterator[Node]:
     )
 
 
-def _training_nodes(config: PipelineConfig) -> Iterator[Node]:
+def _training_nodes(config: RunConfig) -> Iterator[Node]:
     dabench, agent = ("shard",), ("sft",)
     yield Node(
         "sft",
@@ -118,7 +127,7 @@ def _training_nodes(config: PipelineConfig) -> Iterator[Node]:
             queue="gpu",
             spread=True,
         )
-        yield from _judge(config, f"sample-{i}", str(i), "train-rrhf")
+        yield from _rendering_nodes(config, f"sample-{i}", str(i), "train-rrhf")
     yield Node(
         "rrhf",
         "diffagent.train.rrhf_stage:train_rrhf",
@@ -135,7 +144,7 @@ def _training_nodes(config: PipelineConfig) -> Iterator[Node]:
     )
 
 
-def _evaluation_nodes(config: PipelineConfig) -> Iterator[Node]:
+def _evaluation_nodes(config: RunConfig) -> Iterator[Node]:
     group: Group = "evaluate-agent"
     evaluation = config.evaluation
     shared = evaluation.model_dump(
@@ -164,9 +173,9 @@ def _evaluation_nodes(config: PipelineConfig) -> Iterator[Node]:
                     {"candidates": (f"select-{name}",)},
                     group,
                 )
-            yield from _judge(config, candidates, part, group)
+            yield from _rendering_nodes(config, candidates, part, group)
             if config.judges.judges:
-                yield _held_out(config, part, group)
+                yield _judge_node(config, part, group)
     parts = [part for name in evaluation.selectors for part in _parts(evaluation, name)]
     judged = {"judgements": tuple(f"judge-{part}" for part in parts)}
     yield Node(
@@ -186,14 +195,14 @@ def _evaluation_nodes(config: PipelineConfig) -> Iterator[Node]:
 
 
 def _parts(evaluation: EvaluationConfig, selector: str) -> list[str]:
-    """Names of the parts of a selector's answers; there is one unless it is sharded."""
+    """Return the names of the parts of a selector's answers; one part unless sharded."""
     if evaluation.num_shards == 1:
         return [selector]
     return [f"{selector}-{shard}" for shard in range(evaluation.num_shards)]
 
 
-def _judge(config: PipelineConfig, candidates: str, name: str, group: Group) -> Iterator[Node]:
-    """Render the candidates of one node and score the pictures."""
+def _rendering_nodes(config: RunConfig, candidates: str, name: str, group: Group) -> Iterator[Node]:
+    """Yield the nodes that render the candidates of a node and score the pictures."""
     yield Node(
         f"render-{name}",
         "diffagent.render.render_stage:render",
@@ -217,8 +226,11 @@ def _judge(config: PipelineConfig, candidates: str, name: str, group: Group) -> 
     )
 
 
-def _held_out(config: PipelineConfig, name: str, group: Group) -> Node:
-    """Held-out judges look at the pictures of one selector; at no picture to train on."""
+def _judge_node(config: RunConfig, name: str, group: Group) -> Node:
+    """Return the node in which held-out judges score a selector's pictures.
+
+    Judges score pictures of the evaluation only, never those that an agent is trained on.
+    """
     return Node(
         f"judge-{name}",
         "diffagent.rewards.score_stage:judge",
@@ -232,7 +244,7 @@ def _held_out(config: PipelineConfig, name: str, group: Group) -> Node:
 
 
 def targets(nodes: Mapping[str, Node], name: str) -> tuple[str, ...]:
-    """Keys that ``name`` stands for: a key, or the shards of a stage ('sample', 'render').
+    """Return the keys of a node or of all shards of a stage ('sample', 'render').
 
     Raises:
         ConfigError: the plan has no such stage.
@@ -240,17 +252,17 @@ def targets(nodes: Mapping[str, Node], name: str) -> tuple[str, ...]:
     shard = re.compile(re.escape(name) + r"-\d+")
     keys = tuple(key for key in nodes if key == name or shard.fullmatch(key))
     if not keys:
-        raise ConfigError(f"no stage {name!r} in this run; there are: {', '.join(nodes)}")
+        raise ConfigError(f"no stage {name!r} in this run; choose one of: {', '.join(nodes)}")
     return keys
 
 
 def upstream(nodes: Mapping[str, Node], keys: Iterable[str]) -> dict[str, Node]:
-    """The nodes ``keys`` and all that they depend on, in the order of ``nodes``."""
-    wanted = set(keys)
+    """Return the nodes ``keys`` and their ancestors, in the order of ``nodes``."""
+    selected = set(keys)
     for key in reversed(list(nodes)):
-        if key in wanted:
-            wanted.update(nodes[key].parents)
-    return {key: node for key, node in nodes.items() if key in wanted}
+        if key in selected:
+            selected.update(nodes[key].parents)
+    return {key: node for key, node in nodes.items() if key in selected}
 
 
 def load_stage(node: Node) -> Stage[Any]:
@@ -261,25 +273,45 @@ def load_stage(node: Node) -> Stage[Any]:
 
 
 def node_inputs(node: Node, done: Mapping[str, Artifact]) -> dict[str, list[Artifact]]:
-    """The artefacts that a node reads, by the name of its input."""
+    """Return the artifacts that a node reads, by the name of the input."""
     return {name: [done[key] for key in keys] for name, keys in node.inputs.items()}
 
 
-def cached(node: Node, done: Mapping[str, Artifact], config: PipelineConfig) -> Artifact | None:
-    """The node's artefact when it is there already; None when it has to be built."""
+def cached(node: Node, done: Mapping[str, Artifact], config: RunConfig) -> Artifact | None:
+    """Return the node's artifact if the store has it; None if it has to be built."""
     return load_stage(node).cached(node.config, node_inputs(node, done), config.runtime)
 
 
-def find_cached(nodes: Mapping[str, Node], config: PipelineConfig) -> dict[str, Artifact]:
-    """The artefacts of ``nodes`` that are on disk, whole; nothing is run.
+def find_cached(nodes: Mapping[str, Node], config: RunConfig) -> dict[str, Artifact]:
+    """Return the complete artifacts of ``nodes`` that the store has; run nothing.
 
-    A node whose parents are not there is not there either: its request is not known yet.
+    A node without the artifacts of its parents has no artifact: its identity depends on theirs.
     """
-    found: dict[str, Artifact] = {}
+    artifacts: dict[str, Artifact] = {}
     for key, node in nodes.items():
-        if found.keys() >= set(node.parents) and (artifact := cached(node, found, config)):
-            found[key] = artifact
-    return found
+        if artifacts.keys() >= set(node.parents) and (result := cached(node, artifacts, config)):
+            artifacts[key] = result
+    return artifacts
+
+
+def find_inputs(
+    nodes: Mapping[str, Node], keys: Iterable[str], config: RunConfig
+) -> dict[str, Artifact]:
+    """Return the artifacts that the nodes ``keys`` read, and those of all their ancestors.
+
+    Raises:
+        ArtifactError: the store lacks one that they read.
+    """
+    parents = [parent for key in keys for parent in nodes[key].parents]
+    artifacts = find_cached(upstream(nodes, parents), config)
+    for parent in parents:
+        if parent not in artifacts:
+            raise ArtifactError(
+                f"{config.runtime.store!r} has no artifact of {parent!r} for this configuration; "
+                f"build it with: diffagent run -c FILE --until {parent}, or the deployment "
+                f"{nodes[parent].group!r}"
+            )
+    return artifacts
 
 
 def run_node(
@@ -291,7 +323,7 @@ def run_node(
     refresh: bool = False,
     progress: Progress = lambda fraction, text: None,
 ) -> Artifact:
-    """Run one node (from cache when it can), a heavy one in a child process.
+    """Run one node, a heavy one in a child process; an artifact in the store is not built again.
 
     Raises:
         DiffAgentError: the stage failed.
@@ -307,41 +339,48 @@ def run_node(
 
 
 def run(
-    config: PipelineConfig,
-    upto: str | None = None,
+    config: RunConfig,
+    until: str | None = None,
     *,
+    only: str | None = None,
     refresh: bool = False,
     on_start: Callable[[Node], None] = lambda node: None,
     on_done: Callable[[Node, Artifact, bool], None] | None = None,
     progress: Progress = lambda fraction, text: None,
 ) -> dict[str, Artifact]:
-    """Run the plan, or what the stage ``upto`` needs, one node after the other.
+    """Run the plan, or the part of it that one stage needs, one node after the other.
 
     Args:
         config: the whole run.
-        upto: a key of ``plan`` or the name of a sharded stage; None runs everything.
-        refresh: crawl again even when there is a snapshot; what follows is rebuilt only when
-            the site had something new.
-        on_start: called before a node that has to be built.
-        on_done: called after each node with its artefact and whether it was cached.
+        until: a key of ``plan`` or the name of a sharded stage: the last stage to run.
+        only: the same, of the only stage to run; its inputs must be in the store.
+        refresh: crawl again even if the store has a snapshot; later stages are rebuilt only if
+            the site has changed.
+        on_start: called before a node is built.
+        on_done: called after each node with its artifact and whether the store had it.
         progress: called by the node that is being built.
 
     Returns:
-        The artefacts by node key, in the order in which they were made.
+        The artifacts by node key, in the order in which they were made.
 
     Raises:
-        DiffAgentError: a stage failed, or there is no stage ``upto``.
+        DiffAgentError: a stage failed, or the plan has no such stage.
+        ArtifactError: the store lacks an input of the stage ``only``.
     """
     nodes = plan(config)
-    if upto is not None:
-        nodes = upstream(nodes, targets(nodes, upto))
     done: dict[str, Artifact] = {}
+    if until is not None:
+        nodes = upstream(nodes, targets(nodes, until))
+    if only is not None:
+        keys = targets(nodes, only)
+        done = find_inputs(nodes, keys, config)
+        nodes = {key: nodes[key] for key in keys}
     with contextlib.ExitStack() as stack:
         site_url = ""
         for node in nodes.values():
-            again = refresh and node.key == "crawl"
-            known = artifact = cached(node, done, config)
-            if artifact is None or again:
+            recrawl = refresh and node.key == "crawl"
+            existing = artifact = cached(node, done, config)
+            if artifact is None or recrawl:
                 if node.site and not site_url:
                     site_url = stack.enter_context(open_site(config))
                 log.info("%s: running", node.key)
@@ -351,22 +390,22 @@ def run(
                     node_inputs(node, done),
                     config.runtime,
                     site_url=site_url,
-                    refresh=again,
+                    refresh=recrawl,
                     progress=progress,
                 )
             done[node.key] = artifact
             if on_done:
-                on_done(node, artifact, artifact == known)
+                on_done(node, artifact, artifact == existing)
     return done
 
 
-def open_site(config: PipelineConfig) -> contextlib.AbstractContextManager[str]:
-    """The address of the run's Civitai API; an embedded server lives as long as the block."""
+def open_site(config: RunConfig) -> contextlib.AbstractContextManager[str]:
+    """Open the run's Civitai API and yield its address; an embedded server ends with the block."""
     from diffagent.localcivitai.site import embedded_site
 
     site: contextlib.AbstractContextManager[str] = embedded_site(
         config.crawl.site,
-        config.runtime.faults,
+        config.runtime.site.faults,
         config.runtime.local_store / "local-files.json",
     )
     return site

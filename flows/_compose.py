@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,24 +17,24 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 from diffagent import pipeline
 from diffagent.errors import ArtifactError, ConfigError
 from diffagent.pipeline import Group, Node, find_cached, open_site
-from diffagent.schemas.config import PipelineConfig, RuntimeConfig, load_config
+from diffagent.run_config import RunConfig, load_config
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import Artifact
 from tasks._report import report_stages
+from tasks.stages import task_of
 
 
-def configure(config: str, overrides: Mapping[str, Any] | None) -> PipelineConfig:
+def configure(config: str, overrides: Mapping[str, Any] | None) -> RunConfig:
     """The run's configuration from the flow's parameters; other processes find its store."""
     settings = load_config(config, dict(overrides or {}))
     runtime = settings.runtime
-    if runtime.runner == "threads" or runtime.remote:
+    if runtime.tasks.runner == "threads" or runtime.remote:
         return settings
     absolute = runtime.model_copy(update={"store": str(Path(runtime.store).resolve())})
     return settings.model_copy(update={"runtime": absolute})
 
 
-def run_group(
-    config: PipelineConfig, group: Group, *, refresh: bool = False
-) -> dict[str, Artifact]:
+def run_group(config: RunConfig, group: Group, *, refresh: bool = False) -> dict[str, Artifact]:
     """Run every node of ``group`` as a task; what it needs of other groups must be there.
 
     Raises:
@@ -46,7 +45,7 @@ def run_group(
     nodes = pipeline.upstream(nodes, mine)  # to look for more would import what it takes to train
     found = find_cached(nodes, config)
     done = {key: found[key] for key in _needed(nodes, mine, found)}
-    spread = config.runtime.runner != "threads" and any(node.spread for node in mine.values())
+    spread = config.runtime.tasks.runner != "threads" and any(node.spread for node in mine.values())
     talks = any(node.site and (refresh or key not in found) for key, node in mine.items())
     with (
         open_site(config) if talks and not spread else contextlib.nullcontext("") as site_url,
@@ -65,7 +64,7 @@ def run_group(
                 "site_url": site_url if node.site else "",
                 "refresh": refresh and key == "crawl",
             }
-            step = _task(key).with_options(
+            step = task_of(key).with_options(
                 tags=[node.queue], refresh_cache=refresh and key == "crawl"
             )
             with _resources(node, config.runtime):
@@ -76,31 +75,29 @@ def run_group(
     return done | made
 
 
-def run_one(config: PipelineConfig, key: str) -> Artifact:
+def run_one(config: RunConfig, key: str) -> Artifact:
     """Run the node ``key`` as a task of the current flow; what it reads must be in the store.
 
     Raises:
         ArtifactError: something that it reads is not in the store.
     """
     nodes = pipeline.plan(config)
-    found = find_cached(pipeline.upstream(nodes, nodes[key].parents), config)
-    _needed(nodes, {key: nodes[key]}, found)
-    artifact: Artifact = _task(key)(
-        key=key, config=config, inputs=pipeline.node_inputs(nodes[key], found)
-    )
-    return artifact
+    inputs = pipeline.node_inputs(nodes[key], pipeline.find_inputs(nodes, [key], config))
+    return task_of(key)(key=key, config=config, inputs=inputs)
 
 
 def _runner(runtime: RuntimeConfig, nodes: int, *, spread: bool) -> TaskRunner[Any]:
     """What runs the tasks of a group: threads, which may wait for Prefect workers, or Ray."""
-    if not spread or runtime.runner == "workers":
-        return ThreadPoolTaskRunner[Artifact](max_workers=nodes if spread else runtime.workers)
+    if not spread or runtime.tasks.runner == "workers":
+        return ThreadPoolTaskRunner[Artifact](
+            max_workers=nodes if spread else runtime.tasks.workers
+        )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         from prefect_ray import RayTaskRunner
     except ImportError:
         raise ConfigError(
-            "runtime.runner: ray needs the extra: pip install 'diffagent[ray]'"
+            "runtime.tasks.runner: ray needs the extra: pip install 'diffagent[ray]'"
         ) from None
     runner: TaskRunner[Any] = RayTaskRunner()
     return runner
@@ -108,11 +105,13 @@ def _runner(runtime: RuntimeConfig, nodes: int, *, spread: bool) -> TaskRunner[A
 
 def _resources(node: Node, runtime: RuntimeConfig) -> contextlib.AbstractContextManager[Any]:
     """What Ray reserves for a node."""
-    if runtime.runner != "ray" or node.queue != "gpu" or not runtime.ray_gpus:
+    if runtime.tasks.runner != "ray" or node.queue != "gpu" or not runtime.tasks.ray_gpus:
         return contextlib.nullcontext()
     from prefect_ray.context import remote_options
 
-    options: contextlib.AbstractContextManager[Any] = remote_options(num_gpus=runtime.ray_gpus)
+    options: contextlib.AbstractContextManager[Any] = remote_options(
+        num_gpus=runtime.tasks.ray_gpus
+    )
     return options
 
 
@@ -132,10 +131,6 @@ def _needed(
 def _depth(nodes: Mapping[str, Node], key: str) -> int:
     """Longest way from the group's start: shards of one stage run before the next stage."""
     return 1 + max((_depth(nodes, p) for p in nodes[key].parents if p in nodes), default=0)
-
-
-def _task(key: str) -> Any:
-    return importlib.import_module(f"tasks.{key.split('-', maxsplit=1)[0]}").task
 
 
 def _wait(group: Group, futures: Mapping[str, PrefectFuture[Artifact]]) -> dict[str, str]:
@@ -168,7 +163,7 @@ def _wait(group: Group, futures: Mapping[str, PrefectFuture[Artifact]]) -> dict[
     return states
 
 
-def locate(config: PipelineConfig, keys: Iterable[str]) -> dict[str, Artifact]:
+def locate(config: RunConfig, keys: Iterable[str]) -> dict[str, Artifact]:
     """Those of the artefacts ``keys`` that are on disk, whole; nothing is run."""
     keys = tuple(keys)
     found = find_cached(pipeline.upstream(pipeline.plan(config), keys), config)

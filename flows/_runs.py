@@ -4,7 +4,7 @@ Prefect's own concurrency limit of a deployment would do the last with two fault
 cancels does not say what is in its way, and the slot of a run whose machine died is free again only
 when a lease of five minutes, which its client does not let one shorten, is over. So a run looks
 itself for earlier runs of its deployment. One that shows a heartbeat (``tasks._workers``) goes
-first; one that shows none for ``runtime.lost_after_seconds`` is marked Crashed.
+first; one that shows none for ``runtime.tasks.lost_after_seconds`` is marked Crashed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tasks._workers import end_of, heartbeat
 Body = Callable[..., State[None]]
 
 
-def pipeline_flow(name: str) -> Callable[[Body], Flow[..., State[None]]]:
+def pipeline_flow(name: str, description: str) -> Callable[[Body], Flow[..., State[None]]]:
     """Make a flow of ``body(config, overrides, ...)``.
 
     Its runs are named by what they do, tagged with their configuration, and of one deployment only
@@ -53,12 +53,14 @@ def pipeline_flow(name: str) -> Callable[[Body], Flow[..., State[None]]]:
                 if current.deployment_id is None:  # by hand, or a part of another flow
                     return body(*call.args)
                 settings = configure(call.arguments["config"], call.arguments["overrides"])
-                lost_after = settings.runtime.lost_after_seconds
+                lost_after = settings.runtime.tasks.lost_after_seconds
                 with heartbeat(ident, lost_after):
                     blocked = _blocked(client, current, lost_after)
                     return blocked or body(*call.args)
 
-        return flow(name=name, persist_result=False, flow_run_name=run_name)(run)
+        return flow(
+            name=name, description=description, persist_result=False, flow_run_name=run_name
+        )(run)
 
     return wrap
 

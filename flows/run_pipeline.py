@@ -10,17 +10,14 @@ from prefect.states import Completed
 
 from flows._compose import configure, locate
 from flows._runs import pipeline_flow
-from flows.build_dabench import build_dabench
-from flows.evaluate_agent import evaluate_agent
-from flows.train_rrhf import train_rrhf
-from flows.train_sft import train_sft
+from flows.group_flows import build_dabench, evaluate_agent, train_rrhf, train_sft
 from tasks._report import link_result
 
 #: Stages whose artefacts a person looks for: dataset, agent, report.
 RESULTS = ("shard", "rrhf", "evaluate")
 
 
-@pipeline_flow("run-pipeline")
+@pipeline_flow("run-pipeline", "Run the whole plan, from a crawl to an evaluated agent.")
 def run_pipeline(
     config: str = "configs/sandbox.yaml",
     overrides: dict[str, Any] | None = None,
@@ -29,7 +26,7 @@ def run_pipeline(
     """Run the four flows one after the other, each from cache where it can.
 
     Args:
-        config: YAML file of ``diffagent.schemas.config.PipelineConfig``.
+        config: YAML file of ``diffagent.run_config.RunConfig``.
         overrides: dotted keys to values, such as {"runtime.store": "store"}.
         refresh: crawl again; when the site has nothing new, all else is Cached.
     """

@@ -1,4 +1,4 @@
-"""One stage, or one shard of it: what a flow with ``runtime.runner: workers`` asks of a worker."""
+"""The flow ``run-stage``: one node of the plan, for flows with the runner ``workers``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
-from diffagent.schemas.config import PipelineConfig
+from diffagent.run_config import RunConfig
 from flows._compose import run_one
 from tasks._workers import heartbeat
 
@@ -20,9 +20,9 @@ def run_stage(key: str, config: dict[str, Any]) -> State[None]:
 
     Args:
         key: as in ``diffagent.pipeline.plan``, such as 'render-3'.
-        config: the whole ``diffagent.schemas.config.PipelineConfig``.
+        config: the whole ``diffagent.run_config.RunConfig``.
     """
-    settings = PipelineConfig.model_validate(config)
-    with heartbeat(flow_run.id, settings.runtime.lost_after_seconds):
+    settings = RunConfig.model_validate(config)
+    with heartbeat(flow_run.id, settings.runtime.tasks.lost_after_seconds):
         artifact = run_one(settings, key)
     return Completed(message=f"{key} is in {artifact.location}.")

@@ -26,7 +26,7 @@ from prefect.tasks import exponential_backoff
 
 from diffagent import pipeline
 from diffagent.pipeline import Node, load_stage, open_site, run_node
-from diffagent.schemas.config import PipelineConfig
+from diffagent.run_config import RunConfig
 from diffagent.store import Artifact, Inputs
 from tasks._report import report_artifact, report_refresh
 from tasks._workers import run_on_worker
@@ -48,7 +48,7 @@ class ArtifactPolicy(CachePolicy):
         flow_parameters: dict[str, Any],
         **kwargs: Any,
     ) -> str:
-        config: PipelineConfig = inputs["config"]
+        config: RunConfig = inputs["config"]
         node = pipeline.plan(config)[inputs["key"]]
         stage = load_stage(node)
         place = config.runtime.remote or str(Path(config.runtime.store).resolve())
@@ -121,13 +121,13 @@ def stage_task(name: str) -> Task[..., Artifact]:
     )
     def run(
         key: str,
-        config: PipelineConfig,
+        config: RunConfig,
         inputs: Inputs,
         site_url: str = "",
         refresh: bool = False,
     ) -> Artifact:
         node: Node = pipeline.plan(config)[key]
-        if node.spread and config.runtime.runner == "workers":
+        if node.spread and config.runtime.tasks.runner == "workers":
             return run_on_worker(node, config, inputs)
         began = datetime.now(UTC)
         with site_of(node, config, inputs, site_url) as url:
@@ -151,7 +151,7 @@ def stage_task(name: str) -> Task[..., Artifact]:
 
 
 def site_of(
-    node: Node, config: PipelineConfig, inputs: Inputs, site_url: str
+    node: Node, config: RunConfig, inputs: Inputs, site_url: str
 ) -> contextlib.AbstractContextManager[str]:
     """The address of the site for a node; where the flow has opened none for it, one is opened.
 

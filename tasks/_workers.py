@@ -25,7 +25,7 @@ from prefect.states import Crashed
 
 from diffagent.errors import ArtifactError
 from diffagent.pipeline import Node, load_stage
-from diffagent.schemas.config import PipelineConfig
+from diffagent.run_config import RunConfig
 from diffagent.store import Artifact, Inputs
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def _lost(seconds: float) -> State[Any]:
     return Crashed(message=f"nothing was heard of its worker for {seconds:.0f} s")
 
 
-def run_on_worker(node: Node, config: PipelineConfig, inputs: Inputs) -> Artifact:
+def run_on_worker(node: Node, config: RunConfig, inputs: Inputs) -> Artifact:
     """Have a worker run ``node``, and wait for it; what the store has is not run again.
 
     Raises:
@@ -99,7 +99,8 @@ def run_on_worker(node: Node, config: PipelineConfig, inputs: Inputs) -> Artifac
     stage = load_stage(node)
     if found := stage.cached(node.config, inputs, config.runtime):
         return found
-    local = config.runtime.model_copy(update={"runner": "threads"})
+    tasks = config.runtime.tasks.model_copy(update={"runner": "threads"})
+    local = config.runtime.model_copy(update={"tasks": tasks})
     try:
         run = cast(
             FlowRun,
@@ -120,7 +121,7 @@ def run_on_worker(node: Node, config: PipelineConfig, inputs: Inputs) -> Artifac
             f"'prefect worker start --pool diffagent --work-queue {node.queue}' on each machine"
         ) from None
     with get_client(sync_client=True) as client:
-        state = _watch(client, run, config.runtime.lost_after_seconds)
+        state = _watch(client, run, config.runtime.tasks.lost_after_seconds)
     if not state.is_completed():
         failure = ArtifactError(f"on a worker: {state.message or state.name}")
         failure.retryable = state.is_crashed()

@@ -15,8 +15,9 @@ import pytest
 from filelock import FileLock
 
 from diffagent import compat
-from diffagent.schemas.config import RuntimeConfig, SFTConfig
 from diffagent.schemas.manifest import FileEntry, Manifest
+from diffagent.schemas.runtime import RuntimeConfig
+from diffagent.train.sft_config import SFTConfig
 
 if TYPE_CHECKING:
     from diffagent.store import Artifact

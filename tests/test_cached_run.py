@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from diffagent import pipeline
-from diffagent.schemas.config import load_config
+from diffagent.run_config import load_config
 from diffagent.store import Artifact
 from tests.conftest import ROOT, sealed
 
@@ -34,8 +34,8 @@ def test_an_all_cached_run_imports_neither_torch_nor_trl(tmp_path: Path) -> None
         "import json, sys\n"
         "from pathlib import Path\n"
         "from diffagent import pipeline\n"
-        "from diffagent.schemas.config import PipelineConfig\n"
-        "config = PipelineConfig.model_validate_json(sys.stdin.read())\n"
+        "from diffagent.run_config import RunConfig\n"
+        "config = RunConfig.model_validate_json(sys.stdin.read())\n"
         "hits = []\n"
         "pipeline.run(config, on_done=lambda node, artifact, cached: hits.append(cached))\n"
         "print(json.dumps([hits, sorted(sys.modules)]))\n"

@@ -23,9 +23,10 @@ from diffagent.errors import (
     ServerError,
     UnexpectedError,
 )
-from diffagent.failures import as_error, explained, pack, printable, unpack
+from diffagent.failures import as_error, explained, pack, unpack
 from diffagent.schemas.api import ApiError
-from diffagent.schemas.config import ConfigFileError, RuntimeConfig
+from diffagent.schemas.printable import printable
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import StageContext, StageResult, stage
 from diffagent.store.child import run_in_child
 from tests.store.test_stage import Words
@@ -114,7 +115,6 @@ def test_a_panic_is_a_failure_and_an_exit_is_none(tmp_path: Path) -> None:
         (MemoryError(), UnexpectedError, "out of memory: no message; use smaller"),
         (ModuleNotFoundError("No module named 'vllm'"), errors.ConfigError, "install"),
         (RecursionError("maximum recursion depth"), UnexpectedError, "nests too deeply"),
-        (ConfigFileError("x.yaml: 1 problem(s)\n  crawl.site"), errors.ConfigError, "crawl.site"),
         (ApiError("params.steps", "not a number"), SchemaError, "params.steps"),
         (ZeroDivisionError(), UnexpectedError, "unexpected ZeroDivisionError: no message.*-v"),
     ],

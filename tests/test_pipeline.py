@@ -11,15 +11,18 @@ import pytest
 from pydantic import ValidationError
 
 from diffagent import pipeline
+from diffagent.crawl.crawl_config import CrawlConfig
+from diffagent.dabench.build.shard_config import DABenchConfig
+from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.errors import ConfigError
-from diffagent.schemas.config import CrawlConfig, DABenchConfig, FilterConfig, PipelineConfig
+from diffagent.run_config import RunConfig
 from diffagent.store import StageContext, StageResult, stage
 
 REWARDS = {"scorers": [{"name": "clip", "model": "tiny"}], "unify": "chatgen"}
 
 
-def make_config(**sections: Any) -> PipelineConfig:
-    return PipelineConfig.model_validate({"rewards": REWARDS, **sections})
+def make_config(**sections: Any) -> RunConfig:
+    return RunConfig.model_validate({"rewards": REWARDS, **sections})
 
 
 def test_parents_come_before_children_and_exist() -> None:
@@ -125,12 +128,12 @@ def build_dabench(config: DABenchConfig, context: StageContext) -> StageResult:
 
 
 @pytest.fixture
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PipelineConfig:
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     stages = {"crawl": crawl, "filter": filter_records, "shard": build_dabench}
     monkeypatch.setattr(pipeline, "load_stage", lambda node: stages[node.key])
 
     @contextlib.contextmanager
-    def open_site(config: PipelineConfig) -> Any:
+    def open_site(config: RunConfig) -> Any:
         calls.append("open")
         yield "http://127.0.0.1:1"
         calls.append("close")
@@ -141,7 +144,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PipelineConfig:
     return make_config(runtime={"store": str(tmp_path)})
 
 
-def test_run_builds_once_and_then_opens_no_site(small: PipelineConfig) -> None:
+def test_run_builds_once_and_then_opens_no_site(small: RunConfig) -> None:
     hits: list[tuple[str, bool]] = []
     done = pipeline.run(small, "shard", on_done=lambda n, a, hit: hits.append((n.key, hit)))
     assert calls == ["open", "crawl http://127.0.0.1:1", "filter", "shard", "close"]
@@ -152,7 +155,7 @@ def test_run_builds_once_and_then_opens_no_site(small: PipelineConfig) -> None:
     assert calls == []
 
 
-def test_refresh_rebuilds_only_what_has_changed(small: PipelineConfig) -> None:
+def test_refresh_rebuilds_only_what_has_changed(small: RunConfig) -> None:
     first = pipeline.run(small, "shard")
     calls.clear()
     hits: list[bool] = []
@@ -167,12 +170,19 @@ def test_refresh_rebuilds_only_what_has_changed(small: PipelineConfig) -> None:
     assert first["shard"].path != second["shard"].path
 
 
-def test_a_changed_section_rebuilds_from_there(small: PipelineConfig) -> None:
+def test_a_changed_section_rebuilds_from_there(small: RunConfig) -> None:
     pipeline.run(small, "shard")
     calls.clear()
     changed = small.model_copy(update={"dabench": DABenchConfig(seed=3)})
     pipeline.run(changed, "shard")
     assert calls == ["shard"]
+
+
+def test_the_configuration_of_a_stage_is_in_the_folder_of_the_stage() -> None:
+    judges = {"judges": [{"name": "pick_score", "model": "tiny"}]}
+    for node in pipeline.plan(make_config(judges=judges, evaluation={"num_shards": 2})).values():
+        stage, package = pipeline.load_stage(node), node.entry.rpartition(".")[0]
+        assert type(node.config).__module__ == f"{package}.{stage.name}_config"
 
 
 def test_the_architecture_page_names_every_stage() -> None:

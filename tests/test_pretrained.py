@@ -24,8 +24,8 @@ from diffagent.rewards.clip import ClipScorer
 from diffagent.rewards.judges import PickScoreScorer
 from diffagent.rewards.weight_files import hub_or_local
 from diffagent.sandbox.files import SCORERS
-from diffagent.schemas.config import SFTConfig
 from diffagent.train.sft import load_base
+from diffagent.train.sft_config import SFTConfig
 from tests.conftest import AgentRun
 
 #: Code that a stranger's directory brings; it leaves a mark beside itself when it is run.

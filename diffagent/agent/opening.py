@@ -52,7 +52,8 @@ def open_selector(
         return llm_selector.LLM(writer if usable is None else writer.only(usable), **options)
     from diffagent.agent.retrieval.fit_stage import fitted_selector
     from diffagent.agent.retrieval.fitting import FITTED
-    from diffagent.schemas.config import RerankConfig, RuntimeConfig
+    from diffagent.agent.retrieval.rerank_config import RerankConfig
+    from diffagent.schemas.runtime import RuntimeConfig
     from diffagent.store import open_artifact
 
     if dabench is None:

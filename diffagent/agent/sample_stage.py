@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Protocol
 from diffagent.agent.candidates import Answer, write_candidates
 from diffagent.agent.lm.format import response_text
 from diffagent.agent.prompts import Pair, draw, read_split
+from diffagent.agent.sample_config import SampleShard, SamplingConfig
 from diffagent.agent.verify import verify
 from diffagent.errors import ConfigError
-from diffagent.schemas.config import SampleShard, SamplingConfig
 from diffagent.store import StageContext, StageResult, stage
 from diffagent.t2i.catalogue import Catalogue
 

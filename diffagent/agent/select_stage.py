@@ -24,9 +24,10 @@ from diffagent.agent.candidates import Answer, write_candidates
 from diffagent.agent.prompts import draw, read_split
 from diffagent.agent.retrieval.fit_stage import fitted_selector
 from diffagent.agent.retrieval.fitting import FITTED
+from diffagent.agent.retrieval.rerank_config import RerankConfig
+from diffagent.agent.select_config import SelectConfig
 from diffagent.agent.selector import Selector
 from diffagent.errors import ArtifactError
-from diffagent.schemas.config import RerankConfig, SelectConfig
 from diffagent.store import StageContext, StageResult, stage
 from diffagent.t2i.catalogue import Catalogue
 

@@ -1,1 +1,1 @@
-"""The command line: options and help, one module for each group of commands."""
+"""Commands with their options and help, one module for each group."""

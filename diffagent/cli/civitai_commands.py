@@ -1,4 +1,4 @@
-"""``diffagent civitai``: a local Civitai."""
+"""``diffagent civitai``: a local server with the API of Civitai."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffagent.parent_process import end_with
 from diffagent.schemas.printable import log_to_terminal
 
 app = typer.Typer(
-    help="A local Civitai for development and tests.",
+    help="Serve the API of Civitai on this machine, for development and tests.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -22,7 +22,7 @@ app = typer.Typer(
 
 
 class FaultProfile(StrEnum):
-    """Names of ``diffagent.localcivitai.faults.PROFILES``."""
+    """Fault profiles: the names of ``diffagent.localcivitai.faults.PROFILES``."""
 
     none = "none"
     flaky = "flaky"
@@ -31,20 +31,24 @@ class FaultProfile(StrEnum):
 
 @app.callback()
 def _group() -> None:
-    """A local Civitai for development and tests."""
+    """Serve the API of Civitai on this machine, for development and tests."""
 
 
 @app.command()
 def serve(  # noqa: PLR0917  the command line calls it by name
     dump: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Replay models*.jsonl[.gz], images*.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Folder of records: models*.jsonl[.gz], images*.jsonl[.gz]."
+        ),
     ] = None,
     site: Annotated[
-        str | None, typer.Option(metavar="KIND:DIR", help="Serve a source, as crawl.site names it.")
+        str | None,
+        typer.Option(metavar="KIND:DIR", help="Source as in crawl.site, e.g. 'local:DIR'."),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8008,
-    faults: Annotated[FaultProfile, typer.Option(help="What goes wrong.")] = FaultProfile.none,
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8008,
+    faults: Annotated[FaultProfile, typer.Option(help="Faults to simulate.")] = FaultProfile.none,
     seed: Annotated[int, typer.Option(help="Seed of the faults.")] = 0,
     cache: Annotated[Path | None, typer.Option(hidden=True, help="For hashes of files.")] = None,
     parent: Annotated[

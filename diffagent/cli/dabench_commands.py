@@ -1,4 +1,4 @@
-"""``diffagent dabench``: look at datasets, compare, check and export them."""
+"""``diffagent dabench``: inspect, compare, check and export datasets."""
 
 from __future__ import annotations
 
@@ -10,22 +10,20 @@ import typer
 
 from diffagent.schemas.printable import printable, printable_json
 
-app = typer.Typer(
-    help="Look at a DABench, compare two, check one, export one.", no_args_is_help=True
-)
+app = typer.Typer(help="Inspect, compare, check and export DABench datasets.", no_args_is_help=True)
 
-_HELP = "Directory of a 'shard' artefact, or of an export."
+_HELP = "Directory of an artifact of the stage 'shard', or of an export."
 
 
 def artifact_path(text: str | Path) -> Path:
-    """Parses DIR: a directory, or the URI of an artefact in a store, which is brought here."""
+    """Parse DIR: a directory, or the URI of an artifact, which is fetched from its store."""
     from diffagent.store import artifact_directory
 
     return artifact_directory(str(text))
 
 
 def directory_to_check(text: str | Path) -> Path:
-    """Parses DIR of a command that looks for damage itself."""
+    """Parse DIR of a command that reports damage itself."""
     return artifact_path(text) if "://" in str(text) else Path(text)
 
 
@@ -34,7 +32,7 @@ AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 class Format(StrEnum):
-    """Layouts that ``export`` writes."""
+    """Layout of an exported dataset."""
 
     hf = "hf"
     instruction_api = "instruction-api"
@@ -43,36 +41,39 @@ class Format(StrEnum):
 @app.command()
 def inspect(
     directory: Directory,
-    rows: Annotated[int, typer.Option(min=0, max=10_000, help="Sample rows to show.")] = 3,
-    seed: Annotated[int, typer.Option(help="Which rows.")] = 0,
+    rows: Annotated[int, typer.Option(min=0, max=10_000, help="Number of sample rows.")] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of the sample rows.")] = 0,
     as_json: AsJSON = False,
 ) -> None:
-    """Show what a dataset holds: counts, lineage, funnel, distributions, lengths, sample rows."""
+    """Show the content of a dataset: counts, lineage, funnel, distributions, sample rows."""
     from diffagent.dabench.dataset import open_dataset
     from diffagent.dabench.tools.dataset_summary import summarise, summary_text
 
-    found = summarise(open_dataset(directory), rows=rows, seed=seed)
-    _print(found) if as_json else typer.echo(printable(summary_text(found), lines=True))
+    summary = summarise(open_dataset(directory), rows=rows, seed=seed)
+    _print(summary) if as_json else typer.echo(printable(summary_text(summary), lines=True))
 
 
 @app.command()
 def diff(
     a: Annotated[
-        Path, typer.Argument(parser=artifact_path, metavar="A", help=f"The older one. {_HELP}")
+        Path, typer.Argument(parser=artifact_path, metavar="A", help=f"Older dataset. {_HELP}")
     ],
     b: Annotated[
-        Path, typer.Argument(parser=artifact_path, metavar="B", help=f"The newer one. {_HELP}")
+        Path, typer.Argument(parser=artifact_path, metavar="B", help=f"Newer dataset. {_HELP}")
     ],
-    examples: Annotated[int, typer.Option(min=0, help="How many of a kind to name.")] = 5,
+    examples: Annotated[int, typer.Option(min=0, help="Examples of each kind of change.")] = 5,
     as_json: AsJSON = False,
 ) -> None:
-    """Show what changed from A to B; exit code 1 when a held-out row of A is in B's train split."""
+    """Show the changes from A to B; exit with 1 if a held-out row of A is in B's train split."""
     from diffagent.dabench.dataset import open_dataset
     from diffagent.dabench.tools.compare import compare, comparison_text
 
-    found = compare(open_dataset(a), open_dataset(b), examples=examples)
-    _print(found) if as_json else typer.echo(printable(comparison_text(found), lines=True))
-    if found["leaks"]:
+    comparison = compare(open_dataset(a), open_dataset(b), examples=examples)
+    if as_json:
+        _print(comparison)
+    else:
+        typer.echo(printable(comparison_text(comparison), lines=True))
+    if comparison["leaks"]:
         raise typer.Exit(1)
 
 
@@ -81,22 +82,22 @@ def verify(
     directory: Annotated[
         Path, typer.Argument(parser=directory_to_check, metavar="DIR", help=_HELP)
     ],
-    limit: Annotated[int, typer.Option(min=1, help="Problems of a kind to list.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="Problems of each kind to list.")] = 20,
     leaks: Annotated[
-        bool, typer.Option(help="Compare prompts across splits (most of the time).")
+        bool, typer.Option(help="Compare prompts across splits, which takes most of the time.")
     ] = True,
     before: Annotated[
         Path | None,
         typer.Option(
             parser=artifact_path,
             metavar="DIR",
-            help="An older version, in whose splits all records must still be. "
-            "[default: the one that it went on from]",
+            help="Older version; every record must still be in the same split. "
+            "[default: the version that the dataset continues]",
         ),
     ] = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Check files, schema, references, ranges, mappings and splits; exit code 1 on any problem."""
+    """Check files, schema, references, ranges, mappings and splits; exit with 1 on a problem."""
     from diffagent.dabench.tools.dataset_checks import verdict_text, verify_dabench
 
     verdict = verify_dabench(directory, limit=limit, leaks=leaks, before=before)
@@ -112,11 +113,15 @@ def export(
     directory: Directory,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Directory to write.")],
     layout: Annotated[
-        Format, typer.Option("--format", help="Hugging Face datasets, or the authors' JSON.")
+        Format,
+        typer.Option(
+            "--format",
+            help="'hf': for datasets.load_dataset; 'instruction-api': the authors' JSON.",
+        ),
     ] = Format.hf,
-    force: Annotated[bool, typer.Option("--force", help="Replace all that is in OUT.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the content of OUT.")] = False,
 ) -> None:
-    """Write a dataset for 'datasets.load_dataset', or as instruction-API pairs in JSON."""
+    """Export a dataset for 'datasets.load_dataset', or as instruction-API pairs in JSON."""
     from diffagent.dabench.dataset import open_dataset
     from diffagent.dabench.tools.export import export_dabench
 

@@ -1,8 +1,7 @@
-"""Commands on the deployments of prefect.yaml, by their short names.
+"""``diffagent deployment``: run, pause and resume deployments of prefect.yaml by short names.
 
-They are Prefect's own commands, run as child processes, since this library does without Prefect:
-Prefect wants FLOW/DEPLOYMENT for a name, which in prefect.yaml are the same word twice, and the id
-of a schedule, which nobody knows.
+The commands run Prefect's own commands as child processes, since this library does not import
+Prefect. They save the user the long name FLOW/DEPLOYMENT and the id of a schedule.
 """
 
 from __future__ import annotations
@@ -18,36 +17,36 @@ import typer
 
 from diffagent.errors import ConfigError, DiffAgentError
 
-app = typer.Typer(help="Run deployments of prefect.yaml, by name.", no_args_is_help=True)
+app = typer.Typer(help="Run, pause and resume deployments of prefect.yaml.", no_args_is_help=True)
 
 Name = Annotated[
-    str, typer.Argument(metavar="NAME", help="A deployment of prefect.yaml: 'build-dabench'.")
+    str, typer.Argument(metavar="NAME", help="Deployment of prefect.yaml, e.g. 'build-dabench'.")
 ]
 
 
 @app.command("run", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def run(context: typer.Context, name: Name) -> None:
-    """Start a run of a deployment; a worker takes it.
+    """Start a run of a deployment on a worker.
 
-    Options of 'prefect deployment run' may follow: -p refresh=true, --watch, --start-in '1 hour'.
+    Accepts the options of 'prefect deployment run': -p refresh=true, --watch, --start-in '1 hour'.
     """
     _prefect("run", full_name(name), *context.args)
 
 
 @app.command("resume")
 def resume(name: Name) -> None:
-    """Let the schedules of a deployment start runs."""
+    """Activate the schedules of a deployment."""
     _set_schedules(name, "resume")
 
 
 @app.command("pause")
 def pause(name: Name) -> None:
-    """Stop the schedules of a deployment."""
+    """Pause the schedules of a deployment."""
     _set_schedules(name, "pause")
 
 
 def full_name(name: str) -> str:
-    """FLOW/DEPLOYMENT of a short name: in prefect.yaml a deployment is named as its flow."""
+    """Return FLOW/DEPLOYMENT for a short name; in prefect.yaml both have the same name."""
     return name if "/" in name else f"{name}/{name}"
 
 
@@ -55,7 +54,7 @@ def _set_schedules(name: str, verb: str) -> None:
     """Resume or pause every schedule of a deployment.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: the deployment has no schedule.
     """
     listed = _prefect("schedule", "ls", full_name(name), "--output", "json", capture=True)
     schedules = json.loads(listed)
@@ -70,7 +69,7 @@ def _set_schedules(name: str, verb: str) -> None:
 
 
 def _prefect(*words: str, capture: bool = False) -> str:
-    """Run 'prefect deployment WORDS'; returns its output when ``capture``.
+    """Run 'prefect deployment WORDS'; return its output if ``capture``.
 
     Raises:
         ConfigError: Prefect is not installed.
@@ -78,17 +77,17 @@ def _prefect(*words: str, capture: bool = False) -> str:
     """
     if importlib.util.find_spec("prefect") is None:
         raise ConfigError("this command needs Prefect: pip install 'diffagent[prefect]'")
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "prefect", "deployment", *words],
-        # A server for the length of one command would know no deployment.
+        # A server that lives for one command only would have no deployments.
         env={**os.environ, "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false"},
         stdout=subprocess.PIPE if capture else None,
         stderr=subprocess.PIPE,
         text=True,
         check=False,
     )
-    if done.returncode:
-        output = (done.stderr or done.stdout or f"exit code {done.returncode}").strip()
+    if process.returncode:
+        output = (process.stderr or process.stdout or f"exit code {process.returncode}").strip()
         reason = output.splitlines()[-1]
         raise DiffAgentError(
             f"'prefect deployment {words[0]}' failed: {reason.rstrip('.')}. Is the server running "
@@ -96,4 +95,4 @@ def _prefect(*words: str, capture: bool = False) -> str:
             f"({os.environ.get('PREFECT_API_URL', 'it is not set')}), and was the deployment made "
             "('prefect deploy --all')?"
         )
-    return done.stdout or ""
+    return process.stdout or ""

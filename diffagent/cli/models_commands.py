@@ -1,4 +1,4 @@
-"""``diffagent models``: fetch, list, pin and evict model files, and look at folders of them."""
+"""``diffagent models``: fetch, list, pin, evict and import model files; scan folders of them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from diffagent.cli.options import refuse_options
 from diffagent.schemas.printable import printable
 
 if TYPE_CHECKING:
@@ -20,37 +21,47 @@ if TYPE_CHECKING:
     from diffagent.errors import DiffAgentError
     from diffagent.render.files.model_cache import CachedModel, ModelCache
     from diffagent.render.files.model_store import ModelStore
-    from diffagent.schemas.config import RuntimeConfig
+    from diffagent.schemas.runtime import RuntimeConfig
     from diffagent.t2i.catalogue import Entry
 
 A = TypeVar("A")
 B = TypeVar("B")
 
 app = typer.Typer(
-    help="Model files: fetch, list, pin, evict, import; look at folders of them.",
+    help="Fetch, list, pin, evict and import model files; scan folders of them.",
     no_args_is_help=True,
 )
 
-_HASHES = "SHA256, or enough of its beginning, or a part of the name."
+_HASHES = "SHA256 or its beginning, or a part of the name that no other file has."
 Config = Annotated[
     Path | None,
-    typer.Option("--config", "-c", metavar="FILE", help="YAML file of a run, for its runtime."),
+    typer.Option("--config", "-c", metavar="FILE", help="YAML file of a run: its section runtime."),
 ]
 Models = Annotated[
     Path | None,
-    typer.Option("--models", metavar="DIR", help="The cache; default runtime.models."),
+    typer.Option(
+        "--models", metavar="DIR", help="Cache of model files. [default: runtime.models.directory]"
+    ),
 ]
 Folders = Annotated[
     list[Path] | None,
-    typer.Option("--folder", metavar="DIR", help="Of model files, read in place (repeatable)."),
+    typer.Option(
+        "--folder", metavar="DIR", help="Folder of model files, read in place (repeatable)."
+    ),
 ]
 Site = Annotated[
     str | None,
-    typer.Option(help="Address of a Civitai, or KIND:DIR; default crawl.site."),
+    typer.Option(
+        help="Address of a Civitai API, or source as in crawl.site. [default: crawl.site]"
+    ),
 ]
 LimitGB = Annotated[
     float | None,
-    typer.Option("--limit-gb", min=0, help="Of the cache; default runtime.models_max_gb."),
+    typer.Option(
+        "--limit-gb",
+        min=0,
+        help="Limit of the cache in 10^9 bytes. [default: runtime.models.max_gb]",
+    ),
 ]
 Which = Annotated[list[str], typer.Argument(metavar="MODEL...", help=_HASHES)]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -68,27 +79,31 @@ def fetch(
     folders: Folders = None,
     site: Site = None,
     limit_gb: LimitGB = None,
-    pin: Annotated[bool, typer.Option("--pin", help="Never evict them.")] = False,
+    pin: Annotated[
+        bool, typer.Option("--pin", help="Keep the files whatever the limit is.")
+    ] = False,
     allow_unscanned: Annotated[
         bool,
-        typer.Option("--allow-unscanned", help="Also what did not pass the site's scans."),
+        typer.Option(
+            "--allow-unscanned", help="Also fetch files that did not pass the site's scans."
+        ),
     ] = False,
 ) -> None:
-    """Print the local file of each model, downloaded and verified where it is not there."""
+    """Print the path of each model file; download and verify those that are missing."""
     from diffagent.render.files.references import find
 
     def look_up(reference: str) -> Entry | Path:
         local = _local(store, reference)
         return local or find(client, reference, require_scans=not allow_unscanned)
 
-    def bring(entry: Entry | Path) -> Path:
+    def fetch_file(entry: Entry | Path) -> Path:
         return entry if isinstance(entry, Path) else store.fetch(entry)
 
     errors: list[DiffAgentError] = []
     with _open_store(config, models, folders, site, limit_gb) as (store, client):
         entries = list(_without_errors(look_up, references, errors))
         store.prefetch(entry for entry in entries if not isinstance(entry, Path))
-        for path in _without_errors(bring, entries, errors):
+        for path in _without_errors(fetch_file, entries, errors):
             if pin and path.is_relative_to(store.cache.directory):
                 store.cache.pin(path.stem)
             typer.echo(path)
@@ -101,7 +116,7 @@ def fetch(
 def _without_errors(
     action: Callable[[A], B], items: Iterable[A], errors: list[DiffAgentError]
 ) -> Iterator[B]:
-    """Apply an action to each item; errors are collected, so that the others are tried."""
+    """Apply an action to each item; collect its errors and go on with the next item."""
     from diffagent.errors import DiffAgentError
 
     for item in items:
@@ -113,7 +128,7 @@ def _without_errors(
 
 @app.command("list")
 def list_models(config: Config = None, models: Models = None, as_json: AsJSON = False) -> None:
-    """Print what the cache holds, what was used last at the end."""
+    """List cached model files, most recently used last."""
     runtime = _runtime(config, models)
     files = sorted(_cache(runtime).files(), key=lambda file: file.used)
     if as_json:
@@ -127,10 +142,10 @@ def list_models(config: Config = None, models: Models = None, as_json: AsJSON = 
             "unfinished": not file.complete,
         }
         used = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.used))
-        told = ", ".join(name for name, holds in states.items() if holds)
+        state = ", ".join(name for name, holds in states.items() if holds)
         name = printable(f"{file.model} {file.air}".strip())
-        typer.echo(f"{file.sha256[:10]}  {file.size / 1e9:8.3f} GB  {used}  {told:<10}  {name}")
-    limit = f" of {runtime.models_max_gb:g}" if runtime.models_max_gb else ""
+        typer.echo(f"{file.sha256[:10]}  {file.size / 1e9:8.3f} GB  {used}  {state:<10}  {name}")
+    limit = f" of {runtime.models.max_gb:g}" if runtime.models.max_gb else ""
     total = sum(file.size for file in files) / 1e9
     typer.echo(f"{len(files)} files, {total:.3f}{limit} GB in {runtime.models_directory}")
 
@@ -146,7 +161,7 @@ def pin(which: Which, config: Config = None, models: Models = None) -> None:
 
 @app.command()
 def unpin(which: Which, config: Config = None, models: Models = None) -> None:
-    """Let pinned files be evicted again."""
+    """Allow pinned files to be evicted again."""
     cache = _cache(_runtime(config, models))
     for file in _chosen(cache, which):
         cache.pin(file.sha256, pinned=False)
@@ -155,31 +170,33 @@ def unpin(which: Which, config: Config = None, models: Models = None) -> None:
 
 @app.command()
 def evict(
+    context: typer.Context,
     which: Annotated[list[str] | None, typer.Argument(metavar="[MODEL...]", help=_HASHES)] = None,
+    *,
     config: Config = None,
     models: Models = None,
     limit_gb: LimitGB = None,
-    imported: Annotated[
-        bool, typer.Option("--imported", help="Also files that were imported.")
-    ] = False,
+    imported: Annotated[bool, typer.Option("--imported", help="Also imported files.")] = False,
 ) -> None:
-    """Delete files from the cache: those named, else the longest unused until the limit is kept.
+    """Delete files from the cache: the named ones, or the least recently used above the limit.
 
-    Files that are pinned or in use stay, and imported ones unless named or with --imported.
+    Pinned files and files in use stay; so do imported files, unless named or with --imported.
     """
     from diffagent.errors import ConfigError
 
     runtime = _runtime(config, models, limit_gb=limit_gb)
-    if not which and runtime.models_max_gb is None:
-        raise ConfigError("evict needs models, or --limit-gb")
+    if not which and runtime.models.max_gb is None:
+        raise ConfigError("evict needs names of models, or --limit-gb")
+    if which:
+        refuse_options(context, ("limit_gb", "imported"), "not together with names of models")
     cache = _cache(runtime)
     if which:
-        gone = _chosen(cache, which)
-        for file in gone:
+        evicted = _chosen(cache, which)
+        for file in evicted:
             cache.remove(file.sha256)
     else:
-        gone = cache.make_room(imported=imported)
-    for file in gone:
+        evicted = cache.make_room(imported=imported)
+    for file in evicted:
         name = printable(file.model)
         typer.echo(f"evicted {file.sha256[:10]} {name}: {file.size / 1e9:.3f} GB")
 
@@ -187,12 +204,12 @@ def evict(
 @app.command("import")
 def import_models(
     paths: Annotated[
-        list[Path], typer.Argument(metavar="PATH...", help="safetensors files, or folders.")
+        list[Path], typer.Argument(metavar="PATH...", help="safetensors files, or folders of them.")
     ],
     config: Config = None,
     models: Models = None,
 ) -> None:
-    """Copy files into the cache, checked; what is refused is told, and exit code 1 at the end."""
+    """Check files and copy them into the cache; list refused files and exit with 1 if any."""
     from diffagent.errors import RenderError
     from diffagent.localcivitai.sources.local import model_files, undrawable
 
@@ -214,15 +231,17 @@ def import_models(
 def scan(
     folders: Annotated[
         list[Path],
-        typer.Argument(metavar="DIR...", help="Of model files, or installations."),
+        typer.Argument(
+            metavar="DIR...", help="Folders of model files, or installations of A1111 or ComfyUI."
+        ),
     ],
     config: Config = None,
     models: Models = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Print what folders of A1111 or ComfyUI hold, by hash; nothing is copied or written there.
+    """List the model files of folders with hash, type and base model; the folders stay untouched.
 
-    Hashes are kept beside the cache, so that a second look reads nothing.
+    Hashes are stored next to the cache, so that a second scan reads no file.
     """
     from diffagent.localcivitai.sources.local import record_of
     from diffagent.render.files.folders import ModelFolders
@@ -258,22 +277,24 @@ def _runtime(
     folders: list[Path] | None = None,
     limit_gb: float | None = None,
 ) -> RuntimeConfig:
-    """The settings of a run's file, and what the command line says in their place."""
-    from diffagent.schemas.config import RuntimeConfig, load_config
+    """Return the section runtime of a run's file, changed by options of the command line."""
+    from diffagent.run_config import load_config
+    from diffagent.schemas.runtime import RuntimeConfig
 
     runtime = load_config(config).runtime if config else RuntimeConfig()
-    given: dict[str, Any] = {
-        "models": str(models) if models else None,
-        "model_folders": tuple(map(str, folders)) if folders else None,
-        "models_max_gb": limit_gb,
+    options: dict[str, Any] = {
+        "directory": str(models) if models else None,
+        "folders": tuple(map(str, folders)) if folders else None,
+        "max_gb": limit_gb,
     }
-    return runtime.model_copy(update={k: v for k, v in given.items() if v is not None})
+    changes = {name: value for name, value in options.items() if value is not None}
+    return runtime.model_copy(update={"models": runtime.models.model_copy(update=changes)})
 
 
 def _cache(runtime: RuntimeConfig) -> ModelCache:
     from diffagent.render.files.model_cache import ModelCache
 
-    return ModelCache(runtime.models_directory, runtime.models_max_bytes)
+    return ModelCache(runtime.models_directory, runtime.models.max_bytes)
 
 
 @contextmanager
@@ -285,44 +306,49 @@ def _open_store(
     limit_gb: float | None,
 ) -> Iterator[tuple[ModelStore, CivitaiClient]]:
     from diffagent.civitai.client import client_for
+    from diffagent.crawl.crawl_config import CrawlConfig
     from diffagent.localcivitai.site import embedded_site
     from diffagent.render.files.model_store import ModelStore
-    from diffagent.schemas.config import CrawlConfig, load_config
+    from diffagent.run_config import load_config
 
     runtime = _runtime(config, models, folders, limit_gb)
     site = site or (load_config(config).crawl if config else CrawlConfig()).site
     with (
         embedded_site(site, cache=runtime.local_store / "local-files.json") as url,
-        client_for(url, runtime.requests_per_second) as client,
+        client_for(url, runtime.site.requests_per_second) as client,
         ModelStore.of(runtime, client) as store,
     ):
         yield store, client
 
 
 def _local(store: ModelStore, reference: str) -> Path | None:
-    """A file that is named by its SHA256 needs no site when it is there."""
+    """Return the local file of a SHA256, which needs no site; None for other references."""
     digest = reference.removeprefix("hash:").lower()
     whole = len(digest) == 64 and set(digest) <= set("0123456789abcdef")
     return store.local(digest) if whole else None
 
 
 def _chosen(cache: ModelCache, which: list[str]) -> list[CachedModel]:
-    """The files that are named, each exactly."""
+    """Return the named files, one for each name.
+
+    Raises:
+        ConfigError: a name matches no file, or several.
+    """
     from diffagent.errors import ConfigError
 
     files, chosen = cache.files(), []
     for name in which:
         text = name.lower()
-        found = [
+        matches = [
             file
             for file in files
             if file.sha256.startswith(text) or text in f"{file.model} {file.air}".lower()
         ]
-        if len(found) != 1:
-            told = ", ".join(f"{f.sha256[:10]} {f.model}" for f in found[:5]) or "nothing"
+        if len(matches) != 1:
+            names = ", ".join(f"{f.sha256[:10]} {f.model}" for f in matches[:5]) or "none"
             raise ConfigError(
-                f"{name!r} is {len(found)} files of {str(cache.directory)!r} ({told}), not one; "
-                "see `diffagent models list`"
+                f"{name!r} matches {len(matches)} files of {str(cache.directory)!r} ({names}), not "
+                "one; see `diffagent models list`"
             )
-        chosen.append(found[0])
+        chosen.append(matches[0])
     return chosen

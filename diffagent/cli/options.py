@@ -1,27 +1,27 @@
-"""Options that several commands have, and what they do."""
+"""Options that several commands share, and the checks of options."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from diffagent.schemas.printable import log_to_terminal
 
-#: Loggers of answers to a request (--reconcile), which are shown without -v.
+#: Loggers of answers to a request (--reconcile), shown without -v.
 ANSWERS = ("diffagent.civitai.recall",)
-#: Loggers whose news are shown without -v: which stage runs, and answers.
-_TOLD = ("diffagent.pipeline", *ANSWERS)
+#: Loggers whose records from INFO up are shown without -v.
+_SHOWN = ("diffagent.pipeline", *ANSWERS)
 
 
 def _set_up_logging(verbose: int) -> int:
-    """Warnings, and which stage runs; -v: what stages say; -vv: everything of this library."""
+    """Log warnings and the current stage; -v: from INFO up; -vv: everything."""
     log_to_terminal()
     level = logging.DEBUG if verbose > 1 else logging.INFO
-    for name in (*_TOLD, "diffagent") if verbose else _TOLD:
+    for name in (*_SHOWN, "diffagent") if verbose else _SHOWN:
         logging.getLogger(name).setLevel(level)
     return verbose
 
@@ -34,38 +34,34 @@ def _set_up_quiet(quiet: bool) -> bool:
 Verbose = Annotated[
     int,
     typer.Option(
-        "--verbose", "-v", count=True, callback=_set_up_logging, help="Say more; -vv for all."
+        "--verbose",
+        "-v",
+        count=True,
+        callback=_set_up_logging,
+        help="Log more; -vv logs everything.",
     ),
 ]
 Quiet = Annotated[
     bool,
     typer.Option(
-        "--quiet", "-q", callback=_set_up_quiet, help="Errors only; what is printed stays."
+        "--quiet", "-q", callback=_set_up_quiet, help="Log nothing; results and errors are printed."
     ),
 ]
 ConfigFile = Annotated[
-    Path, typer.Option("--config", "-c", metavar="FILE", help="YAML file of the whole run.")
+    Path, typer.Option("--config", "-c", metavar="FILE", help="YAML file of the run.")
 ]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="SECTION.KEY=VALUE", help="Change a setting (repeatable); VALUE is YAML."
-    ),
-]
-Refresh = Annotated[
-    bool, typer.Option("--refresh", help="Crawl again; nothing else runs if nothing is new.")
-]
-Reconcile = Annotated[
-    bool,
-    typer.Option(
-        "--reconcile",
-        help="Refresh by walking whole listings again, and say what was missed before (recall).",
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        help="Override a setting of the run (repeatable); VALUE is YAML.",
     ),
 ]
 
 
 def parse_overrides(settings: list[str] | None) -> dict[str, Any]:
-    """``section.key=value`` texts as a mapping; values are read as YAML.
+    """Parse ``section.key=value`` texts into a mapping; values are read as YAML.
 
     Raises:
         ConfigError: a text has no '=' or no key, or its value is not YAML.
@@ -85,31 +81,23 @@ def parse_overrides(settings: list[str] | None) -> dict[str, Any]:
     return overrides
 
 
-_shared = typer.Typer(add_completion=False)
+def given_options(context: typer.Context) -> frozenset[str]:
+    """Return the names of the parameters that the command line sets."""
+    return frozenset(
+        name
+        for name in context.params
+        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    )
 
 
-@_shared.command()
-def _shared_options(verbose: Verbose = 0, quiet: Quiet = False) -> None:
-    """Carry the options that every command gets (``CommandGroup``)."""
+def refuse_options(context: typer.Context, names: Iterable[str], reason: str) -> None:
+    """Refuse options that a command would not use.
 
+    Raises:
+        ConfigError: the command line sets one of ``names``; the message names all with ``reason``.
+    """
+    from diffagent.errors import ConfigError
 
-class CommandGroup(TyperGroup):
-    """A group whose commands all take -v and -q, those of its groups too."""
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command ``cmd_name`` with the options that it lacks."""
-        command = super().get_command(ctx, cmd_name)
-        _add_shared_options(command)
-        return command
-
-
-def _add_shared_options(command: Any) -> None:
-    for child in getattr(command, "commands", {}).values():
-        _add_shared_options(child)
-    if command is None or hasattr(command, "commands"):
-        return
-    taken = {name for parameter in command.params for name in parameter.opts}
-    for option in typer.main.get_command(_shared).params:
-        if option.name in ("verbose", "quiet") and not taken & set(option.opts):
-            option.expose_value = False
-            command.params.append(option)
+    if unused := sorted(given_options(context) & {*names}):
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        raise ConfigError(f"{options}: {reason}")

@@ -1,7 +1,7 @@
-"""``diffagent render`` and ``diffagent score``: a file of prompts, or of pictures, in one command.
+"""``diffagent render`` and ``diffagent score``: prompts or pictures in, a contact sheet out.
 
-Both run the stages of the same names on artefacts made from what the command line says, so that
-what was drawn or scored once is not again; without a file they are the stages of a run.
+Both run the stages of the same names on artifacts made from the command line. Pictures and scores
+are kept in the store and not computed again.
 """
 
 from __future__ import annotations
@@ -9,28 +9,30 @@ from __future__ import annotations
 import codecs
 import logging
 import sys
+from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from diffagent.cli.options import Overrides, Reconcile, Refresh, Verbose, parse_overrides
+from diffagent.cli.options import Overrides, Verbose, parse_overrides, refuse_options
 from diffagent.device import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 if TYPE_CHECKING:
     from diffagent.agent.candidates import Row
     from diffagent.agent.selector import Selector
-    from diffagent.schemas.config import PipelineConfig
+    from diffagent.run_config import RunConfig
     from diffagent.store import Artifact
     from diffagent.t2i.catalogue import Entry
 
 #: The released reward models, as in configs/paper.yaml.
-_REWARDS = {
+RELEASED_REWARDS = {
     "scorers": [
         {"name": "clip", "model": "ViT-L-14-quickgelu", "weights": "openai"},
         {"name": "image_reward", "model": "v1.0", "weights": "THUDM/ImageReward"},
@@ -41,20 +43,15 @@ _REWARDS = {
 _MAX_PIXELS = 2048 * 2048
 
 
-class Backend(StrEnum):
-    """What draws."""
-
-    diffusers = "diffusers"
-    a1111 = "a1111"
-    comfyui = "comfyui"
-
+_MODELS = "Model files"
+_CALLS = "One model and its parameters for all prompts"
+_CHOICE = "A choice for each prompt"
+_OUTPUT = "Output"
 
 Prompts = Annotated[
     Path | None,
     typer.Argument(
-        metavar="[PROMPTS]",
-        help="Prompts, one a line, or API calls as JSON lines; '-': stdin. Without it: the stage "
-        "'render' of the run that -c describes.",
+        metavar="PROMPTS", help="Prompts, one a line, or API calls as JSON lines; '-' reads stdin."
     ),
 ]
 Folders = Annotated[
@@ -63,65 +60,116 @@ Folders = Annotated[
         "--models",
         "--folder",
         metavar="DIR",
-        help="Folder of checkpoints and LoRAs, or an installation (repeatable).",
+        help="Folder of checkpoints and LoRAs, or installation of A1111 or ComfyUI (repeatable).",
+        rich_help_panel=_MODELS,
+    ),
+]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(
+        help="Base model to assume for files that do not state theirs, e.g. 'SD 1.5'.",
+        rich_help_panel=_MODELS,
+    ),
+]
+Download = Annotated[
+    bool,
+    typer.Option(
+        "--download",
+        help="Download models that the folders of --models lack.",
+        rich_help_panel=_MODELS,
     ),
 ]
 Models = Annotated[
     list[str] | None,
-    typer.Option("--model", "-m", metavar="NAME", help="Checkpoint (repeatable)."),
+    typer.Option(
+        "--model", "-m", metavar="NAME", help="Checkpoint (repeatable).", rich_help_panel=_CALLS
+    ),
 ]
 LoRAs = Annotated[
     list[str] | None,
-    typer.Option("--lora", metavar="NAME:WEIGHT", help="For all prompts (repeatable)."),
+    typer.Option(
+        "--lora",
+        metavar="NAME:WEIGHT",
+        help="LoRA to apply (repeatable).",
+        rich_help_panel=_CALLS,
+    ),
 ]
-Side = Annotated[int | None, typer.Option(help="Pixels; default: the base model's.")]
-Seeds = Annotated[
-    list[int] | None, typer.Option(help="A picture for each (repeatable); default 0.")
-]
-Calls = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="API calls for PROMPTS, line by line; '-': stdin."),
+Parameter = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--param",
+        "-p",
+        metavar="NAME=VALUE",
+        help="Parameter (repeatable): negative_prompt, sampler (A1111 name), steps, cfg_scale, "
+        "width, height (pixels), clip_skip.",
+        rich_help_panel=_CALLS,
+    ),
 ]
 Agent = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="An agent chooses for each prompt; see select.")
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Let this agent choose models and parameters; see 'diffagent select'.",
+        rich_help_panel=_CHOICE,
+    ),
 ]
 DABench = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="A DABench: what calls name, or what is learned from."),
+    typer.Option(
+        metavar="DIR",
+        help="Let a selector fitted on this DABench choose; with calls or --model: the catalogue "
+        "of their names.",
+        rich_help_panel=_CHOICE,
+    ),
 ]
-AsInSelect = Annotated[str, typer.Option(help="With --dabench, as in select.")]
 Choices = Annotated[
-    int, typer.Option("-n", "--n", min=1, max=32, help="With --agent or --dabench: calls.")
+    int,
+    typer.Option(
+        "-n",
+        "--n",
+        min=1,
+        max=32,
+        help="Number of API calls to choose per prompt.",
+        rich_help_panel=_CHOICE,
+    ),
 ]
-Download = Annotated[
-    bool,
-    typer.Option("--download", help="Fetch models that are not in --models DIR from the site."),
+Calls = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        help="API calls for PROMPTS, line by line; '-' reads stdin.",
+        rich_help_panel=_CHOICE,
+    ),
 ]
-BaseModel = Annotated[str | None, typer.Option(help="Of files that do not tell, e.g. 'SD 1.5'.")]
+Seeds = Annotated[
+    list[int] | None,
+    typer.Option(
+        help="Seed; one picture for each (repeatable). [default: 0]", rich_help_panel=_OUTPUT
+    ),
+]
+Score = Annotated[bool, typer.Option(help="Score the pictures.", rich_help_panel=_OUTPUT)]
+Out = Annotated[
+    Path,
+    typer.Option(
+        metavar="DIR", help="Folder for index.html and the pictures.", rich_help_panel=_OUTPUT
+    ),
+]
 Pictures = Annotated[
     list[Path] | None,
     typer.Argument(
-        metavar="[PICTURE...]",
-        help="Pictures that tell their prompts, or folders of them. Without them: the stage "
-        "'score' of the run that -c describes.",
+        metavar="PICTURE...", help="Pictures with their prompts inside, or folders of them."
     ),
 ]
-Prompt = Annotated[str | None, typer.Option(help="Of pictures that do not tell theirs.")]
-Safety = Annotated[bool, typer.Option("--safety", help="Check the pictures (extra 'safety').")]
-URL = Annotated[str | None, typer.Option(help="Of the A1111 or ComfyUI server.")]
+Prompt = Annotated[str | None, typer.Option(help="Prompt of pictures that do not state theirs.")]
 OptionalConfig = Annotated[
     Path | None,
-    typer.Option("--config", "-c", metavar="FILE", help="YAML file of a run, for its settings."),
+    typer.Option(
+        "--config",
+        "-c",
+        metavar="FILE",
+        help="YAML file of a run: settings of the sections render, rewards and runtime.",
+    ),
 ]
-Out = Annotated[Path, typer.Option(metavar="DIR", help="Gets index.html and the pictures.")]
-Store = Annotated[
-    str | None,
-    typer.Option(metavar="DIR", help="Keeps what was drawn and scored; default runtime.store."),
-]
-Device = Annotated[str | None, typer.Option(help="'auto', 'cpu', 'cuda', 'mps'")]
-
-_SHARED = frozenset({"prompts", "pictures", "config", "settings", "verbose"})
-_OF_STAGES = frozenset({"refresh", "reconcile"})
 
 
 def render(
@@ -129,145 +177,153 @@ def render(
     prompts: Prompts = None,
     *,
     models: Folders = None,
-    model: Models = None,
-    lora: LoRAs = None,
-    negative_prompt: Annotated[str, typer.Option(help="For all prompts.")] = "",
-    sampler: Annotated[str, typer.Option(help="As the WebUI calls it.")] = "DPM++ 2M Karras",
-    steps: int = 25,
-    cfg_scale: float = 7.0,
-    width: Side = None,
-    height: Side = None,
-    clip_skip: int = 1,
-    seed: Seeds = None,
-    calls: Calls = None,
-    agent: Agent = None,
-    dabench: DABench = None,
-    selector: AsInSelect = "combined",
-    encoder: AsInSelect = "",
-    n: Choices = 1,
     base_model: BaseModel = None,
     download: Download = False,
+    model: Models = None,
+    lora: LoRAs = None,
+    param: Parameter = None,
+    agent: Agent = None,
+    dabench: DABench = None,
+    n: Choices = 1,
+    calls: Calls = None,
+    seed: Seeds = None,
     out: Out = Path("pictures"),
-    store: Store = None,
-    score: Annotated[bool, typer.Option(help="Score the pictures.")] = True,
-    safety: Safety = False,
-    backend: Annotated[Backend | None, typer.Option(help="What draws.")] = None,
-    url: URL = None,
-    device: Device = None,
+    score: Score = True,
     config: OptionalConfig = None,
     settings: Overrides = None,
-    refresh: Refresh = False,
-    reconcile: Reconcile = False,
     verbose: Verbose = 0,
 ) -> None:
     """Render a file of prompts, score the pictures, and write a contact sheet.
 
-    diffagent render prompts.txt --models ~/models --model dreamshaper
+    diffagent render prompts.txt --models ~/models --model dreamshaper -p steps=30
     """
-    if _is_stage(context, prompts):
-        return
     from diffagent.sheet.contact_sheet import check_output
     from diffagent.sheet.prompts_file import holds_calls, selected_rows
 
+    path = _needed(prompts, "render")
     keep_freed_memory()
     changes: dict[str, Any] = {
         "render.seeds": seed,
-        "render.safety": "flag" if safety else None,
-        "render.backend": backend and backend.value,
-        "runtime.render_url": url,
-        "runtime.device": device,
-        "runtime.store": store,
-        "runtime.model_folders": [str(folder) for folder in models] if models else None,
+        "runtime.models.folders": [str(folder) for folder in models] if models else None,
     }
     run = _config(config, settings, changes)
     check_output(out)
-    assert prompts is not None
-    lines, called = _read(prompts), _read(calls) if calls else None
-    named = _models(agent or dabench, run, base_model, only_here=bool(models) and not download)
-    entries = named.entries
-    if called is not None or holds_calls(lines, prompts.name):
-        rows, entries = _called(prompts, lines, calls, called, entries)
-    elif agent or (dabench and not model):
-        chooser = _open_selector(run, named.usable, agent, dabench, selector, encoder)
-        rows = selected_rows(lines, chooser, _source(agent, dabench, selector), n)
+    lines, lines_of_calls = _read(path), _read(calls) if calls else None
+    has_calls = lines_of_calls is not None or holds_calls(lines, path.name)
+    chooses = not has_calls and bool(agent or (dabench and not model))
+    _refuse_unused(context, run, has_calls=has_calls, chooses=chooses)
+    candidates = _models(agent or dabench, run, base_model, only_here=bool(models) and not download)
+    entries = candidates.entries
+    if has_calls:
+        rows, entries = _called(path, lines, calls, lines_of_calls, entries)
+    elif chooses:
+        chooser = _open_selector(run, candidates.usable, agent, dabench)
+        rows = selected_rows(lines, chooser, _source(agent, dabench), n)
     else:
-        given = {name: context.params[name] for name in _PARAMETERS}
-        rows = _named(lines, model, {**given, "loras": tuple(lora or ())}, entries)
-    _make(rows, entries, run, out, prompts.name, score=score)
-
-
-_PARAMETERS = (
-    *("sampler", "steps", "cfg_scale", "width", "height", "clip_skip", "negative_prompt"),
-)
+        rows = _named(lines, model, {**_parameters(param), "loras": tuple(lora or ())}, entries)
+    _make(rows, entries, run, out, path.name, score=score)
 
 
 def score(
-    context: typer.Context,
     pictures: Pictures = None,
     *,
     prompt: Prompt = None,
     out: Out = Path("scores"),
-    store: Store = None,
-    device: Device = None,
     config: OptionalConfig = None,
     settings: Overrides = None,
-    refresh: Refresh = False,
-    reconcile: Reconcile = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Score pictures against their prompts, and write a contact sheet."""
-    if _is_stage(context, pictures):
-        return
+    """Score pictures against their prompts, and write a contact sheet.
+
+    diffagent score pictures/ photo.jpg --prompt "a red car"
+    """
     from diffagent.sheet.contact_sheet import check_output
 
+    paths = _needed(pictures, "score")
     keep_freed_memory()
     check_output(out)
-    changes = {"runtime.device": device, "runtime.store": store}
-    _score_files(pictures or [], prompt, _config(config, settings, changes), out)
+    _score_files(paths, prompt, _config(config, settings, {}), out)
 
 
-def _is_stage(context: typer.Context, files: object) -> bool:
-    """Run the stage of a run when there is no file; returns whether it was one.
+def _needed(files: T | None, name: str) -> T:
+    """Return the files of the command ``name``.
 
     Raises:
-        ConfigError: neither a file nor a run, or options of the one with the other.
+        ConfigError: the command line has none.
+    """
+    if not files:
+        from diffagent.errors import ConfigError
+
+        kind = "of prompts or API calls" if name == "render" else "that is a picture, or a folder"
+        raise ConfigError(
+            f"{name} needs a file {kind}; the stage {name!r} of a run is built by: "
+            f"diffagent run -c FILE --until {name}"
+        )
+    return files
+
+
+def _refuse_unused(
+    context: typer.Context, run: RunConfig, *, has_calls: bool, chooses: bool
+) -> None:
+    """Refuse options that the kind of input does not use.
+
+    Raises:
+        ConfigError: the command line has such an option.
+    """
+    parameters = ("model", "lora", "param")
+    if has_calls:
+        reason = "not for API calls, which state their models and parameters; leave it out"
+        refuse_options(context, (*parameters, "n"), reason)
+    elif chooses:
+        reason = "not together with --agent or --dabench, which choose; leave one of them out"
+        refuse_options(context, parameters, reason)
+    else:
+        refuse_options(context, ("n",), "needs --agent DIR or --dabench DIR, which choose")
+    refuse_options(context, () if context.params["models"] else ("download",), "needs --models DIR")
+    folders = run.runtime.models.folders
+    refuse_options(context, () if folders else ("base_model",), "needs --models DIR")
+
+
+def _parameters(texts: list[str] | None) -> dict[str, Any]:
+    """Parse the texts NAME=VALUE of --param.
+
+    Raises:
+        ConfigError: a text is not of that form, has no such name, or a value of another type.
     """
     from diffagent.errors import ConfigError
+    from diffagent.sheet.prompts_file import Parameters
 
-    name = str(context.info_name)
-    given = {
-        option
-        for option in context.params
-        if getattr(context.get_parameter_source(option), "name", "") == "COMMANDLINE"
+    types: dict[str, Callable[[str], Any]] = {
+        field.name: type(field.default) if field.default is not None else int
+        for field in fields(Parameters)
+        if field.name != "loras"
     }
-    if not files and "config" not in given:
-        raise ConfigError(f"{name} needs a file, or -c FILE for the stage of a run; see --help")
-    wrong = given & _OF_STAGES if files else given - _SHARED - _OF_STAGES
-    if wrong:
-        told = ", ".join(f"--{option.replace('_', '-')}" for option in sorted(wrong))
-        what = "the stage of a run, without a file" if files else "a file, which is not given"
-        raise ConfigError(f"{told}: only for {what}")
-    if files:
-        return False
-    from diffagent.cli.main import run_stage
+    values: dict[str, Any] = {}
+    for text in texts or ():
+        name, equals, value = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or name not in types:
+            raise ConfigError(
+                f"--param needs NAME=VALUE with a NAME of {', '.join(types)}; got {text!r:.100}"
+            )
+        try:
+            values[name] = types[name](value)
+        except ValueError:
+            kind = "a whole number" if types[name] is int else "a number"
+            raise ConfigError(f"--param {name}: needs {kind}, got {value!r:.100}") from None
+    return values
 
-    values = context.params
-    run_stage(values["config"], values["settings"], name, values["refresh"], values["reconcile"])
-    return True
 
-
-def _config(
-    file: Path | None, settings: list[str] | None, changes: dict[str, Any]
-) -> PipelineConfig:
+def _config(file: Path | None, settings: list[str] | None, changes: dict[str, Any]) -> RunConfig:
     """The settings of a run's file or the released scorers, and what the command line says."""
-    from diffagent.schemas.config import configure, load_config
+    from diffagent.run_config import configure, load_config
 
     overrides = {key: value for key, value in changes.items() if value is not None}
     overrides |= parse_overrides(settings)
     overrides.setdefault("render.max_failed_fraction", 1.0)  # a sheet of the others is worth it
     if file:
         return load_config(file, overrides)
-    data = {"rewards": deepcopy(_REWARDS), "render": {"max_pixels": _MAX_PIXELS}}
+    data = {"rewards": deepcopy(RELEASED_REWARDS), "render": {"max_pixels": _MAX_PIXELS}}
     return configure(data, overrides, "the command line")
 
 
@@ -307,7 +363,7 @@ class _Models:
 
 
 def _models(
-    source: Path | None, run: PipelineConfig, base_model: str | None, *, only_here: bool
+    source: Path | None, run: RunConfig, base_model: str | None, *, only_here: bool
 ) -> _Models:
     """Collect the models that names may mean in a command.
 
@@ -323,7 +379,7 @@ def _models(
     from diffagent.t2i.catalogue import Catalogue
 
     entries = list(Catalogue.load(source).entries) if source else []
-    folders = [Path(folder) for folder in run.runtime.model_folders]
+    folders = [Path(folder) for folder in run.runtime.models.folders]
     if not entries and not folders:
         raise ConfigError("render needs --models DIR, or --agent DIR or --dabench DIR")
     if not folders:
@@ -352,30 +408,28 @@ def _called(
     return call_rows(called, str(calls), lines, entries)
 
 
-def _open_selector(  # noqa: PLR0917
-    run: PipelineConfig,
+def _open_selector(
+    run: RunConfig,
     usable: frozenset[tuple[str, str]] | None,
     agent: Path | None,
     dabench: Path | None,
-    selector: str,
-    encoder: str,
 ) -> Selector:
     from diffagent.agent.opening import open_selector
 
     return open_selector(
         agent,
         dabench,
-        selector,
-        encoder=encoder,
+        "combined",
+        encoder="",
         store=run.runtime.store,
         device=run.runtime.device,
         usable=usable,
     )
 
 
-def _source(agent: Path | None, dabench: Path | None, selector: str) -> str:
-    """The name under which the choices are listed."""
-    return "reranked" if agent and dabench else "agent" if agent else selector
+def _source(agent: Path | None, dabench: Path | None) -> str:
+    """Return the name under which the contact sheet lists the choices."""
+    return "reranked" if agent and dabench else "agent" if agent else "combined"
 
 
 def _named(
@@ -394,7 +448,7 @@ def _named(
 def _make(
     rows: list[Row],
     entries: list[Entry],
-    run: PipelineConfig,
+    run: RunConfig,
     out: Path,
     title: str,
     *,
@@ -436,7 +490,7 @@ def _end(missing: int, total: int, out: Path) -> None:
         raise typer.Exit(1)
 
 
-def _draw(rows: list[Row], entries: list[Entry], run: PipelineConfig) -> Artifact:
+def _draw(rows: list[Row], entries: list[Entry], run: RunConfig) -> Artifact:
     """The pictures of rows, with the models that ``entries`` says where to find."""
     from diffagent.pipeline import open_site
     from diffagent.render import render_stage
@@ -474,7 +528,7 @@ def _sheet(
     return failed
 
 
-def _score_files(pictures: list[Path], prompt: str | None, run: PipelineConfig, out: Path) -> None:
+def _score_files(pictures: list[Path], prompt: str | None, run: RunConfig, out: Path) -> None:
     import pyarrow.parquet as pq
 
     from diffagent.errors import ConfigError

@@ -1,6 +1,6 @@
-"""The line of a terminal that shows what runs, for how long, and how far it is.
+"""Status line of a terminal: the current stage, its time and its progress.
 
-Without a terminal on standard error nothing is written, so a pipe and a log stay clean.
+Without a terminal on standard error the line is not written, so that pipes and logs stay clean.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _CLEAR = "\r\x1b[2K"
 
 
 class Status:
-    """One line that is written over: name of the stage, seconds, and its last message.
+    """A line that is overwritten: name of the stage, time, and its last message.
 
     Args:
-        stream: gets the line; None shows nothing.
+        stream: terminal to write to; None shows nothing.
     """
 
     def __init__(self, stream: TextIO | None) -> None:
@@ -37,14 +37,14 @@ class Status:
         self._started = 0.0
 
     def start(self, name: str) -> None:
-        """Show that ``name`` runs from now on."""
+        """Show ``name`` as the current stage, from 0:00."""
         with self._lock:
             self._name, self._text, self._fraction = name, "", None
             self._started = time.monotonic()
         self.draw()
 
     def stop(self) -> None:
-        """Show nothing until the next ``start``."""
+        """Clear the line until the next ``start``."""
         self.clear()
         self._name = ""
 
@@ -54,20 +54,20 @@ class Status:
             self._fraction, self._text = fraction, text
         self.draw()
 
-    def tell(self, text: str) -> None:
-        """Show a message of the stage; how far it is stays."""
+    def show_message(self, text: str) -> None:
+        """Show a message of the stage; its progress stays."""
         with self._lock:
             self._text = text
         self.draw()
 
     def clear(self) -> None:
-        """Make room for a line of someone else."""
+        """Clear the line, for another line in its place."""
         with self._lock:
             if self._stream and self._name:
                 self._write(_CLEAR)
 
     def draw(self) -> None:
-        """Write the line again."""
+        """Redraw the line."""
         with self._lock:
             if self._stream and self._name:
                 self._write(_CLEAR + self._line())
@@ -85,8 +85,8 @@ class Status:
             self._stream.flush()
 
 
-class _Messages(logging.Handler):
-    """Shows each record of the library on the status line."""
+class _StatusHandler(logging.Handler):
+    """Log handler that shows each record on the status line."""
 
     def __init__(self, status: Status) -> None:
         super().__init__()
@@ -94,15 +94,15 @@ class _Messages(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show the message of a record."""
-        self._status.tell(record.getMessage())
+        self._status.show_message(record.getMessage())
 
 
 @contextlib.contextmanager
 def status_line() -> Iterator[Status]:
-    """A status line as long as the block runs, fed by what the library logs.
+    """Yield a status line that shows records of the library while the block runs.
 
-    It is shown on a terminal, unless -v shows the log itself or -q nothing at all. Records from
-    warnings up are written above it.
+    It is shown on a terminal, unless -v shows the log itself or -q hides it. Warnings and errors
+    are written above it.
     """
     library = logging.getLogger("diffagent")
     shown = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
@@ -122,7 +122,7 @@ def status_line() -> Iterator[Status]:
         while not over.wait(_TICK_SECONDS):
             status.draw()
 
-    messages, ticker = _Messages(status), threading.Thread(target=tick, daemon=True)
+    messages, ticker = _StatusHandler(status), threading.Thread(target=tick, daemon=True)
     library.setLevel(logging.INFO)
     library.addHandler(messages)
     for handler in handlers:

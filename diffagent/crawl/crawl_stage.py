@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from diffagent.civitai.client import client_for
+from diffagent.crawl.crawl_config import CrawlConfig
 from diffagent.crawl.crawler import Crawler, Session
 from diffagent.crawl.journal import Journal
 from diffagent.crawl.known import Known
@@ -31,7 +32,6 @@ from diffagent.crawl.walks import Walks
 from diffagent.errors import ConfigError
 from diffagent.localcivitai.site import site_files
 from diffagent.localcivitai.sources import read_about
-from diffagent.schemas.config import CrawlConfig
 from diffagent.schemas.manifest import Funnel, FunnelStep
 from diffagent.store import StageContext, StageResult, stage
 from diffagent.store.integrity import damaged_copies
@@ -66,7 +66,13 @@ def extend_context(context: StageContext, directory: Path) -> CrawlContext:
     )
 
 
-@stage("crawl", version=2, config=CrawlConfig, files=site_files, extend_context=extend_context)
+@stage(
+    "crawl",
+    version=2,
+    config=CrawlConfig,
+    files=lambda config: site_files(config.site),
+    extend_context=extend_context,
+)
 def crawl(config: CrawlConfig, context: CrawlContext) -> StageResult:
     """Fetch models, images and pages from ``context.site_url``.
 
@@ -148,15 +154,15 @@ def _fetch(config: CrawlConfig, context: CrawlContext, journal: Path, memory: Me
     elif context.damaged:
         salvaged = salvage(context.damaged, context.out / SALVAGED, memory.ledger)
         known = Known.load(salvaged.snapshot, salvaged.missing)
-    full = runtime.reconcile or (salvaged is not None and not salvaged.complete)
-    client = client_for(context.site_url, runtime.requests_per_second)
+    full = runtime.site.reconcile or (salvaged is not None and not salvaged.complete)
+    client = client_for(context.site_url, runtime.site.requests_per_second)
     aside = context.memory.with_name(context.memory.name.removesuffix(".memory.json"))
     with client, Journal(journal, aside=aside) as pages:
         walks = Walks(
             client,
             pages,
-            threads=runtime.crawl_threads,
-            budget_seconds=runtime.crawl_budget_seconds,
+            threads=runtime.site.threads,
+            budget_seconds=runtime.site.budget_seconds,
             known=known,
         )
         request = {
@@ -173,7 +179,7 @@ def _fetch(config: CrawlConfig, context: CrawlContext, journal: Path, memory: Me
                 session,
                 known,
                 memory.looked_at,
-                share=runtime.refresh_share,
+                share=runtime.site.refresh_share,
                 full=full,
                 rewrite=salvaged is not None,
             )

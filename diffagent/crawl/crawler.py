@@ -23,12 +23,12 @@ from typing import Any
 
 from diffagent.civitai.client import CivitaiClient
 from diffagent.civitai.pagination import Page
+from diffagent.crawl.crawl_config import CrawlConfig
 from diffagent.crawl.journal import Journal
 from diffagent.crawl.meter import meter
 from diffagent.crawl.snapshot import write_generations, write_snapshot
 from diffagent.crawl.walks import Pages, Steps, Walks
 from diffagent.errors import NotFound, SchemaError, ServerError
-from diffagent.schemas.config import CrawlConfig
 from diffagent.schemas.payloads import (
     ALL_LEVELS,
     PG,

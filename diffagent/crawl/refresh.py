@@ -8,12 +8,13 @@
    the same way.
 3. Pictures. ``feed``: newest first until a page and one more hold only known ones. ``versions``
    and ``showcase``: of every version that is new or changed, or whose model is, and of a share
-   (``runtime.refresh_share``) of the others, those first that were not looked at for the longest;
+   (``runtime.site.refresh_share``) of the others, those first that were not looked at for the
+   longest;
    a gallery is walked until a page has nothing new, which is one request when nothing is. Known
    pictures that a gallery walked to its end lacks are asked for singly by ``imageId``.
 
-With ``runtime.reconcile`` whole listings are walked instead, and the recall says which share of
-what the site has was known before: what has changed its id's place in no listing's beginning (a
+With ``runtime.site.reconcile`` whole listings are walked instead, and the recall says which share
+of what the site has was known before: what has changed its id's place in no listing's beginning (a
 picture released late by moderation) is only found so.
 
 The new snapshot holds the old records, the new ones in their place, and ``changes.json``. What is

@@ -367,7 +367,7 @@ class Walks:
         self._fetched += len(items)
         if self._budget is not None and time.monotonic() - self._started > self._budget:
             spent = CivitaiError(
-                f"runtime.crawl_budget_seconds ({self._budget:.0f}) are spent; fetched so far: "
+                f"runtime.site.budget_seconds ({self._budget:.0f}) are spent; fetched so far: "
                 f"{len(self.seen['models']):,} models, {len(self.seen['images']):,} images, "
                 f"{len(self.seen['pages']):,} pages; the same command goes on from here"
             )

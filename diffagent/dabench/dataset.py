@@ -17,11 +17,11 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diffagent.dabench.build.shard_config import DABenchConfig
 from diffagent.dabench.build.splits import SPLITS, Split
 from diffagent.dabench.pairs import from_pair, read_pairs
 from diffagent.dabench.parquet_tables import read_batches
 from diffagent.errors import ArtifactError
-from diffagent.schemas.config import DABenchConfig
 from diffagent.schemas.manifest import Funnel, Manifest
 from diffagent.schemas.tables import DABENCH
 from diffagent.store import MANIFEST, Artifact, read_manifest

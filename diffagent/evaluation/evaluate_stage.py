@@ -8,11 +8,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from diffagent.evaluation.evaluate_config import EvaluationConfig
 from diffagent.evaluation.metrics import evaluation_table
 from diffagent.evaluation.report import render_report, shown_prompts
 from diffagent.evaluation.run_tables import RunTables, read_run_tables
 from diffagent.evaluation.summary import summarise
-from diffagent.schemas.config import EvaluationConfig
 from diffagent.schemas.manifest import Manifest
 from diffagent.schemas.tables import EVALUATION
 from diffagent.store import Artifact, StageContext, StageResult, canonical_json, sha256_file, stage

@@ -14,6 +14,7 @@ import jinja2
 import polars as pl
 
 from diffagent.agent.verify import KINDS
+from diffagent.evaluation.evaluate_config import EvaluationConfig
 from diffagent.evaluation.run_tables import RunTables
 from diffagent.evaluation.summary import (
     SELECTORS,
@@ -23,7 +24,6 @@ from diffagent.evaluation.summary import (
     reported,
 )
 from diffagent.schemas.api import T2IAPI, parse_api
-from diffagent.schemas.config import EvaluationConfig
 from diffagent.schemas.tables import TRUNCATED
 from diffagent.store import (
     Artifact,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import polars as pl
 
 from diffagent.errors import ArtifactError
+from diffagent.evaluation.evaluate_config import EvaluationConfig
 from diffagent.rewards.scores import read_scores
-from diffagent.schemas.config import EvaluationConfig
 from diffagent.store import Artifact, StageContext
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import polars as pl
 
 from diffagent.evaluation.bootstrap import Array, Interval, bootstrap_intervals, wins
+from diffagent.evaluation.evaluate_config import EvaluationConfig
 from diffagent.evaluation.metrics import METRICS, Metric
-from diffagent.schemas.config import EvaluationConfig
 from diffagent.schemas.tables import TRUNCATED
 from diffagent.store import Artifact
 

@@ -14,7 +14,6 @@ from diffagent.errors import CivitaiError, ConfigError
 from diffagent.localcivitai.faults import PROFILES, FaultName
 from diffagent.localcivitai.replay import Replay
 from diffagent.localcivitai.sources import about_file, open_source, require_source
-from diffagent.schemas.config import CrawlConfig
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +75,7 @@ def replay_of(site: str, cache: Path | None = None) -> Replay:
     return Replay.load(records.models, records.images, records.files)
 
 
-def site_files(config: CrawlConfig) -> list[Path]:
+def site_files(site: str) -> list[Path]:
     """Returns the note of a dump that has one; no other file, since a site may change."""
-    note = about_file(config.site)
+    note = about_file(site)
     return [note] if note else []

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 from diffagent.errors import ConfigError
 
 if TYPE_CHECKING:
+    from diffagent.render.render_config import RenderConfig
     from diffagent.render.renderer import Renderer
-    from diffagent.schemas.config import RenderConfig, RuntimeConfig
+    from diffagent.schemas.runtime import RuntimeConfig
 
 
 def open_renderer(
@@ -31,20 +32,22 @@ def open_renderer(
         from diffagent.render.diffusers.checkpoints import local_configs
         from diffagent.render.diffusers.pipelines import DiffusersRenderer
 
-        directories = (runtime.models_directory / "configs", *map(Path, runtime.model_configs))
+        directories = (runtime.models_directory / "configs", *map(Path, runtime.models.configs))
         return DiffusersRenderer(resolve_device(runtime.device), local_configs(directories))
     from diffagent.render.http.remote import Remote
 
-    if not runtime.render_url:
+    if not runtime.render_server.url:
         raise ConfigError(
-            f"render.backend: {config.backend} needs the server's address: runtime.render_url, or "
-            "--url"
+            f"render.backend: {config.backend} needs the server's address: set "
+            "runtime.render_server.url"
         )
-    server = Remote(runtime.render_url, seconds_per_picture=runtime.render_timeout_seconds)
+    server = Remote(
+        runtime.render_server.url, seconds_per_picture=runtime.render_server.timeout_seconds
+    )
     if config.backend == "a1111":
         from diffagent.render.http.webui import A1111Renderer
 
-        return A1111Renderer(server, names=runtime.server_models, local=local)
+        return A1111Renderer(server, names=runtime.render_server.models, local=local)
     from diffagent.render.http.comfyui import ComfyUIRenderer
 
-    return ComfyUIRenderer(server, names=runtime.server_models, local=local)
+    return ComfyUIRenderer(server, names=runtime.render_server.models, local=local)

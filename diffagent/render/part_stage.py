@@ -5,7 +5,7 @@ from __future__ import annotations
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffagent.schemas.config import PartConfig
+from diffagent.render.part_config import PartConfig
 from diffagent.store import StageContext, StageResult, stage
 
 

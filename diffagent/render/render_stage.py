@@ -24,10 +24,10 @@ from diffagent.render.picture_cache import PictureCache
 from diffagent.render.planner import draw
 from diffagent.render.pnginfo import payload_hash, write_png
 from diffagent.render.recipe import UNKNOWN_BASE_MODEL, Recipe, by_hash, resolve
+from diffagent.render.render_config import RenderConfig
 from diffagent.render.renderer import Files, ModelRef, Renderer
 from diffagent.render.safety import check_pictures
 from diffagent.schemas.api import ApiError, parse_api
-from diffagent.schemas.config import RenderConfig
 from diffagent.schemas.manifest import Funnel, FunnelStep
 from diffagent.schemas.tables import RENDERS
 from diffagent.store import Progress, StageContext, StageResult, stage
@@ -55,7 +55,7 @@ REASONS: Mapping[str, str] = {
     "prompt-too-long": "a prompt is longer than what is encoded; shorten it",
     "too-large": "more pixels than render.max_pixels",
     "download": "the site does not give the file, or gives another",
-    "no-room": "the file does not fit on the disk, or into runtime.models_max_gb",
+    "no-room": "the file does not fit on the disk, or into runtime.models.max_gb",
     "bad-model-file": "not a safetensors file that diffusers can load",
     "bad-vae": "the VAE does not fit the checkpoint",
     "vae-base-mismatch": "the VAE is for another architecture",
@@ -109,7 +109,7 @@ def render(config: RenderConfig, context: StageContext) -> StageResult:
     renders.parquet (``diffagent.schemas.tables.RENDERS``) and images/RECIPE.png. Every picture is
     kept in
     ``STORE/pictures`` for all runs, so an interrupted one goes on after the last whole picture.
-    Model files are cached in ``runtime.models``.
+    Model files are cached in ``runtime.models.directory``.
 
     Raises:
         RenderError: more than ``max_failed_fraction`` of the valid ones failed.
@@ -121,7 +121,7 @@ def render(config: RenderConfig, context: StageContext) -> StageResult:
     wanted = {job.recipe.digest: job.recipe for job in jobs if job.recipe}
     started = time.monotonic()
     with (
-        client_for(context.site_url, context.runtime.requests_per_second) as client,
+        client_for(context.site_url, context.runtime.site.requests_per_second) as client,
         ModelStore.of(context.runtime, client) as store,
         contextlib.closing(open_renderer(config, context.runtime, store.local)) as renderer,
     ):

@@ -10,8 +10,9 @@ from diffagent.rewards.scorer import Runtime
 from diffagent.store import named_files
 
 if TYPE_CHECKING:
+    from diffagent.rewards.judge_config import JudgesConfig
+    from diffagent.rewards.score_config import RewardsConfig, ScorerConfig
     from diffagent.rewards.scorer import Scorer
-    from diffagent.schemas.config import JudgesConfig, RewardsConfig, ScorerConfig
 
 
 def load_scorers(

@@ -21,11 +21,12 @@ import pyarrow.parquet as pq
 
 from diffagent.device import resolve_device
 from diffagent.rewards.image_batches import load_pictures
+from diffagent.rewards.judge_config import JudgesConfig
 from diffagent.rewards.load import judge_files, load_judges, load_scorers, reward_files
+from diffagent.rewards.score_config import RewardsConfig
 from diffagent.rewards.scorer import Scorer
 from diffagent.rewards.scores import define, write_scores
 from diffagent.rewards.unified import Unifier
-from diffagent.schemas.config import JudgesConfig, RewardsConfig
 from diffagent.schemas.manifest import Funnel, FunnelStep
 from diffagent.schemas.tables import JUDGEMENTS, SCORES, TRUNCATED
 from diffagent.store import Artifact, Progress, StageContext, StageResult, stage
@@ -86,7 +87,7 @@ def score(config: RewardsConfig, context: StageContext) -> StageResult:
     """
     runtime = context.runtime
     scorers = load_scorers(
-        config, device=str(resolve_device(runtime.device)), compiled=runtime.compile_scorers
+        config, device=str(resolve_device(runtime.device)), compiled=runtime.scoring.compile
     )
     unifier = Unifier.from_config(config, scorers)
     rows, pairs, scores = _score_renders(scorers, context, config.batch_size)
@@ -118,7 +119,7 @@ def judge(config: JudgesConfig, context: StageContext) -> StageResult:
     """
     runtime = context.runtime
     judges = load_judges(
-        config, device=str(resolve_device(runtime.device)), compiled=runtime.compile_scorers
+        config, device=str(resolve_device(runtime.device)), compiled=runtime.scoring.compile
     )
     rows, pairs, scores = _score_renders(judges, context, config.batch_size)
     table = to_table(rows, pairs, scores, JUDGEMENTS)
@@ -142,7 +143,7 @@ def _score_renders(
         [prompt for prompt, _ in pairs],
         [renders.file(f"images/{recipe}.png") for _, recipe in pairs],
         batch_size=batch_size,
-        threads=context.runtime.decode_threads,
+        threads=context.runtime.scoring.decode_threads,
         progress=context.progress,
     )
     return rows, pairs, scores

@@ -32,7 +32,7 @@ from diffagent.errors import ConfigError, ScoreError
 from diffagent.rewards.scorer import Scorer
 
 if TYPE_CHECKING:
-    from diffagent.schemas.config import RewardsConfig
+    from diffagent.rewards.score_config import RewardsConfig
 
 log = logging.getLogger(__name__)
 

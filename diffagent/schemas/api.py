@@ -1,4 +1,4 @@
-"""The T2I API record: what the agent answers and what every stage passes on."""
+"""The T2I API call: the answer of an agent, which every later stage passes on."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ Name = Annotated[str, StringConstraints(min_length=1, max_length=300)]
 
 
 class ApiError(ValueError):
-    """A text is not a T2I API; ``field`` is the dotted path of the first thing wrong.
+    """A text is not a T2I API call.
 
-    ``code`` is 'json' when the text is not JSON at all, else pydantic's type of the error.
+    Attributes:
+        field: dotted path of the first wrong field.
+        problem: description of the error.
+        code: 'json' if the text is not JSON, else pydantic's type of the error.
     """
 
     def __init__(self, field: str, problem: str, code: str = "json") -> None:
@@ -29,7 +32,7 @@ class _Record(BaseModel):
 
 
 class Network(_Record):
-    """What is laid over the checkpoint, or stands in a prompt."""
+    """A network that is applied to the checkpoint or named in a prompt."""
 
     model: Name
     version: Name
@@ -37,43 +40,44 @@ class Network(_Record):
 
 
 class LoRA(Network):
-    """A LoRA laid over the checkpoint."""
+    """A LoRA applied to the checkpoint."""
 
     weight: float = Field(ge=-4, le=4, description="strength; 1 is as trained")
 
 
 class Embedding(Network):
-    """A textual inversion that stands at the beginning of a prompt; 1 is no extra attention."""
+    """A textual inversion at the beginning of a prompt; weight 1 adds no attention."""
 
-    negative: bool = Field(default=False, description="of the negative prompt")
+    negative: bool = Field(default=False, description="in the negative prompt")
 
 
 class Params(_Record):
     """Generation parameters, in the field's units."""
 
-    sampler: Name = Field(description="A1111 name, e.g. 'DPM++ 2M Karras'")
+    sampler: Name = Field(description="name in A1111, e.g. 'DPM++ 2M Karras'")
     steps: int = Field(ge=1, le=150, description="num_inference_steps")
     cfg_scale: float = Field(ge=0, le=30, description="guidance_scale")
     width: int = Field(ge=64, le=4096, multiple_of=8, description="pixels")
     height: int = Field(ge=64, le=4096, multiple_of=8, description="pixels")
-    clip_skip: int = Field(default=1, ge=1, le=12, description="1 = last layer of CLIP")
-    seed: int | None = Field(default=None, ge=0, lt=2**64)
+    clip_skip: int = Field(
+        default=1, ge=1, le=12, description="layer of CLIP from the end; 1: the last"
+    )
+    seed: int | None = Field(default=None, ge=0, lt=2**64, description="seed of the noise")
 
 
 class T2IAPI(_Record):
-    """One text-to-image API call: which model, and how to run it.
+    """A text-to-image API call: a model, and the parameters to run it with.
 
-    The compact JSON form (``to_json``) has the keys in the order of the fields below, no
-    spaces, and leaves out what is unset (``embeddings``, ``air``, ``description``,
-    ``params.seed``), so that
-    ``parse_api(api.to_json()) == api`` for every record. Numbers that are whole are written
-    without a fraction: one value has one spelling, which is what a language model should learn.
+    The compact JSON form (``to_json``) has the keys in the order of the fields, no spaces, and no
+    unset fields (``embeddings``, ``air``, ``description``, ``params.seed``);
+    ``parse_api(api.to_json()) == api`` holds for every call. Whole numbers are written without a
+    fraction: a value has one spelling, so that a language model has one spelling to learn.
     """
 
     model: Name = Field(description="unique name in the catalogue")
     version: Name
     type: Literal["Checkpoint"] = "Checkpoint"
-    base_model: Name = Field(description="Civitai's name, e.g. 'SD 1.5'")
+    base_model: Name = Field(description="name on Civitai, e.g. 'SD 1.5'")
     air: str | None = Field(default=None, description="urn:air:{ecosystem}:checkpoint:civitai:M@V")
     loras: tuple[LoRA, ...] = Field(default=(), max_length=8)
     embeddings: tuple[Embedding, ...] = Field(default=(), max_length=8)
@@ -82,7 +86,7 @@ class T2IAPI(_Record):
     description: str | None = Field(default=None, max_length=500)
 
     def to_json(self) -> str:
-        """The compact JSON form, one line."""
+        """Return the compact JSON form, one line."""
         data = self.model_dump(exclude_none=True)
         data["params"]["cfg_scale"] = _shortest(data["params"]["cfg_scale"])
         for name in ("loras", "embeddings"):
@@ -92,7 +96,7 @@ class T2IAPI(_Record):
         return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
 
     def response(self) -> T2IAPI:
-        """The part an agent has to write: without what the catalogue knows or chance decides."""
+        """Return the part that an agent writes: without AIR, description and seed."""
         params = self.params.model_copy(update={"seed": None})
         return self.model_copy(update={"air": None, "description": None, "params": params})
 
@@ -104,15 +108,15 @@ def _shortest(value: float) -> float | int:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        (twice, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise ApiError(twice, "key appears twice", "duplicate_key")
+        (duplicate, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise ApiError(duplicate, "key appears twice", "duplicate_key")
     return result
 
 
 def parse_api(text: str) -> T2IAPI:
-    """Read an API from JSON text (any key order, any spacing).
+    """Parse an API call from JSON text with keys in any order and any spacing.
 
-    Types are strict: ``true``, ``"20"`` and ``20.0`` are no number of steps.
+    Types are strict: ``true``, ``"20"`` and ``20.0`` are not numbers of steps.
 
     Raises:
         ApiError: not JSON, or a field is missing, unknown, of the wrong type or out of range;

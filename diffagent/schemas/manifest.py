@@ -1,4 +1,4 @@
-"""The manifest that makes a directory an artefact."""
+"""The manifest: the file that makes a directory an artifact."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-#: Raised by one whenever the meaning of any stored table changes; part of every identity.
+#: Version of all stored tables, part of every identity; incremented when a column changes its
+#: meaning.
 SCHEMA_VERSION = 2
 
-#: Names of files that no stage reads.
+#: Names of files that only people read.
 _FOR_PEOPLE = ("README.md", "LICENSE.md", "loss.png", "training_log.jsonl")
 
 
-class _Frozen(BaseModel):
+class _ManifestPart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class FileEntry(_Frozen):
-    """One file of an artefact; ``path`` is relative to the artefact's directory."""
+class FileEntry(_ManifestPart):
+    """A file of an artifact; ``path`` is relative to the artifact's directory."""
 
     path: str
     size: int = Field(ge=0, description="bytes")
@@ -29,29 +30,29 @@ class FileEntry(_Frozen):
 
     @property
     def for_people(self) -> bool:
-        """Whether only people read it (a card, a licence, a plot, a log), who may edit it."""
+        """Whether only people read the file (card, licence, plot, log); they may edit it."""
         path = PurePosixPath(self.path)
         return path.name in _FOR_PEOPLE or path.parts[0] == "plots"
 
 
-class InputRef(_Frozen):
-    """A parent of an artefact: lineage is readable from disk alone."""
+class InputRef(_ManifestPart):
+    """A parent of an artifact; the parents make the lineage readable from disk."""
 
     stage: str
     identity: str
     content_digest: str
 
 
-class FunnelStep(_Frozen):
-    """One reason why items were dropped by a filter. ``kept + sum(dropped) == seen`` holds."""
+class FunnelStep(_ManifestPart):
+    """The number of items that a filter dropped for one reason."""
 
     filter: str
     reason: str
     dropped: int = Field(ge=0)
 
 
-class Funnel(_Frozen):
-    """What happened to every item of one kind (models, records, ...)."""
+class Funnel(_ManifestPart):
+    """Counts of the items of one kind (models, records, ...): seen, dropped by reason, kept."""
 
     unit: str
     seen: int = Field(ge=0)
@@ -59,7 +60,11 @@ class Funnel(_Frozen):
     steps: tuple[FunnelStep, ...] = ()
 
     def check(self) -> None:
-        """Raise ValueError unless every item seen is kept or dropped for a reason."""
+        """Check that every item seen is kept or dropped for a reason.
+
+        Raises:
+            ValueError: the counts do not add up.
+        """
         dropped = sum(step.dropped for step in self.steps)
         if self.kept + dropped != self.seen:
             raise ValueError(
@@ -67,11 +72,11 @@ class Funnel(_Frozen):
             )
 
 
-class Manifest(_Frozen):
-    """What an artefact is, what it was made from and what is in it.
+class Manifest(_ManifestPart):
+    """Description of an artifact: its stage, configuration, inputs, files and measurements.
 
-    ``identity`` names the request (stage, versions, config, inputs' content digests);
-    ``content_digest`` names the answer (the files, or a stage's own semantic digest).
+    ``identity`` is the sha256 of the request (stage, versions, config, content digests of the
+    inputs); ``content_digest`` is that of the result (the files, or a stage's semantic digest).
     """
 
     stage: str
@@ -81,8 +86,8 @@ class Manifest(_Frozen):
     content_digest: str
     series: str = Field(
         default="",
-        description="names the stage with its configuration and those of its ancestors, whatever "
-        "their content: equal in all refreshes",
+        description="digest of the configurations of the stage and its ancestors without their "
+        "content; equal in all refreshes of a run",
     )
     config: dict[str, Any]
     inputs: dict[str, tuple[InputRef, ...]] = {}

@@ -1,4 +1,4 @@
-"""Text of strangers, made safe to print, to log and to put into a table."""
+"""Escaping of untrusted text for terminals, logs and tables."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import logging
 from typing import Any
 
-#: Joiners: invisible, harmless, and part of words and emoji.
+#: Zero-width joiners: invisible, harmless, and part of words and emoji.
 _JOINERS = frozenset("\u200c\u200d")
 
 
@@ -14,11 +14,11 @@ def printable(text: object, *, lines: bool = False) -> str:
     r"""Return a text with every control character as an escape sequence.
 
     Terminal sequences, bidirectional overrides, line separators and lone surrogates become visible:
-    a carriage return becomes ``\r``. Letters of any script, spaces and emoji stay.
+    a carriage return becomes ``\r``. Letters of any script, spaces and emoji are unchanged.
 
     Args:
-        text: anything; its ``str`` is taken.
-        lines: keep newlines and tabs, for text whose lines are the program's own.
+        text: any object; its ``str`` is used.
+        lines: keep newlines and tabs, for text whose lines this program wrote.
     """
     plain = str(text)
     if plain.isprintable():
@@ -30,7 +30,7 @@ def printable(text: object, *, lines: bool = False) -> str:
 
 
 def printable_json(text: str) -> str:
-    """Return JSON with what ``printable`` escapes as JSON's own escapes: the same value."""
+    """Return JSON of the same value with the characters that ``printable`` escapes as \\uXXXX."""
     if text.isprintable():
         return text
     return "".join(
@@ -39,7 +39,7 @@ def printable_json(text: str) -> str:
 
 
 class PrintableFormatter(logging.Formatter):
-    """Formats records with ``printable`` messages; a traceback keeps its lines."""
+    """Formatter of log records with ``printable`` messages; tracebacks keep their lines."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802  logging's name
         record.message = printable(record.message)
@@ -50,7 +50,7 @@ class PrintableFormatter(logging.Formatter):
 
 
 def log_to_terminal() -> None:
-    """Send log records to standard error, ``printable``, unless someone has set logging up."""
+    """Log to standard error with ``PrintableFormatter``, unless logging is set up already."""
     root = logging.getLogger()
     if not root.handlers:
         handler = logging.StreamHandler()

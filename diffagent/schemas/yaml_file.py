@@ -1,7 +1,7 @@
-"""YAML as people write it and strangers may send it: one mapping, read with bounds.
+"""Reading of YAML files with limits, so that a hostile file cannot exhaust the machine.
 
-PyYAML takes a key that is given twice, keeps the last, and follows references without end. Here a
-repeated key is an error that names its line, and nesting, references and size have a bound.
+PyYAML keeps the last of two equal keys and expands references without limit. Here a duplicate key
+is an error with its line, and nesting, references and size are limited.
 """
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ import yaml
 
 _MAX_BYTES = 2**20
 _MAX_DEPTH = 32
-#: Values of a document with each reference (``*name``) written out.
+#: Limit of the values of a document with each reference (``*name``) expanded.
 _MAX_VALUES = 20_000
 
 
 class YamlError(ValueError):
-    """A text is no YAML that can be read; the message has the place."""
+    """A text cannot be read as YAML; the message states the place."""
 
 
 def read_yaml(path: Path) -> Any:
-    """The value of a YAML file in UTF-8, or in UTF-16 with a byte order mark.
+    """Read a YAML file in UTF-8, or in UTF-16 with a byte order mark.
 
     Raises:
         OSError: the file cannot be read.
-        YamlError: it is no YAML, gives a key twice, nests too deeply, or is too large.
+        YamlError: it is not YAML, has a key twice, nests too deeply, or is too large.
     """
     with path.open("rb") as stream:
         data = stream.read(_MAX_BYTES + 1)
     if len(data) > _MAX_BYTES:
-        raise YamlError(f"larger than {_MAX_BYTES // 2**20} MiB, which no configuration is")
+        raise YamlError(f"larger than {_MAX_BYTES // 2**20} MiB, the limit of a configuration")
     return parse_yaml(data)
 
 
 def parse_yaml(text: str | bytes) -> Any:
-    """The value of a YAML text.
+    """Parse a YAML text.
 
     Raises:
-        YamlError: it is no YAML, gives a key twice, nests too deeply, or is too large.
+        YamlError: it is not YAML, has a key twice, nests too deeply, or is too large.
     """
     try:
         loader = _Loader(text)
@@ -62,19 +62,19 @@ def parse_yaml(text: str | bytes) -> Any:
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise YamlError(f"{place}{error.problem or error.context}") from None
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
-        # PyYAML's constructors let their own errors out: of !!int "", of 2001-99-99.
+        # PyYAML's constructors raise Python's own errors, e.g. for !!int "" and 2001-99-99.
         raise YamlError(f"a value cannot be read: {type(error).__name__}: {error}") from None
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that counts depth and refuses a key that is there already."""
+    """SafeLoader that limits the depth and refuses duplicate keys."""
 
     def __init__(self, text: str | bytes) -> None:
         super().__init__(text)
         self._depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Compose a node, not too deep."""
+        """Compose a node; refuse one that nests too deeply."""
         if self._depth > _MAX_DEPTH:
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise YamlError(
@@ -86,14 +86,14 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Compose a mapping whose keys are all different."""
+        """Compose a mapping; refuse duplicate keys."""
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen: set[tuple[str, str]] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and (name := (key.tag, key.value)) in seen:
                 raise YamlError(
-                    f"line {key.start_mark.line + 1}: {key.value!r:.80} is given twice; put what "
-                    "belongs to it in one place"
+                    f"line {key.start_mark.line + 1}: {key.value!r:.80} is given twice; merge "
+                    "the two entries"
                 )
             elif isinstance(key, yaml.ScalarNode):
                 seen.add(name)
@@ -101,11 +101,11 @@ class _Loader(yaml.SafeLoader):
 
 
 def _count(node: yaml.Node, counts: dict[int, int], above: tuple[int, ...]) -> int:
-    """Number of values of a node with its references written out."""
+    """Return the number of values of a node with its references expanded."""
     if id(node) in above or len(above) > _MAX_DEPTH:
         raise YamlError(
             f"line {node.start_mark.line + 1}: references nest without end, or deeper than "
-            f"{_MAX_DEPTH}; write them out"
+            f"{_MAX_DEPTH}; write the values instead"
         )
     if id(node) not in counts:
         parts = node.value if isinstance(node, yaml.CollectionNode) else ()

@@ -11,8 +11,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from diffagent.errors import ArtifactError
-from diffagent.schemas.config import RuntimeConfig
 from diffagent.schemas.manifest import InputRef, Manifest
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import integrity, latest, local_copies, object_store
 from diffagent.store.locks import locked
 from diffagent.store.manifest_file import MANIFEST, read_manifest

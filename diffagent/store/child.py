@@ -21,8 +21,8 @@ from pydantic import BaseModel
 
 from diffagent.errors import ArtifactError
 from diffagent.failures import unpack
-from diffagent.schemas.config import RuntimeConfig
 from diffagent.schemas.printable import printable
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store.artifact import Artifact
 from diffagent.store.digests import canonical_json
 from diffagent.store.stage import Inputs, Progress
@@ -70,7 +70,7 @@ def run_in_child(
         code, last_line = _run_logged(
             [sys.executable, "-m", "diffagent.store.child_main", str(request)],
             name=name,
-            timeout=runtime.stage_timeout_seconds,
+            timeout=runtime.tasks.timeout_seconds,
             progress=progress,
         )
         if code == 0:
@@ -125,7 +125,7 @@ def _run_logged(
     if expired.is_set():
         raise ArtifactError(
             f"{name} took longer than {timeout:.0f} s and was stopped; raise "
-            "runtime.stage_timeout_seconds, or run the same command again to resume"
+            "runtime.tasks.timeout_seconds, or run the same command again to resume"
         )
     return code, last
 

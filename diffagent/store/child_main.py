@@ -18,7 +18,7 @@ from diffagent.device import keep_freed_memory
 from diffagent.errors import DiffAgentError
 from diffagent.failures import explained, pack
 from diffagent.parent_process import end_with
-from diffagent.schemas.config import RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store.artifact import Artifact
 from diffagent.store.child import EXPECTED_FAILURE, PROGRESS_MARK
 from diffagent.store.stage import Stage

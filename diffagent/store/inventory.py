@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from diffagent.errors import ArtifactError, DamagedArtifact
-from diffagent.schemas.config import RuntimeConfig
 from diffagent.schemas.manifest import InputRef, Manifest
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import integrity, latest, local_copies
 from diffagent.store.lineage import PREVIOUS
 from diffagent.store.manifest_file import read_manifest

@@ -130,8 +130,8 @@ def trim(root: Path, limit: int, in_store: Callable[[Path], bool]) -> None:
                 total -= sizes[directory]
         if total > limit:
             log.warning(
-                "%s holds %.1f GB, more than runtime.cache_gb (%.1f): the rest is in use, or the "
-                "store does not have it yet",
+                "%s holds %.1f GB, more than runtime.cache.max_gb (%.1f): the rest is in use, "
+                "or the store does not have it yet",
                 *(root, total / 1e9, limit / 1e9),
             )
 

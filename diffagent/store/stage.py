@@ -21,8 +21,8 @@ from pydantic import BaseModel
 
 from diffagent.errors import ArtifactError
 from diffagent.failures import explained
-from diffagent.schemas.config import RuntimeConfig
 from diffagent.schemas.manifest import SCHEMA_VERSION, FileEntry, Funnel, Manifest
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import latest
 from diffagent.store.artifact import Artifact
 from diffagent.store.digests import (

@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
-from diffagent.schemas.config import RuntimeConfig
 from diffagent.schemas.manifest import Manifest
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store.artifact import Artifact
 from diffagent.store.local_store import LocalStore
 from diffagent.store.remote_store import RemoteStore
@@ -84,7 +84,7 @@ def open_store(runtime: RuntimeConfig) -> Store:
     """Open the store that a run is configured with."""
     if runtime.remote is None:
         return LocalStore(runtime.local_store)
-    return RemoteStore(runtime.remote, runtime.local_store, int(runtime.cache_gb * 1e9))
+    return RemoteStore(runtime.remote, runtime.local_store, int(runtime.cache.max_gb * 1e9))
 
 
 def home_of(artifact: Artifact, runtime: RuntimeConfig) -> Store:

@@ -12,8 +12,9 @@ import yaml
 
 from diffagent.agent.lm.llm import AgentInfo
 from diffagent.dabench.build.card import table
-from diffagent.schemas.config import RRHFConfig, SFTConfig
 from diffagent.store import Artifact
+from diffagent.train.rrhf_config import RRHFConfig
+from diffagent.train.sft_config import SFTConfig
 
 CARD, LOG, CURVES = "README.md", "training_log.jsonl", "loss.png"
 

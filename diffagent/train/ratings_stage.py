@@ -13,10 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffagent.agent.candidates import write_candidates
-from diffagent.schemas.config import RatingsConfig
 from diffagent.schemas.tables import SCORES
 from diffagent.store import StageContext, StageResult, named_files, stage
 from diffagent.train.ratings import read_ratings, response
+from diffagent.train.ratings_config import RatingsConfig
 
 SOURCE = "ratings"
 

@@ -28,7 +28,6 @@ from diffagent.agent.prompts import draw_ids
 from diffagent.device import resolve_device
 from diffagent.errors import ArtifactError, TrainingError
 from diffagent.rewards.scores import read_scores
-from diffagent.schemas.config import RRHFConfig
 from diffagent.schemas.tables import TRUNCATED
 from diffagent.store import Artifact, StageContext, StageResult
 from diffagent.train import fit
@@ -37,6 +36,7 @@ from diffagent.train.collate import RankedPrompt, RRHFCollator
 from diffagent.train.losses import INVALID_REWARD, RankingLoss, ranking_loss
 from diffagent.train.passes import packs, response_logps
 from diffagent.train.report_to import ReportTo
+from diffagent.train.rrhf_config import RRHFConfig
 
 log = logging.getLogger(__name__)
 

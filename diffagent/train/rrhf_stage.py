@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from diffagent.schemas.config import RRHFConfig
 from diffagent.store import StageContext, StageResult, stage
+from diffagent.train.rrhf_config import RRHFConfig
 
 
 @stage("rrhf", version=3, config=RRHFConfig)

@@ -20,12 +20,12 @@ from diffagent.agent.prompts import draw, read_split
 from diffagent.device import resolve_device
 from diffagent.errors import TrainingError
 from diffagent.pretrained import load_model, load_tokenizer
-from diffagent.schemas.config import SFTConfig
 from diffagent.store import StageContext, StageResult
 from diffagent.train import fit
 from diffagent.train.agent_card import TrainingFacts, write_card
 from diffagent.train.collate import PackCollator
 from diffagent.train.report_to import ReportTo
+from diffagent.train.sft_config import SFTConfig
 from diffagent.train.tiny_llama import build_model, build_tokenizer
 
 log = logging.getLogger(__name__)

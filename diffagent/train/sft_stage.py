@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from diffagent.schemas.config import SFTConfig
 from diffagent.store import StageContext, StageResult, named_files, stage
+from diffagent.train.sft_config import SFTConfig
 
 
 @stage("sft", version=3, config=SFTConfig, files=lambda config: named_files(config.model))

@@ -16,10 +16,10 @@ from diffagent.agent.decoding.strategies import Decoding, DiverseBeams, TopP
 from diffagent.agent.lm.format import encode_prompt, response_text
 from diffagent.agent.lm.llm import Agent, Completion, load_agent
 from diffagent.agent.prompts import Pair, draw, read_split
+from diffagent.agent.sample_config import SampleShard, SamplingConfig
 from diffagent.agent.sample_stage import VLLM, distinct, sample
 from diffagent.errors import ArtifactError, ConfigError
 from diffagent.schemas.api import parse_api
-from diffagent.schemas.config import SampleShard, SamplingConfig
 from diffagent.schemas.tables import CANDIDATES
 from diffagent.store import Artifact
 from tests.agent.agent_world import make_catalogue, make_rows, make_world

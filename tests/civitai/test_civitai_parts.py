@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffagent.civitai.client import is_loopback, is_site_host, next_cursor, origin_of, parse_json
+from diffagent.civitai.address import is_loopback, is_site_host, origin_of
+from diffagent.civitai.client import next_cursor, parse_json
 from diffagent.civitai.page_html import page_settings
 from diffagent.civitai.pagination import Page, Walk, walk
 from diffagent.civitai.ratelimit import TokenBucket

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,9 +20,12 @@ from diffagent import pipeline
 from diffagent.agent.selector import Choice, call_line
 from diffagent.agent.verify import Verdict
 from diffagent.cli import main
+from diffagent.cli.options import parse_overrides
+from diffagent.crawl.crawl_config import CrawlConfig
+from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.errors import ArtifactError, ConfigError, SchemaError
+from diffagent.run_config import RunConfig
 from diffagent.schemas.api import T2IAPI, Params
-from diffagent.schemas.config import CrawlConfig, FilterConfig, PipelineConfig
 from diffagent.schemas.manifest import Funnel, FunnelStep
 from diffagent.store import StageContext, StageResult, stage
 from diffagent.t2i.catalogue import Catalogue
@@ -43,7 +47,7 @@ def invoke(*arguments: Any) -> str:
 
 @stage("crawl", version=1, config=CrawlConfig)
 def crawl(config: CrawlConfig, context: StageContext) -> StageResult:
-    (context.out / "page").write_text("whole pages" if context.runtime.reconcile else "a page")
+    (context.out / "page").write_text("whole pages" if context.runtime.site.reconcile else "a page")
     return StageResult(rows={"models": 1234})
 
 
@@ -82,43 +86,78 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.splitlines()[-1] == "loaded []"
 
 
-def test_every_stage_of_the_plan_has_a_command() -> None:
-    config = PipelineConfig.model_validate(
-        {"rewards": {"scorers": [{"name": "clip", "model": "tiny"}], "unify": "chatgen"}}
+def test_a_former_stage_command_names_the_new_form() -> None:
+    config = RunConfig.model_validate(
+        {
+            "rewards": {"scorers": [{"name": "clip", "model": "tiny"}], "unify": "chatgen"},
+            "judges": {"judges": [{"name": "pick_score", "model": "tiny"}]},
+            "evaluation": {"num_shards": 2},
+        }
     )
-    nodes = pipeline.plan(config)
-    reached = {key for name in main.STAGES for key in pipeline.targets(nodes, name)}
-    judged = {f"{verb}-{s}" for s in config.evaluation.selectors for verb in ("render", "score")}
-    assert reached | judged == set(nodes)  # the selectors' pictures come with 'evaluate'
-    commands = typer.main.get_command(main.app).commands  # type: ignore[attr-defined]
-    assert set(main.STAGES) < set(commands)
+    for key in pipeline.plan(config):
+        for name in {key, key.split("-")[0]} - {"select", "render", "score"}:
+            form = re.escape(f"diffagent run -c FILE --until {name}")
+            with pytest.raises(ConfigError, match=f"{form}$"):
+                invoke(name, "-c", "run.yaml")
+
+
+def test_completion_can_be_shown() -> None:
+    shown = runner.invoke(
+        main.app,
+        ["--show-completion"],
+        env={"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1", "SHELL": "bash"},
+    )
+    assert "_DIFFAGENT_COMPLETE" in shown.output or shown.exit_code == 1, shown.output
+    env = {
+        **os.environ,
+        "_DIFFAGENT_COMPLETE": "complete_bash",
+        "COMP_WORDS": "diffagent run --o",
+        "COMP_CWORD": "2",
+    }
+    code = "from diffagent.cli.main import app; app(prog_name='diffagent')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.stdout.split() == ["--only"]
 
 
 def test_a_stage_is_built_then_cached(config_file: Path) -> None:
-    lines = [line.split() for line in invoke("filter", "-c", config_file).splitlines()]
+    lines = [
+        line.split() for line in invoke("run", "--until", "filter", "-c", config_file).splitlines()
+    ]
     assert [line[:2] for line in lines] == [["crawl", "built"], ["filter", "built"]]
     assert Path(lines[1][2], "kept").read_text() == "a page"
-    again = [line.split() for line in invoke("filter", "-c", config_file).splitlines()]
+    again = [
+        line.split() for line in invoke("run", "--until", "filter", "-c", config_file).splitlines()
+    ]
     assert again == [[key, "cached", path] for key, _, path in lines]
 
 
 def test_a_refresh_that_finds_nothing_new_says_so(config_file: Path) -> None:
-    invoke("filter", "-c", config_file)
-    first, second = invoke("filter", "-c", config_file, "--refresh").splitlines()
+    invoke("run", "--until", "filter", "-c", config_file)
+    first, second = invoke("run", "--until", "filter", "-c", config_file, "--refresh").splitlines()
     assert "nothing new" in first
     assert "cached" in second
 
 
 def test_reconcile_is_a_refresh_that_walks_everything(config_file: Path) -> None:
-    invoke("crawl", "-c", config_file)
-    (line,) = invoke("crawl", "-c", config_file, "--reconcile").splitlines()
+    invoke("run", "--until", "crawl", "-c", config_file)
+    (line,) = invoke("run", "--until", "crawl", "-c", config_file, "--reconcile").splitlines()
     assert "built" in line
     assert Path(line.split()[2], "page").read_text() == "whole pages"
 
 
 def test_settings_change_the_run(config_file: Path, tmp_path: Path) -> None:
     out = invoke(
-        *("crawl", "-c", config_file, "--set", f"runtime.store={tmp_path / 'other'}"),
+        *(
+            "run",
+            "--only",
+            "crawl",
+            "-c",
+            config_file,
+            "--set",
+            f"runtime.store={tmp_path / 'other'}",
+        ),
         *("--set", "crawl.model_types=[LORA]"),
     )
     assert str(tmp_path / "other") in out
@@ -126,14 +165,33 @@ def test_settings_change_the_run(config_file: Path, tmp_path: Path) -> None:
     assert '"LORA"' in manifest.read_text() and '"Checkpoint"' not in manifest.read_text()
 
 
+def test_only_one_stage_is_built_and_only_from_inputs_in_the_store(config_file: Path) -> None:
+    missing = r"no artifact of 'crawl'.*diffagent run -c FILE --until crawl"
+    with pytest.raises(ArtifactError, match=missing):
+        invoke("run", "--only", "filter", "-c", config_file)
+    invoke("run", "--only", "crawl", "-c", config_file)
+    lines = [
+        line.split() for line in invoke("run", "--only", "filter", "-c", config_file).splitlines()
+    ]
+    assert [line[:2] for line in lines] == [["filter", "built"]]
+    for options, reason in (
+        (("--only", "filter", "--refresh"), "leaves the crawl out"),
+        (("--only", "filter", "--reconcile"), "leaves the crawl out"),
+        (("--only", "crawl", "--until", "filter"), "exclude each other"),
+        (("--only", "flter"), "no stage 'flter'"),
+    ):
+        with pytest.raises(ConfigError, match=reason):
+            invoke("run", *options, "-c", config_file)
+
+
 @pytest.mark.parametrize("text", ["crawl.site", "=1", "a.b=[1"])
 def test_wrong_settings_are_named(text: str) -> None:
     with pytest.raises(ConfigError, match="--set"):
-        main.parse_overrides([text])
+        parse_overrides([text])
 
 
 def test_settings_are_yaml() -> None:
-    found = main.parse_overrides(["a.b=3", "a.c=[x, y]", "d.e=null", "f.g=http://h:1/?q=2"])
+    found = parse_overrides(["a.b=3", "a.c=[x, y]", "d.e=null", "f.g=http://h:1/?q=2"])
     assert found == {"a.b": 3, "a.c": ["x", "y"], "d.e": None, "f.g": "http://h:1/?q=2"}
 
 
@@ -156,7 +214,8 @@ def test_errors_are_a_line_on_stderr_and_exit_code_1(
     if "crawl.site.x=1" in arguments:
         config_file.write_text(config_file.read_text() + "crawl: {site: dump:records}\n")
     command, *rest = arguments
-    monkeypatch.setattr(sys, "argv", ["diffagent", command, "-c", str(config_file), *rest])
+    words = ["diffagent", "run", "--until", command, "-c", str(config_file), *rest]
+    monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as stopped:
         main.main()
     assert stopped.value.code == 1
@@ -188,7 +247,7 @@ def test_an_unexpected_error_is_a_line_too_and_v_shows_its_traceback(
 
 
 def test_artifact_show_and_verify(config_file: Path) -> None:
-    path = Path(invoke("filter", "-c", config_file).splitlines()[-1].split()[-1])
+    path = Path(invoke("run", "--until", "filter", "-c", config_file).splitlines()[-1].split()[-1])
     shown = invoke("artifact", "show", path)
     assert "models: 7 of 10 kept" in shown and "type: not a checkpoint" in shown
     assert "  snapshot: crawl " in shown
@@ -233,10 +292,12 @@ def test_select_prints_the_api(chooses: list[tuple[Any, ...]]) -> None:
     ((where, device, quantization), options), *_ = chooses
     assert (str(where), device, quantization) == ("here", "auto", "none")
     assert options == {"constrained": True, "negative_prompts": "known"}
-    invoke("select", "x", "--agent", "here", "--unconstrained", "--free-negative-prompt", "--int8")
+    invoke("select", "x", "--agent", "here", "--unconstrained", "--int8")
     ((*_, quantization), options) = chooses[-1]
     assert quantization == "int8"
-    assert options == {"constrained": False, "negative_prompts": "free"}
+    assert options == {"constrained": False, "negative_prompts": "known"}
+    invoke("select", "x", "--agent", "here", "--free-negative-prompt")
+    assert chooses[-1][1] == {"constrained": True, "negative_prompts": "free"}
     with pytest.raises(SchemaError, match="unparsable: not JSON"):
         invoke("select", "nothing", "--agent", "here")
 
@@ -270,14 +331,24 @@ def test_select_needs_an_agent(tmp_path: Path) -> None:
         invoke("select", "a red circle", "--agent", tmp_path)
 
 
-def test_civitai_gets_its_arguments_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
-    given: dict[str, Any] = {}
-    module = types.ModuleType("diffagent.cli.civitai_commands")
-    module.app = lambda **named: given.update(named)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "diffagent.cli.civitai_commands", module)
-    monkeypatch.setitem(sys.modules, "diffagent.civitai", types.ModuleType("diffagent.civitai"))
-    invoke("civitai", "serve", "--dump", "DIR", "--help")
-    assert given["args"] == ["serve", "--dump", "DIR", "--help"]
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--agent", "x", "--selector", "bm25", "--store", "s"), "--selector, --store: need --dab"),
+        (("--dabench", "x", "--int8", "--unconstrained"), "--int8, --unconstrained: need --agent"),
+        (
+            ("--agent", "x", "--unconstrained", "--free-negative-prompt"),
+            "--free-negative-prompt: has no effect",
+        ),
+    ],
+)
+def test_select_refuses_options_that_it_would_not_use(
+    options: tuple[str, ...], reason: str, chooses: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    options = tuple(str(tmp_path) if option == "x" else option for option in options)
+    with pytest.raises(ConfigError, match=reason):
+        invoke("select", "a star", *options)
+    assert chooses == [], "nothing is loaded"
 
 
 def test_every_command_has_the_short_help_and_v_and_q() -> None:
@@ -285,10 +356,11 @@ def test_every_command_has_the_short_help_and_v_and_q() -> None:
         children = getattr(node, "commands", {})
         for name, child in children.items():
             walk(child, (*path, name))
-        if path != ("civitai",):  # hands its arguments on
-            shown = invoke(*path, "-h")
-            assert shown == invoke(*path, "--help")
-            assert children or ("--verbose" in shown and "--quiet" in shown), path
+        shown = invoke(*path, "-h")
+        assert shown == invoke(*path, "--help")
+        assert children or ("--verbose" in shown and "--quiet" in shown), path
+        options = [p for p in node.params if p.param_type_name == "option" and not p.hidden]
+        assert len(options) <= 18, path  # with -v, -q and -h
 
     walk(typer.main.get_command(main.app), ())
 

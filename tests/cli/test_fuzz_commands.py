@@ -89,7 +89,7 @@ def test_hostile_arguments(path: tuple[str, ...], command: Any, run: Run, tmp_pa
     config.write_text(
         "crawl: {site: 'dump:/nonexistent'}\n"
         "rewards: {scorers: [{name: clip, model: tiny-clip}], unify: chatgen}\n"
-        f"runtime: {{store: '{tmp_path / 'store'}', crawl_budget_seconds: 1}}\n"
+        f"runtime: {{store: '{tmp_path / 'store'}', site: {{budget_seconds: 1}}}}\n"
     )
     arguments = [p for p in command.params if p.param_type_name == "argument"]
     options = [
@@ -99,6 +99,8 @@ def test_hostile_arguments(path: tuple[str, ...], command: Any, run: Run, tmp_pa
     ]
     options = [name for name in options if name not in {"--verbose", "--help"}]
     given = ["-c", config] if "--config" in options else []
+    if path == ("run",):
+        given += ["--until", "crawl"]
     for hostile in HOSTILE if arguments else ():
         if path != ("models", "scan") or hostile not in ("/", "file:///"):  # not the whole disk
             run(*path, *[hostile] * len(arguments))
@@ -126,7 +128,7 @@ def test_hostile_configurations(seed: int, run: Run, tmp_path: Path) -> None:
         for _ in range(rng.randrange(1, 6)):
             data[rng.randrange(len(data))] = rng.randrange(256)
         path.write_bytes(data + b"\ncrawl: {site: 'dump:/nonexistent'}")  # given twice at least
-        assert run("crawl", "-c", path)[0] == 1
+        assert run("run", "--only", "crawl", "-c", path)[0] == 1
     for _ in range(12):
         section, value = rng.choice(SECTIONS), rng.choice(VALUES)
         whole = {
@@ -140,9 +142,19 @@ def test_hostile_configurations(seed: int, run: Run, tmp_path: Path) -> None:
             key = rng.choice(["site", "seed", "model", "scorers", "base_models", "x\x1by", ""])
             whole[section] = {**whole.get(section, {}), key: value}
         path.write_text(json.dumps(whole))
-        run("crawl", "-c", path, "--set", "crawl.site=dump:/nonexistent")
+        run("run", "--only", "crawl", "-c", path, "--set", "crawl.site=dump:/nonexistent")
         setting = f"{section}.{rng.choice(['seed', 'site', ''])}={json.dumps(value)}"
-        run("crawl", "-c", path, "--set", setting, "--set", "crawl.site=dump:/nonexistent")
+        run(
+            "run",
+            "--only",
+            "crawl",
+            "-c",
+            path,
+            "--set",
+            setting,
+            "--set",
+            "crawl.site=dump:/nonexistent",
+        )
 
 
 def damage(directory: Path, rng: random.Random) -> None:

@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 from diffagent.errors import ArtifactError
-from diffagent.schemas.config import RuntimeConfig, SFTConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import Artifact, StageContext, StageResult, stage
+from diffagent.train.sft_config import SFTConfig
 from diffagent.train.sft_stage import train_sft
 from tests.agent.agent_world import make_world
 from tests.conftest import file_size_limit
@@ -101,7 +102,16 @@ def test_no_home_is_needed(home: str | None, tmp_path: Path) -> None:
 def test_the_sandbox_needs_no_home_and_a_missing_folder_is_named(home: str, tmp_path: Path) -> None:
     environment = {**os.environ, "HOME": home, "TMPDIR": str(tmp_path)}
     site, store = tmp_path / "site", tmp_path / "store"
-    crawl = ["diffagent", "crawl", "-c", str(SANDBOX_CONFIG), "--set", f"crawl.site=dump:{site}"]
+    crawl = [
+        "diffagent",
+        "run",
+        "--only",
+        "crawl",
+        "-c",
+        str(SANDBOX_CONFIG),
+        "--set",
+        f"crawl.site=dump:{site}",
+    ]
     crawl += ["--set", f"runtime.store={store}", "--set", "crawl.max_models=1"]
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:

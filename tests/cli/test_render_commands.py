@@ -105,7 +105,7 @@ def render(tmp_path: Path, models: Path, *arguments: Any, text: str = PROMPTS, *
     """Run the command without scores; returns its folder."""
     (tmp_path / "prompts.txt").write_text(text, encoding="utf-8")
     out = tmp_path / "out"
-    store = ("--store", tmp_path / "store", "--base-model", "SD 1.5", "--no-score")
+    store = ("--set", f"runtime.store={tmp_path / 'store'}", "--base-model", "SD 1.5", "--no-score")
     invoke("render", tmp_path / "prompts.txt", "--models", models, "--out", out, *store,
            *arguments, **kw)  # fmt: skip
     return out
@@ -116,8 +116,8 @@ def test_prompts_are_rendered_scored_and_shown(tmp_path: Path, models: Path, run
     out = tmp_path / "out"
     arguments = (
         *("render", tmp_path / "prompts.txt", "--models", models, "--out", out, "-c", run),
-        *("-m", "dream_v8", "-m", "toon", "--base-model", "SD 1.5", "--steps", 9, "--seed", 5),
-        *("--seed", 6, "--negative-prompt", "blurry", "--width", 64, "--height", 128),
+        *("-m", "dream_v8", "-m", "toon", "--base-model", "SD 1.5", "-p", "steps=9", "--seed", 5),
+        *("--seed", 6, "-p", "negative_prompt=blurry", "-p", "width=64", "-p", "height=128"),
     )
     said = invoke(*arguments)
     assert f"12 of 12 pictures scored: {out / 'index.html'}" in said
@@ -327,13 +327,22 @@ def test_names_of_models(models: Path, tmp_path: Path) -> None:
         (("-m", "dream", "--lora", "pencil:1"), PROMPTS, "is called 'pencil'"),
         (("-m", "dream", "--lora", "ink:9"), PROMPTS, "LoRA 'ink:9'"),
         (("-m", "dream"), "a <lora:unknown:1>", "is called 'unknown'"),
-        (("-m", "dream", "--steps", 500), PROMPTS, "steps: Input should be less"),
+        (("-m", "dream", "-p", "steps=500"), PROMPTS, "steps: Input should be less"),
+        (
+            ("-m", "dream", "-p", "step=5"),
+            PROMPTS,
+            "--param needs NAME=VALUE with a NAME of sampler",
+        ),
+        (("-m", "dream", "-p", "steps"), PROMPTS, "--param needs NAME=VALUE"),
+        (("-m", "dream", "-p", "steps=5.5"), PROMPTS, "--param steps: needs a whole number"),
+        (("-m", "dream", "-p", "cfg-scale=x"), PROMPTS, "--param cfg_scale: needs a number"),
+        (("-m", "dream", "-n", 3), PROMPTS, "--n: needs --agent DIR or --dabench DIR"),
         (("-m", "dream"), "\n \n", "holds no line"),
         ((), '{"prompt": 1}', "line 1 has no prompt"),
         ((), '{"prompt": "a"}', "line 1 is no API call: model"),
         ((), '{"prompt": "a"', "line 1 is not JSON"),
         ((), '{"prompt": "a", "x": ' + 2000 * "[", "line 1 is not JSON"),
-        (("-m", "dream", "--backend", "a1111"), PROMPTS, "runtime.render_url"),
+        (("-m", "dream", "--set", "render.backend=a1111"), PROMPTS, "runtime.render_server.url"),
     ],
 )
 def test_what_is_wrong_is_said(  # noqa: PLR0917
@@ -344,7 +353,7 @@ def test_what_is_wrong_is_said(  # noqa: PLR0917
     said: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if "--backend" in arguments:
+    if "render.backend=a1111" in arguments:
         monkeypatch.undo()
     with pytest.raises(ConfigError, match=re.escape(said)):
         render(tmp_path, models, *arguments, text=text)
@@ -372,7 +381,7 @@ def test_prompts_may_be_utf_16(tmp_path: Path, models: Path) -> None:
     for encoding in ("utf-16-le", "utf-16-be"):
         (tmp_path / "p.txt").write_bytes("\ufeffä cat\r\na dog\r\n".encode(encoding))
         named = ("--models", models, "-m", "dream", "--base-model", "SD 1.5", "--no-score")
-        places = ("--out", tmp_path / "out", "--store", tmp_path / "store")
+        places = ("--out", tmp_path / "out", "--set", f"runtime.store={tmp_path / 'store'}")
         invoke("render", tmp_path / "p.txt", *named, *places)
         assert [row["prompt"] for row in results(tmp_path / "out")] == ["ä cat", "a dog"]
 
@@ -605,21 +614,25 @@ def test_nothing_to_score_loads_no_scorer(
     invoke("score", tmp_path / "bad.png", "--prompt", "x", "-c", run, "--out", out, code=1)
 
 
-def test_without_a_file_they_are_the_stages(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match="render needs a file"):
-        invoke("render")
-    with pytest.raises(ConfigError, match="score needs a file"):
-        invoke("score")
-    asked: list[Any] = []
-    monkeypatch.setattr("diffagent.pipeline.run", lambda *a, **k: asked.append(a[1]) or {})
-    invoke("render", "-c", run)
-    invoke("score", "-c", run, "--set", "render.seeds=[1]")
-    assert asked == ["render", "score"]
-    with pytest.raises(ConfigError, match="--negative-prompt, --steps: only for a file"):
-        invoke("render", "-c", run, "--steps", 30, "--negative-prompt", "x")
-    with pytest.raises(ConfigError, match="--refresh: only for the stage"):
-        invoke("score", run, "-c", run, "--refresh")
-    assert asked == ["render", "score"]
+def test_without_a_file_they_name_the_command_of_the_stage(run: Path) -> None:
+    for name in ("render", "score"):
+        with pytest.raises(ConfigError, match=f"diffagent run -c FILE --until {name}"):
+            invoke(name, "-c", run)
+
+
+def test_options_that_calls_or_a_choice_do_not_use_are_refused(
+    tmp_path: Path, models: Path
+) -> None:
+    call = json.dumps({"prompt": "a cat", "api": json.loads(api("dream_v8").to_json())})
+    unused = ("-p", "steps=77", "--lora", "x:1", "-m", "y", "-n", 2)
+    with pytest.raises(ConfigError, match=r"^--lora, --model, --n, --param: not for API calls"):
+        render(tmp_path, models, *unused, text=call)
+    with pytest.raises(ConfigError, match=r"^--lora, --model: not together with --agent"):
+        render(tmp_path, models, "--agent", tmp_path, "-m", "y", "--lora", "x:1")
+    path = tmp_path / "prompts.txt"
+    for option in (("--download",), ("--base-model", "SD 1.5")):
+        with pytest.raises(ConfigError, match=f"^{option[0]}: needs --models DIR"):
+            invoke("render", path, *option, "--dabench", tmp_path, "--out", tmp_path / "other")
 
 
 def test_the_released_rewards_are_those_of_the_paper() -> None:

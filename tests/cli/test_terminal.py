@@ -15,8 +15,10 @@ _SCRIPT = """
 import sys, time, logging
 from diffagent import pipeline
 from diffagent.cli import main
-from diffagent.store import StageResult, stage
+from diffagent.store import StageResult
+from diffagent.store import stage
 from diffagent.schemas.config import CrawlConfig
+from diffagent.cli import main as cli
 import contextlib
 
 @stage("crawl", version=1, config=CrawlConfig)
@@ -40,7 +42,15 @@ def command(tmp_path: Path) -> list[str]:
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump({"rewards": rewards, "runtime": {"store": str(tmp_path)}}))
     (tmp_path / "script.py").write_text(_SCRIPT)
-    return [sys.executable, str(tmp_path / "script.py"), "crawl", "-c", str(config)]
+    return [
+        sys.executable,
+        str(tmp_path / "script.py"),
+        "run",
+        "--only",
+        "crawl",
+        "-c",
+        str(config),
+    ]
 
 
 def on_terminal(command: list[str]) -> tuple[str, str]:

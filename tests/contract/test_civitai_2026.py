@@ -11,7 +11,9 @@ import pytest
 import requests
 
 from diffagent.civitai.client import CivitaiClient
+from diffagent.crawl.crawl_config import CrawlConfig
 from diffagent.crawl.crawl_stage import crawl
+from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.errors import BadCursor, CivitaiError, EarlyAccess, NotFound
 from diffagent.localcivitai import server
@@ -19,8 +21,8 @@ from diffagent.localcivitai.faults import Faults
 from diffagent.localcivitai.replay import Replay
 from diffagent.localcivitai.server import serve
 from diffagent.render.files.references import parse_reference
-from diffagent.schemas.config import CrawlConfig, FilterConfig, RuntimeConfig
 from diffagent.schemas.payloads import paid_access
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import Artifact
 from diffagent.t2i.metadata.values import air
 from tests.contract.conftest import FILE_SHA256, synthetic_image, synthetic_model

@@ -20,11 +20,13 @@ import requests
 from safetensors.numpy import save_file
 
 from diffagent.civitai.lenient_json import loads
+from diffagent.crawl.crawl_config import CrawlConfig
 from diffagent.crawl.crawl_stage import crawl
+from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.localcivitai.site import embedded_site, replay_of
-from diffagent.schemas.config import CrawlConfig, FilterConfig, RuntimeConfig
 from diffagent.schemas.payloads import MAX_DEPTH, flaw
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import Artifact
 from tests.conftest import ROOT
 from tests.contract.bad_records import POISONS, full_image, places, poisoned, site_of
@@ -112,7 +114,7 @@ def test_a_crawl_that_is_resumed_counts_the_same(
     texts: tuple[list[str], list[str]], tmp_path: Path
 ) -> None:
     models, images = texts
-    runtime = RuntimeConfig(store=str(tmp_path), crawl_budget_seconds=1e-9)
+    runtime = RuntimeConfig(store=str(tmp_path), site={"budget_seconds": 1e-9})
     with site_of(models, images) as url:
         for _ in range(50):
             try:

@@ -14,13 +14,14 @@ import pytest
 
 from diffagent.civitai.client import CivitaiClient
 from diffagent.civitai.pagination import Page
+from diffagent.crawl.crawl_config import CrawlConfig
 from diffagent.crawl.crawl_stage import crawl
 from diffagent.crawl.snapshot import GENERATIONS
 from diffagent.errors import ServerError
 from diffagent.localcivitai.faults import Faults, Profile
 from diffagent.localcivitai.site import embedded_site
 from diffagent.localcivitai.sources.dump import read_records, write_dump
-from diffagent.schemas.config import CrawlConfig, RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import Artifact, verify_artifact
 from tests.conftest import ROOT, SHARED_DATA
 from tests.contract.conftest import IMAGES, MODELS

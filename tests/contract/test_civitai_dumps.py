@@ -14,15 +14,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from diffagent.crawl.crawl_config import CrawlConfig
 from diffagent.crawl.crawl_stage import crawl
 from diffagent.dabench.dataset import open_dataset
+from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.dabench.tools.export import export_dabench
 from diffagent.errors import ConfigError, SchemaError
 from diffagent.localcivitai.replay import Replay
 from diffagent.localcivitai.site import embedded_site
 from diffagent.localcivitai.sources import dump, open_source
-from diffagent.schemas.config import CrawlConfig, FilterConfig, RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import Artifact
 from tests.contract.conftest import synthetic_image, synthetic_model
 from tests.contract.test_civitai_crawl import ALL, rows

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffagent.crawl import crawler, refresh
+from diffagent.crawl.crawl_config import CrawlConfig
 from diffagent.crawl.crawl_stage import crawl
 from diffagent.errors import ArtifactError, CivitaiError, DiffAgentError
 from diffagent.localcivitai.faults import Faults, Profile
-from diffagent.schemas.config import CrawlConfig, RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import Artifact
 from tests.conftest import file_size_limit
 from tests.contract.conftest import synthetic_image, synthetic_model
@@ -25,7 +26,7 @@ from tests.contract.test_civitai_refresh import GALLERIES, World
 
 def run(url: str, store: Path, config: CrawlConfig = ALL, **options: object) -> Artifact:
     refreshing = bool(options.pop("refresh", False))
-    runtime = RuntimeConfig(store=str(store), **options)
+    runtime = RuntimeConfig(store=str(store), site=options)
     return crawl.run(config, {}, runtime, site_url=url, refresh=refreshing)
 
 
@@ -85,7 +86,7 @@ def test_a_clock_that_jumps_changes_neither_pauses_nor_contents(
     monkeypatch.setattr(time, "time", lambda: real() + rng.uniform(-1e6, 1e6))
     started = time.monotonic()
     with faulty(Faults(HOSTILE, seed=6)) as url:
-        jumping = run(url, tmp_path / "jumping", crawl_budget_seconds=250.0)
+        jumping = run(url, tmp_path / "jumping", budget_seconds=250.0)
     assert files(jumping) == files(calm)
     assert time.monotonic() - started < 250
 
@@ -97,11 +98,11 @@ def test_a_crawl_that_runs_out_of_time_goes_on_the_next_time(site, tmp_path):
     reached = []
     for _ in range(40):
         try:
-            done = run(site, tmp_path, crawl_budget_seconds=1e-9)
+            done = run(site, tmp_path, budget_seconds=1e-9)
             break
         except CivitaiError as error:
             assert error.retryable
-            assert "crawl_budget_seconds" in str(error) and "goes on from here" in str(error)
+            assert "budget_seconds" in str(error) and "goes on from here" in str(error)
             reached.append(str(error))
     assert len(reached) == 14, "a page each: 3 + 3 of models, 4 + 4 of images"
     assert "230 models" in reached[-1]
@@ -129,9 +130,9 @@ def test_progress_is_told(site, tmp_path, monkeypatch):
 @pytest.mark.parametrize("source", ["versions", "showcase"])
 def test_threads_do_not_show(faulty, site, tmp_path, source):
     config = ALL.model_copy(update={"image_source": source, "max_models": 40})
-    alone = run(site, tmp_path / "alone", config, crawl_threads=1)
+    alone = run(site, tmp_path / "alone", config, threads=1)
     with faulty(Faults(HOSTILE, seed=8)) as url:
-        together = run(url, tmp_path / "together", config, crawl_threads=16)
+        together = run(url, tmp_path / "together", config, threads=16)
     assert files(together) == files(alone)
     assert len(rows(alone, "images")) > 300
 
@@ -139,7 +140,7 @@ def test_threads_do_not_show(faulty, site, tmp_path, source):
 def test_threads_share_the_rate(recorder, site, tmp_path):
     config = ALL.model_copy(update={"image_source": "showcase", "max_models": 20})
     started = time.monotonic()
-    made = run(site, tmp_path, config, crawl_threads=16, requests_per_second=20.0)
+    made = run(site, tmp_path, config, threads=16, requests_per_second=20.0)
     requests = made.manifest.metrics["requests"]
     assert requests >= 21
     assert time.monotonic() - started >= (requests - 1) / 20

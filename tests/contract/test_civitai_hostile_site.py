@@ -29,11 +29,13 @@ from diffagent.civitai import download, transport
 from diffagent.civitai.address import Address
 from diffagent.civitai.client import CivitaiClient, next_cursor
 from diffagent.civitai.transport import Deadline
+from diffagent.crawl.crawl_config import CrawlConfig
 from diffagent.crawl.crawl_stage import crawl
 from diffagent.errors import CivitaiError, ConfigError, ServerError
 from diffagent.render.files.references import parse_reference
 from diffagent.retries import Patience
-from diffagent.schemas.config import ConfigFileError, CrawlConfig, RuntimeConfig, configure
+from diffagent.run_config import configure
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.t2i.catalogue import make_entry
 from tests.conftest import ROOT
 from tests.contract.conftest import FILE_SHA256, MODEL_FILE
@@ -476,7 +478,7 @@ def test_a_secret_in_the_site_is_refused_and_not_repeated(site: str) -> None:
         "crawl": {"site": site},
         "rewards": {"scorers": [{"name": "clip", "model": "tiny-clip"}], "unify": "chatgen"},
     }
-    with pytest.raises(ConfigFileError, match="CIVITAI_TOKEN") as caught:
+    with pytest.raises(ConfigError, match="CIVITAI_TOKEN") as caught:
         configure(data, None, "run.yaml")
     assert "pass-word" not in str(caught.value)
     with pytest.raises(ConfigError) as refused:
@@ -600,7 +602,7 @@ def test_a_server_that_is_silent_is_named(
 @pytest.mark.parametrize(
     "command",
     [
-        ["crawl", "--config", "{config}"],
+        ["run", "--only", "crawl", "--config", "{config}"],
         ["models", "fetch", "--models", "{models}", "--site", "http://127.0.0.1:9", "12"],
     ],
     ids=["crawl", "models fetch"],

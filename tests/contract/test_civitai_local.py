@@ -17,13 +17,15 @@ from typer.testing import CliRunner
 
 from diffagent.civitai.client import CivitaiClient
 from diffagent.cli.main import app
+from diffagent.crawl.crawl_config import CrawlConfig
 from diffagent.crawl.crawl_stage import crawl
+from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.errors import ConfigError
 from diffagent.localcivitai.site import embedded_site
 from diffagent.localcivitai.sources import open_source, synthetic_id
 from diffagent.localcivitai.sources.local import Hashes, hash_file, look, model_files
-from diffagent.schemas.config import CrawlConfig, FilterConfig, RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import Artifact, open_artifact
 from diffagent.t2i.catalogue import SYNTHETIC
 from tests.conftest import ROOT
@@ -121,7 +123,7 @@ def folder(tmp_path: Path) -> Path:
 def run(folder: Path, store: Path, **options: Any) -> Artifact:
     config = CrawlConfig(site=f"local:{folder}", model_types=(), image_source="feed")
     with embedded_site(config.site, cache=store / "local-files.json") as url:
-        runtime = RuntimeConfig(store=str(store), **options)
+        runtime = RuntimeConfig(store=str(store), site=options)
         return crawl.run(config, {}, runtime, site_url=url, refresh=True)
 
 
@@ -165,7 +167,7 @@ def test_one_command_makes_a_dataset_of_a_folder(folder: Path, tmp_path: Path) -
     store = tmp_path / "store"
     settings = ["--set", f"crawl.site=local:{folder}", "--set", f"runtime.store={store}"]
     config = ["--config", str(ROOT / "configs/paper.yaml")]
-    done = CliRunner().invoke(app, ["shard", *config, *settings])
+    done = CliRunner().invoke(app, ["run", "--until", "shard", *config, *settings])
     assert done.exit_code == 0, done.output
     (shards,) = store.glob("shard/[0-9a-f]*/manifest.json")
     made = open_artifact(shards.parent)

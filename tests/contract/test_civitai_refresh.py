@@ -14,13 +14,14 @@ import pytest
 
 from diffagent.civitai.client import CivitaiClient
 from diffagent.civitai.pagination import Page
+from diffagent.crawl.crawl_config import CrawlConfig
 from diffagent.crawl.crawl_stage import crawl
 from diffagent.errors import CivitaiError, Forbidden, NotFound, ServerError
 from diffagent.localcivitai.faults import Faults, Profile
 from diffagent.localcivitai.replay import Replay
 from diffagent.localcivitai.server import serve
-from diffagent.schemas.config import CrawlConfig, RuntimeConfig
 from diffagent.schemas.payloads import content
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import Artifact
 from tests.contract.conftest import IMAGES, MODELS, synthetic_image, synthetic_model
 from tests.contract.test_civitai_crawl import ALL, HOSTILE, rows
@@ -48,7 +49,7 @@ class World:
 def run(world: World, store: Path, config: CrawlConfig = FEED, **options: Any) -> Artifact:
     """Crawl the world, or refresh the crawl that is in the store."""
     faults = {key: options.pop(key) for key in ("profile", "seed") if key in options}
-    runtime = RuntimeConfig(store=str(store), **options)
+    runtime = RuntimeConfig(store=str(store), site=options)
     with world.site(**faults) as url:
         return crawl.run(config, {}, runtime, site_url=url, refresh=True)
 
@@ -416,8 +417,8 @@ def test_a_refresh_goes_on_where_it_was_stopped(tmp_path, asked):
     run(world, tmp_path)
     world.models[231] = synthetic_model(231)
     world.images[10_900] = synthetic_image(900)
-    with pytest.raises(CivitaiError, match="crawl_budget_seconds"):
-        run(world, tmp_path, crawl_budget_seconds=1e-9)
+    with pytest.raises(CivitaiError, match="budget_seconds"):
+        run(world, tmp_path, budget_seconds=1e-9)
     first = len(list(asked))
     second = run(world, tmp_path)
     assert changes(second)["models"] == {"added": [231]}
@@ -432,8 +433,8 @@ def test_a_refresh_that_was_stopped_is_not_taken_for_a_reconciliation(tmp_path, 
     run(world, tmp_path)
     world.models[231] = synthetic_model(231)
     world.images[9_999] = {**synthetic_image(1), "id": 9_999}  # at the listing's end
-    with pytest.raises(CivitaiError, match="crawl_budget_seconds"):
-        run(world, tmp_path, crawl_budget_seconds=1e-9)
+    with pytest.raises(CivitaiError, match="budget_seconds"):
+        run(world, tmp_path, budget_seconds=1e-9)
     asked.clear()
     second = run(world, tmp_path, reconcile=True)
     assert "'cursor'" not in asked[0], "from the start"

@@ -9,14 +9,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from diffagent.civitai.client import CivitaiClient
+from diffagent.crawl.crawl_config import CrawlConfig
 from diffagent.crawl.crawler import showcase_images
+from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.dabench.filter.record_filters import Record, media_type
 from diffagent.dabench.filter.resolve import Resolver
 from diffagent.localcivitai.faults import Faults
 from diffagent.localcivitai.replay import Replay
 from diffagent.localcivitai.server import serve
-from diffagent.schemas.config import CrawlConfig, FilterConfig, RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from tests.contract.conftest import MODELS
 from tests.contract.test_civitai_crawl import ALL, rows, run
 from tests.contract.test_civitai_refresh import World, changes

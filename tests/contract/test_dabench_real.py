@@ -15,11 +15,13 @@ import orjson
 import pyarrow.parquet as pq
 import pytest
 
+from diffagent.dabench.build.shard_config import DABenchConfig
 from diffagent.dabench.build.shard_stage import build_dabench, read_split
 from diffagent.dabench.build.splits import SPLITS
+from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.dabench.tools.dataset_checks import verify_dabench
-from diffagent.schemas.config import DABenchConfig, FilterConfig, RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import Artifact
 from diffagent.t2i.samplers import SAMPLERS, normalise
 from tests.conftest import SHARED_DATA

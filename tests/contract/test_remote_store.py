@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from diffagent.errors import ArtifactError
-from diffagent.schemas.config import RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import artifact_directory, object_store, open_artifact, verify_artifact
 from tests.conftest import ROOT
 from tests.contract.s3_server import ENVIRONMENT, S3Server, s3_server
@@ -52,11 +52,11 @@ def s3(running: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> S3
 
 @pytest.fixture
 def runtime(tmp_path: Path) -> RuntimeConfig:
-    return RuntimeConfig(store=STORE, cache=str(tmp_path / "cache"))
+    return RuntimeConfig(store=STORE, cache={"directory": str(tmp_path / "cache")})
 
 
 def on(machine: str, tmp_path: Path) -> RuntimeConfig:
-    return RuntimeConfig(store=STORE, cache=str(tmp_path / machine))
+    return RuntimeConfig(store=STORE, cache={"directory": str(tmp_path / machine)})
 
 
 def builder(tmp_path: Path, machine: str, before: str = "") -> list[str]:
@@ -64,9 +64,10 @@ def builder(tmp_path: Path, machine: str, before: str = "") -> list[str]:
     code = textwrap.dedent(f"""
         from pathlib import Path
         from diffagent.schemas.config import RuntimeConfig
-        from tests.store.test_stage import Words, write_words
+        from tests.store.test_stage import Words
+        from tests.store.test_stage import write_words
         {before}
-        runtime = RuntimeConfig(store={STORE!r}, cache={str(tmp_path / machine)!r})
+        runtime = RuntimeConfig(store={STORE!r}, cache={{'directory': {str(tmp_path / machine)!r}}})
         print(write_words.run(Words(), {{}}, runtime).content_digest)
     """)
     return [sys.executable, "-c", code]
@@ -266,8 +267,8 @@ def test_writers_of_different_contents_never_mix(s3: S3Server, tmp_path: Path) -
         artifact.model_copy(update={"path": tmp_path / "elsewhere" / "x"}).local()
 
 
-def test_a_missing_bucket_is_reported_before_the_work(s3: S3Server, tmp_path: Path) -> None:
-    runtime = RuntimeConfig(store="s3://no-such-bucket/x", cache=str(tmp_path))
+def test_a_missing_bucket_is_told_before_the_work(s3: S3Server, tmp_path: Path) -> None:
+    runtime = RuntimeConfig(store="s3://no-such-bucket/x", cache={"directory": str(tmp_path)})
     with pytest.raises(ArtifactError, match="no-such-bucket") as caught:
         write_words.run(Words(), {}, runtime)
     assert not caught.value.retryable and not list(tmp_path.rglob("*.txt"))

@@ -26,6 +26,7 @@ from diffagent.render.recipe import EmbeddingUse, LoRAUse, Recipe
 from diffagent.render.render_stage import REASONS
 from diffagent.render.renderer import Files, ModelRef, Renderer
 from diffagent.retries import Patience
+from diffagent.schemas.runtime import RenderServerSettings
 from diffagent.t2i.samplers import SAMPLERS
 from tests.contract.local_renderers import (
     Answer,
@@ -519,7 +520,7 @@ def test_what_comfyui_lacks_is_missing(
     names = {SHA["base"]: "other.safetensors"}
     draw(comfy(comfyui, names=names))
     comfyui.models["checkpoints"] = ["other.safetensors"]
-    assert "server_models" in fails(comfy(comfyui), "missing-on-server")
+    assert "render_server.models" in fails(comfy(comfyui), "missing-on-server")
     assert len(comfyui.bodies("/prompt")) == 2
     for update in ({"loras": FULL.loras}, {"vae": FULL.vae}, {"embeddings": FULL.embeddings}):
         comfyui.models |= {"loras": [], "vae": []}
@@ -601,7 +602,9 @@ def test_the_stage_draws_on_a_server(webui: LocalWebUI, tmp_path: Path) -> None:
                         cached=False)  # fmt: skip
     world.answer("Base", "Ink")
     world.answer("Gone")
-    world.runtime = world.runtime.model_copy(update={"render_url": webui.url})
+    world.runtime = world.runtime.model_copy(
+        update={"render_server": RenderServerSettings(url=webui.url)}
+    )
     artifact = world.render(backend="a1111")
     told = [(row["status"], row["reason"]) for row in rows(artifact)]
     assert told == [("ok", None), ("failed", "missing-on-server")]
@@ -617,7 +620,9 @@ def test_the_stage_draws_on_a_server(webui: LocalWebUI, tmp_path: Path) -> None:
     webui.faults[TXT2IMG] = [503] * 1000
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("diffagent.render.http.remote.LOOPBACK_PATIENCE", Patience(0.01, 0.05, 0.2))
-        world.runtime = world.runtime.model_copy(update={"render_timeout_seconds": 0.5})
+        world.runtime = world.runtime.model_copy(
+            update={"render_server": RenderServerSettings(url=webui.url, timeout_seconds=0.5)}
+        )
         with pytest.raises(RenderServerError):
             world.render(backend="a1111")
     webui.faults.clear()

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.dabench.filter.resolve import CONFIDENCE, FIRST_VERSION
-from diffagent.schemas.config import FilterConfig
 from tests.conftest import SHARED_DATA
 
 DUMP = SHARED_DATA / "civitai"

@@ -11,11 +11,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diffagent.dabench.build.shard_config import DABenchConfig
 from diffagent.dabench.build.shard_stage import build_dabench
+from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.dabench.parquet_tables import write_table
-from diffagent.schemas.config import DABenchConfig, FilterConfig, RuntimeConfig
 from diffagent.schemas.manifest import FileEntry
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import MANIFEST, Artifact, files_digest, open_artifact, sha256_file
 from tests.dabench.dabench_records import image, model, snapshot, version
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from diffagent.pipeline import find_cached, plan
-from diffagent.schemas.config import load_config
+from diffagent.run_config import load_config
 from diffagent.store import Artifact, verify_artifact
 from tests.conftest import ROOT
 from tests.e2e.conftest import Prefect, dump_dom, small_config

@@ -194,7 +194,7 @@ def test_a_run_in_the_way_is_named_and_a_lost_one_is_not_waited_for(
     tmp_path: Path,
     silent_site: str,
 ) -> None:
-    soon = {"runtime.lost_after_seconds": 12}
+    soon = {"runtime.tasks.lost_after_seconds": 12}
     stuck = {**soon, "crawl.site": silent_site, "runtime.store": str(tmp_path)}
     first = prefect_server.submit("build-dabench", config=str(config), overrides=stuck)
     first_name = prefect_server.wait(first, 60, "RUNNING")["name"]

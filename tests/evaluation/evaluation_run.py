@@ -10,19 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
+from diffagent.agent.select_config import SelectConfig
+from diffagent.crawl.crawl_config import CrawlConfig
+from diffagent.dabench.build.shard_config import DABenchConfig
+from diffagent.evaluation.evaluate_config import EvaluationConfig
+from diffagent.render.render_config import RenderConfig
+from diffagent.rewards.score_config import RewardsConfig
 from diffagent.schemas.api import T2IAPI, LoRA, Params
-from diffagent.schemas.config import (
-    CrawlConfig,
-    DABenchConfig,
-    EvaluationConfig,
-    RenderConfig,
-    RewardsConfig,
-    RuntimeConfig,
-    SelectConfig,
-    SFTConfig,
-)
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.tables import CANDIDATES, DABENCH, RENDERS, SCORES
 from diffagent.store import Artifact, StageContext, StageResult, stage
+from diffagent.train.sft_config import SFTConfig
 from tests.agent.agent_world import blank
 
 COLOURS = ("firebrick", "seagreen", "steelblue", "goldenrod", "orchid", "slategray")

@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 
 from diffagent.errors import SchemaError
+from diffagent.evaluation.evaluate_config import EvaluationConfig
 from diffagent.evaluation.metrics import METRICS, agreement, evaluation_table, jaccard
 from diffagent.evaluation.summary import (
     format_number,
@@ -16,7 +17,6 @@ from diffagent.evaluation.summary import (
     tables,
 )
 from diffagent.schemas.api import T2IAPI, LoRA, Params
-from diffagent.schemas.config import EvaluationConfig
 from diffagent.schemas.tables import EVALUATION
 
 

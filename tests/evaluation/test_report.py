@@ -16,10 +16,11 @@ import pytest
 from PIL import Image
 
 from diffagent.errors import ArtifactError
+from diffagent.evaluation.evaluate_config import EvaluationConfig
 from diffagent.evaluation.evaluate_stage import TINY_AGENT_NOTE, evaluate
 from diffagent.evaluation.report import picture_uri
 from diffagent.evaluation.summary import read_metrics, summary_markdown
-from diffagent.schemas.config import EvaluationConfig, JudgesConfig
+from diffagent.rewards.judge_config import JudgesConfig
 from diffagent.schemas.tables import EVALUATION, JUDGEMENTS
 from diffagent.store import Artifact
 from diffagent.store.lineage import ancestors, lineage_lines

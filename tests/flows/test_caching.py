@@ -11,9 +11,8 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import State, TaskRun
 
-from flows.build_dabench import build_dabench
-from flows.train_sft import train_sft
-from tasks import sample
+from flows.group_flows import build_dabench, train_sft
+from tasks import stages
 
 pytestmark = pytest.mark.usefixtures("toy_plan")
 
@@ -98,7 +97,10 @@ def test_refresh(config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_only_retryable_errors_are_retried(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sample, "task", sample.task.with_options(retry_delay_seconds=[0, 0]))
+    impatient = stages.task_of("sample-0").with_options(retry_delay_seconds=[0, 0])
+    monkeypatch.setattr(
+        stages, "_task", lambda name: impatient if name == "sample" else stages.stage_task(name)
+    )
     faults = tmp_path / "faults"
     monkeypatch.setenv("TOY_FAULTS", str(faults))
     faults.write_text("retryable retryable")

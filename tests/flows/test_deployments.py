@@ -10,7 +10,7 @@ from prefect.flows import load_flow_from_entrypoint
 
 import flows
 import tasks
-from diffagent.schemas.config import load_config
+from diffagent.run_config import load_config
 from tests.conftest import ROOT
 
 FILE = yaml.safe_load((ROOT / "prefect.yaml").read_text())

@@ -22,9 +22,9 @@ from diffagent import pipeline
 from diffagent.pipeline import find_cached
 from diffagent.store import verify_artifact
 from flows._compose import configure
-from flows.build_dabench import build_dabench
+from flows.group_flows import build_dabench
 from flows.run_stage import run_stage
-from tasks import render
+from tasks import stages
 from tests.conftest import ROOT
 from tests.flows.toy_stages import slow_plan
 
@@ -38,7 +38,10 @@ def meeting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     monkeypatch.setenv("TOY_MEETING", str(folder))
     monkeypatch.setattr(pipeline, "plan", slow_plan)
-    monkeypatch.setattr(render, "task", render.task.with_options(retry_delay_seconds=[0, 0]))
+    impatient = stages.task_of("render-0").with_options(retry_delay_seconds=[0, 0])
+    monkeypatch.setattr(
+        stages, "_task", lambda name: impatient if name == "render" else stages.stage_task(name)
+    )
     return folder
 
 
@@ -79,7 +82,7 @@ def run_and_kill(
 
     thread = threading.Thread(target=killer)
     thread.start()
-    overrides = {"runtime.runner": runner, "runtime.lost_after_seconds": 20}
+    overrides = {"runtime.tasks.runner": runner, "runtime.tasks.lost_after_seconds": 20}
     state = build_dabench(str(config_file), overrides, return_state=True)
     thread.join()
     assert lost, "no two machines ran shards at once"
@@ -212,7 +215,7 @@ def test_no_deployment_is_told(config_file: Path, meeting: Path) -> None:
         for deployment in client.read_deployments():
             client.delete_deployment(deployment.id)
     Path(meeting, "go").touch()
-    state = build_dabench(str(config_file), {"runtime.runner": "workers"}, return_state=True)
+    state = build_dabench(str(config_file), {"runtime.tasks.runner": "workers"}, return_state=True)
     assert state.is_failed() and "prefect deploy --all" in state.message
     assert not shards(meeting, "started")
 
@@ -221,6 +224,6 @@ def test_a_missing_extra_is_told(
     config_file: Path, meeting: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "prefect_ray", None)
-    state = build_dabench(str(config_file), {"runtime.runner": "ray"}, return_state=True)
+    state = build_dabench(str(config_file), {"runtime.tasks.runner": "ray"}, return_state=True)
     assert state.is_failed() and "diffagent[ray]" in state.message
     assert not shards(meeting, "started")

@@ -21,7 +21,7 @@ from prefect.client.schemas.objects import Log
 
 from diffagent.store import StageContext, StageResult, stage
 from diffagent.threads import ContextThreadPool
-from flows.build_dabench import build_dabench
+from flows.group_flows import build_dabench
 from tasks import _stage
 from tests.flows import toy_stages
 from tests.flows.toy_stages import Number, source

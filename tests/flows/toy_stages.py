@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from diffagent import pipeline
 from diffagent.errors import ServerError, TrainingError
 from diffagent.pipeline import Node
-from diffagent.schemas.config import PipelineConfig
+from diffagent.run_config import RunConfig
 from diffagent.schemas.manifest import Funnel, FunnelStep
 from diffagent.store import StageContext, StageResult, stage
 
@@ -21,7 +21,7 @@ class Number(BaseModel):
     value: int
 
 
-def slow_plan(config: PipelineConfig) -> dict[str, Node]:
+def slow_plan(config: RunConfig) -> dict[str, Node]:
     """crawl -> {render-0 .. render-2} -> shard; the renders run anywhere, two at a time."""
     group, toys, shards = "build-dabench", "tests.flows.toy_stages", range(3)
     renders = [

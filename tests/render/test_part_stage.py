@@ -7,9 +7,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from diffagent.evaluation.evaluate_config import EvaluationConfig
 from diffagent.evaluation.evaluate_stage import evaluate
+from diffagent.render.part_config import PartConfig
 from diffagent.render.part_stage import part
-from diffagent.schemas.config import EvaluationConfig, PartConfig
 from diffagent.store import StageContext, StageResult, stage
 from tests.evaluation.evaluation_run import Run
 

@@ -24,14 +24,16 @@ from diffagent.errors import Forbidden, RenderError, ServerError
 from diffagent.render import render_stage
 from diffagent.render.pnginfo import read_png
 from diffagent.render.recipe import Recipe
+from diffagent.render.render_config import RenderConfig
 from diffagent.render.render_stage import REASONS, render
 from diffagent.render.renderer import Files
 from diffagent.rewards import score_stage
 from diffagent.rewards.image_batches import Preparation
+from diffagent.rewards.score_config import RewardsConfig, ScorerConfig
 from diffagent.rewards.score_stage import score
 from diffagent.rewards.unified import MetricReference
 from diffagent.schemas.api import T2IAPI, LoRA, Params
-from diffagent.schemas.config import RenderConfig, RewardsConfig, RuntimeConfig, ScorerConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.tables import CANDIDATES, RENDERS, SCORES
 from diffagent.store import Artifact, sha256_file
 from diffagent.t2i.catalogue import Catalogue, Entry
@@ -48,7 +50,7 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.runtime = RuntimeConfig(
-            store=str(folder / "store"), models=str(folder / "models"), device="cpu"
+            store=str(folder / "store"), models={"directory": str(folder / "models")}, device="cpu"
         )
         self.entries: list[Entry] = []
         self.rows: list[dict[str, Any]] = []
@@ -309,9 +311,11 @@ def test_nothing_valid_is_no_failure(world: World) -> None:
 
 KILLED = """
 import os, pathlib, signal, sys
-from diffagent.store import Artifact, sha256_file
+from diffagent.store import Artifact
+from diffagent.store import sha256_file
 from diffagent.render import render_stage as stage
-from diffagent.schemas.config import RenderConfig, RuntimeConfig
+from diffagent.schemas.config import RenderConfig
+from diffagent.schemas.config import RuntimeConfig
 from tests.render.test_render_stage import Painter
 
 written = 0

@@ -11,11 +11,11 @@ from PIL import Image
 from diffagent import compat
 from diffagent.errors import ConfigError, ScoreError
 from diffagent.rewards.convert import main as convert
+from diffagent.rewards.judge_config import JudgesConfig
 from diffagent.rewards.judges import AestheticScorer, PickScoreScorer
 from diffagent.rewards.load import judge_files, load_judges
 from diffagent.rewards.scorer import Runtime
 from diffagent.sandbox.files import SCORERS
-from diffagent.schemas.config import JudgesConfig
 
 compat.install()
 

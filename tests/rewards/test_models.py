@@ -27,8 +27,8 @@ from diffagent.rewards import image_reward as ir  # noqa: E402
 from diffagent.rewards.clip import ClipScorer, encode_text  # noqa: E402
 from diffagent.rewards.hps import HPSScorer  # noqa: E402
 from diffagent.rewards.image_reward import ImageRewardConfig, ImageRewardScorer  # noqa: E402
+from diffagent.rewards.score_config import RewardsConfig, ScorerConfig  # noqa: E402
 from diffagent.rewards.score_stage import score, score_pictures  # noqa: E402
-from diffagent.schemas.config import RewardsConfig, ScorerConfig  # noqa: E402
 
 PROMPTS = ["a red circle", "blue", "a red circle", "one two three four five", "green star"]
 TINY_BERT = {
@@ -451,7 +451,7 @@ def test_the_default_backend_imports_no_package_of_the_authors():
         "import sys\n"
         "sys.modules['ImageReward'] = sys.modules['hpsv2'] = None\n"
         "from diffagent.rewards.load import load_scorers\n"
-        "from diffagent.schemas.config import RewardsConfig\n"
+        "from diffagent.rewards.score_config import RewardsConfig\n"
         f"names, root = ('clip', 'image_reward', 'hps_v2'), {str(SCORERS)!r}\n"
         "specs = [{'name': name, 'model': f'{root}/{name}'} for name in names]\n"
         "load_scorers(RewardsConfig.model_validate({'scorers': specs}))\n"

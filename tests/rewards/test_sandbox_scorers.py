@@ -7,10 +7,10 @@ import pytest
 
 from diffagent.errors import ScoreError
 from diffagent.rewards.load import load_scorers
+from diffagent.rewards.score_config import RewardsConfig
 from diffagent.rewards.unified import Unifier
 from diffagent.sandbox import world
 from diffagent.sandbox.files import SCORERS
-from diffagent.schemas.config import RewardsConfig
 from tools.sandbox import drawings
 
 NAMES = ("clip", "image_reward", "hps_v2")

@@ -11,14 +11,17 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from diffagent.errors import ArtifactError, ScoreError
+from diffagent.render.render_config import RenderConfig
+from diffagent.rewards.judge_config import JudgesConfig
 from diffagent.rewards.load import load_scorers
 from diffagent.rewards.reference import main as measure
+from diffagent.rewards.score_config import RewardsConfig
 from diffagent.rewards.score_stage import PictureScores, judge, score, score_pictures, to_table
 from diffagent.rewards.scores import read_definition, read_scores
 from diffagent.rewards.unified import MetricReference, Unifier
 from diffagent.sandbox import world
 from diffagent.sandbox.files import SCORERS
-from diffagent.schemas.config import JudgesConfig, RenderConfig, RewardsConfig, RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.tables import JUDGEMENTS, RENDERS, SCORES
 from diffagent.store import StageContext, StageResult, stage
 from tests.evaluation.evaluation_run import write_rows
@@ -67,7 +70,7 @@ def make_renders(store: Path, seed: int = 0):
 @pytest.fixture(scope="module")
 def runtime(tmp_path_factory) -> RuntimeConfig:
     store = tmp_path_factory.mktemp("store")
-    return RuntimeConfig(store=str(store), device="cpu", decode_threads=2)
+    return RuntimeConfig(store=str(store), device="cpu", scoring={"decode_threads": 2})
 
 
 @pytest.fixture(scope="module")

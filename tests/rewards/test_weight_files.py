@@ -13,7 +13,7 @@ import pytest
 
 CODE = """
 import sys
-from diffagent.schemas.config import RewardsConfig
+from diffagent.rewards.score_config import RewardsConfig
 from diffagent.errors import DiffAgentError
 from diffagent.rewards.load import load_scorers
 scorer = dict(zip(("name", "model", "weights"), sys.argv[1:]))

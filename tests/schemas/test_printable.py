@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from diffagent.cli.main import app
+from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.dabench.filter.model_filters import base_model
 from diffagent.render.files.model_cache import ModelCache
-from diffagent.schemas.config import FilterConfig
 from diffagent.schemas.payloads import Drift
 from diffagent.schemas.printable import PrintableFormatter, printable, printable_json
 
@@ -92,6 +92,6 @@ def test_errors_of_commands_are_harmless(
     config = tmp_path / "run.yaml"
     config.write_text('crawl: {"site": "x\\e[2J\\u202e"}\n')
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr("sys.argv", ["diffagent", "crawl", "--config", str(config)])
+        patch.setattr("sys.argv", ["diffagent", "run", "--only", "crawl", "--config", str(config)])
         main.main()
     assert harmless(capsys.readouterr().err)

@@ -10,7 +10,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffagent.schemas.config import ConfigFileError, load_config
+from diffagent.errors import ConfigError
+from diffagent.run_config import load_config
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.yaml_file import YamlError, parse_yaml
 
 REWARDS = "rewards: {scorers: [{name: clip, model: tiny}], unify: chatgen}\n"
@@ -53,7 +55,7 @@ CHAIN = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1,
 def test_each_fault_has_its_place_on_one_line(data: bytes, words: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_bytes(data)
-    with pytest.raises(ConfigFileError, match=words) as caught:
+    with pytest.raises(ConfigError, match=words) as caught:
         load_config(path)
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
     assert len(str(caught.value)) < 500
@@ -71,11 +73,11 @@ def test_references_and_merges_are_yaml_that_works(tmp_path: Path) -> None:
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         path.write_text(REWARDS + "crawl: {site: 'dump:caf\u00e9'}\n", encoding=encoding)
         assert load_config(path).crawl.site == "dump:caf\u00e9"
-    with pytest.raises(ConfigFileError, match="No such file"):
+    with pytest.raises(ConfigError, match="No such file"):
         load_config(tmp_path / "absent.yaml")
-    with pytest.raises(ConfigFileError, match="Is a directory"):
+    with pytest.raises(ConfigError, match="Is a directory"):
         load_config(tmp_path)
-    with pytest.raises(ConfigFileError, match="null byte"):
+    with pytest.raises(ConfigError, match="null byte"):
         load_config("a\0b")
 
 
@@ -111,13 +113,18 @@ def test_any_bytes_are_a_value_or_a_yaml_error(data: bytes | str) -> None:
         ("sftt: {seed: 1}", "sftt: .*did you mean 'sft'"),
         ("seed: 1", "did you mean '[a-z]+.seed'"),
         ("runtime: {stor: x}", "did you mean 'store'"),
-        ("crawl: {max_pages: 1}", "crawl.max_pages: .*(did you mean|there are: image_source)"),
+        ("crawl: {max_pages: 1}", "crawl.max_pages: .*(did you mean|choose one of: image_source)"),
         ("rewards: {scorers: [{nam: clip, model: x}], unify: chatgen}", "did you mean 'name'"),
         ('runtime: {store: "a\\0b"}', "runtime.store: .*holds the character '.x00'"),
         ('runtime: {store: "a\\nb"}', "runtime.store: .*holds a line end"),
         ('sft: {model: "a\\eb"}', "sft.model: .*holds the character '.x1b'"),
         ('crawl: {model_types: ["\\udc80"]}', "crawl.model_types: .*holds the character"),
-        ('runtime: {server_models: {"a\\0": b}}', "runtime.server_models: .*holds the character"),
+        (
+            'runtime: {render_server: {models: {"a\\0": b}}}',
+            "runtime.render_server.models: .*holds the character",
+        ),
+        ("runtime: {crawl_threads: 3}", "crawl_threads: .*it is now 'runtime.site.threads'"),
+        ("runtime: {models: here}", "runtime.models: .*it is now 'runtime.models.directory'"),
         ('"a\\nb\\e[31m": 1', r"'a.nb.x1b\[31m'"),
     ],
 )
@@ -126,6 +133,16 @@ def test_a_wrong_key_or_text_is_named_with_the_right_one(
 ) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text if "rewards" in text else REWARDS + text)
-    with pytest.raises(ConfigFileError, match=words) as caught:
+    with pytest.raises(ConfigError, match=words) as caught:
         load_config(path)
     assert len(str(caught.value).splitlines()) <= 4 and "\x1b" not in str(caught.value)
+
+
+def test_every_former_key_of_runtime_names_a_setting() -> None:
+    from diffagent.run_config import _RENAMED
+
+    for key, path in _RENAMED.items():
+        section, name = path.split(".")
+        kind = RuntimeConfig.model_fields[section].annotation
+        assert name in kind.model_fields, path
+        assert key not in RuntimeConfig.model_fields or key == section

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from diffagent.errors import ArtifactError, DamagedArtifact
-from diffagent.schemas.config import RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import (
     Artifact,
     StageContext,

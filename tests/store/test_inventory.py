@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from diffagent.cli import main
 from diffagent.errors import ArtifactError, ConfigError
-from diffagent.schemas.config import RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import (
     Artifact,
     StageContext,

@@ -19,9 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
-from diffagent.errors import ArtifactError, ServerError, TrainingError
-from diffagent.schemas.config import ConfigFileError, RuntimeConfig, load_config
+from diffagent.errors import ArtifactError, ConfigError, ServerError, TrainingError
+from diffagent.run_config import load_config
 from diffagent.schemas.manifest import Funnel, FunnelStep
+from diffagent.schemas.runtime import RuntimeConfig, TaskSettings
 from diffagent.store import (
     Artifact,
     StageContext,
@@ -163,8 +164,12 @@ def test_kill_9_then_the_same_command(tmp_path: Path, kill_after: int) -> None:
     script = textwrap.dedent(
         """
         import sys
-        from diffagent.schemas.config import ConfigFileError, RuntimeConfig, load_config
-        from tests.store.test_stage import Words, write_words
+        from diffagent.errors import ConfigError
+        from diffagent.schemas.config import RuntimeConfig
+        from diffagent.schemas.config import load_config
+        from tests.store.test_stage import Words
+        from tests.store.test_stage import write_words
+        from diffagent.schemas.runtime import TaskSettings
         print(write_words.run(Words(), {}, RuntimeConfig(store=sys.argv[1])).model_dump_json())
         """
     )
@@ -284,7 +289,7 @@ def test_lines_of_a_child_keep_their_level(caplog: pytest.LogCaptureFixture) -> 
 
 def test_child_timeout(runtime: RuntimeConfig, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "diffagent")
-    hasty = runtime.model_copy(update={"stage_timeout_seconds": 10.0})
+    hasty = runtime.model_copy(update={"tasks": TaskSettings(timeout_seconds=10.0)})
     with pytest.raises(ArtifactError, match="longer than 10 s"):
         run_in_child("tests.store.test_stage:write_words", Words(fail="slow"), {}, hasty)
     assert "write_words | still here" in caplog.text
@@ -293,7 +298,10 @@ def test_child_timeout(runtime: RuntimeConfig, caplog: pytest.LogCaptureFixture)
 def two_machines(tmp_path: Path) -> tuple[RuntimeConfig, RuntimeConfig]:
     """Two machines that share a remote store, each with a cache of its own."""
     store = (tmp_path / "store").as_uri()
-    here, there = (RuntimeConfig(store=store, cache=str(tmp_path / n)) for n in ("here", "there"))
+    here, there = (
+        RuntimeConfig(store=store, cache={"directory": str(tmp_path / n)})
+        for n in ("here", "there")
+    )
     return here, there
 
 
@@ -346,7 +354,7 @@ def test_a_remote_store_is_not_trusted_with_paths(tmp_path: Path) -> None:
 
 
 def test_a_store_that_cannot_be_written_is_found_before_the_work(tmp_path: Path) -> None:
-    unwritable = RuntimeConfig(store="nonsense://x/y", cache=str(tmp_path))
+    unwritable = RuntimeConfig(store="nonsense://x/y", cache={"directory": str(tmp_path)})
     with pytest.raises(ArtifactError, match=r"runtime\.store") as caught:
         write_words.run(Words(), {}, unwritable)
     assert not caught.value.retryable
@@ -357,7 +365,7 @@ def test_the_cache_of_a_remote_store_has_a_bound(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     here, _ = two_machines(tmp_path)
-    here = here.model_copy(update={"cache_gb": 2500 / 1e9})
+    here = here.model_copy(update={"cache": here.cache.model_copy(update={"max_gb": 2500 / 1e9})})
     configs = [Words(words=(letter * 1000,)) for letter in "abcd"]
     artifacts = [write_words.run(config, {}, here) for config in configs[:3]]
     assert [a.path.exists() for a in artifacts] == [False, True, True], "the first is removed first"
@@ -376,6 +384,6 @@ def test_the_cache_of_a_remote_store_has_a_bound(
 def test_credentials_in_the_address_of_a_store_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("rewards: {scorers: [], unify: chatgen}\nruntime: {store: 's3://id:key@b/c'}")
-    with pytest.raises(ConfigFileError, match="environment alone") as caught:
+    with pytest.raises(ConfigError, match="environment only") as caught:
         load_config(path)
     assert "key" not in str(caught.value)

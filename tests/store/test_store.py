@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from diffagent.errors import DamagedArtifact
-from diffagent.schemas.config import RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import Artifact, Store, open_store, sha256_file, verify_artifact
 from diffagent.store.local_store import LocalStore
 from diffagent.store.remote_store import RemoteStore

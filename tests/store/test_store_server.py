@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import uvicorn
 
-from diffagent.schemas.config import RuntimeConfig
 from diffagent.schemas.manifest import Manifest
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import Artifact, StageContext, StageResult, stage
 from diffagent.store.store_server import create_app
 from tests.flows.toy_stages import Number

@@ -17,18 +17,15 @@ from diffagent.agent.lm.format import response_text
 from diffagent.agent.lm.llm import load_agent
 from diffagent.agent.prompts import draw, read_split
 from diffagent.errors import ConfigError, TrainingError
-from diffagent.schemas.config import (
-    ConfigFileError,
-    RRHFConfig,
-    RuntimeConfig,
-    SFTConfig,
-    load_config,
-)
+from diffagent.run_config import load_config
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import Artifact
 from diffagent.train import fit, sft
 from diffagent.train.losses import INVALID_REWARD
 from diffagent.train.rrhf import RankedPrompts, RRHFTrainer, hold_out, rank
+from diffagent.train.rrhf_config import RRHFConfig
 from diffagent.train.rrhf_stage import train_rrhf
+from diffagent.train.sft_config import SFTConfig
 from diffagent.train.sft_stage import train_sft
 from tests.agent.agent_world import make_world
 from tests.conftest import AgentRun
@@ -157,7 +154,7 @@ def test_settings_of_adapters_without_adapters_are_refused(tmp_path: Path) -> No
     file = tmp_path / "run.yaml"
     file.write_text("rewards: {scorers: [{name: clip, model: tiny-clip}], unify: chatgen}\n")
     overrides = {"sft.lora_alpha": 16, "rrhf.lora_target_modules": ["q_proj"]}
-    with pytest.raises(ConfigFileError, match=r"lora_alpha.*lora_rank") as refused:
+    with pytest.raises(ConfigError, match=r"lora_alpha.*lora_rank") as refused:
         load_config(file, overrides)
     assert "lora_target_modules" in str(refused.value)
     config = load_config(file, {**overrides, "sft.lora_rank": 8, "rrhf.lora_rank": 8})

@@ -25,13 +25,13 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer
 
 from diffagent.agent.lm.format import IGNORED, Example
-from diffagent.schemas.config import RRHFConfig
 from diffagent.train import losses
 from diffagent.train.collate import RankedPrompt, RRHFCollator, block_mask
 from diffagent.train.fit import enable_checkpointing
 from diffagent.train.losses import INVALID_REWARD, token_logps
 from diffagent.train.passes import packs, response_logps
 from diffagent.train.rrhf import batch_loss, with_reference
+from diffagent.train.rrhf_config import RRHFConfig
 from diffagent.train.tiny_llama import build_tokenizer
 
 torch.set_num_threads(1)

@@ -20,7 +20,7 @@ from diffagent.agent.lm.llm import Agent, load_agent
 from diffagent.agent.prompts import Pair, read_split
 from diffagent.agent.verify import verify
 from diffagent.errors import ArtifactError, TrainingError
-from diffagent.schemas.config import RRHFConfig, RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.tables import SCORES
 from diffagent.store import Artifact, StageContext, StageResult, stage
 from diffagent.train import fit
@@ -33,6 +33,7 @@ from diffagent.train.rrhf import (
     encode_ranked,
     rank,
 )
+from diffagent.train.rrhf_config import RRHFConfig
 from diffagent.train.rrhf_stage import train_rrhf
 from tests.agent.agent_world import make_catalogue
 from tests.conftest import AgentRun

@@ -23,9 +23,10 @@ from transformers import (
 from diffagent.agent.lm.format import Example
 from diffagent.agent.lm.llm import load_agent
 from diffagent.errors import TrainingError
-from diffagent.schemas.config import RuntimeConfig, SFTConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import Artifact
 from diffagent.train import fit, sft
+from diffagent.train.sft_config import SFTConfig
 from diffagent.train.sft_stage import train_sft
 from diffagent.train.tiny_llama import build_tokenizer
 from tests.agent.agent_world import make_world

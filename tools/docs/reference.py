@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from diffagent.cli.main import app
-from diffagent.schemas.config import PipelineConfig
+from diffagent.run_config import RunConfig
 
 GENERATED = "<!-- Generated from the code by tools/docs/reference.py. -->\n\n"
 
@@ -26,7 +26,7 @@ def settings_page() -> str:
         "setting on the command line. Every section except `runtime` enters the identity of the "
         "stages that it configures: with another value a stage is built again.",
     ]
-    for name, field in PipelineConfig.model_fields.items():
+    for name, field in RunConfig.model_fields.items():
         parts += _section(name, typing.cast(type[BaseModel], field.annotation))
     return GENERATED + "\n\n".join(parts) + "\n"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from diffagent.agent.retrieval.encoder import MINILM, TransformerEncoder
+from diffagent.agent.retrieval.fit_config import FitConfig, FittedSelector
 from diffagent.agent.retrieval.fitting import (
     RECIPES,
     encode_rows,
@@ -14,7 +15,7 @@ from diffagent.agent.retrieval.fitting import (
 )
 from diffagent.agent.retrieval.ranked import Ranked
 from diffagent.agent.retrieval.training_calls import read_rows
-from diffagent.schemas.config import FitConfig, FittedSelector, RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import Artifact, StageContext, StageResult, stage
 from diffagent.t2i.catalogue import Catalogue
 

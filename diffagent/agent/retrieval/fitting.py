@@ -37,6 +37,7 @@ from diffagent.agent.retrieval.experts import (
     Votes,
     card_texts,
 )
+from diffagent.agent.retrieval.fit_config import FitConfig, FittedSelector
 from diffagent.agent.retrieval.heads import fit_bag, fit_model_token
 from diffagent.agent.retrieval.mixture import Mixture, fit_mixture
 from diffagent.agent.retrieval.parameters import Parameters
@@ -44,7 +45,6 @@ from diffagent.agent.retrieval.ranked import Ranked
 from diffagent.agent.retrieval.terms import Floats, Index, Terms
 from diffagent.agent.retrieval.training_calls import Calls
 from diffagent.errors import ArtifactError, ConfigError
-from diffagent.schemas.config import FitConfig, FittedSelector
 from diffagent.t2i.catalogue import Catalogue
 
 log = logging.getLogger(__name__)

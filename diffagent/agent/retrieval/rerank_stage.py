@@ -10,10 +10,11 @@ import orjson
 from diffagent.agent.lm.llm import load_agent
 from diffagent.agent.retrieval.fit_stage import fitted_selector
 from diffagent.agent.retrieval.ranked import Ranked
+from diffagent.agent.retrieval.rerank_config import RerankConfig
 from diffagent.agent.retrieval.reranked import Reranked, fit_reranked
 from diffagent.agent.retrieval.training_calls import read_rows
 from diffagent.errors import ArtifactError
-from diffagent.schemas.config import RerankConfig, RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import Artifact, StageContext, StageResult, stage
 from diffagent.t2i.catalogue import Catalogue
 

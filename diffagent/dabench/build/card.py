@@ -20,9 +20,9 @@ import pyarrow as pa
 import yaml
 
 from diffagent.dabench import columns
+from diffagent.dabench.build.shard_config import DABenchConfig
 from diffagent.dabench.tools.layout import one_line
 from diffagent.localcivitai.sources import SOURCES
-from diffagent.schemas.config import DABenchConfig
 from diffagent.schemas.manifest import Funnel
 from diffagent.schemas.tables import CATALOGUE, DABENCH
 from diffagent.t2i.base_models import base_model_of

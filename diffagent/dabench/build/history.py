@@ -29,12 +29,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from diffagent.dabench.build.neighbours import Ints
+from diffagent.dabench.build.shard_config import DABenchConfig
 from diffagent.dabench.build.splits import NO_SPLIT, SPLITS, Assignment, Codes, Decisions, Prints
 from diffagent.dabench.dataset import open_dataset
 from diffagent.dabench.parquet_tables import write_table
 from diffagent.errors import ArtifactError
-from diffagent.schemas.config import DABenchConfig, RuntimeConfig
 from diffagent.schemas.manifest import SCHEMA_VERSION, InputRef, Manifest
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.tables import DECISIONS
 from diffagent.store import (
     PREVIOUS,

@@ -29,6 +29,7 @@ from diffagent.dabench.build.history import (
     write_decisions,
 )
 from diffagent.dabench.build.neighbours import Flags, Ints
+from diffagent.dabench.build.shard_config import DABenchConfig
 from diffagent.dabench.build.splits import NO_SPLIT, SPLITS, Codes, Prints, Split, random_splits
 from diffagent.dabench.dataset import DISTRIBUTIONS, damaged
 from diffagent.dabench.filter.funnel import FunnelCounter
@@ -40,7 +41,6 @@ from diffagent.dabench.parquet_tables import (
     write_table,
 )
 from diffagent.errors import ArtifactError
-from diffagent.schemas.config import DABenchConfig
 from diffagent.schemas.manifest import Funnel
 from diffagent.schemas.tables import DABENCH, RECORDS
 from diffagent.store import PREVIOUS, Artifact, StageContext, StageResult, stage

@@ -43,9 +43,9 @@ from diffagent.dabench.build.neighbours import (
     mix,
     ranges,
 )
+from diffagent.dabench.build.shard_config import DABenchConfig
 from diffagent.dabench.parquet_tables import read_batches
 from diffagent.errors import ArtifactError
-from diffagent.schemas.config import DABenchConfig
 from diffagent.schemas.tables import PRINTS
 
 Split = Literal["train", "validation", "test"]

@@ -11,6 +11,7 @@ import orjson
 
 from diffagent.crawl.snapshot import read_lines
 from diffagent.dabench.filter.batches import Collector, batches, sift
+from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.dabench.filter.funnel import FunnelCounter
 from diffagent.dabench.filter.model_filters import ModelSift
 from diffagent.dabench.filter.records import DUPLICATE, PairBuilder
@@ -19,7 +20,6 @@ from diffagent.dabench.filter.snapshot_rows import read_generations, read_gone, 
 from diffagent.dabench.parquet_tables import table_writer, write_table
 from diffagent.errors import ArtifactError
 from diffagent.parallel import ordered_map
-from diffagent.schemas.config import FilterConfig
 from diffagent.schemas.tables import PRINTS, RECORDS
 from diffagent.store import StageContext, StageResult, stage
 from diffagent.t2i.catalogue import Catalogue, rename
@@ -82,7 +82,7 @@ def filter_records(config: FilterConfig, context: StageContext) -> StageResult:
 def _workers(config: FilterConfig, context: StageContext) -> int:
     """Processes that read records: one when they are few, or when the site is asked in between."""
     size = sum(path.stat().st_size for path in context.one("snapshot").glob("images/*.jsonl.gz"))
-    return 1 if size < _SMALL or config.max_hash_lookups else context.runtime.workers
+    return 1 if size < _SMALL or config.max_hash_lookups else context.runtime.tasks.workers
 
 
 def _site_lookup(config: FilterConfig, context: StageContext) -> Lookup | None:
@@ -91,7 +91,7 @@ def _site_lookup(config: FilterConfig, context: StageContext) -> Lookup | None:
     from diffagent.civitai.client import client_for
     from diffagent.dabench.filter.lookup import SiteLookup
 
-    client = client_for(context.site_url, context.runtime.requests_per_second)
+    client = client_for(context.site_url, context.runtime.site.requests_per_second)
     return SiteLookup(context.out / "by-hash.jsonl", client, config.max_hash_lookups)
 
 

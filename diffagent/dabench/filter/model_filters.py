@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from diffagent.dabench.filter.filter_config import FilterConfig, ModelFilter
 from diffagent.dabench.filter.funnel import FunnelCounter
 from diffagent.dabench.filter.resolve import Resolver
-from diffagent.schemas.config import FilterConfig, ModelFilter
 from diffagent.schemas.payloads import commercial_use, generation_of, paid_access
 from diffagent.schemas.printable import printable
 from diffagent.t2i.base_models import base_model_of, wanted

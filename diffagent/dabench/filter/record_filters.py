@@ -13,9 +13,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from diffagent.dabench.filter.filter_config import FilterConfig, RecordFilter
 from diffagent.dabench.filter.resolve import Networks, Resolution, Resolver
 from diffagent.schemas.api import Params
-from diffagent.schemas.config import FilterConfig, RecordFilter
 from diffagent.schemas.payloads import X, generation_of, level_of
 from diffagent.t2i.catalogue import Entry
 from diffagent.t2i.metadata import (

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.dabench.filter.record_filters import RECORD_FILTERS, Record, highest, reaction_counts
 from diffagent.dabench.filter.resolve import MAX_EMBEDDINGS, Resolver
 from diffagent.schemas.api import T2IAPI, Embedding, LoRA, Params
-from diffagent.schemas.config import FilterConfig
 from diffagent.t2i.catalogue import int64
 from diffagent.t2i.metadata import PARSER_VERSION, Generation
 

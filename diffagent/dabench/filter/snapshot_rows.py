@@ -73,7 +73,8 @@ def read_generations(snapshot: Artifact) -> dict[int, str]:
         return {row["generation"]: row["date"] for row in rows}
     except (orjson.JSONDecodeError, KeyError, TypeError) as error:
         raise ArtifactError(
-            f"{str(path)!r} is damaged ({error}); run `diffagent crawl --refresh` to mend it"
+            f"{str(path)!r} is damaged ({error}); mend it with: diffagent run "
+            "-c FILE --until crawl --refresh"
         ) from None
 
 

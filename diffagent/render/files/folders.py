@@ -33,7 +33,7 @@ class ModelFolders:
         for folder in self.folders:
             if not folder.is_dir():
                 why = "is a file, not a folder" if folder.exists() else "is not there"
-                raise ConfigError(f"model folder {str(folder)!r} {why}; see model_folders")
+                raise ConfigError(f"model folder {str(folder)!r} {why}; see runtime.models.folders")
         self._hashes = Hashes(index)
         self._lock = threading.Lock()
         self._sizes: dict[Path, int] | None = None

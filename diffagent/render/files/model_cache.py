@@ -219,7 +219,7 @@ class ModelCache:
         if self.max_bytes is not None and coming > self.max_bytes:
             raise RenderError(
                 f"a file of {coming} bytes is larger than the model cache may be "
-                f"({self.max_bytes}); raise runtime.models_max_gb (--limit-gb)",
+                f"({self.max_bytes}); raise runtime.models.max_gb (--limit-gb)",
                 reason="no-room",
             )
         free = shutil.disk_usage(self.directory).free
@@ -228,7 +228,7 @@ class ModelCache:
             raise RenderError(
                 f"a file of {coming} bytes does not fit on the disk of the model cache: {free} "
                 f"bytes are free and {evictable} can be evicted; make room, or name a directory "
-                "elsewhere (runtime.models, --models)",
+                "elsewhere (runtime.models.directory, --models)",
                 reason="no-room",
             )
 
@@ -353,7 +353,8 @@ class ModelCache:
             except OSError as error:
                 problem = (
                     f"the model cache {str(self.directory)!r} cannot be written: "
-                    f"{error.strerror or error}; name a directory with --models or runtime.models"
+                    f"{error.strerror or error}; name a directory with --models or "
+                    "runtime.models.directory"
                 )
                 if error.errno == errno.ENOSPC:  # of one file: the others may be there already
                     raise RenderError(problem, reason="no-room") from error

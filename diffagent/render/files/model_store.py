@@ -27,7 +27,7 @@ from diffagent.render.files.model_cache import ModelCache
 from diffagent.t2i.weights import check_weights
 
 if TYPE_CHECKING:
-    from diffagent.schemas.config import RuntimeConfig
+    from diffagent.schemas.runtime import RuntimeConfig
 
 log = logging.getLogger(__name__)
 
@@ -98,9 +98,9 @@ class ModelStore:
         return cls(
             runtime.models_directory,
             client,
-            folders=[Path(folder) for folder in runtime.model_folders],
-            max_bytes=runtime.models_max_bytes,
-            max_downloads=runtime.max_downloads,
+            folders=[Path(folder) for folder in runtime.models.folders],
+            max_bytes=runtime.models.max_bytes,
+            max_downloads=runtime.models.max_downloads,
         )
 
     def __enter__(self) -> Self:

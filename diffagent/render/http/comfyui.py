@@ -272,7 +272,7 @@ class ComfyUIRenderer(ServerRenderer[_Prepared]):
             return found[0]
         raise RenderError(
             f"{self.server.url} has {len(found) or 'no'} files of the name of {ref.name!r} "
-            f"({ref.sha256[:10]}); say in runtime.server_models which one it is",
+            f"({ref.sha256[:10]}); say in runtime.render_server.models which one it is",
             reason="ambiguous-on-server" if found else "missing-on-server",
         )
 

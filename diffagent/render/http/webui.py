@@ -336,7 +336,7 @@ class A1111Renderer(ServerRenderer[_Prepared]):
         raise RenderError(
             f"{self.server.url} has {len(set(found)) or 'no'} files that may be {ref.name!r} "
             f"({ref.sha256[:10]}{', file ' + ' or '.join(known) if known else ''}); "
-            + ("say which in runtime.server_models" if found else "put it into its folder"),
+            + ("say which in runtime.render_server.models" if found else "put it into its folder"),
             reason="ambiguous-on-server" if found else "missing-on-server",
         )
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffagent.agent.decoding.strategies import DiverseBeams, TopP
-from diffagent.schemas.config import SamplingConfig
+from diffagent.agent.sample_config import SamplingConfig
 
 EOS = 9
 

@@ -17,12 +17,14 @@ from markdown_it.token import Token
 
 from diffagent.dabench import columns
 from diffagent.dabench.build.card import Source, literal, size_category, source_of
+from diffagent.dabench.build.shard_config import DABenchConfig
 from diffagent.dabench.build.shard_stage import build_dabench
 from diffagent.dabench.build.splits import SPLITS
+from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.dabench.tools.dataset_checks import verify_dabench
 from diffagent.dabench.tools.layout import one_line
-from diffagent.schemas.config import DABenchConfig, FilterConfig, RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.tables import CATALOGUE, DABENCH
 from diffagent.store import Artifact, open_artifact
 from diffagent.t2i.base_models import base_model_of, families

@@ -22,13 +22,15 @@ from typer.testing import CliRunner
 from diffagent.cli.main import app
 from diffagent.dabench.build import card
 from diffagent.dabench.build.history import SPLITS_FILE, read_decisions, write_decisions
+from diffagent.dabench.build.shard_config import DABenchConfig
 from diffagent.dabench.build.shard_stage import KNOWN_APART, NEW_APART, build_dabench, read_split
 from diffagent.dabench.build.splits import ENOUGH_GROUPS, NO_SPLIT, SPLITS, Decisions, Prints
+from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.dabench.parquet_tables import write_table
 from diffagent.dabench.tools.dataset_checks import verify_dabench
 from diffagent.errors import ArtifactError
-from diffagent.schemas.config import DABenchConfig, FilterConfig, RuntimeConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.tables import DECISIONS
 from diffagent.store import MANIFEST, PREVIOUS, Artifact, open_artifact
 from diffagent.store.inventory import read_inventory, superseded

@@ -13,14 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.dabench.filter.model_filters import ModelSift
 from diffagent.dabench.filter.records import Dropped, PairBuilder
 from diffagent.dabench.filter.resolve import Resolver
 from diffagent.errors import ArtifactError
 from diffagent.schemas.api import parse_api
-from diffagent.schemas.config import FilterConfig, RuntimeConfig
 from diffagent.schemas.manifest import Funnel
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.tables import CATALOGUE, PRINTS, RECORDS
 from diffagent.store import Artifact
 from diffagent.t2i.catalogue import Catalogue, rename
@@ -300,7 +301,7 @@ def test_model_filters_that_can_be_added(
         ({"models": ("model_type",)}, "lacks nsfw, file_availability"),
         ({"records": ("media_type",)}, "lacks image_level, checkpoint_resolved"),
         ({"records": ("duplicate", *FilterConfig().records[:-1])}, "must be the last"),
-        ({"records": ("prompt", *FilterConfig().records)}, "names prompt twice"),
+        ({"records": ("prompt", *FilterConfig().records)}, "has prompt twice"),
         ({"records": ("shape",)}, "media_type"),  # lists what there is
     ],
 )

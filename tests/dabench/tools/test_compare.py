@@ -9,12 +9,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from diffagent.dabench.build.shard_config import DABenchConfig
 from diffagent.dabench.build.splits import SPLITS
 from diffagent.dabench.dataset import open_dataset
 from diffagent.dabench.tools import compare as compare_module
 from diffagent.dabench.tools.compare import compare, comparison_text
 from diffagent.errors import ArtifactError, SchemaError
-from diffagent.schemas.config import DABenchConfig
 from diffagent.store import MANIFEST, Artifact
 from tests.dabench.dabench_records import hashes, model, version
 from tests.dabench.dabench_sets import (

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from diffagent.dabench.build.shard_config import DABenchConfig
 from diffagent.dabench.build.shard_stage import read_split
 from diffagent.dabench.build.splits import SPLITS
 from diffagent.dabench.dataset import open_dataset
@@ -22,7 +23,6 @@ from diffagent.dabench.tools.dataset_summary import summarise
 from diffagent.dabench.tools.export import Layout, _features, export_dabench
 from diffagent.errors import ArtifactError, ConfigError, SchemaError
 from diffagent.schemas.api import T2IAPI
-from diffagent.schemas.config import DABenchConfig
 from diffagent.schemas.manifest import Manifest
 from diffagent.schemas.tables import CATALOGUE, DABENCH
 from diffagent.store import Artifact, open_artifact

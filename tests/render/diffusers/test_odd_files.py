@@ -86,16 +86,11 @@ def test_pictures_that_need_a_broken_file_fail_alone(tmp_path: Path, models: Pat
         "--out",
         tmp_path / "out",
         "--no-score",
-        "--store",
-        tmp_path / "store",
         "--set",
-        f"runtime.model_configs=[{CONFIG_DIR.parent}]",
-        "--steps",
-        2,
-        "--width",
-        64,
-        "--height",
-        64,
+        f"runtime.store={tmp_path / 'store'}",
+        "--set",
+        f"runtime.models.configs=[{CONFIG_DIR.parent}]",
+        *("-p", "steps=2", "-p", "width=64", "-p", "height=64"),
     ]
     for name in ("good", "odd", "cut", "page"):
         arguments += ["--model", name]

@@ -1,5 +1,0 @@
-"""Render the valid candidates of one shard."""
-
-from tasks._stage import stage_task
-
-task = stage_task("render")
