@@ -131,7 +131,7 @@ class _Adapter(HTTPAdapter):
         return manager
 
 
-class Session(requests.Session):
+class DeadlineSession(requests.Session):
     """A session whose every request has a deadline. Not to be shared by threads."""
 
     def __init__(self) -> None:
@@ -142,7 +142,7 @@ class Session(requests.Session):
     def get_redirect_target(self, resp: requests.Response) -> None:
         """None: requests would parse the address, and read the body of a redirect whole."""
 
-    def ask(
+    def send_within(
         self,
         method: str,
         url: str,

@@ -34,7 +34,7 @@ from typing import Any
 
 import orjson
 
-from diffagent.civitai.pagination import walk
+from diffagent.civitai.pagination import walk_items
 from diffagent.crawl.crawler import MODELS_LIMIT, Crawler, Session
 from diffagent.crawl.known import Known, fingerprint, head_of, image_fingerprint
 from diffagent.crawl.snapshot import read_snapshot, write_generations, write_gone, write_snapshot
@@ -223,7 +223,7 @@ class Refresh(Crawler):
     def _batch(self, models: Sequence[int]) -> list[dict[str, Any]]:
         params = self.model_params() | {"ids": ",".join(map(str, models)), "sort": "Newest"}
         return list(
-            walk(lambda cursor: self.client.get_models(cursor, limit=MODELS_LIMIT, **params))
+            walk_items(lambda cursor: self.client.get_models(cursor, limit=MODELS_LIMIT, **params))
         )
 
     def _ask_for_versions(self) -> None:

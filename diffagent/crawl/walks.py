@@ -23,7 +23,7 @@ import orjson
 
 from diffagent.civitai.address import Address
 from diffagent.civitai.client import CivitaiClient
-from diffagent.civitai.pagination import Drop, Fetch, Page, Walk
+from diffagent.civitai.pagination import DroppedEntry, FetchPage, ListingWalk, Page
 from diffagent.crawl.journal import Item, Journal
 from diffagent.crawl.known import Known, annotate, creator_of, downloads_of, has_meta
 from diffagent.errors import ArtifactError, CivitaiError, ServerError
@@ -37,7 +37,7 @@ T = TypeVar("T")
 #: Yields calls to the site, is sent their answers, and returns a T.
 Steps = Generator[Callable[[], Any], Any, T]
 #: (sort, fewer) -> how to fetch a page of a listing in that order and with a shorter limit
-Pages = Callable[[str, int], Fetch]
+Pages = Callable[[str, int], FetchPage]
 
 _MAX_FAILED = 0.01
 
@@ -241,7 +241,7 @@ class Walks:
     def _walk(
         self,
         key: str,
-        fetch: Fetch,
+        fetch: FetchPage,
         maximum: int | None = None,
         overlap: int | None = None,
         *,
@@ -251,7 +251,7 @@ class Walks:
         reached = self._walks.setdefault(key, WalkState())
         if reached.done:
             return reached
-        walk = Walk(fetch, reached.cursor, reached.seen)
+        walk = ListingWalk(fetch, reached.cursor, reached.seen)
         pages = iter(walk)
         while not reached.done:
             page: Page | None = yield partial(next, pages, None)
@@ -264,7 +264,7 @@ class Walks:
             last = page.cursor is None or self._reaches_limit(kind, page, new, maximum)
             state: dict[str, Any] = {
                 "listing": key,
-                "asked": walk.asked,
+                "asked": walk.requested,
                 "cursor": page.cursor,
                 "done": last or (overlap is not None and quiet > overlap),
                 "complete": walk.complete,
@@ -280,7 +280,7 @@ class Walks:
         self._counts["restarts"] += walk.restarts
         return reached
 
-    def drop(self, kind: str, dropped: Iterable[Drop], state: dict[str, Any]) -> None:
+    def drop(self, kind: str, dropped: Iterable[DroppedEntry], state: dict[str, Any]) -> None:
         """Count what cannot be kept, each once, and write it into a ``state`` to be saved."""
         known = self._dropped.get(kind, {})
         new = {mark: reason for mark, reason in dropped if mark not in known}

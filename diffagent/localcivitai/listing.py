@@ -81,6 +81,17 @@ class Selection:
         """Position of the first item behind ``key``."""
         return bisect.bisect_right(self.items, key, key=self.key)
 
+    def page(self, cursor: str | None, limit: int) -> tuple[Sequence[int], str | None]:
+        """Return the indexes behind a cursor and the next cursor.
+
+        Raises:
+            StaleCursor: not a cursor of this order.
+        """
+        start = self.after(decode_cursor(cursor, self.columns, 0)[0]) if cursor else 0
+        indexes = self.items[start : start + limit]
+        is_last = start + limit >= len(self.items)
+        return indexes, None if is_last else encode_cursor(self.key(indexes[-1]), 0)
+
 
 @dataclass(slots=True)
 class Listings:
@@ -188,7 +199,7 @@ def _shuffled(item: int) -> int:
 Pairs = Sequence[tuple[str, str]]
 
 
-class Parameters:
+class QueryParameters:
     """A query string, read as the site reads it: repeated keys, typed values, 400 otherwise."""
 
     def __init__(self, pairs: Pairs) -> None:
@@ -271,7 +282,7 @@ class ModelQuery:
     checkpoint_type: str
 
     @classmethod
-    def parse(cls, parameters: Parameters) -> ModelQuery:
+    def parse(cls, parameters: QueryParameters) -> ModelQuery:
         """Read the query string.
 
         Raises:
@@ -342,7 +353,7 @@ class ImageQuery:
     base_models: tuple[str, ...]
 
     @classmethod
-    def parse(cls, parameters: Parameters) -> ImageQuery:
+    def parse(cls, parameters: QueryParameters) -> ImageQuery:
         """Read the query string.
 
         Raises:
@@ -372,7 +383,7 @@ class ImageQuery:
         )
 
 
-def is_legacy(parameters: Parameters) -> bool:
+def is_legacy(parameters: QueryParameters) -> bool:
     """Whether /images takes the site's old path: nested meta, engagement sorts ignored."""
     alone = "modelId" in parameters and "modelVersionId" not in parameters
     return alone or "imageId" in parameters

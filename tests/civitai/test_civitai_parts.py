@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffagent.civitai.client import is_loopback, is_site_host, next_cursor, origin_of, parse_json
+from diffagent.civitai.address import is_loopback, is_site_host, origin_of
+from diffagent.civitai.lenient_json import parse_json
 from diffagent.civitai.page_html import page_settings
-from diffagent.civitai.pagination import Page, Walk, walk
+from diffagent.civitai.pagination import ListingWalk, Page, next_cursor, walk_items
 from diffagent.civitai.ratelimit import TokenBucket
 from diffagent.crawl.journal import Entry, Journal
 from diffagent.crawl.known import Marks, creator_of, downloads_of, has_meta, image_fingerprint
@@ -183,21 +184,21 @@ def listing(pages: dict[str | None, tuple[list[int], str | None]]):
 
 def test_an_empty_page_is_not_the_end_and_repeats_are_dropped():
     fetch = listing({None: ([1, 2], "a"), "a": ([], "b"), "b": ([2, 3], None)})
-    assert [i["id"] for i in walk(fetch)] == [1, 2, 3]
+    assert [i["id"] for i in walk_items(fetch)] == [1, 2, 3]
 
 
 def test_a_circle_ends_a_walk_as_incomplete():
     fetch = listing({None: ([1], "a"), "a": ([2], "b"), "b": ([3], "a")})
-    pages = Walk(fetch)
+    pages = ListingWalk(fetch)
     assert [page.items[0]["id"] for page in pages] == [1, 2, 3]
     assert not pages.complete
     with pytest.raises(CivitaiError, match="circle"):
-        list(walk(fetch))
+        list(walk_items(fetch))
 
 
 def test_cursors_that_are_always_stale_end_with_an_error():
     with pytest.raises(CivitaiError, match="stale"):
-        list(walk(listing({None: ([1], "a")})))
+        list(walk_items(listing({None: ([1], "a")})))
 
 
 def test_entries_that_are_no_items_are_counted():

@@ -43,7 +43,7 @@ from typing import Any
 import orjson
 from filelock import FileLock
 
-from diffagent.civitai.client import parse_json
+from diffagent.civitai.lenient_json import parse_json
 from diffagent.errors import CivitaiError, ConfigError, RenderError
 from diffagent.localcivitai.sources import Records, synthetic_id
 from diffagent.localcivitai.sources.architecture import UNKNOWN, Architecture, describe
