@@ -11,7 +11,6 @@ a node is run, so a plan costs nothing.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import logging
 import re
@@ -54,7 +53,6 @@ class Node:
     group: Group
     heavy: bool = False  # runs in a process of its own, which gives its memory back
     queue: Literal["cpu", "gpu"] = "cpu"
-    site: bool = False  # talks to the Civitai API
     spread: bool = False  # one of many alike, which any machine with the store can make
 
     @property
@@ -77,14 +75,13 @@ def plan(config: PipelineConfig) -> dict[str, Node]:
 
 def _dataset_nodes(config: PipelineConfig) -> Iterator[Node]:
     group: Group = "build-dabench"
-    yield Node("crawl", "diffagent.crawl.crawl_stage:crawl", config.crawl, {}, group, site=True)
+    yield Node("crawl", "diffagent.crawl.crawl_stage:crawl", config.crawl, {}, group)
     yield Node(
         "filter",
         "diffagent.dabench.filter.filter_stage:filter_records",
         config.filters,
         {"snapshot": ("crawl",)},
         group,
-        site=True,  # hashes that no listed model has are looked up
     )
     yield Node(
         "shard",
@@ -202,7 +199,6 @@ def _judge(config: PipelineConfig, candidates: str, name: str, group: Group) -> 
         group,
         heavy=True,
         queue="gpu",
-        site=True,
         spread=True,
     )
     yield Node(
@@ -336,37 +332,21 @@ def run(
     if upto is not None:
         nodes = upstream(nodes, targets(nodes, upto))
     done: dict[str, Artifact] = {}
-    with contextlib.ExitStack() as stack:
-        site_url = ""
-        for node in nodes.values():
-            again = refresh and node.key == "crawl"
-            known = artifact = cached(node, done, config)
-            if artifact is None or again:
-                if node.site and not site_url:
-                    site_url = stack.enter_context(open_site(config))
-                log.info("%s: running", node.key)
-                on_start(node)
-                artifact = run_node(
-                    node,
-                    node_inputs(node, done),
-                    config.runtime,
-                    site_url=site_url,
-                    refresh=again,
-                    progress=progress,
-                )
-            done[node.key] = artifact
-            if on_done:
-                on_done(node, artifact, artifact == known)
+    for node in nodes.values():
+        again = refresh and node.key == "crawl"
+        known = artifact = cached(node, done, config)
+        if artifact is None or again:
+            log.info("%s: running", node.key)
+            on_start(node)
+            artifact = run_node(
+                node,
+                node_inputs(node, done),
+                config.runtime,
+                site_url=config.crawl.site,
+                refresh=again,
+                progress=progress,
+            )
+        done[node.key] = artifact
+        if on_done:
+            on_done(node, artifact, artifact == known)
     return done
-
-
-def open_site(config: PipelineConfig) -> contextlib.AbstractContextManager[str]:
-    """The address of the run's Civitai API; an embedded server lives as long as the block."""
-    from diffagent.localcivitai.site import embedded_site
-
-    site: contextlib.AbstractContextManager[str] = embedded_site(
-        config.crawl.site,
-        config.runtime.faults,
-        config.runtime.local_store / "local-files.json",
-    )
-    return site

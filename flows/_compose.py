@@ -17,7 +17,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from diffagent import pipeline
 from diffagent.errors import ArtifactError, ConfigError
-from diffagent.pipeline import Group, Node, find_cached, open_site
+from diffagent.pipeline import Group, Node, find_cached
 from diffagent.schemas.config import PipelineConfig, RuntimeConfig, load_config
 from diffagent.store.artifacts import Artifact
 from tasks._report import report_stages
@@ -47,11 +47,7 @@ def run_group(
     found = find_cached(nodes, config)
     done = {key: found[key] for key in _needed(nodes, mine, found)}
     spread = config.runtime.runner != "threads" and any(node.spread for node in mine.values())
-    talks = any(node.site and (refresh or key not in found) for key, node in mine.items())
-    with (
-        open_site(config) if talks and not spread else contextlib.nullcontext("") as site_url,
-        _runner(config.runtime, len(mine), spread=spread) as runner,
-    ):
+    with _runner(config.runtime, len(mine), spread=spread) as runner:
         futures: dict[str, PrefectFuture[Artifact]] = {}
         for key in sorted(mine, key=lambda k: _depth(mine, k)):
             node = mine[key]
@@ -62,7 +58,6 @@ def run_group(
                     name: [done.get(parent) or futures[parent] for parent in parents]
                     for name, parents in node.inputs.items()
                 },
-                "site_url": site_url if node.site else "",
                 "refresh": refresh and key == "crawl",
             }
             step = _task(key).with_options(

@@ -41,7 +41,7 @@ from diffagent.errors import CivitaiError, ConfigError, EarlyAccess, Forbidden, 
 from diffagent.schemas.payloads import whole_number
 from diffagent.schemas.printable import printable
 
-__all__ = ["CivitaiClient", "Patience", "client_for", "is_loopback", "origin_of"]
+__all__ = ["CivitaiClient", "Patience", "is_loopback", "origin_of"]
 
 log = logging.getLogger(__name__)
 
@@ -410,11 +410,6 @@ class CivitaiClient:
             with self._lock:
                 self._sessions.append(session)
         return session
-
-
-def client_for(site_url: str, requests_per_second: float | None = None) -> CivitaiClient:
-    """The client that stages use: the token and patience that fit the address."""
-    return CivitaiClient(site_url, requests_per_second=requests_per_second)
 
 
 def _checked_token(token: str) -> str:

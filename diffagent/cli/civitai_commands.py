@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import threading
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -48,15 +46,11 @@ def serve(  # noqa: PLR0917  the command line calls it by name
     port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8008,
     faults: Annotated[FaultProfile, typer.Option(help="What goes wrong.")] = FaultProfile.none,
     seed: Annotated[int, typer.Option(help="Seed of the faults.")] = 0,
-    cache: Annotated[Path | None, typer.Option(hidden=True, help="For hashes of files.")] = None,
-    while_stdin: Annotated[
-        bool, typer.Option("--while-stdin", hidden=True, help="End when standard input closes.")
-    ] = False,
 ) -> None:
     """Serve Civitai's REST API from a source or from the sandbox; prints its address when ready."""
     from diffagent.localcivitai.faults import Faults
     from diffagent.localcivitai.server import LocalCivitai, Serving
-    from diffagent.localcivitai.site import replay_of
+    from diffagent.localcivitai.site import read_source
 
     given = [f"dump:{dump}" if dump else None, "sandbox" if sandbox else None, site]
     sites = [name for name in given if name]
@@ -64,21 +58,13 @@ def serve(  # noqa: PLR0917  the command line calls it by name
         raise typer.BadParameter("give one of --dump DIR, --sandbox and --site KIND:DIR")
     log_to_terminal()
     try:
-        replay = replay_of(sites[0], cache)
+        replay = read_source(sites[0])
     except DiffAgentError as error:
         raise typer.BadParameter(str(error)) from None
     serving = Serving(LocalCivitai(replay, Faults(faults.value, seed)), host, port)
-    if while_stdin:
-        threading.Thread(target=_exit_with_parent, daemon=True).start()
     typer.echo(f"serving on {serving.url}")
     sys.stdout.flush()
     serving.serve_forever()
-
-
-def _exit_with_parent() -> None:
-    """A killed parent cannot stop its server, but its end of the pipe closes."""
-    sys.stdin.buffer.read()
-    os._exit(0)
 
 
 if __name__ == "__main__":

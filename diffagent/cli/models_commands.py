@@ -16,7 +16,7 @@ import typer
 from diffagent.schemas.printable import printable
 
 if TYPE_CHECKING:
-    from diffagent.civitai.client import CivitaiClient
+    from diffagent.civitai.site import Site
     from diffagent.errors import DiffAgentError
     from diffagent.render.files.model_cache import CachedModel, ModelCache
     from diffagent.render.files.model_store import ModelStore
@@ -79,13 +79,13 @@ def fetch(
 
     def look_up(reference: str) -> Entry | Path:
         local = _local(store, reference)
-        return local or find(client, reference, require_scans=not allow_unscanned)
+        return local or find(civitai, reference, require_scans=not allow_unscanned)
 
     def bring(entry: Entry | Path) -> Path:
         return entry if isinstance(entry, Path) else store.fetch(entry)
 
     errors: list[DiffAgentError] = []
-    with _open_store(config, models, folders, site, limit_gb) as (store, client):
+    with _open_store(config, models, folders, site, limit_gb) as (store, civitai):
         entries = list(_without_errors(look_up, references, errors))
         store.prefetch(entry for entry in entries if not isinstance(entry, Path))
         for path in _without_errors(bring, entries, errors):
@@ -283,20 +283,18 @@ def _open_store(
     folders: list[Path] | None,
     site: str | None,
     limit_gb: float | None,
-) -> Iterator[tuple[ModelStore, CivitaiClient]]:
-    from diffagent.civitai.client import client_for
-    from diffagent.localcivitai.site import embedded_site
+) -> Iterator[tuple[ModelStore, Site]]:
+    from diffagent.localcivitai.site import open_site
     from diffagent.render.files.model_store import ModelStore
     from diffagent.schemas.config import CrawlConfig, load_config
 
     runtime = _runtime(config, models, folders, limit_gb)
-    site = site or (load_config(config).crawl if config else CrawlConfig()).site
+    address = site or (load_config(config).crawl if config else CrawlConfig()).site
     with (
-        embedded_site(site, cache=runtime.local_store / "local-files.json") as url,
-        client_for(url, runtime.requests_per_second) as client,
-        ModelStore.of(runtime, client) as store,
+        open_site(address, runtime) as opened,
+        ModelStore.of(runtime, opened) as store,
     ):
-        yield store, client
+        yield store, opened
 
 
 def _local(store: ModelStore, reference: str) -> Path | None:

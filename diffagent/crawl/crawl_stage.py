@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from diffagent.civitai.client import client_for
 from diffagent.crawl.crawler import Crawler, Session
 from diffagent.crawl.journal import Journal
 from diffagent.crawl.known import Known
@@ -26,8 +25,7 @@ from diffagent.crawl.refresh import Refresh
 from diffagent.crawl.salvage import salvage
 from diffagent.crawl.snapshot import summarise
 from diffagent.crawl.walks import Walks
-from diffagent.errors import ConfigError
-from diffagent.localcivitai.site import site_files
+from diffagent.localcivitai.site import open_site, site_files
 from diffagent.schemas.config import CrawlConfig
 from diffagent.schemas.manifest import Funnel, FunnelStep
 from diffagent.store.artifacts import StageContext, StageResult, stage
@@ -48,12 +46,10 @@ def crawl(config: CrawlConfig, context: StageContext) -> StageResult:
     on counters that moved.
 
     Raises:
-        ConfigError: there is no address to crawl.
+        ConfigError: the address names no site.
         CivitaiError: the site stopped answering, or the time budget is spent; the next run goes
             on from there.
     """
-    if not context.site_url:
-        raise ConfigError("crawl needs the address of a Civitai API: site_url is empty")
     journal, started = context.out / JOURNAL, time.monotonic()
     memory = Memory.load(context.memory)
     # The journal is removed last: models without it are the whole snapshot of a run that was
@@ -117,11 +113,10 @@ def _fetch(config: CrawlConfig, context: StageContext, journal: Path, memory: Me
         salvaged = salvage(context.damaged, context.out / SALVAGED, memory.ledger)
         known = Known.load(salvaged.snapshot, salvaged.missing)
     full = runtime.reconcile or (salvaged is not None and not salvaged.complete)
-    client = client_for(context.site_url, runtime.requests_per_second)
     aside = context.memory.with_name(context.memory.name.removesuffix(".memory.json"))
-    with client, Journal(journal, aside=aside) as pages:
+    with open_site(context.site_url, runtime) as site, Journal(journal, aside=aside) as pages:
         walks = Walks(
-            client,
+            site,
             pages,
             threads=runtime.crawl_threads,
             budget_seconds=runtime.crawl_budget_seconds,
@@ -134,7 +129,7 @@ def _fetch(config: CrawlConfig, context: StageContext, journal: Path, memory: Me
             "reconcile": full,
             "date": datetime.now(UTC).date().isoformat(),
         }
-        session = Session(config, client, pages, walks, context.progress)
+        session = Session(config, site, pages, walks, context.progress)
         work = Crawler(session)
         if known:
             work = Refresh(

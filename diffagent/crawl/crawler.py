@@ -21,8 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from diffagent.civitai.client import CivitaiClient
 from diffagent.civitai.pagination import Page
+from diffagent.civitai.site import Site
 from diffagent.crawl.journal import Journal
 from diffagent.crawl.meter import meter
 from diffagent.crawl.snapshot import write_generations, write_snapshot
@@ -48,7 +48,7 @@ class Session:
     """What a crawl works with; ``report`` is told how far it is."""
 
     config: CrawlConfig
-    client: CivitaiClient
+    site: Site
     journal: Journal
     walks: Walks
     report: Progress = lambda fraction, text: None
@@ -60,7 +60,7 @@ class Crawler:
     date = ""
 
     def __init__(self, session: Session) -> None:
-        self.config, self.client, self.walks = session.config, session.client, session.walks
+        self.config, self.site, self.walks = session.config, session.site, session.walks
         self._journal = session.journal
         self.meter = partial(meter, session.report)
 
@@ -99,7 +99,7 @@ class Crawler:
 
         def pages(sort: str, fewer: int) -> Any:
             limit = MODELS_LIMIT - fewer
-            return lambda cursor: self.client.get_models(cursor, sort=sort, limit=limit, **params)
+            return lambda cursor: self.site.get_models(cursor, sort=sort, limit=limit, **params)
 
         self._walk_alone("models", pages, self.config.max_models, overlap)
 
@@ -125,7 +125,7 @@ class Crawler:
 
         def pages(sort: str, fewer: int) -> Any:
             limit = IMAGES_LIMIT - fewer
-            return lambda cursor: self.client.get_images(cursor, sort=sort, limit=limit, **params)
+            return lambda cursor: self.site.get_images(cursor, sort=sort, limit=limit, **params)
 
         return pages
 
@@ -167,7 +167,7 @@ class Crawler:
         order = [v for v in versions if v not in self.walks.showcases]
         more(len(versions) - len(order))
         calls = (
-            (v, partial(self.client.get_version, v)) for v in order if not self._has_enough_images()
+            (v, partial(self.site.get_version, v)) for v in order if not self._has_enough_images()
         )
         # In order: a picture of two showcases belongs to the first.
         for version, answer in self.walks.answers(calls, 1 if self.config.max_images else None):
@@ -195,7 +195,7 @@ class Crawler:
                 continue
             page: dict[str, Any] = {"id": model, "status": "ok"}
             try:
-                page |= self.client.get_model_page(model) | {"id": model}
+                page |= self.site.get_model_page(model) | {"id": model}
                 if reason := json_flaw(page):
                     page = {"id": model, "status": "failed", "reason": reason}
             except (NotFound, SchemaError) as error:

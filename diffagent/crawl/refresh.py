@@ -211,7 +211,7 @@ class Refresh(Crawler):
         # A model that has gone for good is not asked for singly each time; one that went lately
         # may be back, whatever a batch leaves out.
         missing = [m for m in missing if not self._is_long_gone(m)]
-        self._ask_singly("models", missing, self.client.get_model)
+        self._ask_singly("models", missing, self.site.get_model)
 
     def _is_long_gone(self, model: int) -> bool:
         tombstone = self._known.gone.get(("models", model))
@@ -223,7 +223,7 @@ class Refresh(Crawler):
     def _batch(self, models: Sequence[int]) -> list[dict[str, Any]]:
         params = self.model_params() | {"ids": ",".join(map(str, models)), "sort": "Newest"}
         return list(
-            walk_items(lambda cursor: self.client.get_models(cursor, limit=MODELS_LIMIT, **params))
+            walk_items(lambda cursor: self.site.get_models(cursor, limit=MODELS_LIMIT, **params))
         )
 
     def _ask_for_versions(self) -> None:
@@ -234,7 +234,7 @@ class Refresh(Crawler):
             for version in self._known.models[model].versions
             if version not in self.walks.versions[model] and not self._has("versions", version)
         ]
-        self._ask_singly("versions", missing, self.client.get_version)
+        self._ask_singly("versions", missing, self.site.get_version)
 
     def _ask_for_images(self) -> None:
         """Ask for the known pictures that listings walked to their ends did not show."""
@@ -249,7 +249,7 @@ class Refresh(Crawler):
         self._ask_singly("images", missing, self._image)
 
     def _image(self, image: int) -> dict[str, Any]:
-        page = self.client.get_images(imageId=image, browsingLevel=ALL_LEVELS)
+        page = self.site.get_images(imageId=image, browsingLevel=ALL_LEVELS)
         for item in page.items:
             if item["id"] == image:
                 return item

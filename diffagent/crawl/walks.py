@@ -22,8 +22,8 @@ from urllib.parse import urlsplit
 import orjson
 
 from diffagent.civitai.address import Address
-from diffagent.civitai.client import CivitaiClient
 from diffagent.civitai.pagination import DroppedEntry, FetchPage, ListingWalk, Page
+from diffagent.civitai.site import Site
 from diffagent.crawl.journal import Item, Journal
 from diffagent.crawl.known import Known, annotate, creator_of, downloads_of, has_meta
 from diffagent.errors import ArtifactError, CivitaiError, ServerError
@@ -73,14 +73,14 @@ class Walks:
 
     def __init__(
         self,
-        client: CivitaiClient,
+        site: Site,
         journal: Journal,
         *,
         threads: int = 1,
         budget_seconds: float | None = None,
         known: Known | None = None,
     ) -> None:
-        self._client, self._journal, self._threads = client, journal, threads
+        self._site, self._journal, self._threads = site, journal, threads
         self._budget, self._known = budget_seconds, known
         self._started = time.monotonic()
         self.seen: dict[str, set[int]] = {"models": set(), "images": set(), "pages": set()}
@@ -133,8 +133,8 @@ class Walks:
     def metrics(self) -> dict[str, Any]:
         """What this process did; a resumed crawl does not count what was done before."""
         return {
-            "requests": self._client.requests,
-            "retries": self._client.retries,
+            "requests": self._site.requests,
+            "retries": self._site.retries,
             "items_fetched": self._fetched,
             "failed_galleries": self.failed.get("gallery", []),
             "unanswered": sum(len(ids) for ids in self.failed.values()),
@@ -169,7 +169,7 @@ class Walks:
                         else:
                             carry_on(job, partial(job.send, future.result()))
             except BaseException:
-                self._client.stop()
+                self._site.stop()
                 raise
 
     def answers(
@@ -190,7 +190,7 @@ class Walks:
                 for last, future in asked:
                     yield last, future.result
             except BaseException:
-                self._client.stop()
+                self._site.stop()
                 pool.shutdown(cancel_futures=True)
                 raise
 
@@ -457,5 +457,5 @@ class Walks:
             address, parts = Address.parse(link), urlsplit(link)
         except ValueError:
             return  # not the site's; what it is good for is seen when it is used
-        if address.origin == self._client.origin or address.is_site:
+        if address.origin == self._site.origin or address.is_site:
             item["downloadUrl"] = parts.path + (f"?{parts.query}" if parts.query else "")

@@ -57,7 +57,7 @@ class CrawlConfig(_Section):
 
     site: str = Field(
         default="https://civitai.com",
-        description="address of a Civitai API; or for an embedded server 'sandbox', 'dump:DIR' "
+        description="address of a Civitai API; or records on disk: 'sandbox', 'dump:DIR' "
         "(records as JSON lines or parquet, or a snapshot), 'local:DIR' (a folder of model files) "
         "or 'release:DIR' (instruction-API pairs)",
     )
@@ -659,7 +659,9 @@ class RuntimeConfig(_Section):
         description="a refresh walks whole listings again and reports what it had missed (recall)",
     )
     faults: Literal["none", "flaky", "hostile"] = Field(
-        default="none", description="of the embedded server"
+        default="none",
+        description="faults of a local server that then serves the records of crawl.site; not for "
+        "a web site",
     )
     render_url: str | None = Field(
         default=None,

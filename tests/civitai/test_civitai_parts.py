@@ -29,7 +29,8 @@ from diffagent.errors import (
     ServerError,
 )
 from diffagent.localcivitai.listing import StaleCursor, decode_cursor, encode_cursor
-from diffagent.localcivitai.site import embedded_site
+from diffagent.localcivitai.site import open_site
+from diffagent.schemas.config import RuntimeConfig
 from diffagent.t2i.text import plain_text
 from tests.conftest import file_size_limit
 
@@ -314,11 +315,17 @@ def test_whoever_is_told_to_wait_makes_all_wait():
 
 
 def test_an_address_is_its_own_site():
-    with embedded_site("https://civitai.red/") as url:
-        assert url == "https://civitai.red"
+    with open_site("https://civitai.red/", RuntimeConfig()) as site:
+        assert site.origin == "https://civitai.red"
+
+
+def test_a_web_site_takes_no_faults():
+    runtime = RuntimeConfig(faults="flaky")
+    with pytest.raises(ConfigError, match="faults=none"), open_site("https://x.org", runtime):
+        pass
 
 
 @pytest.mark.parametrize("site", ["civitai.com", "dump:/nowhere/at/all", ""])
 def test_what_is_no_site_is_refused(site):
-    with pytest.raises(ConfigError, match="neither"), embedded_site(site):
+    with pytest.raises(ConfigError, match="neither"), open_site(site, RuntimeConfig()):
         pass

@@ -28,7 +28,6 @@ def crawl(config, context):
     return StageResult()
 
 pipeline.load_stage = lambda node: crawl
-pipeline.open_site = lambda config: contextlib.nullcontext("http://x")
 cli.main()
 """
 

@@ -20,7 +20,6 @@ from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.dabench.tools.export import export_dabench
 from diffagent.errors import ConfigError, SchemaError
 from diffagent.localcivitai.replay import Replay
-from diffagent.localcivitai.site import embedded_site
 from diffagent.localcivitai.sources import dump, open_source
 from diffagent.schemas.config import CrawlConfig, FilterConfig, RuntimeConfig
 from diffagent.store.artifacts import Artifact
@@ -35,8 +34,7 @@ IMAGES = [synthetic_image(n) for n in range(8, 60)]
 
 
 def site_of(source: str, store: Path, config: CrawlConfig = ALL) -> Artifact:
-    with embedded_site(source) as url:
-        return crawl.run(config, {}, RuntimeConfig(store=str(store)), site_url=url)
+    return crawl.run(config, {}, RuntimeConfig(store=str(store)), site_url=source)
 
 
 def texts(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

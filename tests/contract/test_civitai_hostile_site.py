@@ -624,7 +624,7 @@ def test_commands_say_it_without_being_asked_to(tmp_path: Path, command: list[st
     assert process.stderr
     try:
         for line in process.stderr:
-            if "try 1 failed" in line:
+            if "attempt 1 failed" in line:
                 break
             assert "error" not in line, line
         else:
