@@ -17,19 +17,21 @@ export HF_HUB_DISABLE_TELEMETRY ?= 1
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test lint bench serve-dashboard sandbox clean
+.PHONY: install demo test lint docs bench serve-dashboard sandbox clean
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt requirements-rewards.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ray,s3]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev,ray,s3]'
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-rewards.txt
 	$(BIN)/python -m diffagent.compat
+	$(BIN)/python -m diffagent.sandbox build/sandbox
 	touch $@
 
 demo: install
 	mkdir -p "$(PREFECT_HOME)"
+	$(BIN)/python -m diffagent.sandbox build/sandbox
 	$(BIN)/python -m flows.run_pipeline $(CONFIG) --store "$(STORE)"
 
 test: install
@@ -41,6 +43,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The documentation as a site in build/docs; a warning is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir build/docs
 
 bench: install
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done

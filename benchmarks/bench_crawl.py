@@ -25,7 +25,7 @@ from diffagent.localcivitai.server import serve
 from diffagent.localcivitai.site import read_source
 from diffagent.localcivitai.sources.dump import write_dump
 from diffagent.schemas.config import CrawlConfig, RuntimeConfig
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 
 MODELS, IMAGES, RATE = 1_000, 60_000, 50.0
 

@@ -58,7 +58,9 @@ def sandbox_files(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     from safetensors.torch import load_file, save_file
 
     quiet_diffusers()
-    assembled = {file.key: file.path for file in files.model_files()}
+    assembled = {
+        file.key: file.path for file in files.model_files(files.materialise(Path("build/sandbox")))
+    }
     checkpoints = {name: path for name, path in assembled.items() if not name.startswith("lora")}
     loras = {name: path for name, path in assembled.items() if name.startswith("lora")}
     loras |= {
@@ -77,7 +79,7 @@ def sandbox_jobs(
 ) -> list[Recipe]:
     """Random jobs: a checkpoint, a LoRA or none, and what a record of the sandbox says."""
     rng = random.Random(seed)
-    facts = {file.key: file for file in files.model_files()}
+    facts = {file.key: file for file in files.model_files(files.materialise(Path("build/sandbox")))}
     told = [record.get("meta") or {} for record in site_records.images(facts)]
     usable = [m for m in told if {"prompt", "sampler", "steps", "cfgScale"} <= set(m)]
     jobs = []

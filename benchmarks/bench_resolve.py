@@ -450,4 +450,4 @@ if __name__ == "__main__":
     parser.add_argument("directory", nargs="?", type=Path)
     parser.add_argument("--fit", action="store_true")
     arguments = parser.parse_args()
-    main(arguments.directory or materialise(), arguments.fit)
+    main(arguments.directory or materialise(Path("build/sandbox")), arguments.fit)

@@ -41,7 +41,7 @@ from diffagent.localcivitai.replay import Replay
 from diffagent.localcivitai.sources.dump import read_records
 from diffagent.schemas.config import CrawlConfig, RuntimeConfig
 from diffagent.schemas.payloads import unwrap_meta
-from diffagent.store.artifacts import peak_memory_bytes
+from diffagent.store import peak_memory_bytes
 
 DAYS, DAMAGED_BEFORE, SCHEMA_DAY, NEVER = 6, 6, 3, 99
 MODEL, VERSION, IMAGE, STEP = 1_000_000, 10_000_000, 100_000_000, 7
@@ -417,7 +417,7 @@ def sandbox() -> str:
     """A directory with the sandbox's records."""
     from diffagent.sandbox.files import materialise
 
-    return str(materialise())
+    return str(materialise(Path("build/sandbox")))
 
 
 def main() -> None:

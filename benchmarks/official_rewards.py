@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffagent import compat
+from diffagent.rewards import official
 from diffagent.rewards.scorer import Scorer
 
 CLIP = "ViT-L-14-quickgelu"
@@ -67,7 +67,7 @@ def write_pictures(directory: Path, count: int, size: int, distinct: int = 256) 
 
 def write_release(metric: str, directory: Path) -> Path:
     """A checkpoint of random weights as the metric's authors publish it; kept when it is there."""
-    compat.install()
+    official.install()
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / FILES[metric]
     if metric == "image_reward":
@@ -185,7 +185,7 @@ def load_official(metric: str, directory: Path, device: str, by_prompt: bool = F
 
     hpsv2's does: its ``score`` reads the checkpoint at every call.
     """
-    compat.install()
+    official.install()
     with contextlib.redirect_stdout(sys.stderr):
         return _OFFICIAL[metric](directory, device, by_prompt)
 
@@ -241,11 +241,11 @@ def _official_image_reward(directory: Path, device: str, by_prompt: bool) -> Loo
 
 def _official_hps(directory: Path, device: str, by_prompt: bool) -> Loop:
     os.environ.setdefault("HPS_ROOT", str(directory / "hps"))
-    import hpsv2.img_score as official
+    import hpsv2.img_score as package
 
     # As its initialize_model has it, without the other CLIP-H that this downloads first only for
     # `score` to overwrite it.
-    model, _, preprocess = official.create_model_and_transforms(
+    model, _, preprocess = package.create_model_and_transforms(
         "ViT-H-14",
         None,
         precision="amp",
@@ -264,8 +264,8 @@ def _official_hps(directory: Path, device: str, by_prompt: bool) -> Loop:
         with_score_predictor=False,
         with_region_predictor=False,
     )
-    official.model_dict.update(model=model, preprocess_val=preprocess)
-    official.device = device
+    package.model_dict.update(model=model, preprocess_val=preprocess)
+    package.device = device
     checkpoint = str(directory / FILES["hps_v2"])
 
     def loop(prompts: Sequence[str], files: Sequence[Path]) -> list[float]:
@@ -275,7 +275,7 @@ def _official_hps(directory: Path, device: str, by_prompt: bool) -> Loop:
         return [
             float(value)
             for prompt, mine in calls
-            for value in official.score(mine, prompt, cp=checkpoint)
+            for value in package.score(mine, prompt, cp=checkpoint)
         ]
 
     return loop

@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import itertools
 import os
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -15,6 +13,7 @@ from typing import Any, TypeVar
 from loky import BrokenProcessPool, ProcessPoolExecutor
 
 from diffagent.errors import DiffAgentError
+from diffagent.parent_process import end_with
 
 Item = TypeVar("Item")
 State = TypeVar("State")
@@ -66,14 +65,7 @@ def _start(parent: int, function: Callable[..., Any], state: Any) -> None:
     _task[:] = [function, state]
     gc.freeze()
     gc.set_threshold(_GARBAGE)
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
-
-
-def _die_with(parent: int) -> None:
-    """A parent that was killed cannot stop its workers."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    end_with(parent)
 
 
 def _run(item: Any) -> Any:

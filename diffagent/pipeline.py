@@ -30,7 +30,7 @@ from diffagent.schemas.config import (
     SelectConfig,
     Selector,
 )
-from diffagent.store.artifacts import Artifact, Inputs, Progress, Stage
+from diffagent.store import Artifact, Inputs, Progress, Stage
 from diffagent.store.child import run_in_child
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def _training_nodes(config: PipelineConfig) -> Iterator[Node]:
     dabench, agent = ("shard",), ("sft",)
     yield Node(
         "sft",
-        "diffagent.train.stages:train_sft",
+        "diffagent.train.sft_stage:train_sft",
         config.sft,
         {"dabench": dabench},
         "train-sft",
@@ -118,7 +118,7 @@ def _training_nodes(config: PipelineConfig) -> Iterator[Node]:
         yield from _judge(config, f"sample-{i}", str(i), "train-rrhf")
     yield Node(
         "rrhf",
-        "diffagent.train.stages:train_rrhf",
+        "diffagent.train.rrhf_stage:train_rrhf",
         config.rrhf,
         {
             "dabench": dabench,
@@ -168,7 +168,7 @@ def _evaluation_nodes(config: PipelineConfig) -> Iterator[Node]:
     judged = {"judgements": tuple(f"judge-{part}" for part in parts)}
     yield Node(
         "evaluate",
-        "diffagent.evaluation.report:evaluate",
+        "diffagent.evaluation.evaluate_stage:evaluate",
         evaluation,
         {
             "dabench": ("shard",),

@@ -19,7 +19,7 @@ from diffagent import pipeline
 from diffagent.errors import ArtifactError, ConfigError
 from diffagent.pipeline import Group, Node, find_cached
 from diffagent.schemas.config import PipelineConfig, RuntimeConfig, load_config
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from tasks._report import report_stages
 
 

@@ -14,7 +14,7 @@ from prefect.context import FlowRunContext, TaskRunContext
 
 from diffagent.crawl.memory import Memory
 from diffagent.schemas.manifest import Funnel, Manifest
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 
 #: Where a browser reaches the store (``make serve-dashboard`` serves it beside Prefect's UI).
 STORE_URL = os.environ.get("DIFFAGENT_STORE_URL", "http://127.0.0.1:4201")

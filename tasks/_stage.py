@@ -26,7 +26,7 @@ from prefect.tasks import exponential_backoff
 from diffagent import pipeline
 from diffagent.pipeline import Node, load_stage, run_node
 from diffagent.schemas.config import PipelineConfig
-from diffagent.store.artifacts import Artifact, Inputs
+from diffagent.store import Artifact, Inputs
 from tasks._report import report_artifact, report_refresh
 from tasks._workers import run_on_worker
 

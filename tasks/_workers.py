@@ -26,7 +26,7 @@ from prefect.states import Crashed
 from diffagent.errors import ArtifactError
 from diffagent.pipeline import Node, load_stage
 from diffagent.schemas.config import PipelineConfig
-from diffagent.store.artifacts import Artifact, Inputs
+from diffagent.store import Artifact, Inputs
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +151,8 @@ def _watch(client: SyncPrefectClient, run: FlowRun, lost_after_seconds: float) -
         if state.is_scheduled():
             if quiet > lost_after_seconds and not told:
                 log.warning(
-                    "%s: no worker takes it; is one running (see docs/scaling.md)?", run.name
+                    "%s: no worker takes it; start one (docs/how-to/use-several-machines.md)",
+                    run.name,
                 )
                 told = True
         elif quiet > lost_after_seconds * (_START if state.is_pending() else 1):

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from diffagent import pipeline
 from diffagent.errors import ConfigError
 from diffagent.schemas.config import CrawlConfig, DABenchConfig, FilterConfig, PipelineConfig
-from diffagent.store.artifacts import StageContext, StageResult, stage
+from diffagent.store import StageContext, StageResult, stage
 
 REWARDS = {"scorers": [{"name": "clip", "model": "tiny"}], "unify": "chatgen"}
 
@@ -167,6 +167,8 @@ def test_a_changed_section_rebuilds_from_there(small: PipelineConfig) -> None:
 
 
 def test_the_architecture_page_names_every_stage() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "explanation" / "architecture.md").read_text(
+        encoding="utf-8"
+    )
     for node in pipeline.plan(make_config()).values():
         assert f"`{node.entry}`" in page

@@ -22,8 +22,8 @@ from diffagent.errors import ArtifactError, ConfigError, ScoreError, TrainingErr
 from diffagent.pretrained import load_model, load_tokenizer, split_revision
 from diffagent.rewards.clip import ClipScorer
 from diffagent.rewards.judges import PickScoreScorer
-from diffagent.rewards.load import sandbox_directory
 from diffagent.rewards.scorer import hub_or_local
+from diffagent.sandbox.files import SCORERS
 from diffagent.schemas.config import SFTConfig
 from diffagent.train.sft import load_base
 from tests.conftest import AgentRun
@@ -142,7 +142,7 @@ def test_the_command_runs_no_code_when_a_prompt_is_y(
 def test_a_scorer_directory_runs_no_code(tmp_path: Path, mark: Path, agent_run: AgentRun) -> None:
     """open_clip would hand ``trust_remote_code`` of a configuration to transformers."""
     folder = tmp_path / "clip"
-    shutil.copytree(sandbox_directory() / "clip", folder)
+    shutil.copytree(SCORERS / "clip", folder)
     (folder / "bpe_vocabulary.txt.gz").unlink()
     (folder / "evil.py").write_text(EVIL)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -264,6 +264,6 @@ def test_nothing_else_loads_models_of_strangers() -> None:
     assert calls == {
         ("pretrained.py", "kind.from_pretrained"),
         ("compat.py", "BertTokenizer.from_pretrained"),
-        ("agent/smollm2.py", "LlamaForCausalLM.from_pretrained"),
-        ("sandbox/tokenizer.py", "CLIPTokenizer.from_pretrained"),
+        ("agent/lm/smollm2.py", "LlamaForCausalLM.from_pretrained"),
+        ("sandbox/caption_tokenizer.py", "CLIPTokenizer.from_pretrained"),
     }

@@ -2,7 +2,7 @@
 
 Requests share one rate limiter a process. Transient failures (429 of the edge, 5xx, 524, broken or
 cut bodies, HTML in place of JSON) are retried with jittered exponential backoff within the time
-budget of the call (``diffagent.civitai.retries``); Retry-After is honoured. Lasting failures are
+budget of the call (``diffagent.civitai.site_calls``); Retry-After is honoured. Lasting failures are
 raised at once: 404, 401/403, a stale cursor, and the 429 that means "page * limit > 1000".
 
 Every answer is bounded: its time and its size (``diffagent.civitai.transport``), and the depth and
@@ -29,19 +29,18 @@ import requests
 from requests.auth import AuthBase
 
 import diffagent
-from diffagent.civitai.address import Address, is_loopback, origin_of
+from diffagent.civitai.address import Address, origin_of
 from diffagent.civitai.download import PartialDownload
 from diffagent.civitai.error_answers import TOKEN_VARIABLE, error_of, retry_after
 from diffagent.civitai.lenient_json import parse_json
 from diffagent.civitai.pagination import Page, next_cursor
 from diffagent.civitai.ratelimit import bucket_of
-from diffagent.civitai.retries import LOOPBACK_PATIENCE, Patience, RetryLoop
+from diffagent.civitai.site_calls import SiteCalls
 from diffagent.civitai.transport import Deadline, DeadlineSession, error_body, read_body, redact
 from diffagent.errors import CivitaiError, ConfigError, EarlyAccess, Forbidden, ServerError
+from diffagent.retries import Patience
 from diffagent.schemas.payloads import whole_number
 from diffagent.schemas.printable import printable
-
-__all__ = ["CivitaiClient", "Patience", "is_loopback", "origin_of"]
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +53,7 @@ _MAX_PARTS = 4_000_000  # arrays and objects of an answer: each takes a hundred 
 _MAX_ITEMS = 1_000  # of a page
 _HASHES = 10_000  # in a request to by-hash/ids
 _LAST_ATTEMPT = 1.0  # seconds of the last attempt, so that it fails for its own reason
+LOOPBACK_PATIENCE = Patience(first=0.02, longest=0.5, budget=120.0)
 
 
 class _SiteToken(AuthBase):
@@ -95,7 +95,7 @@ class CivitaiClient:
         if requests_per_second is None and not site.is_loopback:
             requests_per_second = 1.0
         self._bucket = bucket_of(self.origin, requests_per_second)
-        self._retry_loop = RetryLoop(self.origin, self.patience, self._bucket)
+        self._calls = SiteCalls(self.origin, self.patience, self._bucket)
         self._token = _checked_token(token or os.environ.get(TOKEN_VARIABLE, ""))
         if self._token and not (site.is_https or site.is_loopback):
             log.warning("%s is no https address: the token is not sent to it", self.origin)
@@ -109,11 +109,11 @@ class CivitaiClient:
     @property
     def retries(self) -> int:
         """Number of requests that were repeated after a failure."""
-        return self._retry_loop.retries
+        return self._calls.retries
 
     def stop(self) -> None:
         """Stop waiting: calls in other threads fail at their next pause."""
-        self._retry_loop.stop()
+        self._calls.stop()
 
     def close(self) -> None:
         """Close the connections and ``stop``."""
@@ -139,7 +139,7 @@ class CivitaiClient:
 
     def _page(self, path: str, cursor: str | None, params: Params) -> Page:
         query = {**params, "cursor": cursor} if cursor else dict(params)
-        return self._retry_loop.run(lambda: self._fetch_page(path, query))
+        return self._calls.run(lambda: self._fetch_page(path, query))
 
     def _fetch_page(self, path: str, query: Params) -> Page:
         body: dict[str, Any] = self._json(path, query, dict)
@@ -179,7 +179,7 @@ class CivitaiClient:
         path, ids = "/api/v1/model-versions/by-hash/ids", dict[str, tuple[int, int]]()
         for start in range(0, len(sha256s), _HASHES):
             batch = [digest.upper() for digest in sha256s[start : start + _HASHES]]
-            for row in self._retry_loop.run(lambda: self._json(path, {}, list, batch)):  # noqa: B023
+            for row in self._calls.run(lambda: self._json(path, {}, list, batch)):  # noqa: B023
                 entry = row if isinstance(row, dict) else {}
                 model = whole_number(entry.get("modelId"))
                 version = whole_number(entry.get("modelVersionId"))
@@ -195,7 +195,7 @@ class CivitaiClient:
         """
         from diffagent.civitai.page_html import page_settings
 
-        return page_settings(self._retry_loop.run(lambda: self._text(f"/models/{model_id:d}")))
+        return page_settings(self._calls.run(lambda: self._text(f"/models/{model_id:d}")))
 
     # Files
 
@@ -212,7 +212,7 @@ class CivitaiClient:
             NotFound: no such file, or an archived one.
         """
         path = f"/api/download/models/{version}" if isinstance(version, int) else version
-        return self._retry_loop.run(lambda: self._redirect_target(self._url_on_site(path)))
+        return self._calls.run(lambda: self._redirect_target(self._url_on_site(path)))
 
     def download(
         self,
@@ -234,7 +234,7 @@ class CivitaiClient:
         """
         partial = PartialDownload(repr(url), path, sha256, size_bytes, on_bytes)
         return partial.complete(
-            lambda: self._retry_loop.run(
+            lambda: self._calls.run(
                 lambda: self._transfer(url, partial), progress=lambda: partial.size
             )
         )
@@ -264,7 +264,7 @@ class CivitaiClient:
     # Requests
 
     def _object(self, path: str) -> dict[str, Any]:
-        return self._retry_loop.run(lambda: self._json(path, {}, dict))
+        return self._calls.run(lambda: self._json(path, {}, dict))
 
     def _json(self, path: str, params: Params, form: type[T], body: Any = None) -> T:
         with self._follow(self.origin + path, params, body) as response:
@@ -382,7 +382,7 @@ class CivitaiClient:
         self._bucket.acquire()
         with self._lock:
             self.requests += 1
-        patience, budget = self.patience, self._retry_loop.budget
+        patience, budget = self.patience, self._calls.budget
         if is_file:
             deadline = Deadline(patience.budget, patience.slowest)
         else:

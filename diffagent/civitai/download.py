@@ -14,7 +14,7 @@ import requests
 from diffagent.civitai.transport import chunks
 from diffagent.errors import CivitaiError, ServerError
 from diffagent.schemas.printable import printable
-from diffagent.store.artifacts import sha256_file
+from diffagent.store import sha256_file
 
 _SIZE_SLACK = 1024  # sizeKB is rounded
 #: Limit where neither the record nor the storage states a size. Storages do, so a server that does

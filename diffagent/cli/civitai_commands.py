@@ -38,7 +38,6 @@ def serve(  # noqa: PLR0917  the command line calls it by name
     dump: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Replay models*.jsonl[.gz], images*.")
     ] = None,
-    sandbox: Annotated[bool, typer.Option("--sandbox", help="Serve the sandbox.")] = False,
     site: Annotated[
         str | None, typer.Option(metavar="KIND:DIR", help="Serve a source, as crawl.site names it.")
     ] = None,
@@ -47,15 +46,14 @@ def serve(  # noqa: PLR0917  the command line calls it by name
     faults: Annotated[FaultProfile, typer.Option(help="What goes wrong.")] = FaultProfile.none,
     seed: Annotated[int, typer.Option(help="Seed of the faults.")] = 0,
 ) -> None:
-    """Serve Civitai's REST API from a source or from the sandbox; prints its address when ready."""
+    """Serve Civitai's REST API from a source; prints its address when ready."""
     from diffagent.localcivitai.faults import Faults
     from diffagent.localcivitai.server import LocalCivitai, Serving
     from diffagent.localcivitai.site import read_source
 
-    given = [f"dump:{dump}" if dump else None, "sandbox" if sandbox else None, site]
-    sites = [name for name in given if name]
+    sites = [name for name in (f"dump:{dump}" if dump else None, site) if name]
     if len(sites) != 1:
-        raise typer.BadParameter("give one of --dump DIR, --sandbox and --site KIND:DIR")
+        raise typer.BadParameter("give one of --dump DIR and --site KIND:DIR")
     log_to_terminal()
     try:
         replay = read_source(sites[0])

@@ -19,7 +19,7 @@ _HELP = "Directory of a 'shard' artefact, or of an export."
 
 def artifact_path(text: str | Path) -> Path:
     """Parses DIR: a directory, or the URI of an artefact in a store, which is brought here."""
-    from diffagent.store.artifacts import artifact_directory
+    from diffagent.store import artifact_directory
 
     return artifact_directory(str(text))
 

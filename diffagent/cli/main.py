@@ -30,7 +30,7 @@ from diffagent.schemas.printable import printable, printable_json
 if TYPE_CHECKING:
     from diffagent.agent.selector import Selector
     from diffagent.pipeline import Node
-    from diffagent.store.artifacts import Artifact
+    from diffagent.store import Artifact
 
 log = logging.getLogger(__name__)
 
@@ -264,7 +264,7 @@ def _print_calls(chooser: Selector, prompt: str, n: int) -> None:
 
 @app.command(
     "civitai",
-    help="A local Civitai: serve a dump or the sandbox.",
+    help="A local Civitai: serve a dump.",
     add_help_option=False,
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )
@@ -279,7 +279,7 @@ def civitai(context: typer.Context) -> None:
 @artifacts_app.command("show")
 def show_artifact(directory: ArtifactDir, verbose: Verbose = 0) -> None:
     """Print what an artefact is, what is in it, and what it was made from."""
-    from diffagent.store.artifacts import open_artifact
+    from diffagent.store import open_artifact
     from diffagent.store.lineage import lineage_lines
 
     artifact = open_artifact(directory)
@@ -308,10 +308,10 @@ def show_artifact(directory: ArtifactDir, verbose: Verbose = 0) -> None:
 @artifacts_app.command("verify")
 def verify_artifact(directory: ArtifactDir, verbose: Verbose = 0) -> None:
     """Read every file of an artefact and compare it with the manifest."""
-    from diffagent.store import artifacts
+    from diffagent import store
 
-    artifact = artifacts.open_artifact(directory)
-    artifacts.verify_artifact(artifact, stored="://" in directory)
+    artifact = store.open_artifact(directory)
+    store.verify_artifact(artifact, stored="://" in directory)
     files = [entry for entry in artifact.manifest.files if not entry.for_people]
     typer.echo(f"{artifact.location}: all {len(files)} files are as they were made")
 

@@ -16,7 +16,7 @@ import typer
 from diffagent.schemas.printable import printable
 
 if TYPE_CHECKING:
-    from diffagent.civitai.site import Site
+    from diffagent.civitai.site import Site as CivitaiSite
     from diffagent.errors import DiffAgentError
     from diffagent.render.files.model_cache import CachedModel, ModelCache
     from diffagent.render.files.model_store import ModelStore
@@ -46,7 +46,7 @@ Folders = Annotated[
 ]
 Site = Annotated[
     str | None,
-    typer.Option(help="Address of a Civitai, 'sandbox' or KIND:DIR; default crawl.site."),
+    typer.Option(help="Address of a Civitai, or KIND:DIR; default crawl.site."),
 ]
 LimitGB = Annotated[
     float | None,
@@ -283,7 +283,7 @@ def _open_store(
     folders: list[Path] | None,
     site: str | None,
     limit_gb: float | None,
-) -> Iterator[tuple[ModelStore, Site]]:
+) -> Iterator[tuple[ModelStore, CivitaiSite]]:
     from diffagent.localcivitai.site import open_site
     from diffagent.render.files.model_store import ModelStore
     from diffagent.schemas.config import CrawlConfig, load_config

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from diffagent.agent.candidates import Row
     from diffagent.agent.selector import Selector
     from diffagent.schemas.config import PipelineConfig
-    from diffagent.store.artifacts import Artifact
+    from diffagent.store import Artifact
     from diffagent.t2i.catalogue import Entry
 
 #: The released reward models, as in configs/paper.yaml.

@@ -11,9 +11,11 @@ of disk or of its time budget goes on behind the last whole page.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -26,17 +28,44 @@ from diffagent.crawl.salvage import salvage
 from diffagent.crawl.snapshot import summarise
 from diffagent.crawl.walks import Walks
 from diffagent.localcivitai.site import open_site, site_files
+from diffagent.localcivitai.sources import read_about
 from diffagent.schemas.config import CrawlConfig
 from diffagent.schemas.manifest import Funnel, FunnelStep
-from diffagent.store.artifacts import StageContext, StageResult, stage
+from diffagent.store import StageContext, StageResult, stage
+from diffagent.store.integrity import damaged_copies
 
 log = logging.getLogger(__name__)
 
 JOURNAL, SCRATCH, SALVAGED = "journal.gz", "scratch", "salvaged"
 
 
-@stage("crawl", version=2, config=CrawlConfig, files=site_files, salvages=True)
-def crawl(config: CrawlConfig, context: StageContext) -> StageResult:
+@dataclass(frozen=True)
+class CrawlContext(StageContext):
+    """Context of the crawl with what earlier runs of the same request left.
+
+    Attributes:
+        damaged: without ``previous``, the last snapshot that was found damaged and set aside: its
+            intact records are taken over.
+        memory: file next to the artifact for facts that help the next refresh and are no content;
+            it outlives artifacts and may be missing.
+    """
+
+    damaged: Path | None = None
+    memory: Path = Path(os.devnull)
+
+
+def extend_context(context: StageContext, directory: Path) -> CrawlContext:
+    """Add the memory file and a damaged snapshot of the request to the context of a crawl."""
+    copies = [] if context.previous else damaged_copies(directory)
+    return CrawlContext(
+        **vars(context),
+        damaged=copies[-1] if copies else None,
+        memory=directory.with_name(f"{directory.name}.memory.json"),
+    )
+
+
+@stage("crawl", version=2, config=CrawlConfig, files=site_files, extend_context=extend_context)
+def crawl(config: CrawlConfig, context: CrawlContext) -> StageResult:
     """Fetch models, images and pages from ``context.site_url``.
 
     Writes models/, images/, pages/ and generations.jsonl, and when ``context.previous`` is
@@ -50,6 +79,8 @@ def crawl(config: CrawlConfig, context: StageContext) -> StageResult:
         CivitaiError: the site stopped answering, or the time budget is spent; the next run goes
             on from there.
     """
+    note = read_about(config.site)
+    about = {"about": note} if note else {}
     journal, started = context.out / JOURNAL, time.monotonic()
     memory = Memory.load(context.memory)
     # The journal is removed last: models without it are the whole snapshot of a run that was
@@ -62,6 +93,7 @@ def crawl(config: CrawlConfig, context: StageContext) -> StageResult:
         if context.previous and not new:
             metrics = memory.metrics
             metrics["seconds"] = round(time.monotonic() - started, 2)
+            metrics |= about
             log.info("nothing new on the site: %s", metrics)
             rows = context.previous.manifest.rows
             return StageResult(
@@ -76,7 +108,7 @@ def crawl(config: CrawlConfig, context: StageContext) -> StageResult:
     memory.save(context.memory)
     if metrics.get("text_ids"):
         drift["ids in quotes, made numbers"] = metrics["text_ids"]
-    metrics |= {"seconds": round(time.monotonic() - started, 2), "schema_drift": drift}
+    metrics |= {"seconds": round(time.monotonic() - started, 2), "schema_drift": drift, **about}
     if drift:
         log.warning("%d field(s) of a shape not known here: see schema_drift", len(drift))
     return StageResult(
@@ -103,7 +135,7 @@ def _funnels(memory: Memory, rows: Mapping[str, int]) -> tuple[Funnel, ...]:
     )
 
 
-def _fetch(config: CrawlConfig, context: StageContext, journal: Path, memory: Memory) -> bool:
+def _fetch(config: CrawlConfig, context: CrawlContext, journal: Path, memory: Memory) -> bool:
     """Fetch and write; returns whether there is anything new. ``memory`` gets the metrics."""
     runtime = context.runtime
     known, salvaged = None, None

@@ -37,7 +37,7 @@ from diffagent.schemas.payloads import (
     unwrap_meta,
     whole_number,
 )
-from diffagent.store.artifacts import Progress
+from diffagent.store import Progress
 
 MODELS_LIMIT, IMAGES_LIMIT = 100, 200
 _FILE_NAME = re.compile(r"/(\d{1,18})\.\w+$")

@@ -24,7 +24,7 @@ from diffagent.schemas.payloads import (
     versions_of,
     whole_number,
 )
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 
 
 def fingerprint(item: Mapping[str, Any]) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 
 from diffagent.schemas.payloads import generation_of, versions_of
-from diffagent.store.artifacts import atomic_file
+from diffagent.store import atomic_file
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 from diffagent.schemas.printable import printable
-from diffagent.store.artifacts import Progress
+from diffagent.store import Progress
 
 log = logging.getLogger(__name__)
 

@@ -34,7 +34,7 @@ from diffagent.crawl.snapshot import (
 from diffagent.errors import ArtifactError
 from diffagent.schemas.manifest import Manifest
 from diffagent.schemas.payloads import GONE
-from diffagent.store.artifacts import Artifact, read_manifest, sha256_file
+from diffagent.store import Artifact, read_manifest, sha256_file
 
 log = logging.getLogger(__name__)
 

@@ -34,7 +34,7 @@ from diffagent.crawl.journal import Entry, Item
 from diffagent.crawl.memory import Ledger
 from diffagent.errors import ArtifactError
 from diffagent.schemas.payloads import GONE, Drift, canonical, content
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 
 KINDS = ("images", "models", "pages")
 GENERATIONS = "generations.jsonl"

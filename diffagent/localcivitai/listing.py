@@ -9,12 +9,11 @@ empty page was served there. A cursor of another arity is stale.
 from __future__ import annotations
 
 import bisect
+import functools
 import hashlib
 from array import array
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from diffagent.localcivitai.replay import MEDIA, ModelRow, Replay
 from diffagent.schemas.payloads import ALL_LEVELS, BLOCKED, MODEL_TYPES, PG, XXX, R, X
@@ -32,7 +31,7 @@ MODEL_SORTS = (
     "Oldest",
 )
 IMAGE_SORTS = ("Most Reactions", "Most Comments", "Most Collected", "Newest", "Oldest", "Random")
-_CACHED = 64
+_CACHED = 32  # of models, and of images
 
 
 class BadParameter(ValueError):  # noqa: N818
@@ -93,30 +92,21 @@ class Selection:
         return indexes, None if is_last else encode_cursor(self.key(indexes[-1]), 0)
 
 
-@dataclass(slots=True)
 class Listings:
-    """Selections over a replay, the last ones kept: a walk asks for the same one page by page."""
+    """Selections over a replay; the last ones are cached, since a walk reads one page by page.
 
-    replay: Replay
-    _cache: OrderedDict[Any, Selection] = field(default_factory=OrderedDict)
+    Attributes:
+        models: models that match a query, in its order.
+        images: images that match a query, in its order.
+    """
 
-    def models(self, query: ModelQuery) -> Selection:
-        """Models that match, in the order asked for."""
-        return self._cached(query, self._select_models)
+    models: Callable[[ModelQuery], Selection]
+    images: Callable[[ImageQuery], Selection]
 
-    def images(self, query: ImageQuery) -> Selection:
-        """Images that match, in the order asked for."""
-        return self._cached(query, self._select_images)
-
-    def _cached(self, query: Any, select: Callable[[Any], Selection]) -> Selection:
-        found = self._cache.get(query)
-        if found is None:
-            found = self._cache[query] = select(query)
-            if len(self._cache) > _CACHED:
-                self._cache.popitem(last=False)
-        else:
-            self._cache.move_to_end(query)
-        return found
+    def __init__(self, replay: Replay) -> None:
+        self.replay = replay
+        self.models = functools.lru_cache(_CACHED)(self._select_models)
+        self.images = functools.lru_cache(_CACHED)(self._select_images)
 
     def _select_models(self, query: ModelQuery) -> Selection:
         rows = self.replay.models

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from diffagent.civitai.client import CivitaiClient
 from diffagent.civitai.site import Site
@@ -14,10 +12,8 @@ from diffagent.errors import ConfigError
 from diffagent.localcivitai.faults import Faults
 from diffagent.localcivitai.folder_site import FolderSite
 from diffagent.localcivitai.replay import Replay
-from diffagent.localcivitai.sources import SOURCES, is_source, open_source
+from diffagent.localcivitai.sources import about_file, open_source, require_source
 from diffagent.schemas.config import CrawlConfig, RuntimeConfig
-
-SANDBOX = "sandbox"
 
 
 @contextmanager
@@ -25,8 +21,8 @@ def open_site(address: str, runtime: RuntimeConfig) -> Iterator[Site]:
     """Open the Civitai at an address for the duration of the block.
 
     Args:
-        address: an http(s) address, 'sandbox', or a source (``diffagent.localcivitai.sources``)
-            such as 'dump:DIR' or 'local:DIR'. The records of a source are read in this process.
+        address: an http(s) address, or a source (``diffagent.localcivitai.sources``) such as
+            'dump:DIR' or 'local:DIR'. The records of a source are read in this process.
         runtime: rate limit of the requests; with ``faults`` the records of a source are served by
             a local server with these faults, in a thread of this process.
 
@@ -42,12 +38,7 @@ def open_site(address: str, runtime: RuntimeConfig) -> Iterator[Site]:
         with CivitaiClient(address, requests_per_second=runtime.requests_per_second) as client:
             yield client
         return
-    if address != SANDBOX and not is_source(address):
-        kinds = ", ".join(f"'{kind}:DIR'" for kind in SOURCES)
-        raise ConfigError(
-            f"site {address!r} is neither an http(s) address nor 'sandbox' nor one of {kinds} with "
-            "a directory that exists"
-        )
+    require_source(address)
     cache = runtime.local_store / "local-files.json"
     if runtime.faults == "none":
         yield FolderSite(lambda: read_source(address, cache))
@@ -62,26 +53,20 @@ def open_site(address: str, runtime: RuntimeConfig) -> Iterator[Site]:
 
 
 def read_source(address: str, cache: Path | None = None) -> Replay:
-    """Read and index the records of 'sandbox' or of a source.
+    """Read and index the records of a source.
 
     Args:
-        address: 'sandbox' or 'KIND:DIR'.
+        address: 'KIND:DIR'.
         cache: file for results that take long to compute, such as hashes of large files.
 
     Raises:
         ConfigError: there is no such source, or its directory lacks the expected files.
     """
-    if address == SANDBOX:
-        address = f"dump:{_sandbox_files().materialise()}"
     records = open_source(address, cache)
     return Replay.load(records.models, records.images, records.files)
 
 
 def site_files(config: CrawlConfig) -> list[Path]:
-    """Return the files of the sandbox's site; none of any other site, which may change."""
-    return list(_sandbox_files().sources()) if config.site == SANDBOX else []
-
-
-def _sandbox_files() -> Any:
-    # Only a run on the sandbox pays for it.
-    return importlib.import_module("diffagent.sandbox.files")
+    """Return the note of a dump that has one; no other file, since a site may change."""
+    note = about_file(config.site)
+    return [note] if note else []

@@ -30,7 +30,7 @@ from diffagent.schemas.api import ApiError, parse_api
 from diffagent.schemas.config import RenderConfig
 from diffagent.schemas.manifest import Funnel, FunnelStep
 from diffagent.schemas.tables import RENDERS
-from diffagent.store.artifacts import Progress, StageContext, StageResult, stage
+from diffagent.store import Progress, StageContext, StageResult, stage
 from diffagent.t2i.catalogue import Catalogue
 
 if TYPE_CHECKING:

@@ -83,7 +83,12 @@ class ClipScorer(PixelScorer):
             ConfigError: no such model, tag or file, or a file of another hash.
             ScoreError: the weights do not fit the architecture.
         """
-        network, tokenizer, version = cls._network(model, weights, sha256)
+        return cls._of_network(*cls._network(model, weights, sha256), runtime)
+
+    @classmethod
+    def _of_network(
+        cls, network: Any, tokenizer: Any, version: str, runtime: Runtime | None
+    ) -> Self:
         config = dict(network.visual.preprocess_cfg)
         preparation, settings = cls._preparation(config)
         return cls(

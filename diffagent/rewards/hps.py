@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from diffagent.errors import ConfigError
 from diffagent.rewards.clip import ClipScorer, load_open_clip
 from diffagent.rewards.image_batches import Preparation
-from diffagent.rewards.scorer import check_sha256, hub_or_local
+from diffagent.rewards.scorer import Runtime, check_sha256, hub_or_local
 
 RELEASES = {"v2": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 REPOSITORY = "xswu/HPSv2"
@@ -28,6 +28,32 @@ class HPSScorer(ClipScorer):
     """
 
     name = "hps_v2"
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        weights: str | Path | None = None,
+        *,
+        sha256: str | None = None,
+        official: bool = False,
+        runtime: Runtime | None = None,
+    ) -> Self:
+        """Loads a release or a directory; see `ClipScorer.load`.
+
+        Args:
+            model: ``v2`` or ``v2.1``, or a directory.
+            weights: the release's file, or a repository of the hub.
+            sha256: of the file of weights, which is checked.
+            official: compute with the network of the package hpsv2.
+            runtime: where and how to compute.
+        """
+        network, tokenizer, version = cls._network(model, weights, sha256)
+        if official:
+            from diffagent.rewards.official import to_hpsv2
+
+            network = to_hpsv2(network, None if model in RELEASES else Path(model))
+        return cls._of_network(network, tokenizer, version, runtime)
 
     @staticmethod
     def _network(

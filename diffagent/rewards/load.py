@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffagent.errors import ConfigError
 from diffagent.rewards.scorer import Runtime
-from diffagent.store.artifacts import named_files
+from diffagent.store import named_files
 
 if TYPE_CHECKING:
     from diffagent.rewards.scorer import Scorer
     from diffagent.schemas.config import JudgesConfig, RewardsConfig, ScorerConfig
-
-SANDBOX = "sandbox"
-"""Name of the committed tiny scorers and of their reference; they know the toy world only."""
-REFERENCE_FILE = "reference.json"
-"""Beside the sandbox's scorers."""
 
 
 def load_scorers(
@@ -26,7 +20,7 @@ def load_scorers(
     """Loads the scorers of a configuration, in its order.
 
     Args:
-        config: which scorers; a model named ``sandbox`` is the committed tiny one.
+        config: scorers to load.
         device: any torch device.
         compiled: see `diffagent.rewards.scorer.Runtime`.
 
@@ -70,8 +64,8 @@ def _check_names(setting: str, names: list[str]) -> None:
 
 def reward_files(config: RewardsConfig) -> list[Path]:
     """The local files behind a configuration's scorers and their reference."""
-    scorers = [name for spec in config.scorers for name in (_model(spec), spec.weights)]
-    return named_files(*scorers, config.reference and reference_file(config.reference))
+    scorers = [name for spec in config.scorers for name in (spec.model, spec.weights)]
+    return named_files(*scorers, config.reference)
 
 
 def judge_files(config: JudgesConfig) -> list[Path]:
@@ -81,30 +75,20 @@ def judge_files(config: JudgesConfig) -> list[Path]:
     )
 
 
-def reference_file(name: str | Path) -> Path:
-    """The file that ``rewards.reference`` names."""
-    return sandbox_directory() / REFERENCE_FILE if str(name) == SANDBOX else Path(name)
-
-
-def _model(spec: ScorerConfig) -> str:
-    return str(sandbox_directory() / spec.name) if spec.model == SANDBOX else spec.model
-
-
 def _load_scorer(spec: ScorerConfig, runtime: Runtime) -> Scorer:
-    model = _model(spec)
+    official = spec.backend == "official"
     if spec.name == "clip":
         from diffagent.rewards.clip import ClipScorer
 
-        return ClipScorer.load(model, spec.weights, sha256=spec.sha256, runtime=runtime)
+        return ClipScorer.load(spec.model, spec.weights, sha256=spec.sha256, runtime=runtime)
     if spec.name == "hps_v2":
         from diffagent.rewards.hps import HPSScorer
 
-        return HPSScorer.load(model, spec.weights, sha256=spec.sha256, runtime=runtime)
+        return HPSScorer.load(
+            spec.model, spec.weights, sha256=spec.sha256, official=official, runtime=runtime
+        )
     from diffagent.rewards.image_reward import ImageRewardScorer
 
-    return ImageRewardScorer.load(model, spec.weights, sha256=spec.sha256, runtime=runtime)
-
-
-def sandbox_directory() -> Path:
-    """Where the sandbox's scorers and their reference lie."""
-    return Path(str(resources.files("diffagent.sandbox"))) / "weights" / "scorers"
+    return ImageRewardScorer.load(
+        spec.model, spec.weights, sha256=spec.sha256, official=official, runtime=runtime
+    )

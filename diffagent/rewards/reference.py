@@ -16,7 +16,7 @@ from typing import Any
 
 from diffagent.errors import ScoreError
 from diffagent.rewards.scores import read_definition, read_scores
-from diffagent.store.artifacts import Artifact, open_artifact
+from diffagent.store import Artifact, open_artifact
 
 
 def measure_reference(artifacts: Sequence[Artifact], note: str) -> dict[str, Any]:

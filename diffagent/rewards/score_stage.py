@@ -28,7 +28,7 @@ from diffagent.rewards.unified import Unifier
 from diffagent.schemas.config import JudgesConfig, RewardsConfig
 from diffagent.schemas.manifest import Funnel, FunnelStep
 from diffagent.schemas.tables import JUDGEMENTS, SCORES, TRUNCATED
-from diffagent.store.artifacts import Artifact, Progress, StageContext, StageResult, stage
+from diffagent.store import Artifact, Progress, StageContext, StageResult, stage
 
 if TYPE_CHECKING:
     from PIL.Image import Image

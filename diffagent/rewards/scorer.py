@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from diffagent.errors import ConfigError, ScoreError
 from diffagent.pretrained import split_revision
-from diffagent.store.artifacts import sha256_file
+from diffagent.store import sha256_file
 
 if TYPE_CHECKING:
     import torch

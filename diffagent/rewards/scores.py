@@ -20,7 +20,7 @@ from diffagent.errors import ScoreError
 from diffagent.failures import reading
 from diffagent.rewards.scorer import Scorer
 from diffagent.rewards.unified import Unifier
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 
 _KEY = b"diffagent.scores"
 

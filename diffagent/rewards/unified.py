@@ -29,7 +29,6 @@ import numpy as np
 import numpy.typing as npt
 
 from diffagent.errors import ConfigError, ScoreError
-from diffagent.rewards.load import reference_file
 from diffagent.rewards.scorer import Scorer
 
 if TYPE_CHECKING:
@@ -203,13 +202,13 @@ def read_reference(
     """Mean and deviation of each metric, and on what they were measured.
 
     Args:
-        path: what `diffagent.rewards.reference` has written; ``sandbox`` is the committed file.
+        path: file that `diffagent.rewards.reference` wrote.
 
     Raises:
         ConfigError: the file is missing or has another form.
     """
     try:
-        data = json.loads(reference_file(path).read_text(encoding="utf-8"))
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
         metrics = {
             name: MetricReference(float(m["mean"]), float(m["std"]), str(m["digest"]))
             for name, m in data["metrics"].items()

@@ -57,7 +57,7 @@ class CrawlConfig(_Section):
 
     site: str = Field(
         default="https://civitai.com",
-        description="address of a Civitai API; or records on disk: 'sandbox', 'dump:DIR' "
+        description="address of a Civitai API; or records on disk: 'dump:DIR' "
         "(records as JSON lines or parquet, or a snapshot), 'local:DIR' (a folder of model files) "
         "or 'release:DIR' (instruction-API pairs)",
     )
@@ -294,13 +294,13 @@ class SFTConfig(_TrainingConfig):
     """Supervised fine-tuning on (prompt, API) pairs."""
 
     model: str = Field(
-        default="sandbox-llama",
-        description="any causal LM by path or by name, NAME@REVISION to pin it; 'sandbox-llama' "
+        default="tiny-llama",
+        description="any causal LM by path or by name, NAME@REVISION to pin it; 'tiny-llama' "
         "is built from config, 'smollm2-135m' is in a package (extra smollm2)",
     )
-    hidden_size: int = Field(default=128, ge=16, description="sandbox-llama only")
-    num_hidden_layers: int = Field(default=4, ge=1, description="sandbox-llama only")
-    vocab_size: int = Field(default=2048, ge=300, description="sandbox-llama only: byte-level BPE")
+    hidden_size: int = Field(default=128, ge=16, description="tiny-llama only")
+    num_hidden_layers: int = Field(default=4, ge=1, description="tiny-llama only")
+    vocab_size: int = Field(default=2048, ge=300, description="tiny-llama only: byte-level BPE")
     gradient_checkpointing: float = Field(default=0, ge=0, le=1, description=_CHECKPOINTING)
     per_device_train_batch_size: int = Field(default=16, ge=1)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -427,6 +427,17 @@ class ScorerConfig(_Section):
     )
     sha256: str | None = _SHA256
     weight: float = Field(default=1.0, ge=0, description="weight in the unified score")
+    backend: Literal["default", "official"] = Field(
+        default="default",
+        exclude_if=lambda backend: backend == "default",  # identities of before it existed
+        description="'official': compute with the authors' package (image-reward, hpsv2)",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ScorerConfig:
+        if self.backend == "official" and self.name == "clip":
+            raise ValueError("backend: 'clip' is open_clip itself; 'official' is for the others")
+        return self
 
 
 class RewardsConfig(_Section):
@@ -579,6 +590,7 @@ class EvaluationConfig(_Section):
     bootstrap_samples: int = Field(default=2000, ge=100)
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     report_prompts: int = Field(default=12, ge=0, description="prompts shown with pictures")
+    note: str = Field(default="", description="warning at the top of the report")
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")

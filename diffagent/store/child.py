@@ -1,6 +1,7 @@
 """A stage in a process of its own: heavy stages get a real timeout and give their memory back.
 
-``run_in_child`` starts ``python -m diffagent.store.child_main`` and passes on what that prints: its log,
+``run_in_child`` starts ``python -m diffagent.store.child_main`` and passes on what that prints:
+its log,
 warnings as warnings, and its progress. An error crosses whole (``diffagent.failures.pack``).
 """
 
@@ -19,11 +20,13 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from diffagent.store.artifacts import Artifact, Inputs, Progress, canonical_json
 from diffagent.errors import ArtifactError
 from diffagent.failures import unpack
 from diffagent.schemas.config import RuntimeConfig
 from diffagent.schemas.printable import printable
+from diffagent.store.artifact import Artifact
+from diffagent.store.digests import canonical_json
+from diffagent.store.stage import Inputs, Progress
 
 log = logging.getLogger(__name__)
 

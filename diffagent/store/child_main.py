@@ -10,19 +10,18 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import os
-import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
-from diffagent.store.artifacts import Artifact, Stage
-from diffagent.store.child import EXPECTED_FAILURE, PROGRESS_MARK
 from diffagent.device import keep_freed_memory
 from diffagent.errors import DiffAgentError
 from diffagent.failures import explained, pack
+from diffagent.parent_process import end_with
 from diffagent.schemas.config import RuntimeConfig
+from diffagent.store.artifact import Artifact
+from diffagent.store.child import EXPECTED_FAILURE, PROGRESS_MARK
+from diffagent.store.stage import Stage
 
 log = logging.getLogger("diffagent.store.child_main")
 _PROGRESS_SECONDS = 0.5
@@ -32,7 +31,7 @@ def main(request: str) -> int:
     """Run the stage that the JSON file ``request`` describes; returns the exit code."""
     run = json.loads(Path(request).read_text(encoding="utf-8"))
     if run.get("parent"):
-        threading.Thread(target=_end_with, args=(run["parent"],), daemon=True).start()
+        end_with(run["parent"])
     module, _, attribute = run["entry"].partition(":")
     answer = Path(run["answer"])
     try:
@@ -67,13 +66,6 @@ class _ProgressLines:
             self._last = time.monotonic()
             sys.stdout.write(f"{PROGRESS_MARK}{json.dumps([fraction, text])}\n")
             sys.stdout.flush()
-
-
-def _end_with(parent: int) -> None:
-    """End this process when the one that wants its answer is gone (killed, cancelled)."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """All artefacts of a store: which are the latest, what needs which, and what can go.
 
-An artefact is *latest* where a pointer leads to it (``diffagent.store.latest``); of a series without a
+An artefact is *latest* where a pointer leads to it (``diffagent.store.latest``); of a series
+without a
 pointer the newest is. It is *needed* when a latest one was made from it, directly or not, and
 *superseded* when neither holds.
 """
@@ -13,12 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from diffagent.store import local_copies, latest
-from diffagent.store.artifacts import PREVIOUS, read_manifest
 from diffagent.errors import ArtifactError, DamagedArtifact
-from diffagent.store.object_store import list_manifests, list_pointers
 from diffagent.schemas.config import RuntimeConfig
 from diffagent.schemas.manifest import InputRef, Manifest
+from diffagent.store import latest, local_copies
+from diffagent.store.lineage import PREVIOUS
+from diffagent.store.manifest_file import read_manifest
+from diffagent.store.object_store import list_manifests, list_pointers
 
 #: How the directories of artefacts, and what belongs to them, are called.
 _NAME = re.compile(r"\.?[0-9a-f]{16}(\.|$)")
@@ -231,7 +233,7 @@ def _heads(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _mark_series(entries: Sequence[Entry]) -> None:
-    """Give each entry its series, as ``diffagent.store.lineage.series_of`` does for one artefact."""
+    """Give each entry its series, as `series_of` of the lineage does for one artefact."""
     contents = _by_content(entries)
 
     def series(entry: Entry) -> str:

@@ -18,8 +18,8 @@ from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from diffagent.store.artifacts import MANIFEST, read_manifest
 from diffagent.errors import ArtifactError
+from diffagent.store.manifest_file import MANIFEST, read_manifest
 from diffagent.webguard import WebGuard
 
 #: Stage -> endings of those of its files that are results for people: reports, data cards,

@@ -23,7 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from diffagent.agent.lm.llm import hide_progress_bars
 from diffagent.errors import TrainingError
 from diffagent.schemas.config import RRHFConfig, SFTConfig
-from diffagent.store.artifacts import atomic_file
+from diffagent.store import atomic_file
 from diffagent.train.report_to import ReportTo
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from diffagent.agent.selector import valid_apis
 from diffagent.errors import ArtifactError, SchemaError
 from diffagent.schemas.api import T2IAPI, Params, parse_api
 from diffagent.schemas.config import SelectConfig, Selector
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from tests.agent.agent_world import make_catalogue
 from tests.conftest import AgentRun
 

@@ -22,7 +22,7 @@ from diffagent.errors import ArtifactError, ConfigError, SchemaError
 from diffagent.schemas.api import T2IAPI, Params
 from diffagent.schemas.config import CrawlConfig, FilterConfig, PipelineConfig
 from diffagent.schemas.manifest import Funnel, FunnelStep
-from diffagent.store.artifacts import StageContext, StageResult, stage
+from diffagent.store import StageContext, StageResult, stage
 from diffagent.t2i.catalogue import Catalogue
 
 runner = CliRunner()
@@ -69,8 +69,8 @@ def config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from diffagent import cli\n"
-        "try: cli.app(['--help'])\n"
+        "import sys; from diffagent.cli import main\n"
+        "try: main.app(['--help'])\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'prefect', 'polars', 'pyarrow', 'pydantic', 'yaml'}\n"
         "print('loaded', sorted(heavy & set(sys.modules)))"
@@ -152,7 +152,7 @@ def test_errors_are_a_line_on_stderr_and_exit_code_1(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if "crawl.site.x=1" in arguments:
-        config_file.write_text(config_file.read_text() + "crawl: {site: sandbox}\n")
+        config_file.write_text(config_file.read_text() + "crawl: {site: dump:records}\n")
     command, *rest = arguments
     monkeypatch.setattr(sys, "argv", ["diffagent", command, "-c", str(config_file), *rest])
     with pytest.raises(SystemExit) as stopped:

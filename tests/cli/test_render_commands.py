@@ -26,6 +26,7 @@ from diffagent.cli import render_commands as render_cli
 from diffagent.errors import ConfigError, NotFound, ServerError
 from diffagent.render import render_stage
 from diffagent.render.pnginfo import read_png
+from diffagent.sandbox.files import SCORERS
 from diffagent.schemas.api import T2IAPI, parse_api
 from diffagent.sheet.prompts_file import find_entry, folder_entries
 from diffagent.t2i.catalogue import Catalogue
@@ -53,8 +54,10 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A configuration with the sandbox's scorers."""
-    scorers = [{"name": name, "model": "sandbox"} for name in ("clip", "image_reward", "hps_v2")]
-    rewards = {"scorers": scorers, "unify": "zscore", "reference": "sandbox"}
+    names = ("clip", "image_reward", "hps_v2")
+    scorers = [{"name": name, "model": str(SCORERS / name)} for name in names]
+    reference = str(SCORERS / "reference.json")
+    rewards = {"scorers": scorers, "unify": "zscore", "reference": reference}
     path = tmp_path / "run.yaml"
     runtime = {"store": str(tmp_path / "store"), "device": "cpu"}
     path.write_text(yaml.safe_dump({"rewards": rewards, "runtime": runtime}))

@@ -13,8 +13,9 @@ import yaml
 
 _SCRIPT = """
 import sys, time, logging
-from diffagent import cli, pipeline
-from diffagent.store.artifacts import StageResult, stage
+from diffagent import pipeline
+from diffagent.cli import main
+from diffagent.store import StageResult, stage
 from diffagent.schemas.config import CrawlConfig
 import contextlib
 
@@ -28,7 +29,7 @@ def crawl(config, context):
     return StageResult()
 
 pipeline.load_stage = lambda node: crawl
-cli.main()
+main.main()
 """
 
 

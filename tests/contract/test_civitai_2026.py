@@ -23,7 +23,7 @@ from diffagent.localcivitai.server import serve
 from diffagent.render.files.references import parse_reference
 from diffagent.schemas.config import CrawlConfig, FilterConfig, RuntimeConfig
 from diffagent.schemas.payloads import paid_access
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from diffagent.t2i.metadata.values import air
 from tests.contract.conftest import FILE_SHA256, synthetic_image, synthetic_model
 from tests.contract.test_civitai_client import QUICK

@@ -27,7 +27,7 @@ from diffagent.localcivitai.server import serve
 from diffagent.localcivitai.site import read_source
 from diffagent.schemas.config import CrawlConfig, FilterConfig, RuntimeConfig
 from diffagent.schemas.payloads import MAX_DEPTH, flaw
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from tests.conftest import ROOT
 from tests.contract.bad_records import POISONS, full_image, places, poisoned, site_of
 from tests.contract.conftest import synthetic_image, synthetic_model

@@ -11,7 +11,7 @@ from itertools import count
 import orjson
 import pytest
 
-from diffagent.civitai.client import USER_AGENT, CivitaiClient, Patience
+from diffagent.civitai.client import USER_AGENT, CivitaiClient
 from diffagent.civitai.pagination import walk_items
 from diffagent.errors import (
     BadCursor,
@@ -24,6 +24,7 @@ from diffagent.errors import (
     ServerError,
 )
 from diffagent.localcivitai.faults import TRANSPORT, Faults, Profile
+from diffagent.retries import Patience
 from tests.contract.conftest import FILE_SHA256, MODEL_FILE
 
 QUICK = Patience(first=0.001, longest=0.01, budget=60.0, read_timeout=10.0)

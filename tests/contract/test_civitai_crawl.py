@@ -20,7 +20,7 @@ from diffagent.errors import ServerError
 from diffagent.localcivitai.faults import Faults, Profile
 from diffagent.localcivitai.sources.dump import read_records, write_dump
 from diffagent.schemas.config import CrawlConfig, RuntimeConfig
-from diffagent.store.artifacts import Artifact, verify_artifact
+from diffagent.store import Artifact, verify_artifact
 from tests.conftest import ROOT, SHARED_DATA
 from tests.contract.conftest import IMAGES, MODELS
 

@@ -22,7 +22,7 @@ from diffagent.errors import ConfigError, SchemaError
 from diffagent.localcivitai.replay import Replay
 from diffagent.localcivitai.sources import dump, open_source
 from diffagent.schemas.config import CrawlConfig, FilterConfig, RuntimeConfig
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from tests.contract.conftest import synthetic_image, synthetic_model
 from tests.contract.test_civitai_crawl import ALL, rows
 from tests.contract.test_civitai_refresh import World
@@ -35,6 +35,22 @@ IMAGES = [synthetic_image(n) for n in range(8, 60)]
 
 def site_of(source: str, store: Path, config: CrawlConfig = ALL) -> Artifact:
     return crawl.run(config, {}, RuntimeConfig(store=str(store)), site_url=source)
+
+
+def test_a_note_of_a_dump_enters_the_request_and_the_manifest(tmp_path: Path) -> None:
+    dump.write_dump(tmp_path, MODELS, IMAGES)
+    config = ALL.model_copy(update={"site": f"dump:{tmp_path}"})
+    plain = crawl.identity(config, {})
+    note = {"source": "built from drawings", "limits": ["none"]}
+    (tmp_path / "about.json").write_text(json.dumps({**note, "version": 1}))
+    first = crawl.identity(config, {})
+    snapshot = site_of(config.site, tmp_path / "store", config)
+    assert snapshot.manifest.metrics["about"] == note
+    (tmp_path / "about.json").write_text(json.dumps({**note, "version": 2}))
+    assert len({plain, first, crawl.identity(config, {})}) == 3
+    (tmp_path / "about.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"about\.json.*is not usable"):
+        site_of(config.site, tmp_path / "store", config)
 
 
 def texts(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

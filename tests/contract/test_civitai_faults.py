@@ -16,7 +16,7 @@ from diffagent.crawl.crawl_stage import crawl
 from diffagent.errors import ArtifactError, CivitaiError, DiffAgentError
 from diffagent.localcivitai.faults import Faults, Profile
 from diffagent.schemas.config import CrawlConfig, RuntimeConfig
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from tests.conftest import file_size_limit
 from tests.contract.conftest import synthetic_image, synthetic_model
 from tests.contract.test_civitai_crawl import ALL, HOSTILE, files, rows

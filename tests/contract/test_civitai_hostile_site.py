@@ -27,12 +27,13 @@ import pytest
 
 from diffagent.civitai import download, transport
 from diffagent.civitai.address import Address
-from diffagent.civitai.client import CivitaiClient, Patience
+from diffagent.civitai.client import CivitaiClient
 from diffagent.civitai.pagination import next_cursor
 from diffagent.civitai.transport import Deadline
 from diffagent.crawl.crawl_stage import crawl
 from diffagent.errors import CivitaiError, ConfigError, ServerError
 from diffagent.render.files.references import parse_reference
+from diffagent.retries import Patience
 from diffagent.schemas.config import ConfigFileError, CrawlConfig, RuntimeConfig, configure
 from diffagent.t2i.catalogue import make_entry
 from tests.conftest import ROOT
@@ -119,7 +120,8 @@ def test_a_gzip_bomb_takes_no_memory(layers: int, status: str) -> None:
     text = answer(bomb(layers), *headers, status=status)
     code = (
         "import resource, sys\n"
-        "from diffagent.civitai.client import CivitaiClient, Patience\n"
+        "from diffagent.civitai.client import CivitaiClient\n"
+        "from diffagent.retries import Patience\n"
         "from diffagent.errors import CivitaiError\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "client = CivitaiClient(sys.argv[1], patience=Patience(0.5, 0.5, 9.0, answer=60.0))\n"
@@ -473,7 +475,7 @@ def test_no_redirect_leads_to_another_host(recorder: Any, form: str) -> None:
 def test_a_secret_in_the_site_is_refused_and_not_repeated(site: str) -> None:
     data = {
         "crawl": {"site": site},
-        "rewards": {"scorers": [{"name": "clip", "model": "sandbox"}], "unify": "chatgen"},
+        "rewards": {"scorers": [{"name": "clip", "model": "tiny-clip"}], "unify": "chatgen"},
     }
     with pytest.raises(ConfigFileError, match="CIVITAI_TOKEN") as caught:
         configure(data, None, "run.yaml")
@@ -610,7 +612,7 @@ def test_commands_say_it_without_being_asked_to(tmp_path: Path, command: list[st
     config = tmp_path / "run.yaml"
     config.write_text(
         "crawl: {site: 'http://127.0.0.1:9'}\n"
-        "rewards: {scorers: [{name: clip, model: sandbox}], unify: chatgen}\n"
+        "rewards: {scorers: [{name: clip, model: tiny-clip}], unify: chatgen}\n"
         f"runtime: {{store: {tmp_path / 'store'}}}\n"
     )
     words = [w.format(config=config, models=tmp_path / "models") for w in command]

@@ -23,7 +23,7 @@ from diffagent.localcivitai.site import open_site
 from diffagent.localcivitai.sources import open_source, synthetic_id
 from diffagent.localcivitai.sources.local import Hashes, hash_file, look, model_files
 from diffagent.schemas.config import CrawlConfig, FilterConfig, RuntimeConfig
-from diffagent.store.artifacts import Artifact, open_artifact
+from diffagent.store import Artifact, open_artifact
 from diffagent.t2i.catalogue import SYNTHETIC
 from tests.conftest import ROOT
 from tests.contract.test_civitai_crawl import rows

@@ -21,7 +21,7 @@ from diffagent.localcivitai.replay import Replay
 from diffagent.localcivitai.server import serve
 from diffagent.schemas.config import CrawlConfig, RuntimeConfig
 from diffagent.schemas.payloads import content
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from tests.contract.conftest import IMAGES, MODELS, synthetic_image, synthetic_model
 from tests.contract.test_civitai_crawl import ALL, HOSTILE, rows
 

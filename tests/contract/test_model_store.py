@@ -22,7 +22,7 @@ import requests
 from safetensors.numpy import save
 from typer.testing import CliRunner
 
-from diffagent.civitai.client import CivitaiClient, Patience
+from diffagent.civitai.client import CivitaiClient
 from diffagent.cli.main import app
 from diffagent.errors import (
     CivitaiError,
@@ -40,6 +40,7 @@ from diffagent.localcivitai.replay import Replay
 from diffagent.localcivitai.server import serve
 from diffagent.render.files.model_store import ModelStore
 from diffagent.render.files.references import Reference, find, parse_reference
+from diffagent.retries import Patience
 from tests.conftest import ROOT
 
 QUICK = Patience(first=0.01, longest=0.05, budget=10.0)

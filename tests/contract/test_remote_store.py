@@ -14,11 +14,10 @@ import pytest
 
 from diffagent.errors import ArtifactError
 from diffagent.schemas.config import RuntimeConfig
-from diffagent.store import object_store
-from diffagent.store.artifacts import artifact_directory, open_artifact, verify_artifact
+from diffagent.store import artifact_directory, object_store, open_artifact, verify_artifact
 from tests.conftest import ROOT
 from tests.contract.s3_server import ENVIRONMENT, S3Server, s3_server
-from tests.store.test_artifacts import Words, write_words
+from tests.store.test_stage import Words, write_words
 
 STORE = "s3://bucket/some/prefix"
 
@@ -65,7 +64,7 @@ def builder(tmp_path: Path, machine: str, before: str = "") -> list[str]:
     code = textwrap.dedent(f"""
         from pathlib import Path
         from diffagent.schemas.config import RuntimeConfig
-        from tests.store.test_artifacts import Words, write_words
+        from tests.store.test_stage import Words, write_words
         {before}
         runtime = RuntimeConfig(store={STORE!r}, cache={str(tmp_path / machine)!r})
         print(write_words.run(Words(), {{}}, runtime).content_digest)
@@ -130,7 +129,7 @@ def test_killed_in_the_middle_of_an_upload(s3: S3Server, tmp_path: Path) -> None
 def test_a_large_file_is_seen_whole_or_not_at_all(s3: S3Server, tmp_path: Path) -> None:
     """In parts: killed between two of them, nothing is there; then the same command sends it."""
     before = (
-        "import s3fs.core, tests.store.test_artifacts as toys; "
+        "import s3fs.core, tests.store.test_stage as toys; "
         "s3fs.core.calculate_chunksize = lambda size, chunksize=None: 5 * 2**20; "
         "toys.Words.model_fields['words'].default = (chr(97) * 11 * 2**20,); "
         "toys.Words.model_rebuild(force=True)"
@@ -190,7 +189,8 @@ def test_a_truncated_object_is_built_again(
     put(name, b"")
     there = on("two", tmp_path)
     assert (
-        write_words.cached(Words(), {}, there) is None and "missing or not as long" in caplog.text
+        write_words.cached(Words(), {}, there) is None
+        and "missing or have another size" in caplog.text
     )
     assert write_words.run(Words(), {}, there).content_digest == made.content_digest
     assert s3.objects()[name] == b"b"
@@ -255,10 +255,10 @@ def test_writers_of_different_contents_never_mix(s3: S3Server, tmp_path: Path) -
     )
     told = made.manifest.model_copy(update={"files": (entry,), "content_digest": "other"})
     (other / "manifest.json").write_text(told.model_dump_json())
-    object_store.push(other, told, made.location, "other")
+    object_store.push(other, told, made.location)
     files = {name: data for name, data in s3.objects().items() if name.endswith("0.txt")}
     assert sorted(files.values()) == [b"a", b"not a"], "both are there whole"
-    with pytest.raises(ArtifactError, match="replaced by one of other content"):
+    with pytest.raises(ArtifactError, match="replaced by an artifact with other content"):
         made.model_copy(update={"path": tmp_path / "elsewhere" / "x"}).local()
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from diffagent.pipeline import find_cached, plan
 from diffagent.schemas.config import load_config
-from diffagent.store.artifacts import Artifact, verify_artifact
+from diffagent.store import Artifact, verify_artifact
 from tests.conftest import ROOT
 from tests.e2e.conftest import Prefect, dump_dom, small_config
 

@@ -9,7 +9,6 @@ import yaml
 from prefect.flows import load_flow_from_entrypoint
 
 import flows
-import schemas
 import tasks
 from diffagent.schemas.config import load_config
 from tests.conftest import ROOT
@@ -56,6 +55,6 @@ def test_the_dataset_refresh_is_scheduled() -> None:
     assert ZoneInfo(schedule["timezone"])
 
 
-@pytest.mark.parametrize("package", [flows, tasks, schemas])
+@pytest.mark.parametrize("package", [flows, tasks])
 def test_generic_package_names_are_ours(package: object) -> None:
     assert str(ROOT) in package.__file__

@@ -7,10 +7,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from diffagent.evaluation.report import evaluate
+from diffagent.evaluation.evaluate_stage import evaluate
 from diffagent.render.part_stage import part
 from diffagent.schemas.config import EvaluationConfig, PartConfig
-from diffagent.store.artifacts import StageContext, StageResult, stage
+from diffagent.store import StageContext, StageResult, stage
 from tests.evaluation.evaluation_run import Run
 
 CONFIG = EvaluationConfig(

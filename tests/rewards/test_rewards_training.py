@@ -78,7 +78,7 @@ def test_degradations_keep_the_size_and_grow_with_strength(kind):
 
 
 def test_pixels_are_what_the_scorers_preprocessing_makes():
-    scorer = ClipScorer.load(str(training.sandbox_directory() / "clip"))
+    scorer = ClipScorer.load(str(training.SCORERS / "clip"))
     image, _, _ = world.drawing(world.EVALUATION_SEEDS.start)
     prepared = torch.tensor(scorer.preparation(image))[None]
     torch.testing.assert_close(training.as_pixels([image]), scorer.normalise(prepared))
@@ -87,7 +87,7 @@ def test_pixels_are_what_the_scorers_preprocessing_makes():
 def test_blips_encoder_started_from_clip_gives_nearly_the_same_features():
     config = training.IMAGE_REWARD_CONFIG
     model = build_model(replace(config, text={**config.text, "vocab_size": 50}))
-    clip = ClipScorer.load(str(training.sandbox_directory() / "clip")).model.visual
+    clip = ClipScorer.load(str(training.SCORERS / "clip")).model.visual
     training.start_from_clip(model.blip.visual_encoder, clip)
     seeds = world.EVALUATION_SEEDS[:8]
     pixels = training.as_pixels([world.drawing(seed)[0] for seed in seeds])

@@ -6,14 +6,18 @@ import numpy as np
 import pytest
 
 from diffagent.errors import ScoreError
-from diffagent.rewards.load import load_scorers, sandbox_directory
+from diffagent.rewards.load import load_scorers
 from diffagent.rewards.unified import Unifier
 from diffagent.sandbox import world
+from diffagent.sandbox.files import SCORERS
 from diffagent.schemas.config import RewardsConfig
 
 NAMES = ("clip", "image_reward", "hps_v2")
 CONFIG = RewardsConfig.model_validate(
-    {"scorers": [{"name": n, "model": "sandbox"} for n in NAMES], "reference": "sandbox"}
+    {
+        "scorers": [{"name": n, "model": str(SCORERS / n)} for n in NAMES],
+        "reference": str(SCORERS / "reference.json"),
+    }
 )
 PROMPTS = 60
 # Below what evaluation.json says by more than the chance of 60 prompts; ImageReward's shapes
@@ -87,8 +91,8 @@ def test_the_reference_refuses_other_weights(scorers):
 
 
 def test_scorer_weights_are_small_safetensors_with_their_logs():
-    files = [f for f in sandbox_directory().rglob("*") if f.is_file()]
+    files = [f for f in SCORERS.rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) < 6_000_000
     assert {f.suffix for f in files} <= {".safetensors", ".json", ".txt", ".gz", ".log"}
     for name in NAMES:
-        assert "seed" in (sandbox_directory() / name / "training.log").read_text()
+        assert "seed" in (SCORERS / name / "training.log").read_text()

@@ -11,25 +11,26 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from diffagent.errors import ArtifactError, ScoreError
-from diffagent.rewards import load
-from diffagent.rewards.load import load_scorers, sandbox_directory
+from diffagent.rewards.load import load_scorers
 from diffagent.rewards.reference import main as measure
 from diffagent.rewards.score_stage import Judged, judge, score, score_pictures, to_table
 from diffagent.rewards.scores import read_definition, read_scores
 from diffagent.rewards.unified import MetricReference, Unifier
 from diffagent.sandbox import world
+from diffagent.sandbox.files import SCORERS
 from diffagent.schemas.config import JudgesConfig, RenderConfig, RewardsConfig, RuntimeConfig
 from diffagent.schemas.tables import JUDGEMENTS, RENDERS, SCORES
-from diffagent.store.artifacts import StageContext, StageResult, stage
+from diffagent.store import StageContext, StageResult, stage
 from tests.evaluation.evaluation_run import write_rows
 
 NAMES = ("clip", "image_reward", "hps_v2")
 LONG = "a red circle on a plain background " * 9
 
 
-def config(**changes) -> RewardsConfig:
-    scorers = [{"name": name, "model": "sandbox"} for name in NAMES]
-    fields = {"scorers": scorers, "reference": "sandbox", "batch_size": 2, **changes}
+def config(root: Path = SCORERS, **changes) -> RewardsConfig:
+    scorers = [{"name": name, "model": str(root / name)} for name in NAMES]
+    reference = str(SCORERS / "reference.json")
+    fields = {"scorers": scorers, "reference": reference, "batch_size": 2, **changes}
     return RewardsConfig.model_validate(fields)
 
 
@@ -98,7 +99,7 @@ def test_every_row_has_scores_a_floor_or_a_reason(scored, renders):
 
 def test_definition_reference_and_digests_stand_beside_the_scores(scored):
     definition = read_definition(scored.file("scores.parquet"))
-    reference = json.loads((sandbox_directory() / "reference.json").read_text())
+    reference = json.loads((SCORERS / "reference.json").read_text())
     for name in NAMES:
         digest = reference["metrics"][name]["digest"]
         assert definition["scorers"][name]["digest"] == digest
@@ -116,21 +117,19 @@ def test_truncated_prompts_are_counted_once_each(scored):
     assert [counts[name]["truncated_prompts"] for name in NAMES] == [1, 1, 1]
 
 
-def test_scores_of_different_versions_never_mix(scored, runtime, tmp_path, monkeypatch):
+def test_scores_of_different_versions_never_mix(scored, runtime, tmp_path):
     copied = tmp_path / "scorers"
-    shutil.copytree(sandbox_directory(), copied)
+    shutil.copytree(SCORERS, copied)
     weights = copied / "clip" / "open_clip_model.safetensors"
     state = load_file(weights)
     state["logit_scale"] += 1
     save_file(state, weights)
-    monkeypatch.setattr(load, "sandbox_directory", lambda: copied)
     other = make_renders(Path(runtime.store), seed=1)
     with pytest.raises(ScoreError, match="measured with clip"):
-        score.run(config(), {"renders": [other]}, runtime)
-    changed = score.run(config(unify="chatgen"), {"renders": [other]}, runtime)
+        score.run(config(copied), {"renders": [other]}, runtime)
+    changed = score.run(config(copied, unify="chatgen"), {"renders": [other]}, runtime)
     with pytest.raises(ScoreError, match=r"clip is sandbox-clip-1 .* in one and"):
         read_scores([scored, changed])
-    monkeypatch.undo()
     weighted = score.run(config(unify="chatgen"), {"renders": [other]}, runtime)
     with pytest.raises(ScoreError, match="unified"):
         read_scores([scored, weighted])
@@ -156,7 +155,7 @@ def test_judgements_are_a_table_of_their_own_that_no_training_reads(renders, run
 
     head = tmp_path / "head.pth"
     torch.save({"layers.0.weight": torch.randn(1, 64), "layers.0.bias": torch.zeros(1)}, head)
-    clip = str(sandbox_directory() / "clip")
+    clip = str(SCORERS / "clip")
     judges = [{"name": "aesthetic", "model": clip, "head": str(head)}]
     judged = judge.run(
         JudgesConfig.model_validate({"judges": judges}), {"renders": [renders]}, runtime

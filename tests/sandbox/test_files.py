@@ -22,8 +22,8 @@ from diffagent.sandbox.single_file import single_file_tensors  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return files.materialise(tmp_path_factory.mktemp("sandbox") / "dump")
+def dump(sandbox_site: Path) -> Path:
+    return sandbox_site
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_files_are_named_by_their_hash_and_kept(dump: Path) -> None:
 
 def test_a_foreign_directory_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="not the sandbox's dump"):
+    with pytest.raises(ArtifactError, match="not the sandbox's"):
         files.materialise(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 

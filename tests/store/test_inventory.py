@@ -9,13 +9,22 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from diffagent.store import local_copies, inventory, latest
 from diffagent.cli import main
-from diffagent.store.artifacts import Artifact, StageContext, StageResult, artifact_directory, open_artifact, stage
 from diffagent.errors import ArtifactError, ConfigError
-from diffagent.store.lineage import lineage_lines
 from diffagent.schemas.config import RuntimeConfig
-from tests.store.test_artifacts import Words
+from diffagent.store import (
+    Artifact,
+    StageContext,
+    StageResult,
+    artifact_directory,
+    inventory,
+    latest,
+    local_copies,
+    open_artifact,
+    stage,
+)
+from diffagent.store.lineage import lineage_lines
+from tests.store.test_stage import Words
 
 site = {"text": "one"}
 
@@ -120,7 +129,7 @@ def test_a_remote_store_has_pointers_too(tmp_path: Path, monkeypatch: pytest.Mon
     listed = {e.location: e.state for e in inventory.read_inventory(runtime.store)}
     assert listed[second.location] == "latest"
     assert sorted(listed.values()) == ["latest", "latest, needed by toy-shard", "superseded"]
-    with pytest.raises(ArtifactError, match="nothing was made there yet"):
+    with pytest.raises(ArtifactError, match="no run has written one"):
         open_artifact(f"{runtime.store}/toy-none/latest")
     result = CliRunner().invoke(main.app, ["artifact", "prune", runtime.store])
     assert isinstance(result.exception, ConfigError)

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import uvicorn
 
-from diffagent.store.artifacts import Artifact, StageContext, StageResult, stage
-from diffagent.store.store_server import create_app
 from diffagent.schemas.config import RuntimeConfig
 from diffagent.schemas.manifest import Manifest
+from diffagent.store import Artifact, StageContext, StageResult, stage
+from diffagent.store.store_server import create_app
 from tests.flows.toy_stages import Number
 
 FILES = {

@@ -43,9 +43,9 @@ from diffagent.rewards import image_reward as image_reward_files
 from diffagent.rewards.clip import ClipScorer
 from diffagent.rewards.hps import HPSScorer
 from diffagent.rewards.image_reward import ImageRewardConfig, ImageRewardScorer
-from diffagent.rewards.load import REFERENCE_FILE, sandbox_directory
 from diffagent.rewards.scorer import Scorer
 from diffagent.sandbox import world
+from diffagent.sandbox.files import SCORERS
 from diffagent.sandbox.world import Scene
 
 log = logging.getLogger(__name__)
@@ -650,7 +650,7 @@ def measure_reference(root: Path) -> None:
         }
         log.info("%s mean %.4f std %.4f over %d", scorer.name, mean, std, len(texts))
     _write_json(
-        root / REFERENCE_FILE,
+        root / "reference.json",
         {
             "note": "SANDBOX: tiny scorers over 400 prompts x 5 drawings, a fifth of which match",
             "pictures": len(texts),
@@ -766,7 +766,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--contrastive-steps", type=int, default=400, help="image-reward only")
     parser.add_argument("--prompts", type=int, default=400, help="evaluate only: per comparison")
     parser.add_argument("--seed", type=int, default=0, help="of weights and dropout")
-    parser.add_argument("--out", type=Path, default=sandbox_directory(), help="directory")
+    parser.add_argument("--out", type=Path, default=SCORERS, help="directory")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
     log.setLevel(logging.INFO)  # of this module alone: open_clip tells a lot

@@ -22,7 +22,7 @@ from diffagent.errors import ArtifactError
 from diffagent.parallel import ordered_map
 from diffagent.schemas.config import FilterConfig
 from diffagent.schemas.tables import PRINTS, RECORDS
-from diffagent.store.artifacts import StageContext, StageResult, stage
+from diffagent.store import StageContext, StageResult, stage
 from diffagent.t2i.catalogue import Catalogue, rename
 
 log = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ and one line of ``SOURCES``.
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,10 +52,51 @@ SOURCES: Mapping[str, str] = MappingProxyType(
 )
 
 
-def is_source(site: str) -> bool:
-    """Whether an address names a source and a directory that exists."""
+def require_source(site: str) -> tuple[str, Path]:
+    """Returns the kind and the directory of ``KIND:DIRECTORY``.
+
+    Raises:
+        ConfigError: there is no such kind of source or no such directory.
+    """
     kind, colon, directory = site.partition(":")
-    return bool(colon) and kind in SOURCES and Path(directory).is_dir()
+    if colon and kind in SOURCES and Path(directory).is_dir():
+        return kind, Path(directory)
+    kinds = ", ".join(f"'{name}:DIR'" for name in SOURCES)
+    raise ConfigError(
+        f"site {site!r} is neither an http(s) address nor one of {kinds} with a directory that "
+        "exists; `python -m diffagent.sandbox DIR` writes the dump of configs/sandbox.yaml"
+    )
+
+
+def about_file(site: str) -> Path | None:
+    """Returns the note ``about.json`` of a dump, if it has one.
+
+    It describes the records of a dump that was made by a program: ``{"source": "built from ...",
+    "limits": ["..."], "version": "..."}``. A dataset card quotes source and limits; a dump whose
+    note changed is crawled anew.
+    """
+    kind, _, directory = site.partition(":")
+    note = Path(directory, "about.json")
+    return note if kind == "dump" and note.is_file() else None
+
+
+def read_about(site: str) -> dict[str, Any]:
+    """Returns the contents of `about_file`; empty when there is none.
+
+    Raises:
+        ConfigError: the note is not usable.
+    """
+    note = about_file(site)
+    if note is None:
+        return {}
+    try:
+        about = json.loads(note.read_text(encoding="utf-8"))
+        return {"source": str(about["source"]), "limits": [str(text) for text in about["limits"]]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{str(note)!r} is not usable ({type(error).__name__}: {error}); it must be JSON: "
+            '{"source": "built from ...", "limits": ["..."]}'
+        ) from error
 
 
 def open_source(site: str, cache: Path | None = None) -> Records:
@@ -63,13 +105,10 @@ def open_source(site: str, cache: Path | None = None) -> Records:
     Raises:
         ConfigError: there is no such source or directory, or it does not hold what it should.
     """
-    if not is_source(site):
-        kinds = ", ".join(f"'{kind}:DIR'" for kind in SOURCES)
-        raise ConfigError(f"{site!r} is none of {kinds} with a directory that exists")
-    kind, _, directory = site.partition(":")
+    kind, directory = require_source(site)
     module, _, name = SOURCES[kind].partition(":")
     source: Source = getattr(importlib.import_module(module), name)
-    return source(Path(directory), cache)
+    return source(directory, cache)
 
 
 def synthetic_id(sha256: str) -> int:

@@ -58,7 +58,7 @@ from diffagent.schemas.payloads import (
     level_of,
     whole_number,
 )
-from diffagent.store.artifacts import atomic_file
+from diffagent.store import atomic_file
 from diffagent.t2i.catalogue import SYNTHETIC
 from diffagent.t2i.quantised import check_quantisation
 from diffagent.t2i.weights import Tensor, check_weights, read_header, read_metadata, reading

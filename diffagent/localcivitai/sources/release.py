@@ -214,8 +214,8 @@ class Release:
 
 
 _HELP = (
-    "see docs/crawl.md for the layout; where only names differ, say how they are called in a file "
-    "names.json beside the pairs"
+    "see docs/explanation/crawling.md for the layout; where only names differ, say how they are "
+    "called in a file names.json beside the pairs"
 )
 
 

@@ -36,9 +36,9 @@ def with_notes(content: bytes, notes: Any) -> bytes:
 
 
 @pytest.fixture
-def models(tmp_path: Path) -> Path:
+def models(tmp_path: Path, sandbox_site: Path) -> Path:
     """A folder of the WebUI with the sandbox's base and LoRA, and broken copies of both."""
-    sources = {file.key: file.path for file in sandbox_files.model_files()}
+    sources = {file.key: file.path for file in sandbox_files.model_files(sandbox_site)}
     folder = tmp_path / "models"
     checkpoints, loras = folder / "Stable-diffusion", folder / "Lora"
     checkpoints.mkdir(parents=True), loras.mkdir()
@@ -126,7 +126,7 @@ def test_sidecars_tell_what_headers_do_not(
     for number, name in enumerate(names):
         save_file({"w": torch.full((2,), float(number))}, folder / f"flat/{name}.safetensors")
     entries = {name: folder / "flat" / name for name in names}
-    from diffagent.store.artifacts import sha256_file
+    from diffagent.store import sha256_file
 
     sha256 = sha256_file(entries["a"].with_suffix(".safetensors"))
     answer = {"id": 77, "modelId": 7, "name": "v2", "baseModel": "Pony",
