@@ -35,7 +35,7 @@ Item = tuple[str, int, bytes]
 
 
 @dataclass(frozen=True)
-class Entry:
+class JournalEntry:
     """One page: the state of the crawl after it, and what was new in it."""
 
     state: dict[str, Any]
@@ -91,7 +91,7 @@ class Journal:
         """Forget everything."""
         self._stream.truncate(0)
 
-    def read(self) -> Generator[Entry, None, None]:
+    def read(self) -> Generator[JournalEntry, None, None]:
         """Every whole page, oldest first; what is not whole is cut off, with all behind it.
 
         Raises:
@@ -130,12 +130,12 @@ class Journal:
             shutil.copyfileobj(stream, copy)
         return f"; what was cut off is in {target}"
 
-    def _entry(self, member: bytes) -> Entry:
+    def _entry(self, member: bytes) -> JournalEntry:
         try:
             state, *lines = member.rstrip(b"\n").split(b"\n")
             parts = (line.split(b"\t", 2) for line in lines)
             items = [(kind.decode(), int(ident), data) for kind, ident, data in parts]
-            return Entry(orjson.loads(state), items)
+            return JournalEntry(orjson.loads(state), items)
         except ValueError as error:
             raise ArtifactError(
                 f"{str(self.path)!r} is no journal of this program ({error}); move it away: the "

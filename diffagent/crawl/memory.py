@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Ledger:
+class SnapshotInventory:
     """Ids of a snapshot by kind ('models', 'versions', 'images') and generation, its tombstones,
     and its generations.
     """
@@ -58,7 +58,7 @@ class Ledger:
         return {"ids": ids, "gone": self.gone, "generations": self.generations}
 
     @classmethod
-    def of_json(cls, data: dict[str, Any]) -> Ledger:
+    def of_json(cls, data: dict[str, Any]) -> SnapshotInventory:
         """What ``to_json`` made."""
         ids = {
             str(kind): {
@@ -76,30 +76,30 @@ def _differences(ids: array[int]) -> list[int]:
 
 
 @dataclass(slots=True)
-class Memory:
+class CrawlMemory:
     """When each version's pictures were last asked for, what the last snapshot holds, and what the
     last crawl did: one may have written its snapshot and not yet its manifest.
     """
 
     looked_at: dict[int, str] = field(default_factory=dict)
-    ledger: Ledger | None = None
+    inventory: SnapshotInventory | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
-    #: see ``diffagent.crawl.walks.Walks.drops``
+    #: see ``diffagent.crawl.crawl_state.Walks.drops``
     drops: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, path: Path) -> Memory:
+    def load(cls, path: Path) -> CrawlMemory:
         """Read it; nothing is known from one that is missing or damaged."""
         try:
             found = orjson.loads(path.read_bytes())
             looked_at = {int(version): str(day) for version, day in found["looked_at"].items()}
-            ledger = found.get("ledger")
-            ledger = Ledger.of_json(ledger) if ledger else None
+            inventory = found.get("ledger")
+            inventory = SnapshotInventory.of_json(inventory) if inventory else None
             drops = {
                 str(kind): {str(reason): int(number) for reason, number in reasons.items()}
                 for kind, reasons in (found.get("drops") or {}).items()
             }
-            return cls(looked_at, ledger, dict(found.get("metrics") or {}), drops)
+            return cls(looked_at, inventory, dict(found.get("metrics") or {}), drops)
         except FileNotFoundError:
             return cls()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -113,7 +113,7 @@ class Memory:
         """Write it in one step."""
         data = {
             "looked_at": {str(v): self.looked_at[v] for v in sorted(self.looked_at)},
-            "ledger": self.ledger.to_json() if self.ledger else None,
+            "ledger": self.inventory.to_json() if self.inventory else None,
             "metrics": self.metrics,
             "drops": self.drops,
         }

@@ -23,7 +23,7 @@ from typing import Any
 
 import orjson
 
-from diffagent.crawl.memory import Ledger
+from diffagent.crawl.memory import SnapshotInventory
 from diffagent.crawl.snapshot import (
     GENERATIONS,
     KINDS,
@@ -43,7 +43,7 @@ Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Salvaged:
+class SalvagedSnapshot:
     """What was good, as a snapshot; whether it is everything; what to tell; what is missing.
 
     ``missing``: (kind, id) -> generation of what the damaged snapshot held, as far as is known.
@@ -56,7 +56,7 @@ class Salvaged:
 
 
 @dataclass
-class _Remains:
+class _DamagedSnapshot:
     """A snapshot that may be damaged: its files as far as they can be read."""
 
     path: Path
@@ -64,7 +64,7 @@ class _Remains:
     damaged: dict[str, str] = field(default_factory=dict)  # file -> what is wrong with it
 
     @classmethod
-    def of(cls, path: Path) -> _Remains:
+    def of(cls, path: Path) -> _DamagedSnapshot:
         try:
             manifest = read_manifest(path)
         except ArtifactError:
@@ -107,38 +107,38 @@ class _Remains:
                     yield row, line
 
 
-def salvage(damaged: Path, out: Path, ledger: Ledger | None) -> Salvaged:
+def salvage(damaged: Path, out: Path, inventory: SnapshotInventory | None) -> SalvagedSnapshot:
     """Write what is good in ``damaged``, a snapshot that was set aside, to the directory ``out``.
 
     Args:
         damaged: only read.
         out: made anew; a snapshot without a manifest.
-        ledger: what the memory file says of the last snapshot.
+        inventory: what the memory file says of the last snapshot.
     """
     shutil.rmtree(out, ignore_errors=True)
-    remains = _Remains.of(damaged)
+    remains = _DamagedSnapshot.of(damaged)
     whole = all(map(remains.is_good, (*KINDS, GONE, GENERATIONS)))
-    older = [] if whole else [_Remains.of(path) for path in _older(damaged)]
+    older = [] if whole else [_DamagedSnapshot.of(path) for path in _older(damaged)]
     rows = {
         kind: _write_kind(out, kind, [remains] if remains.is_good(kind) else [remains, *older])
         for kind in KINDS
     }
-    kept = Ledger()
+    kept = SnapshotInventory()
     for kind in ("models", "images"):
-        for row, _ in _Remains(out, None).rows(kind):
+        for row, _ in _DamagedSnapshot(out, None).rows(kind):
             kept.add(kind, row)
     have = {kind: set().union(*ids.values()) for kind, ids in kept.ids.items()}
-    missing = {(k, i): n for k, i, n in ledger or () if i not in have.get(k, ())}
-    _write_gone(out, remains, older, ledger)
+    missing = {(k, i): n for k, i, n in inventory or () if i not in have.get(k, ())}
+    _write_gone(out, remains, older, inventory)
     highest = max((n for generations in kept.ids.values() for n in generations), default=0)
-    write_generations(out, _generations(highest, remains, older, ledger))
+    write_generations(out, _generations(highest, remains, older, inventory))
     complete = all(remains.is_good(kind) for kind in ("models", "images", GONE))
     lost = {kind: sum(k == kind for k, _ in missing) for kind in ("models", "versions", "images")}
     report = {
         "from": damaged.name,
         "damaged_files": remains.damaged,
         "kept": rows,
-        "lost": lost if ledger else "unknown: there was no memory file",
+        "lost": lost if inventory else "unknown: there was no memory file",
     }
     log.warning(
         "%s: taken over are %s; lost are %s. Damaged: %s. %s. Keep the directory until you have "
@@ -151,7 +151,7 @@ def salvage(damaged: Path, out: Path, ledger: Ledger | None) -> Salvaged:
     )
     digest = remains.manifest.content_digest if remains.manifest else ""
     snapshot = Artifact(stage="crawl", identity="", content_digest=digest, path=out)
-    return Salvaged(snapshot, complete, report, missing)
+    return SalvagedSnapshot(snapshot, complete, report, missing)
 
 
 def _older(damaged: Path) -> list[Path]:
@@ -161,7 +161,7 @@ def _older(damaged: Path) -> list[Path]:
     return sorted(beside, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
-def _write_kind(out: Path, kind: str, sources: Iterable[_Remains]) -> int:
+def _write_kind(out: Path, kind: str, sources: Iterable[_DamagedSnapshot]) -> int:
     """Write the rows of a kind; of several with one id the first source's. Returns how many."""
     (out / kind).mkdir(parents=True)
     number = 0
@@ -180,14 +180,17 @@ def _write_kind(out: Path, kind: str, sources: Iterable[_Remains]) -> int:
 
 
 def _write_gone(
-    out: Path, remains: _Remains, older: Iterable[_Remains], ledger: Ledger | None
+    out: Path,
+    remains: _DamagedSnapshot,
+    older: Iterable[_DamagedSnapshot],
+    inventory: SnapshotInventory | None,
 ) -> None:
     """The tombstones. One too many does no harm: all listings are walked, what is there is back."""
     found = {(row["kind"], row["id"]): line for row, line in remains.rows(GONE)}
     if not remains.is_good(GONE):
-        for row in ledger.gone if ledger else ():
+        for row in inventory.gone if inventory else ():
             found.setdefault((row["kind"], row["id"]), orjson.dumps(row))
-        for snapshot in older if ledger is None else ():
+        for snapshot in older if inventory is None else ():
             for row, line in snapshot.rows(GONE):
                 found.setdefault((row["kind"], row["id"]), line)
     if found:
@@ -196,14 +199,17 @@ def _write_gone(
 
 
 def _generations(
-    highest: int, remains: _Remains, older: Iterable[_Remains], ledger: Ledger | None
+    highest: int,
+    remains: _DamagedSnapshot,
+    older: Iterable[_DamagedSnapshot],
+    inventory: SnapshotInventory | None,
 ) -> list[Row]:
     """Which crawls there were; at the least those up to the ``highest`` that an item speaks of."""
     rows: list[Row] = []
     for path in [remains.path, *(snapshot.path for snapshot in older)]:
         with contextlib.suppress(ArtifactError):  # another copy may be whole
             rows = max(rows, generation_rows(path), key=len)
-    rows = max(rows, ledger.generations if ledger else [], key=len)
+    rows = max(rows, inventory.generations if inventory else [], key=len)
     date = datetime.fromtimestamp(remains.path.stat().st_mtime, UTC).date().isoformat()
     return [*rows, *({"generation": n, "date": date} for n in range(len(rows), highest + 1))]
 

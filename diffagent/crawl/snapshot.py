@@ -30,10 +30,10 @@ from typing import Any
 
 import orjson
 
-from diffagent.crawl.journal import Entry, Item
-from diffagent.crawl.memory import Ledger
+from diffagent.crawl.journal import Item, JournalEntry
+from diffagent.crawl.memory import SnapshotInventory
 from diffagent.errors import ArtifactError
-from diffagent.schemas.payloads import GONE, Drift, canonical, content
+from diffagent.schemas.payloads import GONE, SchemaDrift, canonical, content
 from diffagent.store import Artifact
 
 KINDS = ("images", "models", "pages")
@@ -50,7 +50,7 @@ Merge = Callable[[str, bytes, bytes], bytes]
 
 def write_snapshot(
     out: Path,
-    entries: Iterable[Entry],
+    entries: Iterable[JournalEntry],
     keep: Mapping[str, Sequence[int]],
     scratch: Path,
     *,
@@ -141,16 +141,16 @@ def generation_rows(directory: Path) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Summary:
+class SnapshotSummary:
     """Rows of each kind, the content digest, the drift of the schema, and which ids there are."""
 
     rows: dict[str, int]
     digest: str
     drift: dict[str, int]
-    ledger: Ledger
+    inventory: SnapshotInventory
 
 
-def summarise(out: Path) -> Summary:
+def summarise(out: Path) -> SnapshotSummary:
     """Read a snapshot once.
 
     The digest is the SHA256 over the sorted (kind, id, SHA256 of the content's canonical JSON),
@@ -158,8 +158,8 @@ def summarise(out: Path) -> Summary:
     (``diffagent.schemas.payloads.VOLATILE``)
     are no content: a snapshot does not become another one because downloads were counted.
     """
-    digest, rows, drift = hashlib.sha256(), {}, Drift()
-    ledger = Ledger(generations=generation_rows(out))
+    digest, rows, drift = hashlib.sha256(), {}, SchemaDrift()
+    inventory = SnapshotInventory(generations=generation_rows(out))
     look = {"images": drift.image, "models": drift.model}
     for kind in KINDS:
         rows[kind] = 0
@@ -170,12 +170,12 @@ def summarise(out: Path) -> Summary:
             rows[kind] += 1
             if kind in look:
                 look[kind](item)
-                ledger.add(kind, item)
+                inventory.add(kind, item)
     for row in read_rows(out, GONE):
         digest.update(f"{GONE}\t{row['kind']}\t{row['id']}\n".encode())
         rows[GONE] = rows.get(GONE, 0) + 1
-        ledger.gone.append(row)
-    return Summary(rows, digest.hexdigest(), drift.report(), ledger)
+        inventory.gone.append(row)
+    return SnapshotSummary(rows, digest.hexdigest(), drift.report(), inventory)
 
 
 def read_lines(snapshot: Path, kind: str) -> Iterator[bytes]:

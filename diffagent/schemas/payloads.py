@@ -2,7 +2,7 @@
 
 The API has changed its shapes several times and never versioned them, so these are readers of
 plain JSON values rather than models that reject: each takes what the site sent and returns one
-meaning. What no reader expects is counted by ``Drift``, so that a change of the site shows up
+meaning. What no reader expects is counted by ``SchemaDrift``, so that a change of the site shows up
 in a crawl's metrics instead of in a crash. (Hundreds of thousands of records pass through here:
 that is why there are no pydantic models.)
 """
@@ -379,7 +379,7 @@ _VALUES: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
 _MAX_DRIFT = 1000  # a site that sends random keys does not fill the manifest
 
 
-class Drift:
+class SchemaDrift:
     """Counts of what the readers do not know: fields that are new, missing or of a new type.
 
     ``counts`` maps e.g. 'model.stats: str', 'image.newField: unknown', 'model.type: missing' or

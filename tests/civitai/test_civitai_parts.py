@@ -16,10 +16,16 @@ from diffagent.civitai.lenient_json import parse_json
 from diffagent.civitai.page_html import page_settings
 from diffagent.civitai.pagination import ListingWalk, Page, next_cursor, walk_items
 from diffagent.civitai.ratelimit import TokenBucket
-from diffagent.crawl.journal import Entry, Journal
-from diffagent.crawl.known import Marks, creator_of, downloads_of, has_meta, image_fingerprint
-from diffagent.crawl.memory import Ledger, Memory
+from diffagent.crawl.journal import Journal, JournalEntry
+from diffagent.crawl.memory import CrawlMemory, SnapshotInventory
 from diffagent.crawl.snapshot import summarise, write_snapshot
+from diffagent.crawl.snapshot_index import (
+    FingerprintTable,
+    creator_of,
+    downloads_of,
+    has_meta,
+    image_fingerprint,
+)
 from diffagent.errors import (
     ArtifactError,
     BadCursor,
@@ -37,12 +43,12 @@ from tests.conftest import file_size_limit
 # --- journal ---
 
 ENTRIES = [
-    Entry({"page": n}, [("images", n * 10 + i, b'{"id":%d}' % i) for i in range(n)])
+    JournalEntry({"page": n}, [("images", n * 10 + i, b'{"id":%d}' % i) for i in range(n)])
     for n in range(6)
 ]
 
 
-def read(path) -> list[Entry]:
+def read(path) -> list[JournalEntry]:
     with Journal(path) as journal:
         return list(journal.read())
 
@@ -67,7 +73,7 @@ def test_a_journal_cut_anywhere_keeps_its_whole_pages(tmp_path_factory, data):
     with Journal(path) as journal:
         list(journal.read())
         journal.append({"page": "next"}, [])
-    assert read(path)[-1] == Entry({"page": "next"}, [])
+    assert read(path)[-1] == JournalEntry({"page": "next"}, [])
 
 
 @settings(deadline=None, max_examples=60)
@@ -119,14 +125,16 @@ def test_a_journal_of_something_else_names_the_file_and_the_remedy(tmp_path, tex
 
 def test_a_damaged_memory_says_so_and_knows_nothing(tmp_path, caplog):
     path = tmp_path / "x.memory.json"
-    assert Memory.load(path) == Memory()
-    ledger = Ledger({"images": {0: array("q", [5, 9]), 2: array("q", [7])}}, [{"id": 1}], [{}])
-    memory = Memory({3: "2026-01-01"}, ledger, {"requests": 1})
+    assert CrawlMemory.load(path) == CrawlMemory()
+    inventory = SnapshotInventory(
+        {"images": {0: array("q", [5, 9]), 2: array("q", [7])}}, [{"id": 1}], [{}]
+    )
+    memory = CrawlMemory({3: "2026-01-01"}, inventory, {"requests": 1})
     memory.save(path)
-    assert Memory.load(path) == memory
-    assert set(ledger) == {("images", 5, 0), ("images", 9, 0), ("images", 7, 2)}
+    assert CrawlMemory.load(path) == memory
+    assert set(inventory) == {("images", 5, 0), ("images", 9, 0), ("images", 7, 2)}
     path.write_bytes(path.read_bytes()[:-20])
-    assert Memory.load(path) == Memory()
+    assert CrawlMemory.load(path) == CrawlMemory()
     assert "x.memory.json cannot be read" in caplog.text
 
 
@@ -155,7 +163,7 @@ def test_a_journal_is_readable_by_gzip(tmp_path):
 def test_a_snapshot_forgets_order_pages_and_repeats(tmp_path_factory, order, size):
     out = tmp_path_factory.mktemp("snapshot")
     items = [("images", n, b'{"id":%d}' % n) for n in [*order, *order[:5]]]
-    pages = [Entry({}, items[i : i + size]) for i in range(0, len(items), size)]
+    pages = [JournalEntry({}, items[i : i + size]) for i in range(0, len(items), size)]
     write_snapshot(out, pages, {"images": range(40)}, out / "scratch")
     found = summarise(out)
     assert found.rows == {"images": 40, "models": 0, "pages": 0}
@@ -163,7 +171,9 @@ def test_a_snapshot_forgets_order_pages_and_repeats(tmp_path_factory, order, siz
     lines = gzip.decompress((out / "images/part-00000.jsonl.gz").read_bytes()).splitlines()
     assert lines == [b'{"id":%d}' % n for n in range(40)]
     reference = tmp_path_factory.mktemp("reference")
-    write_snapshot(reference, [Entry({}, sorted(items))], {"images": range(40)}, out / "scratch")
+    write_snapshot(
+        reference, [JournalEntry({}, sorted(items))], {"images": range(40)}, out / "scratch"
+    )
     assert summarise(reference).digest == found.digest
     assert (reference / "images/part-00000.jsonl.gz").read_bytes() == (
         out / "images/part-00000.jsonl.gz"
@@ -247,7 +257,7 @@ def test_hosts():
 
 
 def test_marks_are_found_by_id():
-    marks = Marks()
+    marks = FingerprintTable()
     for ident in (3, 7, 2**40):
         marks.add(ident, ident % 2**64)
     assert [marks.get(i) for i in (3, 7, 2**40, 1, 5, 2**41)] == [3, 7, 2**40, None, None, None]
