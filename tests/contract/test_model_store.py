@@ -509,7 +509,7 @@ def test_an_error_is_never_saved_as_a_file(tmp_path: Path, body: bytes, kind: st
     [
         ("/login?returnUrl=/models/1&reason=download-auth", Forbidden, "log-in required"),
         ("/pricing?reason=early-access&returnUrl=x", EarlyAccess, "early access"),
-        ("/model-versions/1", Forbidden, "sent to the page '/model-versions/1'"),
+        ("/model-versions/1", Forbidden, "redirected to the page '/model-versions/1'"),
     ],
 )
 def test_pages_that_the_site_sends_browsers_to_are_understood(
