@@ -1,9 +1,9 @@
 """Threads that make the calls of a crawl to the site.
 
-What is to be fetched is written as generators that yield a call to the site and are sent its
-answer (``Steps``). ``CallPool.run`` advances them: threads make the calls, and everything else
-happens in the one thread that writes the journal. So the rate limit, not the latency of the site,
-decides how fast a crawl is, and neither order nor number of threads shows in its result.
+A walk is a generator that yields calls to the site and is sent their answers (``Steps``).
+``CallPool.run`` advances many of them: threads make the calls, and everything else happens in the
+one thread that writes the journal. So the rate limit, not the latency of the site, decides how
+fast a crawl is, and neither order nor number of threads shows in its result.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Stage ``crawl``: everything that the configuration asks of the site, as a snapshot.
+"""Stage ``crawl``: a snapshot of everything that the configuration selects of the site.
 
-A first crawl fetches all of it (``diffagent.crawl.crawler``), a refresh what can have changed
-(``diffagent.crawl.refresh``); how listings are walked so that nothing is missed is in
-``diffagent.crawl.crawl_state``, what the result looks like in ``diffagent.crawl.snapshot``.
+A first crawl fetches all of it (``diffagent.crawl.crawler``), a refresh only the parts that can
+have changed (``diffagent.crawl.refresh``). ``diffagent.crawl.listing_walks`` walks listings so that
+nothing is missed; ``diffagent.crawl.snapshot`` writes the result.
 
-All progress is in a journal (``diffagent.crawl.journal``): a crawl that was killed, that ran out
-of disk or of its time budget goes on behind the last whole page.
+All progress is in a journal (``diffagent.crawl.journal``): a crawl that was killed, or that ran out
+of disk or of its time budget, continues after the last whole page.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ JOURNAL, SCRATCH, SALVAGED = "journal.gz", "scratch", "salvaged"
 
 @dataclass(frozen=True)
 class CrawlContext(StageContext):
-    """Context of the crawl with what earlier runs of the same request left.
+    """Context of the crawl with the remains of earlier runs of the same request.
 
     Attributes:
         damaged: without ``previous``, the last snapshot that was found damaged and set aside: its

@@ -128,7 +128,7 @@ def test_a_journal_of_another_request_is_not_taken_up(client, tmp_path):
 
 
 def test_a_meter_tells_what_is_left(monkeypatch):
-    monkeypatch.setattr("diffagent.crawl.meter._TELL_SECONDS", 0.0)
+    monkeypatch.setattr("diffagent.crawl.meter._REPORT_SECONDS", 0.0)
     clock = iter([0.0, 0.0, 30.0, 60.0, 120.0])
     # The module's name for it alone: other threads of this process read the clock too.
     monkeypatch.setattr(
