@@ -36,6 +36,7 @@ from diffagent.schemas.payloads import (
     PG,
     image_level,
     json_flaw,
+    objects_in,
     unwrap_meta,
     whole_number,
 )
@@ -259,10 +260,9 @@ def showcase_images(
     Videos, minors and real persons are left out, as /images leaves them out; above PG too, unless
     ``adult``. A picture without an id takes it from its file's name, or is left out.
     """
-    images = version.get("images")
     pictures = []
-    for image in images if isinstance(images, list) else ():
-        if not isinstance(image, dict) or image.get("type", "image") != "image":
+    for image in objects_in(version.get("images")):
+        if image.get("type", "image") != "image":
             continue
         if image.get("minor") is True or image.get("poi") is True:
             continue

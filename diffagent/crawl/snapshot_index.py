@@ -17,6 +17,8 @@ from typing import Any
 from diffagent.crawl.snapshot import read_generations, read_rows
 from diffagent.schemas.payloads import (
     GONE,
+    as_dict,
+    as_list,
     canonical,
     content,
     generation_of,
@@ -49,14 +51,12 @@ def head_of(model: Mapping[str, Any]) -> dict[str, Any]:
 
 def downloads_of(model: Mapping[str, Any]) -> int:
     """Return a model's number of downloads; 0 where it states none."""
-    stats = model.get("stats")
-    return whole_number(stats.get("downloadCount")) or 0 if isinstance(stats, dict) else 0
+    return whole_number(as_dict(model.get("stats")).get("downloadCount")) or 0
 
 
 def creator_of(model: Mapping[str, Any]) -> str | None:
     """Return the name of a model's creator; None for a deleted user."""
-    creator = model.get("creator")
-    name = creator.get("username") if isinstance(creator, dict) else None
+    name = as_dict(model.get("creator")).get("username")
     return name if isinstance(name, str) else None
 
 
@@ -196,7 +196,6 @@ class SnapshotIndex:
 
     def _add_image(self, image: dict[str, Any]) -> None:
         self.images.add(image["id"], image_fingerprint(image), generation_of(image))
-        versions = image.get("modelVersionIds")
-        for version in versions if isinstance(versions, list) else ():
+        for version in as_list(image.get("modelVersionIds")):
             if type(version) is int:
                 self.images_of_version.setdefault(version, array("q")).append(image["id"])

@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from diffagent.civitai.address import Address
 from diffagent.crawl.snapshot_index import SnapshotIndex
-from diffagent.schemas.payloads import GENERATION, unwrap_meta, whole_number
+from diffagent.schemas.payloads import GENERATION, objects_in, unwrap_meta, whole_number
 
 
 def to_stored_form(
@@ -34,16 +34,12 @@ def to_stored_form(
     if isinstance(item.get("modelVersionIds"), list):
         text_ids += sum(map(_is_text_id, item["modelVersionIds"]))
         item["modelVersionIds"] = [_as_number(i) for i in item["modelVersionIds"]]
-    versions = item.get("modelVersions")
-    for version in versions if isinstance(versions, list) else ():
-        if not isinstance(version, dict):
-            continue
+    for version in objects_in(item.get("modelVersions")):
         _make_relative(version, origin)
         if "id" in version:
             text_ids += _is_text_id(version["id"])
             version["id"] = _as_number(version["id"])
-        files = version.get("files")
-        for file in files if isinstance(files, list) else ():
+        for file in objects_in(version.get("files")):
             _make_relative(file, origin)
     if kind != "pages":
         _annotate(kind, item, previous)
@@ -53,12 +49,10 @@ def to_stored_form(
 def _annotate(kind: str, item: dict[str, Any], previous: SnapshotIndex | None) -> None:
     """Add the number of the crawl that added a model with its versions, or an image."""
     item[GENERATION] = previous.generation(kind, item["id"]) if previous else 0
-    versions = item.get("modelVersions") if kind == "models" else None
-    for version in versions if isinstance(versions, list) else ():
-        if isinstance(version, dict):
-            ident = whole_number(version.get("id")) or 0
-            generation = previous.generation("versions", ident, item["id"]) if previous else 0
-            version[GENERATION] = generation
+    for version in objects_in(item.get("modelVersions")) if kind == "models" else ():
+        ident = whole_number(version.get("id")) or 0
+        generation = previous.generation("versions", ident, item["id"]) if previous else 0
+        version[GENERATION] = generation
 
 
 def _as_number(value: Any) -> Any:
@@ -70,8 +64,8 @@ def _is_text_id(value: Any) -> bool:
     return isinstance(value, str) and whole_number(value) is not None
 
 
-def _make_relative(item: Any, origin: str) -> None:
-    link = item.get("downloadUrl") if isinstance(item, dict) else None
+def _make_relative(item: dict[str, Any], origin: str) -> None:
+    link = item.get("downloadUrl")
     if not isinstance(link, str):
         return
     try:

@@ -15,7 +15,7 @@ from typing import Any
 
 from diffagent.localcivitai.listing import BadParameter, QueryParameters
 from diffagent.localcivitai.replay import PAGE_ONLY_MODEL, PAGE_ONLY_VERSION, Replay
-from diffagent.schemas.payloads import PG, image_level, paid_access
+from diffagent.schemas.payloads import PG, as_dict, image_level, objects_in, paid_access
 
 _PREVIEWS, _SHOWCASE = 20, 10
 _DISABLED = "The creator of this asset has disabled downloads on this file"
@@ -96,7 +96,7 @@ def version_answer(replay: Replay, version_id: int, origin: str) -> dict[str, An
         "model": head,
         **_version(version, origin, adult=True, previews=_SHOWCASE, meta=True),
     }
-    for file in _objects(answer.get("files")):
+    for file in objects_in(answer.get("files")):
         file["primary"] = file.get("primary") is True  # here a boolean on every file
     return answer
 
@@ -151,8 +151,7 @@ def available_file(replay: Replay, version_id: int, choice: QueryParameters) -> 
 
 def file_digest(file: dict[str, Any]) -> str:
     """Return the SHA256 of a version's file in lower case, or ''."""
-    hashes = file.get("hashes")
-    return str(hashes.get("SHA256") or "").lower() if isinstance(hashes, dict) else ""
+    return str(as_dict(file.get("hashes")).get("SHA256") or "").lower()
 
 
 def stored_file(replay: Replay, digest: str) -> Path | None:
@@ -176,13 +175,13 @@ def _version(
         version.pop(key, None)
     images = version.get("images")
     if images and isinstance(images, list):
-        images = _objects(images)
+        images = objects_in(images)
         shown = [image for image in images if adult or image_level(image) & PG][:previews]
         if not meta:
             for image in shown:
                 image.pop("meta", None)
         version["images"] = shown
-    for item in (version, *_objects(version.get("files"))):
+    for item in (version, *objects_in(version.get("files"))):
         link = item.get("downloadUrl")
         if link and isinstance(link, str):
             item["downloadUrl"] = _DOWNLOAD_LINK.sub(lambda match: origin + match[1], link)
@@ -194,7 +193,7 @@ def _version(
 def _air_type(model: dict[str, Any], version: dict[str, Any]) -> str:
     kind = str(model.get("type"))
     kind = _AIR_TYPES.get(kind, kind.lower())
-    files = {str(file.get("type")) for file in _objects(version.get("files"))}
+    files = {str(file.get("type")) for file in objects_in(version.get("files"))}
     # Weights without text encoder and VAE, since June 2026.
     has_only_diffusion_models = bool(files) and files <= {"Diffusion Model", "UNet"}
     return "diffusionmodel" if kind == "checkpoint" and has_only_diffusion_models else kind
@@ -208,7 +207,7 @@ def _ecosystem(version: dict[str, Any]) -> str:
 
 
 def _chosen_file(version: dict[str, Any], choice: QueryParameters) -> dict[str, Any]:
-    files = _objects(version.get("files"))
+    files = objects_in(version.get("files"))
     file_id = choice.text("fileId")
     if file_id:
         files = [file for file in files if str(file.get("id")) == file_id]
@@ -223,8 +222,3 @@ def _chosen_file(version: dict[str, Any], choice: QueryParameters) -> dict[str, 
     if not files:
         raise ApiFailure(404, {"error": "Missing model file"})
     return next((file for file in files if file.get("primary")), files[0])
-
-
-def _objects(value: Any) -> list[dict[str, Any]]:
-    """Return the objects of a list; records may hold any JSON."""
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []

@@ -81,18 +81,18 @@ Handler = Callable[["LocalCivitai", Request], Response]
 
 
 class LocalCivitai:
-    """The application: a replay, its listings, the faults, and where the two origins are."""
+    """The application over a replay: its listings, its faults and the port of its storage."""
 
     def __init__(self, replay: Replay, faults: Faults) -> None:
         self.replay = replay
         self.listings = Listings(replay)
         self.faults = faults
         self.storage_port = 0
-        # A presigned address is good for this process only, as the site's expire too.
+        # A presigned address is valid for this process only; the site's expire as well.
         self.secret = hashlib.blake2b(str(id(self)).encode() + str(time.time()).encode()).digest()
 
     def app(self) -> Starlette:
-        """The ASGI application of both origins."""
+        """Return the ASGI application of both origins."""
         api = "/api/v1"
         routes: list[tuple[str, Handler]] = [
             (f"{api}/models", list_models),
@@ -152,7 +152,7 @@ def list_models(site: LocalCivitai, request: Request) -> Response:
     """GET /models."""
     parameters = QueryParameters(parse_qsl(request.url.query, keep_blank_values=True))
     for name in ("favorites", "hidden"):
-        if name in parameters:  # naming them is enough, whatever the value
+        if name in parameters:  # whatever the value
             raise ApiFailure(401, {"code": "UNAUTHORIZED", "message": "Unauthorized", "issues": []})
     try:
         query = ModelQuery.parse(parameters)
@@ -177,7 +177,7 @@ def list_models(site: LocalCivitai, request: Request) -> Response:
 
 
 def list_images(site: LocalCivitai, request: Request) -> Response:
-    """GET /images. Bodies are spliced from stored JSON: no record is parsed."""
+    """GET /images; no record is parsed."""
     parameters = QueryParameters(parse_qsl(request.url.query, keep_blank_values=True))
     try:
         query = ImageQuery.parse(parameters)
@@ -208,7 +208,7 @@ def _limit(parameters: QueryParameters, *, high: int) -> int:
 
 
 class _Window:
-    """One page of a selection, with the faults of this page."""
+    """One page of a selection, with its faults."""
 
     def __init__(
         self, site: LocalCivitai, request: Request, selection: Selection, limit: int
@@ -247,7 +247,7 @@ class _Window:
             self.page, self.start = page, (page - 1) * self.limit
 
     def items(self, id_of: Callable[[int], int]) -> list[int]:
-        """Indexes of the items to serve; sets the metadata."""
+        """Return the indexes of the items to serve, and set the metadata."""
         faults = self.site.faults
         faults.count_page()
         key, attempt = self.request.url.query, self.request.state.attempt
@@ -271,7 +271,7 @@ class _Window:
         return served
 
     def response(self, items: list[bytes]) -> Response:
-        """The JSON answer."""
+        """Return the JSON answer."""
         if drops := self.site.replay.drops:  # the site has no such field
             self.metadata["dropped"] = drops
         body = b'{"items":[%s],"metadata":%s}' % (b",".join(items), orjson.dumps(self.metadata))
@@ -290,7 +290,7 @@ class _Window:
             for pair in parse_qsl(self.request.url.query, keep_blank_values=True)
             if pair[0] not in ("cursor", "page", "token")
         ]
-        # In page mode the site's nextPage carries the page though a cursor is given too.
+        # In page mode the site's nextPage has the page, in addition to nextCursor.
         follow = ("page", str(self.page + 1)) if self.page else ("cursor", cursor)
         origin = _origin(self.request)
         if faults.page("moved", self.request.url.query, self.request.state.attempt):
@@ -419,7 +419,7 @@ def _number(request: Request) -> int:
 
 
 def model_page(site: LocalCivitai, request: Request) -> Response:
-    """The page of a model: what its Next.js state holds, with hardly any HTML around."""
+    """GET /models/:id, the page of a model: its Next.js state with hardly any HTML around it."""
     text = request.path_params["id"]
     ident = whole_number(text)
     index = None if ident is None else site.replay.model_index.get(ident)
@@ -431,8 +431,8 @@ def model_page(site: LocalCivitai, request: Request) -> Response:
     if request.path_params.get("slug") != slug:
         return RedirectResponse(f"/models/{model['id']}/{slug}", 308)
     state = {"data": model, "status": "success"}
-    asked = {"input": {"id": model["id"]}, "type": "query"}
-    queries = [{"state": state, "queryKey": [["model", "getById"], asked]}]
+    arguments = {"input": {"id": model["id"]}, "type": "query"}
+    queries = [{"state": state, "queryKey": [["model", "getById"], arguments]}]
     data = {"props": {"pageProps": {"trpcState": {"json": {"queries": queries}}}}}
     # '<' inside a script could end it; Next.js escapes it the same way.
     script = orjson.dumps(data).decode().replace("<", "\\u003c")
@@ -468,14 +468,15 @@ def _signature(site: LocalCivitai, key: str, expires: str) -> str:
 
 
 def deliver(site: LocalCivitai, request: Request) -> Response:
-    """The storage behind the redirect. Range requests are served."""
+    """Send a file from the storage behind the redirect, or a range of it."""
     key, query = request.path_params["key"], dict(request.query_params)
     if "authorization" in request.headers:
         text = "<Error><Code>InvalidArgument</Code><Message>Authorization</Message></Error>"
         return Response(text, 400, media_type="application/xml")
     expires = query.get("X-Amz-Date", "")
-    good = hmac.compare_digest(query.get("X-Amz-Signature", ""), _signature(site, key, expires))
-    if not good or float(expires) < time.time():
+    signature = query.get("X-Amz-Signature", "")
+    is_signed = hmac.compare_digest(signature, _signature(site, key, expires))
+    if not is_signed or float(expires) < time.time():
         text = "<Error><Code>AccessDenied</Code></Error>"
         return Response(text, 403, media_type="application/xml")
     path = stored_file(site.replay, key)
@@ -504,15 +505,15 @@ def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -
 
 
 def _refusal(fault: str | None) -> Response | None:
-    """The faults that replace an answer."""
+    """Return the answer of a fault that replaces the real one."""
     match fault:
         case "too_many":
             return HTMLResponse("<h1>429 Too Many Requests</h1>", 429)
         case "too_many_wait":
             return _json({"error": "Too many requests"}, 429, {"Retry-After": "1"})
-        case "unavailable":  # heavy routes fail fast with it, and searches that may work later
+        case "unavailable":  # of heavy routes and overloaded searches
             return _json({"error": "Model search is temporarily overloaded"}, 503)
-        case "aborted":  # somebody between gave up; 500 and 408 of before June 2026 mean the same
+        case "aborted":  # by a proxy; before June 2026 500 or 408
             return _json({"error": "Client Closed Request"}, 499)
         case "timeout":
             return HTMLResponse("<!doctype html><title>524: A timeout occurred</title>", 524)
@@ -525,7 +526,7 @@ def _refusal(fault: str | None) -> Response | None:
 
 
 def _damaged(response: Response, fault: str | None) -> Response:
-    """The faults that damage an answer's body."""
+    """Return the answer with its body damaged by a fault."""
     if fault not in ("truncated", "cut", "slow", "no_range") or response.status_code >= 300:
         return response
     if isinstance(response, FileResponse):
@@ -533,7 +534,7 @@ def _damaged(response: Response, fault: str | None) -> Response:
             return response
         size = Path(response.path).stat().st_size
         head = {"Content-Length": str(size)}
-        # The whole file although a range may have been asked for, or only the start of it.
+        # The whole file whatever range was requested, or its first half.
         start = _file_start(Path(response.path), size if fault == "no_range" else size // 2)
         return StreamingResponse(start, 200, head, "application/octet-stream")
     body = bytes(response.body)
@@ -565,8 +566,8 @@ async def _file_start(path: Path, length: int) -> AsyncIterator[bytes]:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one."""
-    # asyncio sets TCP_NODELAY only where the protocol is named; without, a page takes 40 ms more.
+    """Return a listening socket; port 0 takes a free one."""
+    # asyncio sets TCP_NODELAY only with an explicit protocol; without it a page takes 40 ms more.
     bound = socket.socket(proto=socket.IPPROTO_TCP)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.bind((host, port))
@@ -581,7 +582,7 @@ class Serving(uvicorn.Server):
         self.bound = [bind(host, port), bind(host, 0)]
         site.storage_port = self.bound[1].getsockname()[1]
         self.url = f"http://{host}:{self.bound[0].getsockname()[1]}"
-        # Truncated bodies are errors to uvicorn; they are what the faults are for.
+        # uvicorn logs truncated bodies as errors; here they are injected faults.
         level = "warning" if not site.faults.profile.rates else "critical"
         config = uvicorn.Config(
             site.app(), log_level=level, access_log=False, lifespan="off", ws="none"
@@ -595,7 +596,7 @@ class Serving(uvicorn.Server):
 
 @contextmanager
 def serve(replay: Replay, faults: Faults, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
-    """Serve in a thread of this process as long as the block lasts; yields the address."""
+    """Serve in a thread of this process for the duration of the block; yield the address."""
     serving = Serving(LocalCivitai(replay, faults), host, port)
     thread = threading.Thread(target=serving.serve_forever, daemon=True)
     thread.start()

@@ -178,7 +178,7 @@ def test_odd_cells_of_a_table_cost_their_row_or_themselves(
 def test_damaged_dumps_say_where_and_what_to_do(tmp_path: Path) -> None:
     lines = b"".join(orjson.dumps(m) + b"\n" for m in MODELS)
     (tmp_path / "models.jsonl.gz").write_bytes(gzip.compress(lines)[:-30])
-    with pytest.raises(ConfigError, match=r"damaged behind line \d+.*put it back"):
+    with pytest.raises(ConfigError, match=r"damaged behind line \d+.*restore it"):
         list(open_source(f"dump:{tmp_path}").models)
     (tmp_path / "models.jsonl.gz").unlink()
     (tmp_path / "models.parquet").write_bytes(b"PAR1 no")
