@@ -16,7 +16,7 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from diffagent import pipeline
 from diffagent.errors import ArtifactError, ConfigError
-from diffagent.pipeline import Group, Node, find_cached, open_site
+from diffagent.pipeline import Group, Node, find_cached
 from diffagent.run_config import RunConfig, load_config
 from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import Artifact
@@ -46,11 +46,7 @@ def run_group(config: RunConfig, group: Group, *, refresh: bool = False) -> dict
     found = find_cached(nodes, config)
     done = {key: found[key] for key in _needed(nodes, mine, found)}
     spread = config.runtime.tasks.runner != "threads" and any(node.spread for node in mine.values())
-    talks = any(node.site and (refresh or key not in found) for key, node in mine.items())
-    with (
-        open_site(config) if talks and not spread else contextlib.nullcontext("") as site_url,
-        _runner(config.runtime, len(mine), spread=spread) as runner,
-    ):
+    with _runner(config.runtime, len(mine), spread=spread) as runner:
         futures: dict[str, PrefectFuture[Artifact]] = {}
         for key in sorted(mine, key=lambda k: _depth(mine, k)):
             node = mine[key]
@@ -61,7 +57,6 @@ def run_group(config: RunConfig, group: Group, *, refresh: bool = False) -> dict
                     name: [done.get(parent) or futures[parent] for parent in parents]
                     for name, parents in node.inputs.items()
                 },
-                "site_url": site_url if node.site else "",
                 "refresh": refresh and key == "crawl",
             }
             step = task_of(key).with_options(

@@ -12,7 +12,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import ArtifactCreate
 from prefect.context import FlowRunContext, TaskRunContext
 
-from diffagent.crawl.memory import Memory
+from diffagent.crawl.memory import CrawlMemory
 from diffagent.schemas.manifest import Funnel, Manifest
 from diffagent.store import Artifact
 
@@ -59,7 +59,7 @@ def report_refresh(key: str, artifact: Artifact, *, stays: bool) -> None:
         stays: the refresh found nothing new, so that the snapshot is the one of before.
     """
     manifest = artifact.manifest
-    memory = Memory.load(artifact.path.with_name(f"{artifact.path.name}.memory.json"))
+    memory = CrawlMemory.load(artifact.path.with_name(f"{artifact.path.name}.memory.json"))
     metrics = dict(memory.metrics if stays else manifest.metrics)
     changes: Mapping[str, Mapping[str, int]] = metrics.pop("changes", {})
     _show_table(

@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from diffagent.errors import DiffAgentError
-from diffagent.parent_process import end_with
 from diffagent.schemas.printable import log_to_terminal
 
 app = typer.Typer(
@@ -50,27 +49,21 @@ def serve(  # noqa: PLR0917  the command line calls it by name
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8008,
     faults: Annotated[FaultProfile, typer.Option(help="Faults to simulate.")] = FaultProfile.none,
     seed: Annotated[int, typer.Option(help="Seed of the faults.")] = 0,
-    cache: Annotated[Path | None, typer.Option(hidden=True, help="For hashes of files.")] = None,
-    parent: Annotated[
-        int | None, typer.Option(hidden=True, help="Id of the process to end with.")
-    ] = None,
 ) -> None:
     """Serve Civitai's REST API from a source; prints its address when ready."""
     from diffagent.localcivitai.faults import Faults
     from diffagent.localcivitai.server import LocalCivitai, Serving
-    from diffagent.localcivitai.site import replay_of
+    from diffagent.localcivitai.site import read_source
 
     sites = [name for name in (f"dump:{dump}" if dump else None, site) if name]
     if len(sites) != 1:
         raise typer.BadParameter("give one of --dump DIR and --site KIND:DIR")
     log_to_terminal()
     try:
-        replay = replay_of(sites[0], cache)
+        replay = read_source(sites[0])
     except DiffAgentError as error:
         raise typer.BadParameter(str(error)) from None
     serving = Serving(LocalCivitai(replay, Faults(faults.value, seed)), host, port)
-    if parent is not None:
-        end_with(parent)
     typer.echo(f"serving on {serving.url}")
     sys.stdout.flush()
     serving.serve_forever()

@@ -492,18 +492,16 @@ def _end(missing: int, total: int, out: Path) -> None:
 
 def _draw(rows: list[Row], entries: list[Entry], run: RunConfig) -> Artifact:
     """The pictures of rows, with the models that ``entries`` says where to find."""
-    from diffagent.pipeline import open_site
     from diffagent.render import render_stage
     from diffagent.sheet import prompts_file
 
     source = prompts_file.prompts.run(prompts_file.prompts_config(rows, entries), {}, run.runtime)
-    with open_site(run) as site_url:
-        return render_stage.render.run(
-            run.render,
-            {"candidates": [source], "dabench": [source]},
-            run.runtime,
-            site_url=site_url,
-        )
+    return render_stage.render.run(
+        run.render,
+        {"candidates": [source], "dabench": [source]},
+        run.runtime,
+        site_url=run.crawl.site,
+    )
 
 
 def _sheet(

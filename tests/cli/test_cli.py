@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -65,7 +64,6 @@ def config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A configuration, with the stages ``crawl`` and ``filter`` of this file."""
     stages = {"crawl": crawl, "filter": filter_records}
     monkeypatch.setattr(pipeline, "load_stage", lambda node: stages[node.key])
-    monkeypatch.setattr(pipeline, "open_site", lambda config: contextlib.nullcontext("http://x"))
     rewards = {"scorers": [{"name": "clip", "model": "tiny"}], "unify": "chatgen"}
     path = tmp_path / "run.yaml"
     runtime = {"store": str(tmp_path / "store")}

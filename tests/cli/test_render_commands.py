@@ -429,7 +429,7 @@ def test_a_folder_means_that_folder(
     tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model of the catalogue that is not there is one failed row, and no site is asked."""
-    monkeypatch.setattr(render_stage, "client_for", lambda *_: _NoNetwork())
+    monkeypatch.setattr(render_stage, "open_site", lambda *_: _NoNetwork())
     dabench, here, away = _dabench(tmp_path, models)
     usable: list[Any] = []
 
@@ -468,7 +468,7 @@ def test_a_site_that_is_away_costs_its_own_pictures_alone(
         def download(self, *_: Any, **__: Any) -> None:
             raise ServerError("no answer")
 
-    monkeypatch.setattr(render_stage, "client_for", lambda *_: Away())
+    monkeypatch.setattr(render_stage, "open_site", lambda *_: Away())
     dabench, here, away = _dabench(tmp_path, models)
     lines = [{"prompt": "a cat", **json.loads(_choice(e).text)} for e in (away, here)]
     arguments = ("--dabench", dabench, "--download")
@@ -482,7 +482,7 @@ def test_a_site_that_is_away_costs_its_own_pictures_alone(
             raise NotFound("gone")
 
     asked: list[str] = []
-    monkeypatch.setattr(render_stage, "client_for", lambda *_: Back())
+    monkeypatch.setattr(render_stage, "open_site", lambda *_: Back())
     render(tmp_path, models, *arguments, text=text, code=1)
     assert asked == [away.sha256]  # the first answer was not kept as the last word
 

@@ -17,7 +17,7 @@ from diffagent import pipeline
 from diffagent.cli import main
 from diffagent.store import StageResult
 from diffagent.store import stage
-from diffagent.schemas.config import CrawlConfig
+from diffagent.crawl.crawl_config import CrawlConfig
 from diffagent.cli import main as cli
 import contextlib
 
@@ -31,7 +31,6 @@ def crawl(config, context):
     return StageResult()
 
 pipeline.load_stage = lambda node: crawl
-pipeline.open_site = lambda config: contextlib.nullcontext("http://x")
 main.main()
 """
 

@@ -22,7 +22,6 @@ from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.dabench.tools.export import export_dabench
 from diffagent.errors import ConfigError, SchemaError
 from diffagent.localcivitai.replay import Replay
-from diffagent.localcivitai.site import embedded_site
 from diffagent.localcivitai.sources import dump, open_source
 from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.store import Artifact
@@ -37,8 +36,7 @@ IMAGES = [synthetic_image(n) for n in range(8, 60)]
 
 
 def site_of(source: str, store: Path, config: CrawlConfig = ALL) -> Artifact:
-    with embedded_site(source) as url:
-        return crawl.run(config, {}, RuntimeConfig(store=str(store)), site_url=url)
+    return crawl.run(config, {}, RuntimeConfig(store=str(store)), site_url=source)
 
 
 def test_a_note_of_a_dump_enters_the_request_and_the_manifest(tmp_path: Path) -> None:
@@ -182,7 +180,7 @@ def test_odd_cells_of_a_table_cost_their_row_or_themselves(
 def test_damaged_dumps_say_where_and_what_to_do(tmp_path: Path) -> None:
     lines = b"".join(orjson.dumps(m) + b"\n" for m in MODELS)
     (tmp_path / "models.jsonl.gz").write_bytes(gzip.compress(lines)[:-30])
-    with pytest.raises(ConfigError, match=r"damaged behind line \d+.*put it back"):
+    with pytest.raises(ConfigError, match=r"damaged behind line \d+.*restore it"):
         list(open_source(f"dump:{tmp_path}").models)
     (tmp_path / "models.jsonl.gz").unlink()
     (tmp_path / "models.parquet").write_bytes(b"PAR1 no")

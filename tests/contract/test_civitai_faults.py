@@ -113,7 +113,7 @@ def test_a_crawl_that_runs_out_of_time_goes_on_the_next_time(site, tmp_path):
 
 
 def test_progress_is_told(site, tmp_path, monkeypatch):
-    monkeypatch.setattr("diffagent.crawl.meter._TELL_SECONDS", 0.0)
+    monkeypatch.setattr("diffagent.crawl.meter._REPORT_SECONDS", 0.0)
     told: list[tuple[float | None, str]] = []
     config = GALLERIES.model_copy(update={"max_models": 20})
     runtime = RuntimeConfig(store=str(tmp_path))

@@ -27,7 +27,8 @@ import pytest
 
 from diffagent.civitai import download, transport
 from diffagent.civitai.address import Address
-from diffagent.civitai.client import CivitaiClient, next_cursor
+from diffagent.civitai.client import CivitaiClient
+from diffagent.civitai.pagination import next_cursor
 from diffagent.civitai.transport import Deadline
 from diffagent.crawl.crawl_config import CrawlConfig
 from diffagent.crawl.crawl_stage import crawl
@@ -579,8 +580,10 @@ def test_the_first_failure_is_said_at_once(caplog: pytest.LogCaptureFixture) -> 
     said = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(said) == 1, "further failures are said every half minute"
     text = said[0].getMessage()
-    assert text.startswith("http://127.0.0.1:9: try 1 failed (") and "NewConnectionError" in text
-    assert re.search(r"next try in [\d.]+ s, the last one before \d\d:\d\d:\d\d$", text)
+    assert (
+        text.startswith("http://127.0.0.1:9: attempt 1 failed (") and "NewConnectionError" in text
+    )
+    assert re.search(r"next attempt in [\d.]+ s, the last one before \d\d:\d\d:\d\d$", text)
 
 
 def test_a_server_that_is_silent_is_named(
@@ -625,7 +628,7 @@ def test_commands_say_it_without_being_asked_to(tmp_path: Path, command: list[st
     assert process.stderr
     try:
         for line in process.stderr:
-            if "try 1 failed" in line:
+            if "attempt 1 failed" in line:
                 break
             assert "error" not in line, line
         else:

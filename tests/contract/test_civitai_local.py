@@ -15,14 +15,13 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from typer.testing import CliRunner
 
-from diffagent.civitai.client import CivitaiClient
 from diffagent.cli.main import app
 from diffagent.crawl.crawl_config import CrawlConfig
 from diffagent.crawl.crawl_stage import crawl
 from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.errors import ConfigError
-from diffagent.localcivitai.site import embedded_site
+from diffagent.localcivitai.site import open_site
 from diffagent.localcivitai.sources import open_source, synthetic_id
 from diffagent.localcivitai.sources.local import Hashes, hash_file, look, model_files
 from diffagent.schemas.runtime import RuntimeConfig
@@ -122,9 +121,8 @@ def folder(tmp_path: Path) -> Path:
 
 def run(folder: Path, store: Path, **options: Any) -> Artifact:
     config = CrawlConfig(site=f"local:{folder}", model_types=(), image_source="feed")
-    with embedded_site(config.site, cache=store / "local-files.json") as url:
-        runtime = RuntimeConfig(store=str(store), site=options)
-        return crawl.run(config, {}, runtime, site_url=url, refresh=True)
+    runtime = RuntimeConfig(store=str(store), site=options)
+    return crawl.run(config, {}, runtime, site_url=config.site, refresh=True)
 
 
 def test_a_folder_becomes_a_catalogue_with_pairs(folder: Path, tmp_path: Path) -> None:
@@ -151,9 +149,9 @@ def test_a_folder_becomes_a_catalogue_with_pairs(folder: Path, tmp_path: Path) -
         ("a green square", "Their Model"),
     }
     # Every file can be had by the way that the catalogue names.
-    with embedded_site(f"local:{folder}") as url, CivitaiClient(url) as client:
+    with open_site(f"local:{folder}", RuntimeConfig(store=str(tmp_path))) as site:
         for row in catalogue.values():
-            path = client.download(row["download_path"], tmp_path / "file", sha256=row["sha256"])
+            path = site.download(row["download_path"], tmp_path / "file", sha256=row["sha256"])
             assert path.stat().st_size == row["size_bytes"]
 
 
@@ -402,8 +400,9 @@ def test_a_linked_folder_is_served_like_any_other(tmp_path: Path) -> None:
     (tmp_path / "models/Stable-diffusion").symlink_to(tmp_path / "disk")
     snapshot = run(tmp_path / "models", tmp_path / "store")
     assert [m["name"] for m in rows(snapshot, "models")] == ["Their Model"]
-    with embedded_site(f"local:{tmp_path / 'models'}") as url, CivitaiClient(url) as client:
-        path = client.download("/api/download/models/77", tmp_path / "file", sha256=sha256)
+    runtime = RuntimeConfig(store=str(tmp_path / "store"))
+    with open_site(f"local:{tmp_path / 'models'}", runtime) as site:
+        path = site.download("/api/download/models/77", tmp_path / "file", sha256=sha256)
         assert path.read_bytes() == safetensors(SD1)
 
 

@@ -190,7 +190,7 @@ def test_a_model_that_is_back_is_found_whatever_batches_leave_out(tmp_path, monk
     assert tombstones(run(world, tmp_path)) == {("models", 3)}
     world.models[3] = away
     with monkeypatch.context() as later:  # long gone: asked for in batches alone
-        later.setattr("diffagent.crawl.refresh._ASKED_FOR_DAYS", -1)
+        later.setattr("diffagent.crawl.refresh._REQUESTED_DAYS", -1)
         assert tombstones(run(world, tmp_path, profile=leaves_out)) == {("models", 3)}
     found = run(world, tmp_path, profile=leaves_out)
     assert tombstones(found) == set()

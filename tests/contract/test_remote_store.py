@@ -63,7 +63,7 @@ def builder(tmp_path: Path, machine: str, before: str = "") -> list[str]:
     """A command that builds the toy artifact on a machine of its own; ``before`` runs first."""
     code = textwrap.dedent(f"""
         from pathlib import Path
-        from diffagent.schemas.config import RuntimeConfig
+        from diffagent.schemas.runtime import RuntimeConfig
         from tests.store.test_stage import Words
         from tests.store.test_stage import write_words
         {before}

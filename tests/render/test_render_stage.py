@@ -314,8 +314,8 @@ import os, pathlib, signal, sys
 from diffagent.store import Artifact
 from diffagent.store import sha256_file
 from diffagent.render import render_stage as stage
-from diffagent.schemas.config import RenderConfig
-from diffagent.schemas.config import RuntimeConfig
+from diffagent.render.render_config import RenderConfig
+from diffagent.schemas.runtime import RuntimeConfig
 from tests.render.test_render_stage import Painter
 
 written = 0

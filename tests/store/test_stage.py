@@ -165,8 +165,8 @@ def test_kill_9_then_the_same_command(tmp_path: Path, kill_after: int) -> None:
         """
         import sys
         from diffagent.errors import ConfigError
-        from diffagent.schemas.config import RuntimeConfig
-        from diffagent.schemas.config import load_config
+        from diffagent.schemas.runtime import RuntimeConfig
+        from diffagent.run_config import load_config
         from tests.store.test_stage import Words
         from tests.store.test_stage import write_words
         from diffagent.schemas.runtime import TaskSettings

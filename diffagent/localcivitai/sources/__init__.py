@@ -1,9 +1,9 @@
-"""Where records come from when it is not a site: ``KIND:DIRECTORY`` as a crawl's address.
+"""Sources of records other than the web site: ``KIND:DIRECTORY`` as a crawl's address.
 
-A source is a function that turns a directory into ``Records``: models and images in the API's
-shape, and the model files that go with them. The local server serves these as it serves anything,
-so that a crawl, its refreshes and tombstones work on every source alike. A new source is one module
-and one line of ``SOURCES``.
+A source is a function that turns a directory into ``SourceRecords``: models and images in the API's
+form, and their model files. ``FolderSite`` and the local server read all sources alike, so a crawl,
+its refreshes and tombstones work on each of them. A new source is one module and one line of
+``SOURCES``.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from diffagent.t2i.catalogue import SYNTHETIC
 
 
 @dataclass(frozen=True)
-class Unreadable:
-    """Stands for a record that a source cannot read; ``reason`` is counted."""
+class UnreadableRecord:
+    """Placeholder of a record that a source cannot read; ``reason`` is counted."""
 
     reason: str
 
 
 @dataclass(frozen=True)
-class Records:
-    """The contents of a source; ``files`` maps a SHA256 in lower case to a model file.
+class SourceRecords:
+    """Contents of a source; ``files`` maps a SHA256 in lower case to a model file.
 
-    Models and images are any JSON values, and ``Unreadable``: what is no record is left out and
-    counted by the server, as it is by a crawl.
+    Models and images are any JSON values, and ``UnreadableRecord``. ``Replay`` counts values that
+    are no records, by the rules of a crawl.
     """
 
     models: Iterable[Any]
@@ -40,8 +40,8 @@ class Records:
     files: Mapping[str, Path] = field(default_factory=dict)
 
 
-#: (directory, file where the source may keep what is slow to find out) -> what it holds
-Source = Callable[[Path, Path | None], Records]
+#: (directory, file in which the source may store results that take long to compute) -> records
+Source = Callable[[Path, Path | None], SourceRecords]
 
 SOURCES: Mapping[str, str] = MappingProxyType(
     {
@@ -99,11 +99,11 @@ def read_about(site: str) -> dict[str, Any]:
         ) from error
 
 
-def open_source(site: str, cache: Path | None = None) -> Records:
-    """The records behind ``KIND:DIRECTORY``.
+def open_source(site: str, cache: Path | None = None) -> SourceRecords:
+    """Read the records of ``KIND:DIRECTORY``.
 
     Raises:
-        ConfigError: there is no such source or directory, or it does not hold what it should.
+        ConfigError: there is no such source or directory, or it lacks the expected files.
     """
     kind, directory = require_source(site)
     module, _, name = SOURCES[kind].partition(":")
@@ -112,5 +112,5 @@ def open_source(site: str, cache: Path | None = None) -> Records:
 
 
 def synthetic_id(sha256: str) -> int:
-    """The id of something that the site does not know, from its SHA256 in hex."""
+    """Return the id of an item that the site does not have, from its SHA256 in hex."""
     return SYNTHETIC + int(sha256[:13], 16)

@@ -43,9 +43,9 @@ from typing import Any
 import orjson
 from filelock import FileLock
 
-from diffagent.civitai.client import parse_json
+from diffagent.civitai.lenient_json import parse_json
 from diffagent.errors import CivitaiError, ConfigError, RenderError
-from diffagent.localcivitai.sources import Records, synthetic_id
+from diffagent.localcivitai.sources import SourceRecords, synthetic_id
 from diffagent.localcivitai.sources.architecture import UNKNOWN, Architecture, describe
 from diffagent.schemas.payloads import (
     FILE_FIELDS,
@@ -131,7 +131,7 @@ class LocalFile:
         return self.path.with_suffix("")
 
 
-def open_folder(directory: Path, cache: Path | None = None) -> Records:
+def open_folder(directory: Path, cache: Path | None = None) -> SourceRecords:
     """The models and pictures of a folder.
 
     Raises:
@@ -164,7 +164,7 @@ def open_folder(directory: Path, cache: Path | None = None) -> Records:
         kinds = ", ".join(_WEIGHTS)
         raise ConfigError(f"{str(directory)!r} holds no model file ({kinds}) at any depth")
     served = {sha: file.path for sha, file in files.items() if not file.refused}
-    return Records(list(models.values()), list(images.values()), served)
+    return SourceRecords(list(models.values()), list(images.values()), served)
 
 
 def model_files(*directories: Path) -> Iterator[Path]:

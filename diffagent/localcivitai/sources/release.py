@@ -28,7 +28,7 @@ from typing import Any
 import orjson
 
 from diffagent.errors import ConfigError, SchemaError
-from diffagent.localcivitai.sources import Records, synthetic_id
+from diffagent.localcivitai.sources import SourceRecords, synthetic_id
 
 Row = dict[str, Any]
 _TEXT, _NUMBER, _WHOLE, _MAP, _LIST = (str,), (int, float), (int,), (dict,), (list,)
@@ -76,7 +76,7 @@ _NO_PAIRS = ("names.json", "manifest.json", "distributions.json")
 Fields = Mapping[str, tuple[type, ...]]
 
 
-def open_release(directory: Path, cache: Path | None = None) -> Records:
+def open_release(directory: Path, cache: Path | None = None) -> SourceRecords:
     """A release.
 
     Raises:
@@ -84,7 +84,7 @@ def open_release(directory: Path, cache: Path | None = None) -> Records:
         SchemaError: while it is read: a record is not as documented; says which, and the remedy.
     """
     release = Release(directory)
-    return Records(release.models(), release.images())
+    return SourceRecords(release.models(), release.images())
 
 
 class Release:

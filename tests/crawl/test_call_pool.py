@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,14 +11,17 @@ from typing import Any, cast
 import pytest
 
 from diffagent.civitai.client import CivitaiClient
+from diffagent.crawl.call_pool import CallPool, Steps
+from diffagent.crawl.crawl_state import CrawlState
 from diffagent.crawl.journal import Journal
 from diffagent.crawl.meter import meter
-from diffagent.crawl.walks import Steps, Walks
 from diffagent.errors import ServerError
 
 
 class Client:
     """Counts calls that are made at once; ``stop`` ends those that wait."""
+
+    origin = "https://civitai.com"
 
     def __init__(self) -> None:
         self.stopped = threading.Event()
@@ -50,12 +52,11 @@ def client() -> Client:
 
 
 @pytest.fixture
-def walks(client: Client, tmp_path) -> Iterator[Walks]:
-    with Journal(tmp_path / "journal.gz") as journal:
-        yield Walks(cast(CivitaiClient, client), journal, threads=3)
+def pool(client: Client) -> CallPool:
+    return CallPool(cast(CivitaiClient, client), threads=3)
 
 
-def test_jobs_are_carried_on_at_once_by_one_thread(client, walks):
+def test_jobs_are_carried_on_at_once_by_one_thread(client, pool):
     got: dict[int, list[int]] = {}
     threads = set()
 
@@ -66,13 +67,13 @@ def test_jobs_are_carried_on_at_once_by_one_thread(client, walks):
             threads.add(threading.get_ident())
             got.setdefault(number, []).append(step)
 
-    walks.run(job(number) for number in range(7))
+    pool.run(job(number) for number in range(7))
     assert got == {number: [0, 1, 2, 3] for number in range(7)}
     assert client.most == 3
     assert threads == {threading.get_ident()}
 
 
-def test_a_job_may_survive_an_error_and_the_others_do(client, walks):
+def test_a_job_may_survive_an_error_and_the_others_do(client, pool):
     done = []
 
     def job(number: int) -> Steps[None]:
@@ -82,12 +83,12 @@ def test_a_job_may_survive_an_error_and_the_others_do(client, walks):
             done.append("survived")
         done.append(number)
 
-    walks.run(job(number) for number in range(5))
+    pool.run(job(number) for number in range(5))
     assert sorted(map(str, done)) == ["0", "1", "2", "3", "4", "survived"]
 
 
 @pytest.mark.parametrize("way", ["run", "answers"])
-def test_an_error_ends_what_other_threads_wait_for(client, walks, way):
+def test_an_error_ends_what_other_threads_wait_for(client, pool, way):
     started = time.monotonic()
     calls = [lambda: client.call(1, 60.0), lambda: client.call(ServerError("gone"))]
 
@@ -96,28 +97,30 @@ def test_an_error_ends_what_other_threads_wait_for(client, walks, way):
 
     with pytest.raises(ServerError, match=r"gone|stopped"):
         if way == "run":
-            walks.run(job(call) for call in calls)
+            pool.run(job(call) for call in calls)
         else:
-            for _, answer in walks.answers(enumerate(reversed(calls))):
+            for _, answer in pool.answers(enumerate(reversed(calls))):
                 answer()
     client.stop()  # as the client's own end does
     assert time.monotonic() - started < 30
 
 
-def test_answers_come_in_order(client, walks):
+def test_answers_come_in_order(client, pool):
     calls = ((n, lambda n=n: client.call(n, 0.02 if n % 3 == 0 else 0.0)) for n in range(20))
-    assert [(n, answer()) for n, answer in walks.answers(calls)] == [(n, n) for n in range(20)]
+    assert [(n, answer()) for n, answer in pool.answers(calls)] == [(n, n) for n in range(20)]
     assert client.most <= 3
 
 
-def test_a_journal_of_another_request_is_not_taken_up(client, walks, tmp_path):
+def test_a_journal_of_another_request_is_not_taken_up(client, tmp_path):
     request = {"previous": "a", "reconcile": False, "date": "2026-01-01"}
-    assert walks.resume(request) == request
-    walks.save({"showcase": 5}, "images", [{"id": 1}])
+    with Journal(tmp_path / "journal.gz") as first:
+        state = CrawlState(cast(CivitaiClient, client), first)
+        assert state.resume(request) == request
+        state.save({"showcase": 5}, "images", [{"id": 1}])
 
     def again(**changes: Any) -> tuple[str, set[int]]:
         with Journal(tmp_path / "journal.gz") as journal:
-            other = Walks(cast(CivitaiClient, client), journal)
+            other = CrawlState(cast(CivitaiClient, client), journal)
             return other.resume({**request, **changes})["date"], other.seen["images"]
 
     assert again(date="2026-02-02") == ("2026-01-01", {1}), "it began on another day"
@@ -125,7 +128,7 @@ def test_a_journal_of_another_request_is_not_taken_up(client, walks, tmp_path):
 
 
 def test_a_meter_tells_what_is_left(monkeypatch):
-    monkeypatch.setattr("diffagent.crawl.meter._TELL_SECONDS", 0.0)
+    monkeypatch.setattr("diffagent.crawl.meter._REPORT_SECONDS", 0.0)
     clock = iter([0.0, 0.0, 30.0, 60.0, 120.0])
     # The module's name for it alone: other threads of this process read the clock too.
     monkeypatch.setattr(
