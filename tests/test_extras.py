@@ -173,7 +173,8 @@ def test_the_core_builds_a_dataset_and_selects(sandbox_site: Path, tmp_path: Pat
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     code = (
         "from diffagent.cli.main import main\n"
-        f"sys.argv = ['diffagent', 'shard', '-c', {str(tmp_path / 'run.yaml')!r}]\n"
+        f"sys.argv = ['diffagent', 'run', '-c', {str(tmp_path / 'run.yaml')!r}]\n"
+        "sys.argv += ['--until', 'shard']\n"
         "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code, stop\n"
         f"dabench = {str(tmp_path / 'store' / 'shard' / 'latest')!r}\n"
         "sys.argv = ['diffagent', 'select', 'a red circle', '--dabench', dabench]\n"
