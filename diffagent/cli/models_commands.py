@@ -305,6 +305,7 @@ def _open_store(
     site: str | None,
     limit_gb: float | None,
 ) -> Iterator[tuple[ModelStore, CivitaiSite]]:
+    from diffagent.crawl.crawl_config import CrawlConfig
     from diffagent.localcivitai.site import open_site
     from diffagent.render.files.model_store import ModelStore
     from diffagent.run_config import load_config
