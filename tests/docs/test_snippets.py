@@ -15,6 +15,7 @@ import typer
 
 from diffagent import compat
 from diffagent.cli.main import app
+from diffagent.run_config import RunConfig
 from tests.conftest import ROOT, AgentRun
 
 compat.install()
@@ -57,6 +58,16 @@ def _without_redirections(words: list[str]) -> Iterator[str]:
             next(rest, None)
         elif word != "&":
             yield word
+
+
+def _is_setting(key: str) -> bool:
+    """Whether a dotted key names a setting of a run."""
+    model: Any = RunConfig
+    for name in key.split("."):
+        if name not in getattr(model, "model_fields", {}):
+            return False
+        model = model.model_fields[name].annotation
+    return True
 
 
 COMMANDS = [
@@ -118,6 +129,8 @@ def test_a_command_parses(words: list[str]) -> None:
             option = options.get(word)
             if option and not (value or option.is_flag or getattr(option, "count", False)):
                 assert rest, f"{word} needs a value"
-                rest.pop(0)
+                value = rest.pop(0)
+            if word == "--set":
+                assert _is_setting(value.partition("=")[0]), f"no setting {value!r}"
     unlimited = any(argument.nargs == -1 for argument in arguments)
     assert unlimited or passed_on or positional <= len(arguments)
