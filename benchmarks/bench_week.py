@@ -169,7 +169,7 @@ class World:
 
 def serve(world: World, day: int, seed: int) -> None:
     """Serve a day until standard input closes; then say what it took."""
-    from diffagent.localcivitai.server import LocalCivitai, Serving
+    from diffagent.localcivitai.server import LocalCivitai, LocalServer
 
     sandbox = Path(os.environ["WEEK_SANDBOX"])
     models = [m for m in read_records(sandbox, "models") if m["modelVersions"]]
@@ -182,7 +182,7 @@ def serve(world: World, day: int, seed: int) -> None:
     changes = int(world.all_models / 100 * 1.4) + 20 if day == SCHEMA_DAY else 0
     profile = Profile(rates, deploy_every=150, deploys=3, new_schema_after=changes)
     faults = Faults(profile, seed=seed + day)
-    serving = Serving(LocalCivitai(replay, faults), "127.0.0.1", 0)
+    serving = LocalServer(LocalCivitai(replay, faults), "127.0.0.1", 0)
 
     def end() -> None:
         sys.stdin.read()

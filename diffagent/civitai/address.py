@@ -12,6 +12,8 @@ import re
 from typing import NamedTuple
 from urllib.parse import quote, urljoin
 
+from diffagent.errors import ConfigError
+
 #: The site's two fronts: both serve the same API and may appear in its links.
 SITE_HOSTS = ("civitai.com", "civitai.red")
 _ADDRESS = re.compile(
@@ -58,6 +60,21 @@ class Address(NamedTuple):
             path or "/",
             query,
         )
+
+    @classmethod
+    def on_site(cls, text: str, origin: str) -> Address:
+        """Read a path, or an address of either front, as an address on the site at ``origin``.
+
+        Raises:
+            ConfigError: it is no address, or one of another host.
+        """
+        try:
+            address = cls.parse(text, origin)
+        except ValueError as error:
+            raise ConfigError(f"a download address cannot be used: {error}") from None
+        if address.origin != origin and not address.is_site:
+            raise ConfigError(f"{address.host!r} is not the site; give a path")
+        return address._replace(origin=origin)
 
     @property
     def url(self) -> str:

@@ -212,7 +212,9 @@ class CivitaiClient:
             NotFound: no such file, or an archived one.
         """
         path = f"/api/download/models/{version}" if isinstance(version, int) else version
-        return self._calls.run(lambda: self._redirect_target(self._url_on_site(path)))
+        return self._calls.run(
+            lambda: self._redirect_target(Address.on_site(path, self.origin).url)
+        )
 
     def download(
         self,
@@ -250,16 +252,6 @@ class CivitaiClient:
                     raise self._storage_error(response)
                 target = self._location(response).url
         raise ServerError(f"{url!r}: more than {_MAX_REDIRECTS} redirects")
-
-    def _url_on_site(self, path: str) -> str:
-        """Return the address on the configured site of a path, or of an address of either front."""
-        try:
-            address = Address.parse(path, self.origin)
-        except ValueError as error:
-            raise ConfigError(f"a download address cannot be used: {error}") from None
-        if address.origin != self.origin and not address.is_site:
-            raise ConfigError(f"{address.host!r} is not the site; give a path")
-        return address._replace(origin=self.origin).url
 
     # Requests
 

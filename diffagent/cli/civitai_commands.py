@@ -52,7 +52,7 @@ def serve(  # noqa: PLR0917  the command line calls it by name
 ) -> None:
     """Serve Civitai's REST API from a source; prints its address when ready."""
     from diffagent.localcivitai.faults import Faults
-    from diffagent.localcivitai.server import LocalCivitai, Serving
+    from diffagent.localcivitai.server import LocalCivitai, LocalServer
     from diffagent.localcivitai.site import read_source
 
     sites = [name for name in (f"dump:{dump}" if dump else None, site) if name]
@@ -63,7 +63,7 @@ def serve(  # noqa: PLR0917  the command line calls it by name
         replay = read_source(sites[0])
     except DiffAgentError as error:
         raise typer.BadParameter(str(error)) from None
-    serving = Serving(LocalCivitai(replay, Faults(faults.value, seed)), host, port)
+    serving = LocalServer(LocalCivitai(replay, Faults(faults.value, seed)), host, port)
     typer.echo(f"serving on {serving.url}")
     sys.stdout.flush()
     serving.serve_forever()

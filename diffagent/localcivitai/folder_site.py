@@ -18,7 +18,7 @@ from diffagent.civitai.download import PartialDownload
 from diffagent.civitai.error_answers import error_of
 from diffagent.civitai.page_html import settings_of
 from diffagent.civitai.pagination import Page
-from diffagent.errors import BadCursor, ConfigError, NotFound
+from diffagent.errors import BadCursor, NotFound
 from diffagent.localcivitai.answers import (
     ApiFailure,
     available_file,
@@ -155,10 +155,7 @@ class FolderSite:
     def _file(self, url: int | str) -> Path:
         """Find the file of a version id, or of a download path or address."""
         link = f"/api/download/models/{url}" if isinstance(url, int) else url
-        try:
-            address = Address.parse(link, self.origin)
-        except ValueError as error:
-            raise ConfigError(f"a download address cannot be used: {error}") from None
+        address = Address.on_site(link, self.origin)
         version = _DOWNLOAD_PATH.fullmatch(address.path)
         with self._answering(address.path) as replay:
             if version is None:

@@ -163,7 +163,7 @@ def list_models(site: LocalCivitai, request: Request) -> Response:
     if query.query and page is not None:
         text = "Cannot use page param with query search. Use cursor-based pagination."
         raise ApiFailure(400, {"error": text})
-    window = _Window(site, request, site.listings.models(query), limit)
+    window = _ListingPage(site, request, site.listings.models(query), limit)
     window.place(parameters, page)
     host = _origin(request)
     rows = site.replay.models
@@ -190,7 +190,7 @@ def list_images(site: LocalCivitai, request: Request) -> Response:
         raise validation_failure(problem) from None
     if flat is None:
         flat = not is_legacy(parameters)
-    window = _Window(site, request, site.listings.images(query), limit)
+    window = _ListingPage(site, request, site.listings.images(query), limit)
     window.place(parameters, page)
     replay = site.replay
     items = [
@@ -207,7 +207,7 @@ def _limit(parameters: QueryParameters, *, high: int) -> int:
     return 100 if limit is None else limit
 
 
-class _Window:
+class _ListingPage:
     """One page of a selection, with its faults."""
 
     def __init__(
@@ -575,7 +575,7 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-class Serving(uvicorn.Server):
+class LocalServer(uvicorn.Server):
     """uvicorn over the two sockets of a local Civitai."""
 
     def __init__(self, site: LocalCivitai, host: str, port: int) -> None:
@@ -597,7 +597,7 @@ class Serving(uvicorn.Server):
 @contextmanager
 def serve(replay: Replay, faults: Faults, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
     """Serve in a thread of this process for the duration of the block; yield the address."""
-    serving = Serving(LocalCivitai(replay, faults), host, port)
+    serving = LocalServer(LocalCivitai(replay, faults), host, port)
     thread = threading.Thread(target=serving.serve_forever, daemon=True)
     thread.start()
     try:

@@ -330,7 +330,7 @@ def test_an_address_is_its_own_site():
 
 
 def test_a_web_site_takes_no_faults():
-    runtime = RuntimeConfig(faults="flaky")
+    runtime = RuntimeConfig(site={"faults": "flaky"})
     with pytest.raises(ConfigError, match="faults=none"), open_site("https://x.org", runtime):
         pass
 

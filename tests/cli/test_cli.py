@@ -374,7 +374,7 @@ def test_a_directory_of_another_kind_is_called_what_it_is(tmp_path: Path) -> Non
     from tests.agent.agent_world import make_world
 
     dabench = make_world(tmp_path, train=12, test=4).path
-    with pytest.raises(ArtifactError, match="it is an artefact of the stage 'shard'"):
+    with pytest.raises(ArtifactError, match="it is an artifact of the stage 'shard'"):
         invoke("select", "a star", "--agent", dabench)
     with pytest.raises(ArtifactError, match=f"did you mean '{dabench.parent}/latest'"):
         invoke("select", "a star", "--agent", dabench.parent)

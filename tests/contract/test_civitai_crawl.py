@@ -238,7 +238,7 @@ def test_a_folder_that_is_read_gives_what_a_server_of_it_gives(dump, site, tmp_p
 
 
 def test_a_folder_with_faults_is_served_with_them(dump, undisturbed, tmp_path):
-    runtime = RuntimeConfig(store=str(tmp_path), faults="hostile")
+    runtime = RuntimeConfig(store=str(tmp_path), site={"faults": "hostile"})
     snapshot = crawl.run(ALL, {}, runtime, site_url=f"dump:{dump}")
     assert snapshot.manifest.metrics["retries"] > 0
     assert files(snapshot) == files(undisturbed)
@@ -252,7 +252,7 @@ def test_a_sample_of_real_records_survives(tmp_path):
     models = list(itertools.islice(read_records(source, "models"), 200))
     images = list(itertools.islice(read_records(source, "images"), 0, 60_000, 100))
     write_dump(tmp_path / "dump", models, images)
-    runtime = RuntimeConfig(store=str(tmp_path), faults="hostile")
+    runtime = RuntimeConfig(store=str(tmp_path), site={"faults": "hostile"})
     snapshot = crawl.run(ALL, {}, runtime, site_url=f"dump:{tmp_path / 'dump'}")
     assert {m["id"] for m in rows(snapshot, "models")} == {m["id"] for m in models}
     found = {i["id"]: i for i in rows(snapshot, "images")}

@@ -247,7 +247,7 @@ def test_other_names_are_said_in_a_file(release: tuple[Artifact, Path], tmp_path
     (folder / "names.json").write_text('{"mapping": "maps/models.json", "instruction": "Input"}')
     assert len(list(open_source(f"release:{folder}").images)) == len(json.loads(text))
     (folder / "names.json").write_text('{"Prompt": "Input"}')
-    with pytest.raises(ConfigError, match="unknown is 'Prompt'"):
+    with pytest.raises(ConfigError, match="unknown field 'Prompt'"):
         open_source(f"release:{folder}")
 
 

@@ -49,7 +49,8 @@ class World:
 def run(world: World, store: Path, config: CrawlConfig = FEED, **options: Any) -> Artifact:
     """Crawl the world, or refresh the crawl that is in the store."""
     faults = {key: options.pop(key) for key in ("profile", "seed") if key in options}
-    runtime = RuntimeConfig(store=str(store), site=options)
+    cache = {"directory": options.pop("cache", None)}
+    runtime = RuntimeConfig(store=str(store), site=options, cache=cache)
     with world.site(**faults) as url:
         return crawl.run(config, {}, runtime, site_url=url, refresh=True)
 

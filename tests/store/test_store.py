@@ -20,7 +20,7 @@ def runtime(request: pytest.FixtureRequest, tmp_path: Path) -> RuntimeConfig:
     store = tmp_path / "store"
     if request.param == "directory":
         return RuntimeConfig(store=str(store))
-    return RuntimeConfig(store=store.as_uri(), cache=str(tmp_path / "cache"))
+    return RuntimeConfig(store=store.as_uri(), cache={"directory": str(tmp_path / "cache")})
 
 
 @pytest.fixture
@@ -51,7 +51,9 @@ def replace(store: Store, existing: Artifact) -> Artifact:
 
 def test_the_kind_of_store_follows_the_configuration(tmp_path: Path) -> None:
     local = RuntimeConfig(store=str(tmp_path))
-    remote = RuntimeConfig(store=f"{tmp_path.as_uri()}/", cache=str(tmp_path), cache_gb=2)
+    remote = RuntimeConfig(
+        store=f"{tmp_path.as_uri()}/", cache={"directory": str(tmp_path), "max_gb": 2}
+    )
     assert open_store(local) == LocalStore(tmp_path)
     assert open_store(remote) == RemoteStore(tmp_path.as_uri(), remote.local_store, 2 * 10**9)
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from diffagent.cli import main
 from diffagent.errors import ConfigError, RenderError
-from diffagent.localcivitai.sources.local import Hashes, look
+from diffagent.localcivitai.sources.local import FileHashes, inspect_file
 from diffagent.render.diffusers.pipelines import DiffusersRenderer
 from diffagent.render.recipe import LoRAUse
 from diffagent.render.render_stage import REASONS
@@ -235,7 +235,7 @@ def test_whatever_a_file_holds_is_drawn_or_refused(tmp_path: Path, kind: str) ->
             "lora": Files(base, loras=(odd,)),
             "embedding": Files(base, embeddings=(odd,)),
         }[kind]
-        assert look(path, Hashes(None)).sha256
+        assert inspect_file(path, FileHashes(None)).sha256
         try:
             renderer.prepare(files)
         except RenderError as error:
