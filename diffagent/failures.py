@@ -28,6 +28,7 @@ from diffagent.errors import (
 from diffagent.schemas.api import ApiError
 from diffagent.schemas.config import ConfigFileError
 from diffagent.schemas.printable import printable
+from diffagent.schemas.table_error import TableError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -62,8 +63,9 @@ def as_error(error: BaseException, doing: str, store: Path | None = None) -> Dif
     """
     if isinstance(error, DiffAgentError):
         return error
-    if isinstance(error, ConfigFileError):
-        return ConfigError(str(error))
+    if isinstance(error, ConfigFileError | TableError):
+        kind_of_error = ConfigError if isinstance(error, ConfigFileError) else SchemaError
+        return kind_of_error(str(error))
     if isinstance(error, ValidationError):
         faults = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         return ConfigError(f"{doing}: {printable('; '.join(faults)):.{_LINE}}")
@@ -133,6 +135,8 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except DiffAgentError:
         raise
+    except TableError as error:  # it names the file
+        raise ArtifactError(str(error)) from error
     except BaseException as error:
         if not is_failure(error) or isinstance(error, MemoryError):
             raise
