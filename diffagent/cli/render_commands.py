@@ -23,9 +23,9 @@ from diffagent.device import keep_freed_memory
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    from diffagent.agent.candidates import Row
     from diffagent.agent.selector import Selector
     from diffagent.schemas.config import PipelineConfig
+    from diffagent.schemas.tables import CandidateRow
     from diffagent.store.artifacts import Artifact
     from diffagent.t2i.catalogue import Entry
 
@@ -344,7 +344,7 @@ def _called(
     calls: Path | None,
     called: list[str] | None,
     entries: list[Entry],
-) -> tuple[list[Row], list[Entry]]:
+) -> tuple[list[CandidateRow], list[Entry]]:
     from diffagent.sheet.prompts_file import call_rows
 
     if called is None:
@@ -380,7 +380,7 @@ def _source(agent: Path | None, dabench: Path | None, selector: str) -> str:
 
 def _named(
     lines: list[str], model: list[str] | None, parameters: dict[str, Any], entries: list[Entry]
-) -> list[Row]:
+) -> list[CandidateRow]:
     from diffagent.errors import ConfigError
     from diffagent.sheet.prompts_file import Parameters, prompt_rows
 
@@ -392,7 +392,7 @@ def _named(
 
 
 def _make(
-    rows: list[Row],
+    rows: list[CandidateRow],
     entries: list[Entry],
     run: PipelineConfig,
     out: Path,
@@ -412,11 +412,7 @@ def _make(
         # Pictures that need no download are drawn; the same command fetches the rest later.
         log.warning("%s; the pictures of models that are not here yet fail", error)
         renders = _draw(rows, [replace(entry, download_path="") for entry in entries], run)
-    apis = {
-        (row["prompt_id"], row["source"], row["candidate"]): row["api"]
-        for row in rows
-        if row["api"]
-    }
+    apis = {(row.prompt_id, row.source, row.candidate): row.api for row in rows if row.api}
     missing = _sheet(out, title, renders, apis)
     total = renders.manifest.rows["renders.parquet"]
     if score and missing < total:
@@ -436,7 +432,7 @@ def _end(missing: int, total: int, out: Path) -> None:
         raise typer.Exit(1)
 
 
-def _draw(rows: list[Row], entries: list[Entry], run: PipelineConfig) -> Artifact:
+def _draw(rows: list[CandidateRow], entries: list[Entry], run: PipelineConfig) -> Artifact:
     """The pictures of rows, with the models that ``entries`` says where to find."""
     from diffagent.pipeline import open_site
     from diffagent.render import render_stage
