@@ -471,10 +471,9 @@ def _sheet(
 
 
 def _score_files(pictures: list[Path], prompt: str | None, run: PipelineConfig, out: Path) -> None:
-    import pyarrow.parquet as pq
-
     from diffagent.errors import ConfigError
     from diffagent.rewards import score_stage
+    from diffagent.schemas.tables import RENDER_TABLE
     from diffagent.sheet import sheet_rows
     from diffagent.sheet.prompts_file import pictures_in
 
@@ -483,8 +482,8 @@ def _score_files(pictures: list[Path], prompt: str | None, run: PipelineConfig, 
         raise ConfigError(f"--out {str(out)!r} holds the pictures themselves; give another folder")
     config, apis = sheet_rows.pictures_config(paths, prompt)
     renders = sheet_rows.pictures.run(config, {}, run.runtime)
-    statuses = pq.read_table(renders.file("renders.parquet"), columns=["status"])["status"]
+    statuses = [row.status for row in RENDER_TABLE.read(renders.file("renders.parquet"))]
     scores = None
-    if "ok" in statuses.to_pylist():  # else there is nothing to load a scorer for
+    if "ok" in statuses:  # else there is nothing to load a scorer for
         scores = score_stage.score.run(run.rewards, {"renders": [renders]}, run.runtime)
     _end(_sheet(out, "Scores", renders, apis, scores), len(statuses), out)

@@ -34,7 +34,13 @@ from diffagent.rewards.scores import read_scores
 from diffagent.schemas.api import T2IAPI, parse_api
 from diffagent.schemas.config import EvaluationConfig
 from diffagent.schemas.manifest import Manifest
-from diffagent.schemas.tables import EVALUATION, TRUNCATED
+from diffagent.schemas.tables import (
+    CANDIDATE_TABLE,
+    EVALUATION,
+    JUDGEMENT_TABLE,
+    RENDER_TABLE,
+    TRUNCATED,
+)
 from diffagent.store.artifacts import (
     Artifact,
     StageContext,
@@ -75,11 +81,15 @@ def evaluate(config: EvaluationConfig, context: StageContext) -> StageResult:
         ScoreError: the selectors were scored by different scorers.
     """
     read = _Tables(
-        candidates=_read(context.many("candidates"), "candidates.parquet"),
-        renders=_read(context.many("renders"), "renders.parquet"),
+        candidates=CANDIDATE_TABLE.read_frame(
+            [artifact.file("candidates.parquet") for artifact in context.many("candidates")]
+        ),
+        renders=RENDER_TABLE.read_frame(
+            [artifact.file("renders.parquet") for artifact in context.many("renders")]
+        ),
         scores=read_scores(context.many("scores")),
         dabench=_read_split(context.one("dabench"), config.split),
-        judgements=read_scores(context.many("judgements"), "judgements.parquet")
+        judgements=read_scores(context.many("judgements"), "judgements.parquet", JUDGEMENT_TABLE)
         if context.inputs.get("judgements")
         else None,
     )
@@ -122,10 +132,6 @@ class _Tables:
     scores: pl.DataFrame
     dabench: pl.DataFrame
     judgements: pl.DataFrame | None
-
-
-def _read(artifacts: Sequence[Artifact], name: str) -> pl.DataFrame:
-    return pl.concat([pl.read_parquet(a.file(name)) for a in artifacts])
 
 
 def _read_split(dabench: Artifact, split: str) -> pl.DataFrame:
