@@ -91,13 +91,19 @@ class Table(Generic[RowT]):
         self._decoders = {name: _decoder(hint) for name, hint in hints.items()}
 
     def to_batch(self, rows: Sequence[RowT]) -> pa.RecordBatch:
-        """Returns the rows as one Arrow batch."""
+        """Returns the rows as one Arrow batch.
+
+        Raises:
+            TableError: a value is None whose column is not nullable.
+        """
         columns = []
         for field in self.schema:
             values = [getattr(row, field.name) for row in rows]
             if pa.types.is_nested(field.type):
                 values = [_encode(value) for value in values]
             columns.append(pa.array(values, field.type))
+            if not field.nullable and columns[-1].null_count:
+                raise TableError(f"{self.row.__name__}.{field.name} must not be None")
         return pa.RecordBatch.from_arrays(columns, schema=self.schema)
 
     def to_rows(self, batch: pa.RecordBatch | pa.Table) -> Iterator[RowT]:

@@ -106,6 +106,8 @@ def test_columns_of_another_type_or_with_nulls_are_errors(tmp_path: Path) -> Non
     pq.write_table(table.set_column(place, "seed", pa.array([None], pa.int64())), path)
     with pytest.raises(TableError, match="'seed' has a null"):
         SCORE_TABLE.read(path)
+    with pytest.raises(TableError, match=r"ScoreRow\.seed must not be None"):
+        SCORE_TABLE.write(path, [dataclasses.replace(row, seed=None)])  # type: ignore[arg-type]
 
 
 def test_a_file_with_more_columns_or_of_polars_is_read(tmp_path: Path) -> None:
