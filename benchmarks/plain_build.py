@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def build(snapshot: Artifact, config: FilterConfig) -> pd.DataFrame:
             images = images[reasons.isna()].copy()
     pairs = PairBuilder(config, resolver, dates)
     images["api"] = images["record"].map(make_api)
-    rows = pd.DataFrame(map(pairs.row, images["record"], images["api"]))
+    rows = pd.DataFrame(map(asdict, map(pairs.row, images["record"], images["api"])))
     if DUPLICATE in config.records:
         taught = pd.DataFrame(
             {

@@ -28,6 +28,7 @@ from diffagent.errors import (
 )
 from diffagent.schemas.api import ApiError
 from diffagent.schemas.printable import printable
+from diffagent.schemas.table_error import TableError
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -71,6 +72,8 @@ def as_error(error: BaseException, action: str, store: Path | None = None) -> Di
 
 def _input_error(error: BaseException, action: str) -> DiffAgentError | None:
     """Return the error for a value or a text that the user can change."""
+    if isinstance(error, TableError):
+        return SchemaError(str(error))
     if isinstance(error, ValidationError):
         faults = (f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
         return ConfigError(f"{action}: {printable('; '.join(faults)):.{_LINE}}")
@@ -150,6 +153,8 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except DiffAgentError:
         raise
+    except TableError as error:  # it names the file
+        raise ArtifactError(str(error)) from error
     except BaseException as error:
         if not is_failure(error) or isinstance(error, MemoryError):
             raise

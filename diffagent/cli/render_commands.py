@@ -25,9 +25,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 if TYPE_CHECKING:
-    from diffagent.agent.candidates import Row
     from diffagent.agent.selector import Selector
     from diffagent.run_config import RunConfig
+    from diffagent.schemas.tables import CandidateRow
     from diffagent.store import Artifact
     from diffagent.t2i.catalogue import Entry
 
@@ -400,7 +400,7 @@ def _called(
     calls: Path | None,
     called: list[str] | None,
     entries: list[Entry],
-) -> tuple[list[Row], list[Entry]]:
+) -> tuple[list[CandidateRow], list[Entry]]:
     from diffagent.sheet.prompts_file import call_rows
 
     if called is None:
@@ -434,7 +434,7 @@ def _source(agent: Path | None, dabench: Path | None) -> str:
 
 def _named(
     lines: list[str], model: list[str] | None, parameters: dict[str, Any], entries: list[Entry]
-) -> list[Row]:
+) -> list[CandidateRow]:
     from diffagent.errors import ConfigError
     from diffagent.sheet.prompts_file import Parameters, prompt_rows
 
@@ -446,7 +446,7 @@ def _named(
 
 
 def _make(
-    rows: list[Row],
+    rows: list[CandidateRow],
     entries: list[Entry],
     run: RunConfig,
     out: Path,
@@ -466,11 +466,7 @@ def _make(
         # Pictures that need no download are drawn; the same command fetches the rest later.
         log.warning("%s; the pictures of models that are not here yet fail", error)
         renders = _draw(rows, [replace(entry, download_path="") for entry in entries], run)
-    apis = {
-        (row["prompt_id"], row["source"], row["candidate"]): row["api"]
-        for row in rows
-        if row["api"]
-    }
+    apis = {(row.prompt_id, row.source, row.candidate): row.api for row in rows if row.api}
     missing = _sheet(out, title, renders, apis)
     total = renders.manifest.rows["renders.parquet"]
     if score and missing < total:
@@ -490,7 +486,7 @@ def _end(missing: int, total: int, out: Path) -> None:
         raise typer.Exit(1)
 
 
-def _draw(rows: list[Row], entries: list[Entry], run: RunConfig) -> Artifact:
+def _draw(rows: list[CandidateRow], entries: list[Entry], run: RunConfig) -> Artifact:
     """The pictures of rows, with the models that ``entries`` says where to find."""
     from diffagent.render import render_stage
     from diffagent.sheet import prompts_file
@@ -527,10 +523,9 @@ def _sheet(
 
 
 def _score_files(pictures: list[Path], prompt: str | None, run: RunConfig, out: Path) -> None:
-    import pyarrow.parquet as pq
-
     from diffagent.errors import ConfigError
     from diffagent.rewards import score_stage
+    from diffagent.schemas.tables import RENDER_TABLE
     from diffagent.sheet import sheet_rows
     from diffagent.sheet.prompts_file import pictures_in
 
@@ -539,8 +534,8 @@ def _score_files(pictures: list[Path], prompt: str | None, run: RunConfig, out: 
         raise ConfigError(f"--out {str(out)!r} holds the pictures themselves; give another folder")
     config, apis = sheet_rows.pictures_config(paths, prompt)
     renders = sheet_rows.pictures.run(config, {}, run.runtime)
-    statuses = pq.read_table(renders.file("renders.parquet"), columns=["status"])["status"]
+    statuses = [row.status for row in RENDER_TABLE.read(renders.file("renders.parquet"))]
     scores = None
-    if "ok" in statuses.to_pylist():  # else there is nothing to load a scorer for
+    if "ok" in statuses:  # else there is nothing to load a scorer for
         scores = score_stage.score.run(run.rewards, {"renders": [renders]}, run.runtime)
     _end(_sheet(out, "Scores", renders, apis, scores), len(statuses), out)

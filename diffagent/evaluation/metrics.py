@@ -142,11 +142,11 @@ def evaluation_table(
     """Judge every answer.
 
     Args:
-        candidates: rows of CANDIDATES, one a (selector, prompt); ``source`` is the selector.
-        renders: rows of RENDERS for them, one a seed.
-        scores: rows of SCORES for them, one a seed.
-        dabench: rows of DABENCH that hold the prompts.
-        judgements: rows of JUDGEMENTS for them, one a seed; None: no judge was asked.
+        candidates: `CandidateRow`, one a (selector, prompt); ``source`` is the selector.
+        renders: `RenderRow` for them, one a seed.
+        scores: `ScoreRow` for them, one a seed.
+        dabench: `PairRow` that hold the prompts.
+        judgements: `JudgementRow` for them, one a seed; None: no judge was asked.
 
     Returns:
         EVALUATION, sorted by selector and prompt.

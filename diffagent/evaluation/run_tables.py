@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import polars as pl
@@ -10,6 +9,7 @@ import polars as pl
 from diffagent.errors import ArtifactError
 from diffagent.evaluation.evaluate_config import EvaluationConfig
 from diffagent.rewards.scores import read_scores
+from diffagent.schemas.tables import CANDIDATE_TABLE, JUDGEMENT_TABLE, RENDER_TABLE
 from diffagent.store import Artifact, StageContext
 
 
@@ -33,11 +33,17 @@ def read_run_tables(config: EvaluationConfig, context: StageContext) -> RunTable
     """
     judgements = context.inputs.get("judgements")
     tables = RunTables(
-        candidates=_read(context.many("candidates"), "candidates.parquet"),
-        renders=_read(context.many("renders"), "renders.parquet"),
+        candidates=CANDIDATE_TABLE.read_frame(
+            [artifact.file("candidates.parquet") for artifact in context.many("candidates")]
+        ),
+        renders=RENDER_TABLE.read_frame(
+            [artifact.file("renders.parquet") for artifact in context.many("renders")]
+        ),
         scores=read_scores(context.many("scores")),
         dabench=_read_split(context.one("dabench"), config.split),
-        judgements=read_scores(judgements, "judgements.parquet") if judgements else None,
+        judgements=read_scores(judgements, "judgements.parquet", JUDGEMENT_TABLE)
+        if judgements
+        else None,
     )
     sources = set(tables.candidates["source"])
     if sources != set(config.selectors):
@@ -46,10 +52,6 @@ def read_run_tables(config: EvaluationConfig, context: StageContext) -> RunTable
             f"{sorted(config.selectors)}; run the stage 'select' for each of them"
         )
     return tables
-
-
-def _read(artifacts: Sequence[Artifact], name: str) -> pl.DataFrame:
-    return pl.concat([pl.read_parquet(a.file(name)) for a in artifacts])
 
 
 def _read_split(dabench: Artifact, split: str) -> pl.DataFrame:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from diffagent.render.part_config import PartConfig
+from diffagent.schemas.tables import CANDIDATE_TABLE, CandidateRow
 from diffagent.store import StageContext, StageResult, stage
 
 
@@ -16,18 +14,22 @@ def part(config: PartConfig, context: StageContext) -> StageResult:
     Valid answers are cut in the order of their APIs, which begin with the model: a checkpoint is
     loaded for few parts. Each part has as many of them as the others, or one more or less.
     """
-    table = pq.read_table(context.one("candidates").file("candidates.parquet"))
-    rows = list(enumerate(zip(table["status"].to_pylist(), table["api"].to_pylist(), strict=True)))
-    valid = sorted((api, row) for row, (status, api) in rows if status == "valid")
-    invalid = [row for row, (status, _) in rows if status != "valid"]
+    rows = CANDIDATE_TABLE.read(context.one("candidates").file("candidates.parquet"))
+    valid = sorted((row.api or "", place) for place, row in enumerate(rows) if _is_valid(row))
+    invalid = [place for place, row in enumerate(rows) if not _is_valid(row)]
     chosen = [
-        row
-        for group in ([row for _, row in valid], invalid)
-        for row in group[_cut(group, config.part, config) : _cut(group, config.part + 1, config)]
+        place
+        for group in ([place for _, place in valid], invalid)
+        for place in group[_cut(group, config.part, config) : _cut(group, config.part + 1, config)]
     ]
-    made = table.take(pa.array(sorted(chosen), pa.int64()))
-    pq.write_table(made, context.out / "candidates.parquet", compression="zstd")
-    return StageResult(rows={"candidates.parquet": made.num_rows})
+    CANDIDATE_TABLE.write(
+        context.out / "candidates.parquet", [rows[place] for place in sorted(chosen)]
+    )
+    return StageResult(rows={"candidates.parquet": len(chosen)})
+
+
+def _is_valid(row: CandidateRow) -> bool:
+    return row.status == "valid"
 
 
 def _cut(rows: list[int], part: int, config: PartConfig) -> int:

@@ -10,10 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING
 
 from diffagent.errors import RenderError
 from diffagent.localcivitai.site import open_site
@@ -29,7 +26,7 @@ from diffagent.render.renderer import Files, ModelRef, Renderer
 from diffagent.render.safety import check_pictures
 from diffagent.schemas.api import ApiError, parse_api
 from diffagent.schemas.manifest import Funnel, FunnelStep
-from diffagent.schemas.tables import RENDERS
+from diffagent.schemas.tables import CANDIDATE_TABLE, RENDER_TABLE, CandidateRow, RenderRow
 from diffagent.store import Progress, StageContext, StageResult, stage
 from diffagent.t2i.catalogue import Catalogue
 
@@ -91,7 +88,7 @@ class Job:
     ``note``: how the picture differs from what the call means.
     """
 
-    row: Mapping[str, Any]
+    row: CandidateRow
     seed: int
     recipe: Recipe | None
     status: str
@@ -106,7 +103,7 @@ def render(config: RenderConfig, context: StageContext) -> StageResult:
     """Render the candidates that are valid.
 
     Inputs: ``candidates`` (candidates.parquet), ``dabench`` (the catalogue). Files:
-    renders.parquet (``diffagent.schemas.tables.RENDERS``) and images/RECIPE.png. Every picture is
+    renders.parquet (``diffagent.schemas.tables.RenderRow``) and images/RECIPE.png. Every picture is
     kept in
     ``STORE/pictures`` for all runs, so an interrupted one goes on after the last whole picture.
     Model files are cached in ``runtime.models.directory``.
@@ -116,7 +113,7 @@ def render(config: RenderConfig, context: StageContext) -> StageResult:
         CivitaiError: the site is in trouble that may pass; run it again.
     """
     catalogue = Catalogue.load(context.one("dabench").path)
-    candidates = pq.read_table(context.one("candidates").file("candidates.parquet")).to_pylist()
+    candidates = CANDIDATE_TABLE.read(context.one("candidates").file("candidates.parquet"))
     jobs = list(make_jobs(candidates, catalogue, config))
     wanted = {job.recipe.digest: job.recipe for job in jobs if job.recipe}
     started = time.monotonic()
@@ -134,7 +131,7 @@ def render(config: RenderConfig, context: StageContext) -> StageResult:
     failed |= {digest: RenderError(REASONS["unsafe"], reason="unsafe") for digest in unsafe}
     jobs = [finish(job, failed, album.nsfw, name) for job in jobs]
     check_failures(jobs, config.max_failed_fraction)
-    pq.write_table(to_table(jobs), context.out / "renders.parquet", compression="zstd")
+    RENDER_TABLE.write(context.out / "renders.parquet", [to_row(job) for job in jobs])
     return StageResult(
         rows={"renders.parquet": len(jobs)},
         funnels=(funnel(jobs),),
@@ -153,33 +150,30 @@ def render(config: RenderConfig, context: StageContext) -> StageResult:
 
 
 def make_jobs(
-    candidates: Iterable[Mapping[str, Any]], catalogue: Catalogue, config: RenderConfig
+    candidates: Iterable[CandidateRow], catalogue: Catalogue, config: RenderConfig
 ) -> Iterator[Job]:
     """A job for each candidate and seed, sorted by prompt, source, candidate, seed.
 
     Args:
-        candidates: rows of ``diffagent.schemas.tables.CANDIDATES``.
+        candidates: in any order.
         catalogue: what the names in them mean.
         config: seeds and the largest size.
     """
-    key = ("prompt_id", "source", "candidate")
-    for row in sorted(candidates, key=lambda row: tuple(row[name] for name in key)):
+    for row in sorted(candidates, key=lambda row: (row.prompt_id, row.source, row.candidate)):
         for seed in sorted(set(config.seeds)):
-            if row["status"] != "valid":
-                yield Job(row, seed, None, "invalid", row["reason"])
+            if row.status != "valid":
+                yield Job(row, seed, None, "invalid", row.reason)
                 continue
             try:
                 yield Job(row, seed, _recipe(row, seed, catalogue, config), "ok", None)
             except RenderError as error:
-                log.warning("prompt %s, %s: %s", row["prompt_id"], row["source"], error)
+                log.warning("prompt %s, %s: %s", row.prompt_id, row.source, error)
                 yield Job(row, seed, None, "failed", error.reason, problem=str(error))
 
 
-def _recipe(
-    row: Mapping[str, Any], seed: int, catalogue: Catalogue, config: RenderConfig
-) -> Recipe:
+def _recipe(row: CandidateRow, seed: int, catalogue: Catalogue, config: RenderConfig) -> Recipe:
     try:
-        api = parse_api(row["api"] or "")
+        api = parse_api(row.api or "")
     except ApiError as error:
         raise RenderError(f"cannot read the API: {error}", reason="unreadable-api") from None
     size = api.params.width * api.params.height
@@ -189,7 +183,7 @@ def _recipe(
             f"({config.max_pixels})",
             reason="too-large",
         )
-    return resolve(api, row["prompt"], seed, catalogue)
+    return resolve(api, row.prompt, seed, catalogue)
 
 
 class Album:
@@ -342,22 +336,21 @@ def check_failures(jobs: Iterable[Job], limit: float) -> None:
         )
 
 
-def to_table(jobs: Iterable[Job]) -> pa.Table:
-    """The jobs as ``diffagent.schemas.tables.RENDERS``."""
-    rows = [
-        {
-            **{name: job.row[name] for name in ("prompt_id", "source", "candidate", "prompt")},
-            "seed": job.seed,
-            "recipe": job.recipe.digest if job.recipe else None,
-            "nsfw": job.nsfw,
-            "status": job.status,
-            "reason": job.reason,
-            "problem": job.problem,
-            "note": job.note,
-        }
-        for job in jobs
-    ]
-    return pa.Table.from_pylist(rows, schema=RENDERS)
+def to_row(job: Job) -> RenderRow:
+    """Returns the row of renders.parquet of a finished job."""
+    return RenderRow(
+        prompt_id=job.row.prompt_id,
+        source=job.row.source,
+        candidate=job.row.candidate,
+        seed=job.seed,
+        prompt=job.row.prompt,
+        recipe=job.recipe.digest if job.recipe else None,
+        status=job.status,
+        reason=job.reason,
+        problem=job.problem,
+        nsfw=job.nsfw,
+        note=job.note,
+    )
 
 
 def funnel(jobs: Iterable[Job]) -> Funnel:

@@ -9,15 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from diffagent.device import resolve_device
 from diffagent.rewards.image_batches import load_pictures
@@ -28,7 +26,15 @@ from diffagent.rewards.scorer import Scorer
 from diffagent.rewards.scores import define, write_scores
 from diffagent.rewards.unified import Unifier
 from diffagent.schemas.manifest import Funnel, FunnelStep
-from diffagent.schemas.tables import JUDGEMENTS, SCORES, TRUNCATED
+from diffagent.schemas.tables import (
+    JUDGEMENT_TABLE,
+    RENDER_TABLE,
+    SCORE_TABLE,
+    TRUNCATED,
+    JudgementRow,
+    RenderRow,
+    ScoreRow,
+)
 from diffagent.store import Artifact, Progress, StageContext, StageResult, stage
 
 if TYPE_CHECKING:
@@ -38,6 +44,9 @@ log = logging.getLogger(__name__)
 
 #: Prompt, and digest of the recipe of a picture.
 Pair = tuple[str, str]
+
+#: Row of the table that a stage writes.
+ScoredRow = TypeVar("ScoredRow", ScoreRow, JudgementRow)
 
 
 @dataclass
@@ -77,8 +86,8 @@ class PictureScores:
 def score(config: RewardsConfig, context: StageContext) -> StageResult:
     """Scores the pictures of a ``render`` artifact.
 
-    Input: ``renders``. File: scores.parquet (``diffagent.schemas.tables.SCORES``), one row per row
-    of renders.parquet in the same order. The unified score of a hallucination is
+    Input: ``renders``. File: scores.parquet (``diffagent.schemas.tables.ScoreRow``), one row per
+    row of renders.parquet in the same order. The unified score of a hallucination is
     ``invalid_floor``; of a truncated answer and a failed picture it is null.
 
     Raises:
@@ -91,12 +100,12 @@ def score(config: RewardsConfig, context: StageContext) -> StageResult:
     )
     unifier = Unifier.from_config(config, scorers)
     rows, pairs, scores = _score_renders(scorers, context, config.batch_size)
-    table = to_table(rows, pairs, scores, SCORES, unifier)
+    scored = score_rows(rows, pairs, scores, ScoreRow, unifier)
     definition = define(scorers, config.dtype, unifier)
-    write_scores(table, context.out / "scores.parquet", definition)
+    write_scores(SCORE_TABLE, context.out / "scores.parquet", scored, definition)
     return StageResult(
-        rows={"scores.parquet": table.num_rows},
-        funnels=(_funnel(table),),
+        rows={"scores.parquet": len(scored)},
+        funnels=(_funnel(scored),),
         metrics={
             **scores.report(scorers),
             "unified": definition["unified"],
@@ -109,8 +118,8 @@ def score(config: RewardsConfig, context: StageContext) -> StageResult:
 def judge(config: JudgesConfig, context: StageContext) -> StageResult:
     """Scores the pictures of a ``render`` artifact with the held-out judges.
 
-    Input: ``renders``. File: judgements.parquet (``diffagent.schemas.tables.JUDGEMENTS``), one row
-    per row of renders.parquet in the same order; null without a picture or for a judge that is
+    Input: ``renders``. File: judgements.parquet (``diffagent.schemas.tables.JudgementRow``), one
+    row per row of renders.parquet in the same order; null without a picture or for a judge that is
     not configured.
 
     Raises:
@@ -122,22 +131,23 @@ def judge(config: JudgesConfig, context: StageContext) -> StageResult:
         config, device=str(resolve_device(runtime.device)), compiled=runtime.scoring.compile
     )
     rows, pairs, scores = _score_renders(judges, context, config.batch_size)
-    table = to_table(rows, pairs, scores, JUDGEMENTS)
-    write_scores(table, context.out / "judgements.parquet", define(judges, config.dtype))
+    scored = score_rows(rows, pairs, scores, JudgementRow)
+    definition = define(judges, config.dtype)
+    write_scores(JUDGEMENT_TABLE, context.out / "judgements.parquet", scored, definition)
     return StageResult(
-        rows={"judgements.parquet": table.num_rows},
-        funnels=(_funnel(table),),
+        rows={"judgements.parquet": len(scored)},
+        funnels=(_funnel(scored),),
         metrics=scores.report(judges),
     )
 
 
 def _score_renders(
     scorers: Sequence[Scorer], context: StageContext, batch_size: int
-) -> tuple[list[dict[str, Any]], list[Pair], PictureScores]:
+) -> tuple[list[RenderRow], list[Pair], PictureScores]:
     """Returns the rows of renders.parquet, their distinct pairs, and the scores of the pairs."""
     renders: Artifact = context.one("renders")
-    rows = pq.read_table(renders.file("renders.parquet")).to_pylist()
-    pairs = sorted({(row["prompt"], row["recipe"]) for row in rows if row["status"] == "ok"})
+    rows = RENDER_TABLE.read(renders.file("renders.parquet"))
+    pairs = sorted({(row.prompt, row.recipe) for row in rows if row.recipe and row.status == "ok"})
     scores = score_pictures(
         scorers,
         [prompt for prompt, _ in pairs],
@@ -220,20 +230,20 @@ def _to_numpy(parts: Sequence[Any]) -> npt.NDArray[np.float64]:
     return joined.astype(np.float64)
 
 
-def to_table(
-    rows: Iterable[Mapping[str, Any]],
+def score_rows(
+    rows: Iterable[RenderRow],
     pairs: Sequence[Pair],
     scores: PictureScores,
-    schema: pa.Schema,
+    kind: type[ScoredRow],
     unifier: Unifier | None = None,
-) -> pa.Table:
+) -> list[ScoredRow]:
     """Returns the rows of a render table with their scores.
 
     Args:
-        rows: of ``diffagent.schemas.tables.RENDERS``.
+        rows: of renders.parquet.
         pairs: scored prompts and pictures, in the order of ``scores``.
         scores: of the pairs.
-        schema: ``SCORES`` or ``JUDGEMENTS``.
+        kind: row of the result.
         unifier: adds the unified score.
     """
     usable = [i for i in range(len(pairs)) if i not in scores.failures]
@@ -246,31 +256,39 @@ def to_table(
     }
     failed = {pairs[i]: reason.partition(":")[0] for i, reason in scores.failures.items()}
     floor = {"unified": unifier.invalid_floor} if unifier else {}
-    return pa.Table.from_pylist(list(_rows(rows, scored, failed, floor, schema)), schema=schema)
+    return [_score_row(row, scored, failed, floor, kind) for row in rows]
 
 
-def _rows(
-    rows: Iterable[Mapping[str, Any]],
+def _score_row(
+    row: RenderRow,
     scored: Mapping[Pair, Mapping[str, float]],
     failed: Mapping[Pair, str],
     floor: Mapping[str, float],
-    schema: pa.Schema,
-) -> Iterator[dict[str, Any]]:
-    for row in rows:
-        result = {name: row.get(name) for name in schema.names}
-        pair = row["prompt"], row["recipe"]
-        if row["status"] == "invalid":
-            result.update({} if row["reason"] == TRUNCATED else floor)
-        elif pair in failed:
-            result.update(status="failed", reason=failed[pair])
-        elif row["status"] == "ok":
-            result.update(scored[pair])
-        yield result
+    kind: type[ScoredRow],
+) -> ScoredRow:
+    pair = row.prompt, row.recipe or ""
+    status, reason = row.status, row.reason
+    numbers: Mapping[str, Any] = {}
+    if status == "invalid":
+        numbers = {} if reason == TRUNCATED else floor
+    elif pair in failed:
+        status, reason = "failed", failed[pair]
+    elif status == "ok":
+        numbers = scored[pair]
+    return kind(
+        prompt_id=row.prompt_id,
+        source=row.source,
+        candidate=row.candidate,
+        seed=row.seed,
+        recipe=row.recipe,
+        status=status,
+        reason=reason,
+        **numbers,
+    )
 
 
-def _funnel(table: pa.Table) -> Funnel:
-    reasons = table.column("reason").to_pylist()
-    counts = Counter(zip(table.column("status").to_pylist(), reasons, strict=True))
+def _funnel(rows: Sequence[ScoreRow | JudgementRow]) -> Funnel:
+    counts = Counter((row.status, row.reason) for row in rows)
     steps = tuple(
         FunnelStep(filter=status, reason=reason or "", dropped=n)
         for (status, reason), n in sorted(counts.items(), key=str)

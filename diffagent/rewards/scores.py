@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import polars as pl
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffagent.errors import ScoreError
 from diffagent.failures import reading
 from diffagent.rewards.scorer import Scorer
 from diffagent.rewards.unified import Unifier
+from diffagent.schemas.rows import RowT, Table
+from diffagent.schemas.tables import SCORE_TABLE
 from diffagent.store import Artifact
 
-_KEY = b"diffagent.scores"
+_KEY = "diffagent.scores"
 
 Definition = dict[str, Any]
 
@@ -39,26 +40,32 @@ def define(scorers: Sequence[Scorer], dtype: str, unifier: Unifier | None = None
     return definition
 
 
-def write_scores(table: pa.Table, file: Path, definition: Definition) -> None:
-    """Write a table of scores together with its definition."""
-    metadata = {_KEY: json.dumps(definition, sort_keys=True)}
-    pq.write_table(table.replace_schema_metadata(metadata), file, compression="zstd")
+def write_scores(
+    table: Table[RowT], file: Path, rows: Sequence[RowT], definition: Definition
+) -> None:
+    """Writes rows of scores together with the definition of their numbers."""
+    table.write(file, rows, {_KEY: json.dumps(definition, sort_keys=True)})
 
 
 def read_definition(file: Path) -> Definition:
     """Reads the definition of a file; empty for a file without one (ratings by people)."""
     with reading(file):
         metadata: Mapping[bytes, bytes] = pq.read_schema(file).metadata or {}
-        definition: Definition = json.loads(metadata.get(_KEY, b"{}"))
+        definition: Definition = json.loads(metadata.get(_KEY.encode(), b"{}"))
     return definition
 
 
-def read_scores(artifacts: Sequence[Artifact], name: str = "scores.parquet") -> pl.DataFrame:
-    """Reads the rows of all artifacts' tables, in order.
+def read_scores(
+    artifacts: Sequence[Artifact],
+    name: str = "scores.parquet",
+    table: Table[Any] = SCORE_TABLE,
+) -> pl.DataFrame:
+    """Returns the rows of the tables of all artifacts, in order.
 
     Args:
         artifacts: of the stage ``score``, or ``judge``; at least one.
-        name: of the table.
+        name: of the files.
+        table: of the files.
 
     Raises:
         ScoreError: the scorers, or the definitions of the unified score, differ.
@@ -72,7 +79,7 @@ def read_scores(artifacts: Sequence[Artifact], name: str = "scores.parquet") -> 
                 f"{str(file)!r} and {str(files[0])!r} hold scores that must not be mixed: "
                 f"{_difference(definition, expected)}; score both with one configuration"
             )
-    return pl.concat([pl.read_parquet(file) for file in files])
+    return table.read_frame(files)
 
 
 def _difference(a: Definition, b: Definition) -> str:

@@ -1,8 +1,16 @@
-"""Arrow schemas of every table that a stage writes. Bump SCHEMA_VERSION when a meaning changes."""
+"""Tables that stages write: typed rows where they are passed on, Arrow schemas of the others.
+
+Bump SCHEMA_VERSION when a meaning changes.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Annotated
+
 import pyarrow as pa
+
+from diffagent.schemas.rows import Int32, Table, struct_of
 
 
 def _schema(*fields: tuple[str, pa.DataType, bool]) -> pa.Schema:
@@ -47,61 +55,78 @@ CATALOGUE = _schema(
     ("first_seen", _text, True),  # day of that crawl, YYYY-MM-DD
 )
 
-#: Versions that a record's metadata may mean. ("element" is what parquet calls it.)
-CANDIDATE_VERSIONS = pa.list_(
-    pa.field(
-        "element",
-        pa.struct(
-            _schema(
-                ("version_id", _int, False), ("via", _text, False), ("confidence", _float, False)
-            )
-        ),
-        nullable=False,
-    )
-)
-EMBEDDING = pa.struct(
-    [("name", _text), ("hash", _text), ("weight", _float), ("negative", _bool)]  # of which prompt
-)
-REACTIONS = pa.struct([(name, _int) for name in ("like", "heart", "laugh", "cry")])
 
-#: One row an (instruction, API) pair that passed the filters.
-RECORDS = _schema(
-    ("id", _int, False),  # image id
-    ("prompt", _text, False),  # instruction: cleaned prompt
-    ("prompt_raw", _text, False),
-    ("negative_prompt_raw", _text, True),
-    ("api", _text, False),  # compact JSON of diffagent.schemas.api.T2IAPI, everything set
-    ("model", _text, False),
-    ("version", _text, False),
-    ("base_model", _text, False),
-    ("model_id", _int, False),
-    ("version_id", _int, False),
-    (
-        "resolved_via",
-        _text,
-        False,
-    ),  # evidence of the version: see diffagent.dabench.filter.resolve.VIAS
-    ("confidence", _float, False),  # probability that the picture was made with this version
-    ("candidates", CANDIDATE_VERSIONS, False),  # all versions that it may be, likeliest first
-    ("sampler_raw", _text, False),
-    ("loras_dropped", _int, False),  # LoRAs of the metadata that the API does not have
-    ("embeddings_dropped", _int, False),  # embeddings of the metadata that the API does not have
-    ("embeddings_raw", pa.list_(EMBEDDING), False),  # as the metadata names them
-    ("size_from_image", _bool, False),  # no size is written; the picture's own stands in
-    ("from_image", _bool, False),  # img2img: the prompt and the parameters are not all
-    ("form", _text, False),  # dialect of the metadata: diffagent.t2i.metadata.Form
-    ("parser", pa.int32(), False),  # version of the reader of metadata
-    ("creator", _text, True),
-    ("post_id", _int, True),
-    ("url", _text, True),
-    ("created_at", _text, True),
-    ("nsfw_level", _int, False),  # bit: 1 PG, 2 PG-13, 4 R
-    ("nsfw_source", _text, True),  # field of the record that says so
-    ("reactions", _int, False),  # of all kinds
-    ("reaction_counts", REACTIONS, False),
-    ("generation", pa.int32(), False),  # crawl that first had picture and checkpoint
-    ("first_seen", _text, True),  # day of that crawl, YYYY-MM-DD
-)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateVersion:
+    """Model version that a record's metadata may mean."""
+
+    version_id: int
+    via: str
+    confidence: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingReference:
+    """Embedding as a record's metadata names it."""
+
+    name: str | None
+    hash: str | None
+    weight: float | None
+    negative: bool | None  # of which prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReactionCounts:
+    """Reactions to a picture, by kind."""
+
+    like: int | None
+    heart: int | None
+    laugh: int | None
+    cry: int | None
+
+
+#: Arrow type of all candidate versions of a record. ("element" is what parquet calls it.)
+_CANDIDATE_VERSIONS = pa.list_(pa.field("element", struct_of(CandidateVersion), nullable=False))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordRow:
+    """(Instruction, API) pair that passed the filters."""
+
+    id: int  # image id
+    prompt: str  # instruction: cleaned prompt
+    prompt_raw: str
+    negative_prompt_raw: str | None
+    api: str  # compact JSON of diffagent.schemas.api.T2IAPI, everything set
+    model: str
+    version: str
+    base_model: str
+    model_id: int
+    version_id: int
+    resolved_via: str  # evidence of the version: see diffagent.dabench.filter.resolve.VIAS
+    confidence: float  # probability that the picture was made with this version
+    candidates: Annotated[tuple[CandidateVersion, ...], _CANDIDATE_VERSIONS]  # likeliest first
+    sampler_raw: str
+    loras_dropped: int  # LoRAs of the metadata that the API does not have
+    embeddings_dropped: int  # embeddings of the metadata that the API does not have
+    embeddings_raw: tuple[EmbeddingReference, ...]
+    size_from_image: bool  # the metadata state no size: it is the picture's
+    from_image: bool  # img2img: the prompt and the parameters are not all
+    form: str  # dialect of the metadata: diffagent.t2i.metadata.Form
+    parser: Int32  # version of the reader of metadata
+    creator: str | None
+    post_id: int | None
+    url: str | None
+    created_at: str | None
+    nsfw_level: int  # bit: 1 PG, 2 PG-13, 4 R
+    nsfw_source: str | None  # field of the record that states the level
+    reactions: int  # of all kinds
+    reaction_counts: ReactionCounts
+    generation: Int32  # crawl that first had picture and checkpoint
+    first_seen: str | None  # day of that crawl, YYYY-MM-DD
+
+
+RECORD_TABLE = Table(RecordRow)
 
 #: One row a record with a prompt and a known checkpoint, whether the filters keep it or not, by
 #: id: what splits are decided from. RECORDS are those that are ``kept``, in the same order.
@@ -115,17 +140,22 @@ PRINTS = _schema(
     ("shingles", pa.list_(_int), False),  # diffagent.dabench.build.splits.shingles of the prompt
 )
 
-#: One row a pair of DABench. ``group``: the id that names all that is tied to it by near-duplicate
-#: prompts, posts and series, and lies in one split; the smallest id of those that were new when it
-#: was decided (its complement, below 0, where another group has that name by now).
-#: ``random_split``: where a hash of its own id would have put it, leaks and all.
-DABENCH = pa.schema(
-    [
-        *RECORDS,
-        pa.field("group", _int, nullable=False),
-        pa.field("random_split", _text, nullable=False),
-    ]
-)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairRow(RecordRow):
+    """Pair of DABench.
+
+    ``group``: the id that names all that is tied to the pair by near-duplicate prompts, posts and
+    series, and lies in one split; the smallest id of those that were new when it was decided (its
+    complement, below 0, where another group has that name by now).
+    ``random_split``: where a hash of the pair's own id would have put it, leaks and all.
+    """
+
+    group: int
+    random_split: str
+
+
+PAIR_TABLE = Table(PairRow)
 
 #: One row a record whose split was ever decided, by id: the dataset's memory (``splits.parquet``).
 #: The metadata of its schema have the frozen cut points: ``cuts``, JSON {base model: [test,
@@ -139,64 +169,90 @@ DECISIONS = _schema(
     ("present", _bool, False),  # among the prints of this version, with this mark and split
 )
 
-#: One row a candidate answer to a prompt: sampled, taken from DABench or given by a selector.
-CANDIDATES = _schema(
-    ("prompt_id", _int, False),  # DABENCH.id
-    ("prompt", _text, False),
-    ("candidate", pa.int32(), False),  # 0..k-1 within the prompt and source
-    ("source", _text, False),  # 'dabench', 'sft', 'rrhf', 'popular', 'random', 'nearest'
-    ("text", _text, False),  # what was answered, verbatim
-    ("api", _text, True),  # compact JSON when valid
-    ("status", _text, False),  # 'valid' | 'invalid'
-    ("reason", _text, True),  # 'truncated', or the kind of hallucination: agent.verify.KINDS
-    ("logprob", _float, True),  # length-normalised, of the sampled tokens
-)
 
-#: One row a (candidate, seed). ``recipe`` is the digest of what determines the picture, and
-#: the picture is images/RECIPE.png of the same artefact.
-RENDERS = _schema(
-    ("prompt_id", _int, False),
-    ("source", _text, False),
-    ("candidate", pa.int32(), False),
-    ("seed", _int, False),
-    ("prompt", _text, False),
-    ("recipe", _text, True),
-    ("status", _text, False),  # 'ok' | 'invalid' | 'failed'
-    ("reason", _text, True),
-    ("problem", _text, True),  # a failed picture's own message: which file, what is wrong with it
-    ("nsfw", _float, True),  # probability by the safety check; null: not checked
-    ("note", _text, True),  # how the picture differs from what its call means; null: it does not
-)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CandidateRow:
+    """Answer to a prompt: sampled, taken from DABench or chosen by a selector."""
 
-#: One row a RENDERS row, in the same order. Rewards are null where there is no picture;
-#: ``unified`` is the floor for a hallucination and null for a truncated answer or a failed render.
-SCORES = _schema(
-    ("prompt_id", _int, False),
-    ("source", _text, False),
-    ("candidate", pa.int32(), False),
-    ("seed", _int, False),
-    ("recipe", _text, True),
-    ("clip", _float, True),
-    ("image_reward", _float, True),
-    ("hps_v2", _float, True),
-    ("unified", _float, True),
-    ("status", _text, False),
-    ("reason", _text, True),
-)
+    prompt_id: int  # PairRow.id
+    prompt: str
+    candidate: Int32  # 0..k-1 within the prompt and source
+    source: str  # 'dabench', 'sft', 'rrhf', 'popular', 'random', 'nearest', ...
+    text: str  # the answer, verbatim
+    api: str | None = None  # compact JSON when valid
+    status: str  # 'valid' | 'invalid'
+    reason: str | None = None  # 'truncated', or the kind of hallucination: agent.verify.KINDS
+    logprob: float | None = None  # length-normalised, of the sampled tokens
 
-#: One row a RENDERS row, in the same order: what held-out judges say, null where there is no
-#: picture or no such judge. Not what an agent is trained on.
-JUDGEMENTS = _schema(
-    ("prompt_id", _int, False),
-    ("source", _text, False),
-    ("candidate", pa.int32(), False),
-    ("seed", _int, False),
-    ("recipe", _text, True),
-    ("pick_score", _float, True),
-    ("aesthetic", _float, True),
-    ("status", _text, False),
-    ("reason", _text, True),
-)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RenderRow:
+    """Candidate with a seed, drawn or not.
+
+    ``recipe`` is the digest of everything that determines the picture, and the picture is
+    images/RECIPE.png of the same artifact.
+    """
+
+    prompt_id: int
+    source: str
+    candidate: Int32
+    seed: int
+    prompt: str
+    recipe: str | None = None
+    status: str  # 'ok' | 'invalid' | 'failed'
+    reason: str | None = None
+    problem: str | None = None  # message of a failed picture: which file, what is wrong with it
+    nsfw: float | None = None  # probability by the safety check; null: not checked
+    note: str | None = None  # how the picture differs from the meaning of its call
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRow:
+    """Rewards of a `RenderRow`, in the same order; null where there is no picture.
+
+    ``unified`` is the floor for a hallucination and null for a truncated answer or a failed render.
+    """
+
+    prompt_id: int
+    source: str
+    candidate: Int32
+    seed: int
+    recipe: str | None = None
+    clip: float | None = None
+    image_reward: float | None = None
+    hps_v2: float | None = None
+    unified: float | None = None
+    status: str
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JudgementRow:
+    """Held-out judges' scores of a `RenderRow`, in the same order; no agent is trained on them.
+
+    Null where there is no picture or no such judge.
+    """
+
+    prompt_id: int
+    source: str
+    candidate: Int32
+    seed: int
+    recipe: str | None = None
+    pick_score: float | None = None
+    aesthetic: float | None = None
+    status: str
+    reason: str | None = None
+
+
+CANDIDATE_TABLE = Table(CandidateRow)
+RENDER_TABLE = Table(RenderRow)
+SCORE_TABLE = Table(ScoreRow)
+JUDGEMENT_TABLE = Table(JudgementRow)
+
+# Arrow schemas of the typed tables, for modules that work on columns.
+RECORDS, DABENCH = RECORD_TABLE.schema, PAIR_TABLE.schema
+CANDIDATES, RENDERS = CANDIDATE_TABLE.schema, RENDER_TABLE.schema
+SCORES, JUDGEMENTS = SCORE_TABLE.schema, JUDGEMENT_TABLE.schema
 
 #: One row a (selector, held-out prompt). Agreement with DABench is 1 or 0, and 0 for an invalid
 #: answer; rewards are means over the seeds and null where there is no picture.

@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from diffagent.agent.candidates import Row, write_candidates
+from diffagent.agent.candidates import write_candidates
 from diffagent.agent.selector import Selector
 from diffagent.errors import ConfigError
 from diffagent.localcivitai.sources import synthetic_id
@@ -29,6 +29,7 @@ from diffagent.localcivitai.sources.local import LocalFile, record_of
 from diffagent.render.files.folders import ModelFolders
 from diffagent.render.recipe import UNKNOWN_BASE_MODEL
 from diffagent.schemas.api import T2IAPI, ApiError, Embedding, LoRA, Params, parse_api
+from diffagent.schemas.tables import CandidateRow
 from diffagent.store import StageContext, StageResult, stage
 from diffagent.t2i.catalogue import (
     CHECKPOINT,
@@ -70,7 +71,7 @@ class PromptsConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    candidates: tuple[dict[str, Any], ...]
+    candidates: tuple[CandidateRow, ...]
     models: tuple[dict[str, Any], ...]
 
 
@@ -88,12 +89,12 @@ def _entry(model: Mapping[str, Any]) -> Entry:
     return Entry(**values)
 
 
-def prompts_config(rows: Sequence[Row], entries: Iterable[Entry]) -> PromptsConfig:
+def prompts_config(rows: Sequence[CandidateRow], entries: Iterable[Entry]) -> PromptsConfig:
     """The stage's configuration, with those models alone that the rows name."""
     named = set()
     for row in rows:
-        if row["api"]:
-            api = parse_api(row["api"])
+        if row.api:
+            api = parse_api(row.api)
             named |= {(use.model, use.version) for use in (*api.loras, *api.embeddings)}
             named.add((api.model, api.version))
     used = [asdict(entry) for entry in entries if (entry.model, entry.version) in named]
@@ -266,7 +267,7 @@ _JSON_KEY = re.compile(r'\{\s*(?:"[^"]*"\s*:|\}$)')
 
 def prompt_rows(
     lines: Sequence[str], models: Sequence[str], parameters: Parameters, entries: Sequence[Entry]
-) -> list[Row]:
+) -> list[CandidateRow]:
     """Every prompt with every model.
 
     Args:
@@ -342,7 +343,7 @@ def _api(entry: Entry, loras: tuple[LoRA, ...], parameters: Parameters) -> T2IAP
 
 def call_rows(
     lines: Sequence[str], name: str, given: Sequence[str] | None, entries: Sequence[Entry]
-) -> tuple[list[Row], list[Entry]]:
+) -> tuple[list[CandidateRow], list[Entry]]:
     """API calls as they are printed by ``diffagent select``.
 
     Args:
@@ -453,14 +454,16 @@ def _named_here(api: T2IAPI, entries: list[Entry], hashes: Any) -> T2IAPI:
     return api.model_copy(update={**update, "loras": tuple(loras), "embeddings": tuple(embeddings)})
 
 
-def selected_rows(lines: Sequence[str], selector: Selector, source: str, n: int) -> list[Row]:
+def selected_rows(
+    lines: Sequence[str], selector: Selector, source: str, n: int
+) -> list[CandidateRow]:
     """The answers of an agent, or of what was fitted on a DABench, to every prompt."""
     return [
-        {
-            **_row(number, line, candidate, source, choice.verdict.api, choice.text),
-            "reason": choice.verdict.reason,
-            "logprob": choice.logprob,
-        }
+        replace(
+            _row(number, line, candidate, source, choice.verdict.api, choice.text),
+            reason=choice.verdict.reason,
+            logprob=choice.logprob,
+        )
         for number, (line, choices) in enumerate(
             zip(lines, selector.select(lines, n), strict=True), 1
         )
@@ -470,36 +473,35 @@ def selected_rows(lines: Sequence[str], selector: Selector, source: str, n: int)
 
 def _row(  # noqa: PLR0917  the columns in their order
     number: int, prompt: str, candidate: int, source: str, api: T2IAPI | None, text: str = ""
-) -> Row:
+) -> CandidateRow:
     written = api.to_json() if api else None
-    return {
-        "prompt_id": number,
-        "prompt": prompt,
-        "candidate": candidate,
-        "source": source,
-        "text": text or written or "",
-        "api": written,
-        "status": "valid" if api else "invalid",
-        "reason": None if api else "no-answer",
-        "logprob": None,
-    }
+    return CandidateRow(
+        prompt_id=number,
+        prompt=prompt,
+        candidate=candidate,
+        source=source,
+        text=text or written or "",
+        api=written,
+        status="valid" if api else "invalid",
+        reason=None if api else "no-answer",
+    )
 
 
-def _refused(row: Row, problem: str) -> Row:
+def _refused(row: CandidateRow, problem: str) -> CandidateRow:
     """A row that cannot be drawn, with the reason in one line."""
     problem = f"{' '.join(problem.split()):.500}"
     log.warning("%s", problem)
-    return {**row, "api": None, "status": "invalid", "reason": problem}
+    return replace(row, api=None, status="invalid", reason=problem)
 
 
-def _some(rows: list[Row]) -> list[Row]:
+def _some(rows: list[CandidateRow]) -> list[CandidateRow]:
     """The rows, if any of them can be drawn or is an answer that was none.
 
     Raises:
         ConfigError: the reason of the first, where all are refused.
     """
-    if all(row["reason"] not in (None, "no-answer") for row in rows):
-        raise ConfigError(str(rows[0]["reason"]))
+    if all(row.reason not in (None, "no-answer") for row in rows):
+        raise ConfigError(str(rows[0].reason))
     return rows
 
 

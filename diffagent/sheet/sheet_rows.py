@@ -5,17 +5,16 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from diffagent.errors import ConfigError, RenderError
 from diffagent.render.render_stage import REASONS
 from diffagent.schemas.api import T2IAPI, LoRA, Params, parse_api
-from diffagent.schemas.tables import RENDERS
+from diffagent.schemas.tables import RENDER_TABLE, SCORE_TABLE, RenderRow, ScoreRow
 from diffagent.sheet.contact_sheet import SCORES, Card
 from diffagent.store import Artifact, StageContext, StageResult, sha256_file, stage
 from diffagent.t2i.metadata import Generation, read_image_metadata
@@ -52,18 +51,25 @@ def pictures(config: PicturesConfig, context: StageContext) -> StageResult:
     rows = []
     for number, (name, prompt) in enumerate(config.pictures, 1):
         digest = sha256_file(Path(name))
-        row = {"prompt_id": number, "source": "pictures", "candidate": 0, "seed": 0}
-        row |= {"prompt": prompt, "recipe": digest, "status": "ok", "reason": None}
+        row = RenderRow(
+            prompt_id=number,
+            source="pictures",
+            candidate=0,
+            seed=0,
+            prompt=prompt,
+            recipe=digest,
+            status="ok",
+        )
         try:
             if not prompt:
                 raise RenderError(f"{name!r} states no prompt", reason="no-prompt")
             upright(Path(name)).save(images / f"{digest}.png")
         except RenderError as error:
             log.warning("%s", error)
-            row |= {"recipe": None, "status": "failed", "reason": error.reason}
-            row |= {"problem": str(error)} if error.reason == "bad-picture" else {}
+            problem = str(error) if error.reason == "bad-picture" else None
+            row = replace(row, recipe=None, status="failed", reason=error.reason, problem=problem)
         rows.append(row)
-    pq.write_table(pa.Table.from_pylist(rows, schema=RENDERS), context.out / "renders.parquet")
+    RENDER_TABLE.write(context.out / "renders.parquet", rows)
     return StageResult(rows={"renders.parquet": len(rows)})
 
 
@@ -167,33 +173,44 @@ def sheet_cards(
         apis: the call of (prompt, source, candidate), as JSON.
         scores: the artefact of their scores, when there is one.
     """
-    rows = pq.read_table(renders.file("renders.parquet")).to_pylist()
-    scored = (
-        pq.read_table(scores.file("scores.parquet")).to_pylist() if scores else [{} for _ in rows]
-    )
-    return [_card(row, more, renders, apis) for row, more in zip(rows, scored, strict=True)]
+    rows = RENDER_TABLE.read(renders.file("renders.parquet"))
+    scored = SCORE_TABLE.read(scores.file("scores.parquet")) if scores else [None] * len(rows)
+    return [_card(row, score, renders, apis) for row, score in zip(rows, scored, strict=True)]
 
 
 def _card(
-    row: Mapping[str, Any], scored: Mapping[str, Any], renders: Artifact, apis: Mapping[Key, str]
+    row: RenderRow, score: ScoreRow | None, renders: Artifact, apis: Mapping[Key, str]
 ) -> Card:
-    number = f"{row['prompt_id']:04d}-{row['candidate']}-{row['seed']}"
-    api = apis.get((row["prompt_id"], row["source"], row["candidate"]))
-    drawn = row["status"] == "ok"
-    told = {**row, **{k: v for k, v in scored.items() if k in SCORES}}
-    reason = row["reason"] or scored.get("reason") or ""
+    number = f"{row.prompt_id:04d}-{row.candidate}-{row.seed}"
+    api = apis.get((row.prompt_id, row.source, row.candidate))
+    drawn = row.status == "ok"
+    reason = row.reason or (score and score.reason) or ""
     return Card(
         number=number,
-        prompt=row["prompt"],
-        source=row["source"],
-        seed=row["seed"],
+        prompt=row.prompt,
+        source=row.source,
+        seed=row.seed,
         api=parse_api(api) if api else None,
-        picture=renders.file(f"images/{row['recipe']}.png") if drawn else None,
+        picture=renders.file(f"images/{row.recipe}.png") if drawn else None,
         href=f"{number}.png" if drawn else "",
-        problem=row.get("problem") or REASONS.get(reason, reason),
-        note=row.get("note") or "",
-        scores={n: told[n] for n in SCORES if told.get(n) is not None} if drawn else {},
+        problem=row.problem or REASONS.get(reason, reason),
+        note=row.note or "",
+        scores=_shown_scores(row, score) if drawn else {},
     )
+
+
+def _shown_scores(row: RenderRow, score: ScoreRow | None) -> dict[str, float]:
+    """Returns the numbers of a picture that its card shows, in the order of `SCORES`."""
+    values = {"nsfw": row.nsfw}
+    if score:
+        values |= {
+            "unified": score.unified,
+            "clip": score.clip,
+            "image_reward": score.image_reward,
+            "hps_v2": score.hps_v2,
+        }
+    numbers = {name: values.get(name) for name in SCORES}
+    return {name: number for name, number in numbers.items() if number is not None}
 
 
 def copy_pictures(cards: Sequence[Card], out: Path) -> None:

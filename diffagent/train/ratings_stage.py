@@ -7,13 +7,8 @@ seeds: the reward of a candidate is the mean of its ratings.
 
 from __future__ import annotations
 
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from diffagent.agent.candidates import write_candidates
-from diffagent.schemas.tables import SCORES
+from diffagent.schemas.tables import SCORE_TABLE, CandidateRow, ScoreRow
 from diffagent.store import StageContext, StageResult, named_files, stage
 from diffagent.train.ratings import read_ratings, response
 from diffagent.train.ratings_config import RatingsConfig
@@ -24,19 +19,32 @@ SOURCE = "ratings"
 @stage("ratings", version=1, config=RatingsConfig, files=lambda config: named_files(config.path))
 def import_ratings(config: RatingsConfig, context: StageContext) -> StageResult:
     """Write candidates.parquet and scores.parquet from the file ``config.path``."""
-    candidates: list[dict[str, Any]] = []
-    scores: list[dict[str, Any]] = []
+    candidates: list[CandidateRow] = []
+    scores: list[ScoreRow] = []
     prompts = read_ratings(config.path)
     for number, rated in enumerate(prompts):
         for k, (model, ratings) in enumerate(sorted(rated.ratings.items())):
-            key = {"prompt_id": number, "source": SOURCE, "candidate": k}
-            answer = {"text": response(model), "api": None, "status": "valid", "reason": None}
-            candidates.append({**key, "prompt": rated.prompt, **answer, "logprob": None})
+            candidates.append(
+                CandidateRow(
+                    prompt_id=number,
+                    prompt=rated.prompt,
+                    candidate=k,
+                    source=SOURCE,
+                    text=response(model),
+                    status="valid",
+                )
+            )
             scores += [
-                {**dict.fromkeys(SCORES.names), **key, "seed": rater, "unified": rating}
-                | {"status": "ok"}
+                ScoreRow(
+                    prompt_id=number,
+                    source=SOURCE,
+                    candidate=k,
+                    seed=rater,
+                    unified=rating,
+                    status="ok",
+                )
                 for rater, rating in enumerate(ratings)
             ]
     write_candidates(candidates, context.out)
-    pq.write_table(pa.Table.from_pylist(scores, schema=SCORES), context.out / "scores.parquet")
+    SCORE_TABLE.write(context.out / "scores.parquet", scores)
     return StageResult(rows={"prompts": len(prompts), "candidates": len(candidates)})

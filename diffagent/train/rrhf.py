@@ -28,7 +28,7 @@ from diffagent.agent.prompts import draw_ids
 from diffagent.device import resolve_device
 from diffagent.errors import ArtifactError, TrainingError
 from diffagent.rewards.scores import read_scores
-from diffagent.schemas.tables import TRUNCATED
+from diffagent.schemas.tables import CANDIDATE_TABLE, TRUNCATED
 from diffagent.store import Artifact, StageContext, StageResult
 from diffagent.train import fit
 from diffagent.train.agent_card import TrainingFacts, write_card
@@ -268,7 +268,7 @@ def rank(candidates: Sequence[Artifact], scores: Sequence[Artifact]) -> pl.DataF
         ArtifactError: a candidate has no score, so the shards do not belong together.
         ScoreError: the scores are of different scorers, or unified in different ways.
     """
-    answers = pl.concat([pl.read_parquet(a.file("candidates.parquet")) for a in candidates])
+    answers = CANDIDATE_TABLE.read_frame([a.file("candidates.parquet") for a in candidates])
     judged = read_scores(scores)
     rewards = judged.group_by(_KEY).agg(
         pl.col("unified").filter(pl.col("status") == "ok").mean().alias("mean"),

@@ -138,7 +138,9 @@ def test_prompts_are_rendered_scored_and_shown(tmp_path: Path, models: Path, run
     assert len(page.all("article")) == 12
     shown = [float(card["data-unified"] or "nan") for card in page.all("article")]
     assert shown == [row["scores"]["unified"] for row in rows]
-    assert str(tmp_path) not in (out / "index.html").read_text()
+    text = (out / "index.html").read_text()
+    assert str(tmp_path) not in text
+    assert "<dt>Drawn with</dt><dd>painter 1</dd>" in text
     again = invoke(*arguments)  # nothing is drawn or scored twice
     assert again == said
     assert len(list((tmp_path / "store" / "score").glob("[0-9a-f]*/manifest.json"))) == 1

@@ -16,13 +16,13 @@ from diffagent.rewards.judge_config import JudgesConfig
 from diffagent.rewards.load import load_scorers
 from diffagent.rewards.reference import main as measure
 from diffagent.rewards.score_config import RewardsConfig
-from diffagent.rewards.score_stage import PictureScores, judge, score, score_pictures, to_table
+from diffagent.rewards.score_stage import PictureScores, judge, score, score_pictures, score_rows
 from diffagent.rewards.scores import read_definition, read_scores
 from diffagent.rewards.unified import MetricReference, Unifier
 from diffagent.sandbox import world
 from diffagent.sandbox.files import SCORERS
 from diffagent.schemas.runtime import RuntimeConfig
-from diffagent.schemas.tables import JUDGEMENTS, RENDERS, SCORES
+from diffagent.schemas.tables import JUDGEMENTS, RENDERS, SCORES, RenderRow, ScoreRow
 from diffagent.store import StageContext, StageResult, stage
 from tests.evaluation.evaluation_run import write_rows
 from tools.sandbox import drawings
@@ -180,12 +180,19 @@ def test_judgements_are_a_table_of_their_own_that_no_training_reads(renders, run
 
 def test_a_truncated_answer_has_no_score_and_an_invalid_one_the_floor():
     rows = [
-        {"prompt": "a", "recipe": None, "status": "invalid", "reason": reason}
-        | {"prompt_id": number, "source": "sft", "candidate": 0, "seed": 0}
+        RenderRow(
+            prompt_id=number,
+            source="sft",
+            candidate=0,
+            seed=0,
+            prompt="a",
+            status="invalid",
+            reason=reason,
+        )
         for number, reason in enumerate(("truncated", "unparsable"))
     ]
     reference = {"clip": MetricReference(0.0, 1.0, "digest")}
     unifier = Unifier("zscore", {"clip": 1.0}, -10.0, reference)
-    table = to_table(rows, [], PictureScores({"clip": np.zeros(0)}), SCORES, unifier)
-    assert table.column("unified").to_pylist() == [None, -10.0]
-    assert table.column("reason").to_pylist() == ["truncated", "unparsable"]
+    scored = score_rows(rows, [], PictureScores({"clip": np.zeros(0)}), ScoreRow, unifier)
+    assert [row.unified for row in scored] == [None, -10.0]
+    assert [row.reason for row in scored] == ["truncated", "unparsable"]

@@ -6,7 +6,6 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,10 +13,10 @@ import pyarrow.compute as pc
 
 from diffagent.dabench.build.splits import shingle_sets
 from diffagent.dabench.filter.funnel import FunnelCounter
-from diffagent.dabench.filter.records import DUPLICATE, Dropped, PairBuilder
+from diffagent.dabench.filter.records import DUPLICATE, Dropped, Fingerprint, PairBuilder
 from diffagent.dabench.filter.snapshot_rows import parse_items
 from diffagent.dabench.parquet_tables import TableWriter
-from diffagent.schemas.tables import PRINTS, RECORDS
+from diffagent.schemas.tables import PRINTS, RECORD_TABLE
 
 _LINES = 2000  # a batch: some megabytes, a tenth of a second
 
@@ -65,7 +64,7 @@ def sift(pairs: PairBuilder, batch: Batch) -> Sifted:
         if built.fingerprint:
             prints.append(built.fingerprint)
     return Sifted(
-        pa.RecordBatch.from_pylist(rows, schema=RECORDS),
+        RECORD_TABLE.to_batch(rows),
         _prints(prints),
         digests,
         dropped,
@@ -73,9 +72,9 @@ def sift(pairs: PairBuilder, batch: Batch) -> Sifted:
     )
 
 
-def _prints(rows: list[dict[str, Any]]) -> pa.RecordBatch:
+def _prints(rows: list[Fingerprint]) -> pa.RecordBatch:
     places: dict[str, int] = {}  # pictures of a post share their prompt
-    indices = [places.setdefault(row["prompt"], len(places)) for row in rows]
+    indices = [places.setdefault(row.prompt, len(places)) for row in rows]
     values, sizes = shingle_sets(list(places))
     offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
     shingles = pa.ListArray.from_arrays(
@@ -84,7 +83,7 @@ def _prints(rows: list[dict[str, Any]]) -> pa.RecordBatch:
     columns = [
         shingles.take(pa.array(indices, pa.int32()))
         if field.name == "shingles"
-        else pa.array([row[field.name] for row in rows], field.type)
+        else pa.array([getattr(row, field.name) for row in rows], field.type)
         for field in PRINTS
     ]
     return pa.RecordBatch.from_arrays(columns, schema=PRINTS)

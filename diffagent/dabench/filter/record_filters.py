@@ -242,7 +242,7 @@ RECORD_FILTERS: Mapping[RecordFilter, Callable[[Record, FilterConfig], str | Non
 
 
 def reaction_counts(item: Mapping[str, Any]) -> dict[str, int]:
-    """How often people pressed each of the site's four reactions; 0 where it does not say."""
+    """Returns the count of each of the site's four reactions; 0 where the record states none."""
     stats = item.get("stats")
     if not isinstance(stats, dict):
         stats = {}

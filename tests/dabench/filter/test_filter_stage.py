@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -22,7 +21,14 @@ from diffagent.errors import ArtifactError
 from diffagent.schemas.api import parse_api
 from diffagent.schemas.manifest import Funnel
 from diffagent.schemas.runtime import RuntimeConfig
-from diffagent.schemas.tables import CATALOGUE, PRINTS, RECORDS
+from diffagent.schemas.tables import (
+    CATALOGUE,
+    PRINTS,
+    RECORD_TABLE,
+    RECORDS,
+    ReactionCounts,
+    RecordRow,
+)
 from diffagent.store import Artifact
 from diffagent.t2i.catalogue import Catalogue, rename
 from diffagent.t2i.metadata import PARSER_VERSION
@@ -201,35 +207,35 @@ def test_each_record_filter(item: Any, filter_name: str, reason: str) -> None:
 
 def test_a_pair_names_the_catalogue_and_round_trips() -> None:
     made = builder(model(1)).build(image(7)).row
-    assert isinstance(made, dict)
-    api = parse_api(made["api"])
-    assert api.to_json() == made["api"]
+    assert isinstance(made, RecordRow)
+    api = parse_api(made.api)
+    assert api.to_json() == made.api
     assert (api.model, api.version) == ("Synthetic 1", "v100")
     assert api.air == "urn:air:sd1:checkpoint:civitai:1@100"
     assert api.params.seed == 7
     assert api.description == "Synthetic model 1."
-    assert (made["resolved_via"], made["reactions"], made["nsfw_level"]) == ("hash", 3, 1)
+    assert (made.resolved_via, made.reactions, made.nsfw_level) == ("hash", 3, 1)
 
 
 def test_evidence_is_kept() -> None:
     item = image(7, prompt="a shape <lora:none:1>, (fog:1.2)", **{"Denoising strength": "0.5"})
     item |= {"createdAt": "2024-01-02T00:00:00Z", "username": "nobody", "_generation": 2}
     made = builder(model(1), dates={0: "2026-01-01", 2: "2026-03-01"}).build(item).row
-    assert isinstance(made, dict)
-    assert made["negative_prompt_raw"] == "blurry"
-    assert (made["from_image"], made["size_from_image"]) == (True, False)
-    assert (made["nsfw_level"], made["nsfw_source"]) == (1, "nsfwLevel")
-    assert made["reaction_counts"] == {"like": 2, "heart": 1, "laugh": 0, "cry": 0}
-    assert (made["generation"], made["first_seen"]) == (2, "2026-03-01")
-    assert (made["created_at"], made["creator"]) == ("2024-01-02T00:00:00Z", "nobody")
-    assert (made["form"], made["parser"]) == ("a1111", PARSER_VERSION)
+    assert isinstance(made, RecordRow)
+    assert made.negative_prompt_raw == "blurry"
+    assert (made.from_image, made.size_from_image) == (True, False)
+    assert (made.nsfw_level, made.nsfw_source) == (1, "nsfwLevel")
+    assert made.reaction_counts == ReactionCounts(like=2, heart=1, laugh=0, cry=0)
+    assert (made.generation, made.first_seen) == (2, "2026-03-01")
+    assert (made.created_at, made.creator) == ("2024-01-02T00:00:00Z", "nobody")
+    assert (made.form, made.parser) == ("a1111", PARSER_VERSION)
 
 
 def test_a_record_is_as_young_as_its_checkpoint() -> None:
     late = model(1, modelVersions=[version(100, _generation=3)])
     found = builder(late).build({**image(1), "_generation": 1})
-    assert isinstance(found.row, dict) and found.fingerprint
-    assert found.row["generation"] == found.fingerprint["generation"] == 3
+    assert isinstance(found.row, RecordRow) and found.fingerprint
+    assert found.row.generation == found.fingerprint.generation == 3
 
 
 def test_what_filters_drop_has_a_fingerprint_when_its_checkpoint_is_known() -> None:
@@ -237,7 +243,7 @@ def test_what_filters_drop_has_a_fingerprint_when_its_checkpoint_is_known() -> N
     for item, base in ((image(1, 200), "SD 2.1"), ({**image(1), "nsfwLevel": "X"}, "SD 1.5")):
         found = pairs.build(item)
         assert isinstance(found.row, Dropped) and found.fingerprint
-        assert (found.fingerprint["kept"], found.fingerprint["base_model"]) == (False, base)
+        assert (found.fingerprint.kept, found.fingerprint.base_model) == (False, base)
     assert pairs.build(image(1, 999)).fingerprint is None
     assert pairs.build(image(1, prompt="")).fingerprint is None
 
@@ -267,8 +273,8 @@ def test_same_prompt_and_api_is_a_duplicate_whatever_the_seed(tmp_path: Path) ->
 def test_filters_that_can_be_added(name: Any, item: Any, reason: str) -> None:
     config = FilterConfig(records=(name, *FilterConfig().records))
     assert dropped(builder(model(1), config=config).build(item).row) == (name, reason)
-    assert isinstance(builder(model(1)).build(item).row, dict)
-    assert isinstance(builder(model(1), config=config).build(image(1)).row, dict)
+    assert isinstance(builder(model(1)).build(item).row, RecordRow)
+    assert isinstance(builder(model(1), config=config).build(image(1)).row, RecordRow)
 
 
 @pytest.mark.parametrize(
@@ -328,9 +334,9 @@ def test_a_shared_hash_is_no_guess() -> None:
         "hash of several versions",
     )
     made = builder(*models, config=FilterConfig(min_confidence=0.4)).build(image(1)).row
-    assert isinstance(made, dict)
-    assert [candidate["version_id"] for candidate in made["candidates"]] == [200, 100]
-    assert made["confidence"] == made["candidates"][1]["confidence"] < 0.5
+    assert isinstance(made, RecordRow)
+    assert [candidate.version_id for candidate in made.candidates] == [200, 100]
+    assert made.confidence == made.candidates[1].confidence < 0.5
 
 
 def test_ids_win_over_hashes_and_by_hash_comes_last() -> None:
@@ -347,11 +353,11 @@ def test_ids_win_over_hashes_and_by_hash_comes_last() -> None:
     pairs = PairBuilder(FilterConfig(), resolver)
     resource = [{"type": "checkpoint", "modelVersionId": 100}]
     found = pairs.build(image(1, 999, civitaiResources=resource)).row
-    assert isinstance(found, dict)
-    assert (found["resolved_via"], asked) == ("civitaiResources", [])
+    assert isinstance(found, RecordRow)
+    assert (found.resolved_via, asked) == ("civitaiResources", [])
     found = pairs.build(image(2, 999)).row
-    assert isinstance(found, dict)
-    assert (found["resolved_via"], asked) == ("by-hash", [hashes(999)["AutoV2"]])
+    assert isinstance(found, RecordRow)
+    assert (found.resolved_via, asked) == ("by-hash", [hashes(999)["AutoV2"]])
 
 
 def test_loras_move_from_the_prompt_into_the_api() -> None:
@@ -361,10 +367,10 @@ def test_loras_move_from_the_prompt_into_the_api() -> None:
     tags = "<lora:file300:0.6> <lora:file400:1> <lora:nobody:1> <lora:File300.safetensors:1>"
     found = pairs.build(image(1, prompt=f"a shape {tags}"))
     made = found.row
-    assert isinstance(made, dict)
-    assert made["prompt"] == "a shape"
-    assert [(x.model, x.weight) for x in parse_api(made["api"]).loras] == [("Ink", 0.6)]
-    assert made["loras_dropped"] == 3
+    assert isinstance(made, RecordRow)
+    assert made.prompt == "a shape"
+    assert [(x.model, x.weight) for x in parse_api(made.api).loras] == [("Ink", 0.6)]
+    assert made.loras_dropped == 3
     assert sorted(found.loras) == [
         "file name unknown",
         "kept by file name",
@@ -378,13 +384,13 @@ def test_embeddings_move_into_the_api() -> None:
     pairs = builder(model(1), fog)
     hashes = {"embed:file300": "0123456789ab", "embed:nobody": "ba9876543210"}
     made = pairs.build(image(1, negativePrompt="blurry, file300, nobody", hashes=hashes)).row
-    assert isinstance(made, dict)
-    api = parse_api(made["api"])
+    assert isinstance(made, RecordRow)
+    api = parse_api(made.api)
     assert [(x.model, x.negative) for x in api.embeddings] == [("Fog", True)]
     assert api.negative_prompt == "blurry"
-    assert made["negative_prompt_raw"] == "blurry, file300, nobody"
-    assert made["embeddings_dropped"] == 1
-    assert [x["name"] for x in made["embeddings_raw"]] == ["file300", "nobody"]
+    assert made.negative_prompt_raw == "blurry, file300, nobody"
+    assert made.embeddings_dropped == 1
+    assert [x.name for x in made.embeddings_raw] == ["file300", "nobody"]
 
 
 @settings(max_examples=100, deadline=None)
@@ -393,7 +399,7 @@ def test_building_never_raises_and_rows_fit_the_schema(item: Any, meta: Any) -> 
     for record in (item, {**image(2), "meta": meta}):
         found = builder(model(1)).build({**record, "id": 3}).row
         if not isinstance(found, Dropped):
-            pa.RecordBatch.from_pylist([found], schema=RECORDS).validate(full=True)
+            RECORD_TABLE.to_batch([found]).validate(full=True)
 
 
 def run(
