@@ -7,29 +7,31 @@ API_PORT ?= 4200
 STORE_PORT ?= 4201
 CONFIG ?= configs/sandbox.yaml
 
-# Everything that Prefect keeps lies in the store; its other settings are in prefect.toml.
-# ($(abspath) would take a store with a space in its name for two.)
+# Prefect's files are in the store; its other settings are in prefect.toml.
+# ($(abspath) would split the name of a store with a space.)
 export PREFECT_HOME ?= $(shell $(PYTHON) -c 'import os, sys; print(os.path.abspath(sys.argv[1]))' "$(STORE)")/prefect
 export DO_NOT_TRACK ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export HF_HUB_DISABLE_TELEMETRY ?= 1
-# Tiny models on busy cores: a second OpenMP thread costs more than it brings.
+# With tiny models on busy cores a second OpenMP thread only costs time.
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test lint bench serve-dashboard sandbox clean
+.PHONY: install demo test lint docs bench serve-dashboard sandbox clean
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt requirements-rewards.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,ray,s3]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,dev,ray,s3]'
 	$(BIN)/python -m pip install --quiet --no-deps --requirement requirements-rewards.txt
 	$(BIN)/python -m diffagent.compat
+	$(BIN)/python -m diffagent.sandbox build/sandbox
 	touch $@
 
 demo: install
 	mkdir -p "$(PREFECT_HOME)"
+	$(BIN)/python -m diffagent.sandbox build/sandbox
 	$(BIN)/python -m flows.run_pipeline $(CONFIG) --store "$(STORE)"
 
 test: install
@@ -42,14 +44,18 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The documentation as a site in build/docs; a warning is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir build/docs
+
 bench: install
 	for file in benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
 
-# Prefect's UI and API, and the reports and data of the store; to this machine's browsers alone.
+# Prefect's UI and API, and the reports and data of the store; for browsers on this machine only.
 serve-dashboard: install
 	$(BIN)/python -m flows.serve_dashboard --store "$(STORE)" --port $(API_PORT) --store-port $(STORE_PORT)
 
-# Hours of CPU. The weights are committed; diffagent/sandbox/README.md has their logs and numbers.
+# Trains the committed weights anew: hours of CPU. See diffagent/sandbox/README.md.
 sandbox: install
 	rm -f diffagent/sandbox/weights/specialist-*.safetensors diffagent/sandbox/weights/lora-*.safetensors
 	for step in vae unet export specialists; do \

@@ -42,7 +42,7 @@ from diffagent.dabench.parquet_tables import read_rows
 from diffagent.localcivitai.sources.dump import read_records
 from diffagent.sandbox.files import materialise
 from diffagent.schemas.runtime import RuntimeConfig
-from diffagent.store.artifacts import Artifact, StageContext, StageResult, open_artifact, stage
+from diffagent.store import Artifact, StageContext, StageResult, open_artifact, stage
 
 SIZES = (100_000, 1_000_000, 5_000_000)
 WORKERS = 2
@@ -208,6 +208,6 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["--plain"]:
         print(json.dumps(plain(open_artifact(Path(sys.argv[2])), Path(sys.argv[3]))))
     else:
-        dump = Path(sys.argv[1]) if len(sys.argv) > 1 else materialise()
+        dump = Path(sys.argv[1]) if len(sys.argv) > 1 else materialise(Path("build/sandbox"))
         with tempfile.TemporaryDirectory(dir=".") as scratch:
             main(dump, [int(a) for a in sys.argv[2:]] or list(SIZES), scratch)

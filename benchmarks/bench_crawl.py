@@ -21,10 +21,12 @@ from typing import Any
 
 from diffagent.crawl.crawl_config import CrawlConfig
 from diffagent.crawl.crawl_stage import crawl
-from diffagent.localcivitai.site import embedded_site
+from diffagent.localcivitai.faults import Faults
+from diffagent.localcivitai.server import serve
+from diffagent.localcivitai.site import read_source
 from diffagent.localcivitai.sources.dump import write_dump
 from diffagent.schemas.runtime import RuntimeConfig
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 
 MODELS, IMAGES, RATE = 1_000, 60_000, 50.0
 
@@ -84,7 +86,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         dump = Path(folder, "dump")
         write_dump(dump, models(), images())
-        with embedded_site(f"dump:{dump}") as url:
+        with serve(read_source(f"dump:{dump}"), Faults()) as url:
             bench = Bench(Path(folder, "store"), dump, url)
             made, seconds = bench.run("versions", limit=500, requests_per_second=RATE)
             pages, fetching = (made.manifest.metrics[n] for n in ("requests", "fetch_seconds"))

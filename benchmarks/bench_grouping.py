@@ -30,7 +30,7 @@ from diffagent.dabench.build.shard_config import DABenchConfig
 from diffagent.dabench.build.splits import NO_SPLIT, Prints, random_splits, shingles
 from diffagent.sandbox.files import materialise
 from diffagent.schemas.tables import PRINTS
-from diffagent.store.artifacts import peak_memory_bytes
+from diffagent.store import peak_memory_bytes
 
 ROWS = (100_000, 500_000, 1_000_000, 3_000_000)
 BOILERPLATE = 0.01
@@ -38,7 +38,10 @@ BOILERPLATE = 0.01
 
 def sandbox_prints() -> pa.Table:
     """The sandbox's prompts; every four of them a post, every twenty a creator's."""
-    items = map(orjson.loads, (materialise() / "images.jsonl").read_bytes().splitlines())
+    items = map(
+        orjson.loads,
+        (materialise(Path("build/sandbox")) / "images.jsonl").read_bytes().splitlines(),
+    )
     prompts = [text for item in items if (text := (item.get("meta") or {}).get("prompt"))]
     return pa.table(
         {

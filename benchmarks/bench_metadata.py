@@ -79,5 +79,9 @@ def main(path: Path, limit: int | None) -> None:
 
 
 if __name__ == "__main__":
-    records = Path(sys.argv[1]) if len(sys.argv) > 1 else materialise() / "images.jsonl"
+    records = (
+        Path(sys.argv[1])
+        if len(sys.argv) > 1
+        else materialise(Path("build/sandbox")) / "images.jsonl"
+    )
     main(records, int(sys.argv[2]) if len(sys.argv) > 2 else None)

@@ -39,9 +39,9 @@ from diffagent.render.planner import draw
 from diffagent.render.recipe import LoRAUse, Recipe
 from diffagent.render.renderer import Files, ModelRef
 from diffagent.sandbox import files, site_records
-from diffagent.sandbox.single_file import single_file_tensors
-from diffagent.sandbox.tiny_adapters import merged
 from diffagent.t2i.samplers import SAMPLERS, normalise
+from tools.sandbox.single_file import single_file_tensors
+from tools.sandbox.tiny_networks import CONFIG_DIR
 
 CPU = torch.device("cpu")
 
@@ -58,7 +58,9 @@ def sandbox_files(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     from safetensors.torch import load_file, save_file
 
     quiet_diffusers()
-    assembled = {file.key: file.path for file in files.model_files()}
+    assembled = {
+        file.key: file.path for file in files.model_files(files.materialise(Path("build/sandbox")))
+    }
     checkpoints = {name: path for name, path in assembled.items() if not name.startswith("lora")}
     loras = {name: path for name, path in assembled.items() if name.startswith("lora")}
     loras |= {
@@ -67,7 +69,9 @@ def sandbox_files(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
     }
     for name in files.LORAS:
         path = folder / f"merged-{name}.safetensors"
-        save_file(merged(load_file(checkpoints["base"]), load_file(loras[f"lora-{name}"])), path)
+        save_file(
+            files.merge_lora(load_file(checkpoints["base"]), load_file(loras[f"lora-{name}"])), path
+        )
         checkpoints[path.stem] = path
     return checkpoints, loras
 
@@ -77,7 +81,7 @@ def sandbox_jobs(
 ) -> list[Recipe]:
     """Random jobs: a checkpoint, a LoRA or none, and what a record of the sandbox says."""
     rng = random.Random(seed)
-    facts = {file.key: file for file in files.model_files()}
+    facts = {file.key: file for file in files.model_files(files.materialise(Path("build/sandbox")))}
     told = [record.get("meta") or {} for record in site_records.images(facts)]
     usable = [m for m in told if {"prompt", "sampler", "steps", "cfgScale"} <= set(m)]
     jobs = []
@@ -115,7 +119,7 @@ def naive(
 ) -> Iterator[tuple[Recipe, np.ndarray[Any, Any]]]:
     """Plain diffusers, as one writes it for a handful of pictures."""
     diffusers = quiet_diffusers()
-    config = next(path for path in shipped_configs() if path.name == "sd15-tiny")
+    config = CONFIG_DIR
     pipeline, current, laid = None, None, None
     for job in jobs:
         if job.checkpoint != current:
@@ -171,7 +175,7 @@ def planner(number: int, seed: int, alone: int) -> None:
         def fetch(file: ModelRef) -> Path:
             return paths[file.sha256]
 
-        renderer = DiffusersRenderer(CPU)
+        renderer = DiffusersRenderer(CPU, [CONFIG_DIR])
         started, cpu = time.perf_counter(), time.process_time()
         planned = {job: pixels(image) for job, image in draw(jobs, renderer, files_of, fetch)}
         ours, our_cpu = time.perf_counter() - started, time.process_time() - cpu
@@ -198,7 +202,7 @@ def planner(number: int, seed: int, alone: int) -> None:
             values_that_differ=float(np.mean([(planned[j] != plain[j]).mean() for j in planned])),
         )  # fmt: skip
         sample = random.Random(seed + 1).sample(list(planned), min(alone, len(planned)))
-        single = DiffusersRenderer(CPU)
+        single = DiffusersRenderer(CPU, [CONFIG_DIR])
         same = 0
         for job in sample:  # one job at a time, in random order
             ((_, image),) = draw([job], single, files_of, fetch)

@@ -33,15 +33,8 @@ from typing import Any
 
 import numpy as np
 
-from diffagent.dabench.filter.resolve import (
-    NAME_VIAS,
-    VIAS,
-    Candidate,
-    Resolution,
-    Resolver,
-    Standing,
-)
-from diffagent.dabench.filter.version_index import KnownVersion, told_base
+from diffagent.dabench.filter.resolve import VIAS, Candidate, Resolution, Resolver, Standing
+from diffagent.dabench.filter.version_index import NAME_VIAS, KnownVersion, told_base
 from diffagent.localcivitai.sources.dump import read_records
 from diffagent.sandbox.files import materialise
 from diffagent.t2i.catalogue import CHECKPOINT
@@ -450,4 +443,4 @@ if __name__ == "__main__":
     parser.add_argument("directory", nargs="?", type=Path)
     parser.add_argument("--fit", action="store_true")
     arguments = parser.parse_args()
-    main(arguments.directory or materialise(), arguments.fit)
+    main(arguments.directory or materialise(Path("build/sandbox")), arguments.fit)

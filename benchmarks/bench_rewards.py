@@ -1,17 +1,17 @@
 """Rewards: the official packages' own loops against this library, on the same files.
 
 Random weights at full size in the released layouts (CLIP ViT-L/14, ImageReward v1.0, HPS v2.1),
-made on the first run; the same PNG files and prompts for both. Each side of each metric has a
-process of its own, so that one network is in memory at a time; ``together`` has three of ours.
-Loading is not timed, except where the official loop itself loads (hpsv2, at every call).
+written by the first run; both sides read the same PNG files and prompts. Each side of each metric
+runs in a process of its own, so that one network is in memory at a time; ``together`` has three of
+this library. Loading is not timed, except inside the official loop (hpsv2 loads at every call).
 
-One JSON line a figure: pictures a second of the official loop (which says what it is) and of ours,
-then the ratio with the largest difference of the scores; the ratio of processor seconds is the one
-to read on a CPU that others use too. The official ``together`` is the sum of
-its three, which know nothing of each other. ``ceiling`` is what a machine could reach whose matrix
-products, timed alone in ours' precision, were all that a picture costs: no loop can be faster.
+One JSON line per figure: pictures per second of the official loop (with its description) and of
+this library, then their ratio with the largest difference of the scores; on a shared CPU use the
+ratio of processor seconds. The official ``together`` is the sum of its three loops. ``ceiling`` is
+the speed of a loop that costs only the networks' matrix products, timed separately in the same
+precision: no loop can be faster.
 
-    python benchmarks/bench_rewards.py               on a GPU when there is one, else on the CPU
+    python benchmarks/bench_rewards.py               on a GPU if there is one, else on the CPU
     python benchmarks/bench_rewards.py --device cuda --dtype bfloat16 --pictures 4096 --compile
 """
 
@@ -62,32 +62,34 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="ours through torch.compile")
     parser.add_argument("--no-together", action="store_true", help="all three need 9 GB of memory")
     parser.add_argument("--work", type=Path, help="keep weights (5 GB) and pictures here")
-    parser.add_argument("--run", help=argparse.SUPPRESS)  # what a process of its own is to do
-    given = parser.parse_args()
-    gpu = given.device.startswith("cuda")
-    given.dtype = given.dtype or ("float16" if gpu else "float32")
-    given.pictures = given.pictures or (2048 if gpu else 8)
-    given.official_pictures = min(given.official_pictures or (32 if gpu else 8), given.pictures)
-    given.batch_size = given.batch_size or (256 if gpu else 8)
-    return given
+    parser.add_argument("--run", help=argparse.SUPPRESS)  # side that this process measures
+    options = parser.parse_args()
+    gpu = options.device.startswith("cuda")
+    options.dtype = options.dtype or ("float16" if gpu else "float32")
+    options.pictures = options.pictures or (2048 if gpu else 8)
+    options.official_pictures = min(
+        options.official_pictures or (32 if gpu else 8), options.pictures
+    )
+    options.batch_size = options.batch_size or (256 if gpu else 8)
+    return options
 
 
 def main() -> None:
-    given = parse()
-    if given.run:
-        return print(json.dumps(run(given, *given.run.split("/"))))
+    options = parse()
+    if options.run:
+        return print(json.dumps(run(options, *options.run.split("/"))))
     with tempfile.TemporaryDirectory() as temporary:
-        given.work = given.work or Path(temporary)
-        for metric in given.metrics:
-            official.write_release(metric, given.work)
-        official.write_pictures(given.work / "pictures", given.pictures, given.size)
-        print(json.dumps({"benchmark": "rewards", "settings": describe(given)}), flush=True)
-        compare(given)
+        options.work = options.work or Path(temporary)
+        for metric in options.metrics:
+            official.write_release(metric, options.work)
+        official.write_pictures(options.work / "pictures", options.pictures, options.size)
+        print(json.dumps({"benchmark": "rewards", "settings": describe(options)}), flush=True)
+        compare(options)
 
 
-def describe(given: argparse.Namespace) -> dict[str, Any]:
-    settings = {k: v for k, v in vars(given).items() if k not in ("run", "work")}
-    name = torch.cuda.get_device_name() if given.device.startswith("cuda") else "CPU"
+def describe(options: argparse.Namespace) -> dict[str, Any]:
+    settings = {k: v for k, v in vars(options).items() if k not in ("run", "work")}
+    name = torch.cuda.get_device_name() if options.device.startswith("cuda") else "CPU"
     return settings | {
         "hardware": name,
         "torch_threads": torch.get_num_threads(),
@@ -96,37 +98,37 @@ def describe(given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def compare(given: argparse.Namespace) -> None:
-    found: dict[str, dict[str, Any]] = {}
-    for metric in given.metrics:
+def compare(options: argparse.Namespace) -> None:
+    figures: dict[str, dict[str, Any]] = {}
+    for metric in options.metrics:
         for side in ("official", "ours"):
-            found[f"{side}/{metric}"] = measure(given, f"{side}/{metric}")
-        report(metric, found[f"official/{metric}"], found[f"ours/{metric}"])
-    for metric in {"image_reward", "hps_v2"} & {*given.metrics}:
-        lists = measure(given, f"official/{metric}/by prompt")
-        report(f"{metric} by prompt", lists, found[f"ours/{metric}"])
-    if {*given.metrics} == {*official.METRICS} and not given.no_together:
-        theirs = [found[f"official/{metric}"] for metric in given.metrics]
-        rate = 1 / sum(1 / one["pictures_per_second"] for one in theirs)
-        scores = {name: values for one in theirs for name, values in one["scores"].items()}
+            figures[f"{side}/{metric}"] = measure(options, f"{side}/{metric}")
+        report(metric, figures[f"official/{metric}"], figures[f"ours/{metric}"])
+    for metric in {"image_reward", "hps_v2"} & {*options.metrics}:
+        lists = measure(options, f"official/{metric}/by prompt")
+        report(f"{metric} by prompt", lists, figures[f"ours/{metric}"])
+    if {*options.metrics} == {*official.METRICS} and not options.no_together:
+        theirs = [figures[f"official/{metric}"] for metric in options.metrics]
+        rate = 1 / sum(1 / figure["pictures_per_second"] for figure in theirs)
+        scores = {name: values for figure in theirs for name, values in figure["scores"].items()}
         loop = "the three loops above, one after the other"
         together = {
             "pictures_per_second": rate,
-            "cpu_seconds_a_picture": sum(one["cpu_seconds_a_picture"] for one in theirs),
+            "cpu_seconds_a_picture": sum(figure["cpu_seconds_a_picture"] for figure in theirs),
             "loop": loop,
             "scores": scores,
         }
-        report(TOGETHER, together, measure(given, f"ours/{TOGETHER}"))
+        report(TOGETHER, together, measure(options, f"ours/{TOGETHER}"))
 
 
-def measure(given: argparse.Namespace, what: str) -> dict[str, Any]:
+def measure(options: argparse.Namespace, side: str) -> dict[str, Any]:
     """Runs one side in a process of its own and prints its figure."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--work", str(given.work), "--run", what]
+    command = [sys.executable, __file__, *sys.argv[1:], "--work", str(options.work), "--run", side]
     answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
-    shown = {key: value for key, value in found.items() if key != "scores"}
-    print(json.dumps({"run": what, **shown}), flush=True)
-    return found
+    figure: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
+    printed = {key: value for key, value in figure.items() if key != "scores"}
+    print(json.dumps({"run": side, **printed}), flush=True)
+    return figure
 
 
 def report(metric: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
@@ -151,15 +153,17 @@ def report(metric: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     print(json.dumps(line), flush=True)
 
 
-def run(given: argparse.Namespace, side: str, metric: str, variant: str = "") -> dict[str, Any]:
+def run(options: argparse.Namespace, side: str, metric: str, variant: str = "") -> dict[str, Any]:
     """Loads, warms up and times one side."""
-    count = given.pictures if side == "ours" else given.official_pictures
-    files = official.write_pictures(given.work / "pictures", given.pictures, given.size)[:count]
-    prompts = official.write_prompts(given.pictures, given.candidates)[:count]
+    count = options.pictures if side == "ours" else options.official_pictures
+    files = official.write_pictures(options.work / "pictures", options.pictures, options.size)[
+        :count
+    ]
+    prompts = official.write_prompts(options.pictures, options.candidates)[:count]
     if side == "official":
         name = f"{metric} {variant}".strip()
         started = time.perf_counter()
-        loop = official.load_official(metric, given.work, given.device, by_prompt=bool(variant))
+        loop = official.load_official(metric, options.work, options.device, by_prompt=bool(variant))
         loaded = time.perf_counter()
         loop(["a picture to warm up with"], files[:1])
         warm, used = time.perf_counter(), time.process_time()
@@ -167,21 +171,21 @@ def run(given: argparse.Namespace, side: str, metric: str, variant: str = "") ->
         seconds, used = time.perf_counter() - warm, time.process_time() - used
         extra: dict[str, Any] = {"loop": official.OFFICIAL_LOOPS[name]}
     else:
-        keep_freed_memory()  # as the processes of this library's stages and commands do
+        keep_freed_memory()  # like this library's stages and commands
         started = time.perf_counter()
-        names = given.metrics if metric == TOGETHER else [metric]
-        runtime = {"device": given.device, "dtype": given.dtype, "compiled": given.compile}
-        runtime["batch_size"] = given.batch_size
-        scorers = [official.load_ours(name, given.work, **runtime) for name in names]
+        names = options.metrics if metric == TOGETHER else [metric]
+        runtime = {"device": options.device, "dtype": options.dtype, "compiled": options.compile}
+        runtime["batch_size"] = options.batch_size
+        scorers = [official.load_ours(name, options.work, **runtime) for name in names]
         loaded = time.perf_counter()
-        options = {"batch_size": given.batch_size, "threads": given.threads}
-        warming = files[: given.batch_size if given.device.startswith("cuda") else 1]
-        score_pictures(scorers, ["a picture to warm up with"] * len(warming), warming, **options)
+        settings = {"batch_size": options.batch_size, "threads": options.threads}
+        warming = files[: options.batch_size if options.device.startswith("cuda") else 1]
+        score_pictures(scorers, ["a picture to warm up with"] * len(warming), warming, **settings)
         warm, used = time.perf_counter(), time.process_time()
-        judged = score_pictures(scorers, prompts, files, **options)
+        scored = score_pictures(scorers, prompts, files, **settings)
         seconds, used = time.perf_counter() - warm, time.process_time() - used
-        scores = {name: values.tolist() for name, values in judged.metrics.items()}
-        extra = {"loop": "score_pictures", "dtype": given.dtype, **ceiling(scorers, given)}
+        scores = {name: values.tolist() for name, values in scored.metrics.items()}
+        extra = {"loop": "score_pictures", "dtype": options.dtype, **ceiling(scorers, options)}
     return {
         "pictures": count,
         "seconds": round(seconds, 3),
@@ -193,31 +197,31 @@ def run(given: argparse.Namespace, side: str, metric: str, variant: str = "") ->
     }
 
 
-def ceiling(scorers: list[Any], given: argparse.Namespace) -> dict[str, float]:
-    """Pictures a second if nothing cost anything but the matrix products of the networks.
+def ceiling(scorers: list[Any], options: argparse.Namespace) -> dict[str, float]:
+    """Returns pictures per second if only the matrix products of the networks cost time.
 
-    On a CPU: a second of a processor, which others may use too.
+    On a CPU, per second of processor time, because it may be shared.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
-    torch.backends.mha.set_fastpath_enabled(False)  # which the counter does not know
-    count = given.batch_size if given.compile else 2  # a compiled batch is always full
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not support it
+    count = options.batch_size if options.compile else 2  # a compiled batch is always full
     eager = torch.compiler.set_stance("force_eager")
     with eager, FlopCounterMode(display=False) as counter:
         for scorer in scorers:
             shape = (count, 3, *scorer.preparation.size)
             scorer.score_pixels(["a picture to count with"] * count, torch.zeros(shape))
     flops = counter.get_total_flops() / count
-    a = torch.randn(4096, 1280, device=given.device, dtype=getattr(torch, given.dtype))
-    b = torch.randn(1280, 5120, device=given.device, dtype=a.dtype)
-    gpu, speeds = given.device.startswith("cuda"), []
+    a = torch.randn(4096, 1280, device=options.device, dtype=getattr(torch, options.dtype))
+    b = torch.randn(1280, 5120, device=options.device, dtype=a.dtype)
+    gpu, speeds = options.device.startswith("cuda"), []
     clock, repeats = (time.perf_counter, 50) if gpu else (time.process_time, 1)
     for _ in range(5):
-        _synchronise(given.device)
+        _synchronise(options.device)
         started = clock()
         for _ in range(repeats):
             a @ b
-        _synchronise(given.device)
+        _synchronise(options.device)
         speeds.append(repeats * 2 * 4096 * 1280 * 5120 / (clock() - started))
     return {
         "on_cpu": not gpu,

@@ -27,7 +27,7 @@ import torch
 
 from diffagent.agent.lm.format import IGNORED, Example
 from diffagent.pretrained import load_model
-from diffagent.store.artifacts import peak_memory_bytes
+from diffagent.store import peak_memory_bytes
 from diffagent.train.collate import RankedPrompt, RRHFCollator
 from diffagent.train.fit import enable_checkpointing
 from diffagent.train.passes import response_logps

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from diffagent.agent.lm.format import IGNORED, Example
-from diffagent.train.sandbox_llama import build_tokenizer
 from diffagent.train.sft import build_trainer
 from diffagent.train.sft_config import SFTConfig
+from diffagent.train.tiny_llama import build_tokenizer
 
 EXAMPLES, VOCABULARY, MAX_LENGTH, ROUNDS = 96, 8192, 512, 2
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}

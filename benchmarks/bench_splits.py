@@ -28,7 +28,7 @@ from diffagent.dabench.build.shard_stage import build_dabench
 from diffagent.dabench.dataset import open_dataset
 from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.dabench.filter.filter_stage import filter_records
-from diffagent.localcivitai.site import embedded_site
+from diffagent.sandbox.files import materialise
 from diffagent.schemas.runtime import RuntimeConfig
 
 COLUMNS = ("prompt", "version_id", "model_id", "group", "random_split")
@@ -97,8 +97,8 @@ def main(directory: Path) -> None:
 def sandbox_dabench(folder: Path) -> Path:
     """A dataset of the sandbox's records."""
     runtime = RuntimeConfig(store=str(folder), site={"requests_per_second": 1000})
-    with embedded_site("sandbox") as url:
-        snapshot = crawl.run(CrawlConfig(site="sandbox"), {}, runtime, site_url=url)
+    site = f"dump:{materialise(Path('build/sandbox'))}"
+    snapshot = crawl.run(CrawlConfig(site=site), {}, runtime, site_url=site)
     filtered = filter_records.run(FilterConfig(), {"snapshot": [snapshot]}, runtime)
     config = DABenchConfig(
         near_duplicate_jaccard=0.7, series_jaccard=0.6

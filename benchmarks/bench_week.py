@@ -42,7 +42,7 @@ from diffagent.localcivitai.replay import Replay
 from diffagent.localcivitai.sources.dump import read_records
 from diffagent.schemas.payloads import unwrap_meta
 from diffagent.schemas.runtime import RuntimeConfig
-from diffagent.store.artifacts import peak_memory_bytes
+from diffagent.store import peak_memory_bytes
 
 DAYS, DAMAGED_BEFORE, SCHEMA_DAY, NEVER = 6, 6, 3, 99
 MODEL, VERSION, IMAGE, STEP = 1_000_000, 10_000_000, 100_000_000, 7
@@ -169,7 +169,7 @@ class World:
 
 def serve(world: World, day: int, seed: int) -> None:
     """Serve a day until standard input closes; then say what it took."""
-    from diffagent.localcivitai.server import LocalCivitai, Serving
+    from diffagent.localcivitai.server import LocalCivitai, LocalServer
 
     sandbox = Path(os.environ["WEEK_SANDBOX"])
     models = [m for m in read_records(sandbox, "models") if m["modelVersions"]]
@@ -182,7 +182,7 @@ def serve(world: World, day: int, seed: int) -> None:
     changes = int(world.all_models / 100 * 1.4) + 20 if day == SCHEMA_DAY else 0
     profile = Profile(rates, deploy_every=150, deploys=3, new_schema_after=changes)
     faults = Faults(profile, seed=seed + day)
-    serving = Serving(LocalCivitai(replay, faults), "127.0.0.1", 0)
+    serving = LocalServer(LocalCivitai(replay, faults), "127.0.0.1", 0)
 
     def end() -> None:
         sys.stdin.read()
@@ -418,7 +418,7 @@ def sandbox() -> str:
     """A directory with the sandbox's records."""
     from diffagent.sandbox.files import materialise
 
-    return str(materialise())
+    return str(materialise(Path("build/sandbox")))
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from diffagent.t2i.catalogue import Catalogue, Entry
-from diffagent.train.sandbox_llama import build_model, build_tokenizer
+from diffagent.train.tiny_llama import build_model, build_tokenizer
 
 SAMPLERS = ("Euler a", "DPM++ 2M Karras", "DDIM", "UniPC", "DPM++ SDE", 'odd "sampler"\\')
 _PARTS = (

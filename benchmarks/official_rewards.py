@@ -1,7 +1,7 @@
 """The official packages' reward models at full size, with random weights in the released layouts.
 
-What their scores are on the same file is the reference of tests/rewards/test_full_size.py; how
-fast their own loops are, that of bench_rewards.py.
+Their scores on the same file are the reference of tests/rewards/test_full_size.py; the speed of
+their own loops is the reference of bench_rewards.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffagent import compat
+from diffagent.rewards import official
 from diffagent.rewards.scorer import Scorer
 
 CLIP = "ViT-L-14-quickgelu"
@@ -33,7 +33,7 @@ WORDS = """a portrait of the old red lighthouse knight robot fox city forest cas
     with and on stormy golden misty neon ancient sea night rain light shadow glass fog snow highly
     detailed sharp focus soft cinematic oil painting photograph concept art best quality"""
 
-#: (prompts, files of pictures) -> a score each.
+#: (prompts, files of pictures) -> one score per picture.
 Loop = Callable[[Sequence[str], Sequence[Path]], list[float]]
 
 
@@ -41,7 +41,7 @@ Loop = Callable[[Sequence[str], Sequence[Path]], list[float]]
 
 
 def write_prompts(count: int, candidates: int, seed: int = 0) -> list[str]:
-    """A prompt a picture, of 8 to 30 words; ``candidates`` pictures in a row share one."""
+    """Returns a prompt per picture, of 8 to 30 words; ``candidates`` pictures share a prompt."""
     rng, words = np.random.default_rng(seed), WORDS.split()
     distinct = -(-count // candidates)
     texts = [" ".join(rng.choice(words, rng.integers(8, 31))) for _ in range(distinct)]
@@ -49,7 +49,7 @@ def write_prompts(count: int, candidates: int, seed: int = 0) -> list[str]:
 
 
 def write_pictures(directory: Path, count: int, size: int, distinct: int = 256) -> list[Path]:
-    """PNG files, soft shapes with some noise; every other one half as high again as it is wide."""
+    """Writes PNG files, soft shapes with some noise; every other one is 1.5 times as wide."""
     files = [directory / f"{number}.png" for number in range(min(count, distinct))]
     directory.mkdir(parents=True, exist_ok=True)
     for number, file in enumerate(files):
@@ -66,8 +66,8 @@ def write_pictures(directory: Path, count: int, size: int, distinct: int = 256) 
 
 
 def write_release(metric: str, directory: Path) -> Path:
-    """A checkpoint of random weights as the metric's authors publish it; kept when it is there."""
-    compat.install()
+    """Writes a checkpoint of random weights in the authors' layout, unless it exists."""
+    official.install()
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / FILES[metric]
     if metric == "image_reward":
@@ -81,7 +81,7 @@ def write_release(metric: str, directory: Path) -> Path:
         from safetensors.torch import save_file
 
         save_file(state, file)
-    elif metric == "hps_v2":  # "compressed": half precision, beside what training left behind
+    elif metric == "hps_v2":  # "compressed": half precision, and leftovers of training
         torch.save({"epoch": 0, "name": "hps", "state_dict": state}, file)
     else:
         torch.save(state, file)
@@ -89,7 +89,7 @@ def write_release(metric: str, directory: Path) -> Path:
 
 
 def _randomise(shapes: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Values for which scores vary from picture to picture: the initial ones make them alike."""
+    """Returns values for which scores vary between pictures; initial values give equal scores."""
     generator = torch.Generator().manual_seed(0)
     state: dict[str, torch.Tensor] = {}
     for name, shape in shapes.items():
@@ -142,7 +142,7 @@ _SHAPES = {"clip": _clip_shapes, "hps_v2": _hps_shapes, "image_reward": _image_r
 
 
 def _write_image_reward_files(directory: Path) -> None:
-    """The release's med_config.json, and a vocabulary of BERT's size, which no package ships."""
+    """Writes med_config.json of the release and a vocabulary of BERT's size (no package has it)."""
     from diffagent.rewards.image_reward import ImageRewardConfig
 
     config = {**ImageRewardConfig().text, "add_cross_attention": True, "encoder_width": 768}
@@ -155,15 +155,15 @@ def _write_image_reward_files(directory: Path) -> None:
 
 @contextlib.contextmanager
 def _vocabulary_of(directory: Path) -> Iterator[None]:
-    """Lets the package read a local vocabulary where it would ask the hub."""
+    """Makes the package read a local vocabulary instead of the hub's."""
     from ImageReward.models.BLIP import blip_pretrain
 
-    own = blip_pretrain.init_tokenizer
-    blip_pretrain.init_tokenizer = lambda: own(str(directory))
+    original = blip_pretrain.init_tokenizer
+    blip_pretrain.init_tokenizer = lambda: original(str(directory))
     try:
         yield
     finally:
-        blip_pretrain.init_tokenizer = own
+        blip_pretrain.init_tokenizer = original
 
 
 # ----------------------------------------------------------------------------- official, ours
@@ -181,11 +181,10 @@ OFFICIAL_LOOPS = {
 
 
 def load_official(metric: str, directory: Path, device: str, by_prompt: bool = False) -> Loop:
-    """The package's own way of scoring, as `OFFICIAL_LOOPS` has it; the loop does not load.
-
-    hpsv2's does: its ``score`` reads the checkpoint at every call.
+    """Returns the package's own loop, see `OFFICIAL_LOOPS`. Only hpsv2's loop loads the checkpoint,
+    at every call.
     """
-    compat.install()
+    official.install()
     with contextlib.redirect_stdout(sys.stderr):
         return _OFFICIAL[metric](directory, device, by_prompt)
 
@@ -231,9 +230,9 @@ def _official_image_reward(directory: Path, device: str, by_prompt: bool) -> Loo
         if not by_prompt:
             return [model.score(p, str(f)) for p, f in zip(prompts, files, strict=True)]
         scores: list[float] = []
-        for prompt, mine in _by_prompt(prompts, files):
-            found = model.score(prompt, mine)
-            scores += found if isinstance(found, list) else [found]
+        for prompt, pictures in _by_prompt(prompts, files):
+            rewards = model.score(prompt, pictures)
+            scores += rewards if isinstance(rewards, list) else [rewards]
         return scores
 
     return loop
@@ -241,11 +240,10 @@ def _official_image_reward(directory: Path, device: str, by_prompt: bool) -> Loo
 
 def _official_hps(directory: Path, device: str, by_prompt: bool) -> Loop:
     os.environ.setdefault("HPS_ROOT", str(directory / "hps"))
-    import hpsv2.img_score as official
+    import hpsv2.img_score as package
 
-    # As its initialize_model has it, without the other CLIP-H that this downloads first only for
-    # `score` to overwrite it.
-    model, _, preprocess = official.create_model_and_transforms(
+    # Like its initialize_model, without the CLIP-H that it downloads and `score` overwrites.
+    model, _, preprocess = package.create_model_and_transforms(
         "ViT-H-14",
         None,
         precision="amp",
@@ -264,8 +262,8 @@ def _official_hps(directory: Path, device: str, by_prompt: bool) -> Loop:
         with_score_predictor=False,
         with_region_predictor=False,
     )
-    official.model_dict.update(model=model, preprocess_val=preprocess)
-    official.device = device
+    package.model_dict.update(model=model, preprocess_val=preprocess)
+    package.device = device
     checkpoint = str(directory / FILES["hps_v2"])
 
     def loop(prompts: Sequence[str], files: Sequence[Path]) -> list[float]:
@@ -274,8 +272,8 @@ def _official_hps(directory: Path, device: str, by_prompt: bool) -> Loop:
             calls = _by_prompt(prompts, files)
         return [
             float(value)
-            for prompt, mine in calls
-            for value in official.score(mine, prompt, cp=checkpoint)
+            for prompt, pictures in calls
+            for value in package.score(pictures, prompt, cp=checkpoint)
         ]
 
     return loop
@@ -290,19 +288,19 @@ _OFFICIAL = {
 
 def _by_prompt(prompts: Sequence[str], files: Sequence[Path]) -> list[tuple[str, list[str]]]:
     pairs = groupby(zip(prompts, files, strict=True), key=lambda pair: pair[0])
-    return [(prompt, [str(file) for _, file in mine]) for prompt, mine in pairs]
+    return [(prompt, [str(file) for _, file in group]) for prompt, group in pairs]
 
 
 def load_ours(metric: str, directory: Path, **runtime: Any) -> Scorer:
-    """This library's scorer of the same file; see `diffagent.rewards.scorer.Runtime`."""
+    """Loads this library's scorer of the same file; see `diffagent.rewards.scorer.Runtime`."""
     from diffagent.rewards.clip import ClipScorer
     from diffagent.rewards.hps import HPSScorer
     from diffagent.rewards.image_reward import ImageRewardScorer
     from diffagent.rewards.scorer import Runtime
 
-    file, given = directory / FILES[metric], Runtime(**runtime)
+    file, settings = directory / FILES[metric], Runtime(**runtime)
     if metric == "clip":
-        return ClipScorer.load(CLIP, file, runtime=given)
+        return ClipScorer.load(CLIP, file, runtime=settings)
     if metric == "hps_v2":
-        return HPSScorer.load("v2.1", file, runtime=given)
-    return ImageRewardScorer.load("v1.0", file, vocabulary=directory, runtime=given)
+        return HPSScorer.load("v2.1", file, runtime=settings)
+    return ImageRewardScorer.load("v1.0", file, vocabulary=directory, runtime=settings)

@@ -22,7 +22,7 @@ from diffagent.dabench.filter.record_filters import RECORD_FILTERS, Record
 from diffagent.dabench.filter.records import DUPLICATE, PairBuilder, make_api
 from diffagent.dabench.filter.resolve import Resolver
 from diffagent.dabench.filter.snapshot_rows import read_generations, read_gone
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from diffagent.t2i.catalogue import Catalogue, rename
 
 

@@ -1,4 +1,4 @@
-"""Where tensors live, and what becomes of their memory."""
+"""The device of tensors, and the reuse of their memory."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     import torch
 
 
-#: Of glibc's malloc.h.
+#: Parameters of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what tensors on the CPU free, for those that come after.
+    """Let the C library keep the memory that tensors on the CPU free, for later tensors.
 
-    glibc returns blocks beyond 32 MB to the system at once, and the next pass waits for as many
-    fresh pages. For a process that works and ends; where there is no glibc nothing changes.
+    glibc returns blocks beyond 32 MB to the system at once, so that the next pass waits for as many
+    fresh pages. Meant for a process that ends with its work; without glibc nothing changes.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -30,10 +30,10 @@ def keep_freed_memory() -> None:
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """The device that ``name`` stands for; 'auto' is CUDA, else MPS, else the CPU.
+    """Return the device with this name; 'auto' is CUDA, else MPS, else the CPU.
 
     Raises:
-        ConfigError: torch does not know the name, or this machine lacks the device.
+        ConfigError: torch has no such device, or this machine lacks it.
     """
     import torch
 
@@ -48,11 +48,11 @@ def resolve_device(name: str = "auto") -> torch.device:
             f"runtime.device: {name!r} is not a device; "
             "use 'auto', 'cpu', 'cuda', 'cuda:1' or 'mps'"
         ) from None
-    present = {
+    available = {
         "cpu": True,
         "cuda": (device.index or 0) < torch.cuda.device_count(),
         "mps": torch.backends.mps.is_available(),
     }
-    if not present.get(device.type, False):
+    if not available.get(device.type, False):
         raise ConfigError(f"runtime.device: this machine has no {name!r}; use 'auto' or 'cpu'")
     return device

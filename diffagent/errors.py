@@ -1,9 +1,10 @@
-"""Every error that DiffAgent raises on purpose.
+"""Errors that DiffAgent raises on purpose.
 
     DiffAgentError
     ├── ConfigError          a run configuration is wrong
-    ├── SchemaError          a record does not have the form it claims (names the field)
-    ├── ArtifactError        an artefact is missing or of another version, or its store fails
+    │   └── MissingExtra        a feature needs packages that are not installed
+    ├── SchemaError          a record does not have its stated form (names the field)
+    ├── ArtifactError        an artifact is missing or of another version, or its store fails
     │   └── DamagedArtifact     its files are not those of its manifest
     ├── CivitaiError         the site answered with something other than data
     │   ├── RateLimited      429 of the edge           (retryable)
@@ -11,24 +12,24 @@
     │   ├── NotFound         404
     │   ├── Forbidden        401, 403
     │   │   ├── EarlyAccess         for sale before it is free
-    │   │   └── DownloadsDisabled   its creator lets nobody download it
+    │   │   └── DownloadsDisabled   its creator allows no downloads
     │   ├── BadCursor        400: the cursor is malformed or stale
     │   └── PageCap          429 that means "page * limit > 1000": never succeeds
     ├── RenderError          a picture could not be made
-    │   └── RenderServerError   the server that draws is away or busy   (retryable)
+    │   └── RenderServerError   the rendering server is down or busy   (retryable)
     ├── ScoreError           a reward could not be computed
     ├── TrainingError        training cannot start or has diverged
     └── UnexpectedError      any other exception, of a stage or of a command
 
-A message says what, where and the remedy. ``retryable`` is what the orchestration's retry
-condition reads: true only where the same call may succeed later.
+A message states the problem, its place and the remedy. The orchestration's retry condition reads
+``retryable``: true only where the same call may succeed later.
 """
 
 from __future__ import annotations
 
 
 class DiffAgentError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base class of all errors raised on purpose."""
 
     retryable = False
 
@@ -37,8 +38,12 @@ class ConfigError(DiffAgentError):
     """A run configuration is wrong."""
 
 
+class MissingExtra(ConfigError, ImportError):  # noqa: N818  the state, as in NotFound
+    """A feature needs packages that are not installed; see `diffagent.extras`."""
+
+
 class SchemaError(DiffAgentError):
-    """A record does not have the form it claims."""
+    """A record does not have its stated form; ``field`` names the place in it."""
 
     def __init__(self, message: str, *, field: str = "") -> None:
         super().__init__(message)
@@ -46,11 +51,11 @@ class SchemaError(DiffAgentError):
 
 
 class ArtifactError(DiffAgentError):
-    """An artefact is missing or of another version, or its store fails."""
+    """An artifact is missing or of another version, or its store fails."""
 
 
 class DamagedArtifact(ArtifactError):  # noqa: N818  the state, as in NotFound
-    """The files of an artefact are not those of its manifest."""
+    """The files of an artifact are not those of its manifest."""
 
 
 class CivitaiError(DiffAgentError):
@@ -58,7 +63,7 @@ class CivitaiError(DiffAgentError):
 
 
 class RateLimited(CivitaiError):  # noqa: N818  the name of the condition, as in HTTP
-    """429 of the edge; ``retry_after`` in seconds when the site said so."""
+    """429 of the edge; ``retry_after`` in seconds where the site states it."""
 
     retryable = True
 
@@ -68,7 +73,7 @@ class RateLimited(CivitaiError):  # noqa: N818  the name of the condition, as in
 
 
 class ServerError(CivitaiError):
-    """5xx, 524 or a transfer that broke; ``retry_after`` in seconds when the site said so."""
+    """5xx, 524 or a broken transfer; ``retry_after`` in seconds where the site states it."""
 
     retryable = True
 
@@ -78,7 +83,7 @@ class ServerError(CivitaiError):
 
 
 class NotFound(CivitaiError):  # noqa: N818
-    """404: may be transient on this site; never a reason to delete a known record."""
+    """404: may be transient on this site; never a reason to delete a record."""
 
 
 class Forbidden(CivitaiError):  # noqa: N818
@@ -90,7 +95,7 @@ class EarlyAccess(Forbidden):
 
 
 class DownloadsDisabled(Forbidden):
-    """401: the creator lets the site use the model and nobody download it; no token helps."""
+    """401: the creator allows use on the site but no downloads; no token helps."""
 
 
 class BadCursor(CivitaiError):  # noqa: N818
@@ -110,9 +115,9 @@ class RenderError(DiffAgentError):
 
 
 class RenderServerError(RenderError):
-    """The server that draws is away, busy or broke off; ``retry_after`` in seconds if it said so.
+    """The rendering server is down, busy or broke off; ``retry_after`` in seconds if it states it.
 
-    It says nothing about the picture: the run ends, and goes on when it is started again.
+    The picture is not at fault: the run ends, and resumes when it is started again.
     """
 
     retryable = True
@@ -131,4 +136,4 @@ class TrainingError(DiffAgentError):
 
 
 class UnexpectedError(DiffAgentError):
-    """An exception that its raiser did not turn into one of these (``diffagent.failures``)."""
+    """Any exception that is not one of these (``diffagent.failures.as_error``)."""

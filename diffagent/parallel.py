@@ -1,12 +1,10 @@
-"""A function over many batches in several processes, with the results in order."""
+"""Map a function over many batches in several processes, with the results in order."""
 
 from __future__ import annotations
 
 import gc
 import itertools
 import os
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -15,15 +13,20 @@ from typing import Any, TypeVar
 from loky import BrokenProcessPool, ProcessPoolExecutor
 
 from diffagent.errors import DiffAgentError
+from diffagent.parent_process import end_with
 
 Item = TypeVar("Item")
 State = TypeVar("State")
 Result = TypeVar("Result")
 
-_GARBAGE = 100_000  # objects; a batch makes many and leaves few, which 700 would look at often
-_AHEAD = 2  # batches a worker that wait, so that none idles and memory stays flat
+#: Objects between two garbage collections: a batch makes many and leaves few, so that Python's 700
+#: would scan them needlessly often.
+_GC_THRESHOLD = 100_000
+#: Queued batches per worker: no worker idles, and memory stays flat.
+_QUEUED = 2
 
-_task: list[Any] = []  # of a worker: function, state
+#: Function and state of a worker process.
+_task: list[Any] = []
 
 
 def ordered_map(
@@ -31,49 +34,42 @@ def ordered_map(
 ) -> Iterator[Result]:
     """Yield ``function(state, item)`` for each item, in order.
 
-    With one worker it runs right here. Else ``function`` and ``state`` are sent to each process
-    once; a few items a worker are in memory at a time.
+    With one worker it runs in this process. Otherwise ``function`` and ``state`` are sent to each
+    process once, and a few items per worker are in memory at a time.
 
     Raises:
-        DiffAgentError: a worker was killed; what ``function`` raises is raised here.
+        DiffAgentError: a worker was killed. Exceptions of ``function`` are raised as they are.
     """
     if workers <= 1:
         yield from (function(state, item) for item in items)
         return
     # loky, because the caller may have threads (Prefect's tasks do), whose locks a fork would keep,
     # and a spawned process would run the caller's script again.
-    left = iter(items)
+    remaining = iter(items)
     with ProcessPoolExecutor(
         workers, initializer=_start, initargs=(os.getpid(), function, state)
     ) as pool:
-        waiting: deque[Future[Result]] = deque()
-        for item in itertools.islice(left, _AHEAD * workers):
-            waiting.append(pool.submit(_run, item))
-        while waiting:
+        queue: deque[Future[Result]] = deque()
+        for item in itertools.islice(remaining, _QUEUED * workers):
+            queue.append(pool.submit(_run, item))
+        while queue:
             try:
-                result = waiting.popleft().result()
+                result = queue.popleft().result()
             except BrokenProcessPool:
                 raise DiffAgentError(
                     f"one of {workers} worker processes was killed, most often for want of "
                     "memory; run the command again, with a smaller runtime.tasks.workers"
                 ) from None
-            for item in itertools.islice(left, 1):
-                waiting.append(pool.submit(_run, item))
+            for item in itertools.islice(remaining, 1):
+                queue.append(pool.submit(_run, item))
             yield result
 
 
 def _start(parent: int, function: Callable[..., Any], state: Any) -> None:
     _task[:] = [function, state]
     gc.freeze()
-    gc.set_threshold(_GARBAGE)
-    threading.Thread(target=_die_with, args=(parent,), daemon=True).start()
-
-
-def _die_with(parent: int) -> None:
-    """A parent that was killed cannot stop its workers."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    gc.set_threshold(_GC_THRESHOLD)
+    end_with(parent)
 
 
 def _run(item: Any) -> Any:

@@ -11,7 +11,6 @@ imported when its node runs, so that a plan loads no heavy library.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import logging
 import re
@@ -28,7 +27,7 @@ from diffagent.evaluation.evaluate_config import EvaluationConfig
 from diffagent.render.part_config import PartConfig
 from diffagent.run_config import RunConfig
 from diffagent.schemas.runtime import RuntimeConfig
-from diffagent.store.artifacts import Artifact, Inputs, Progress, Stage
+from diffagent.store import Artifact, Inputs, Progress, Stage
 from diffagent.store.child import run_in_child
 
 log = logging.getLogger(__name__)
@@ -63,7 +62,6 @@ class Node:
     group: Group
     heavy: bool = False
     queue: Literal["cpu", "gpu"] = "cpu"
-    site: bool = False
     spread: bool = False
 
     @property
@@ -86,14 +84,13 @@ def plan(config: RunConfig) -> dict[str, Node]:
 
 def _dataset_nodes(config: RunConfig) -> Iterator[Node]:
     group: Group = "build-dabench"
-    yield Node("crawl", "diffagent.crawl.crawl_stage:crawl", config.crawl, {}, group, site=True)
+    yield Node("crawl", "diffagent.crawl.crawl_stage:crawl", config.crawl, {}, group)
     yield Node(
         "filter",
         "diffagent.dabench.filter.filter_stage:filter_records",
         config.filters,
         {"snapshot": ("crawl",)},
         group,
-        site=True,  # it looks up hashes that no listed model has
     )
     yield Node(
         "shard",
@@ -108,7 +105,7 @@ def _training_nodes(config: RunConfig) -> Iterator[Node]:
     dabench, agent = ("shard",), ("sft",)
     yield Node(
         "sft",
-        "diffagent.train.stages:train_sft",
+        "diffagent.train.sft_stage:train_sft",
         config.sft,
         {"dabench": dabench},
         "train-sft",
@@ -130,7 +127,7 @@ def _training_nodes(config: RunConfig) -> Iterator[Node]:
         yield from _rendering_nodes(config, f"sample-{i}", str(i), "train-rrhf")
     yield Node(
         "rrhf",
-        "diffagent.train.stages:train_rrhf",
+        "diffagent.train.rrhf_stage:train_rrhf",
         config.rrhf,
         {
             "dabench": dabench,
@@ -180,7 +177,7 @@ def _evaluation_nodes(config: RunConfig) -> Iterator[Node]:
     judged = {"judgements": tuple(f"judge-{part}" for part in parts)}
     yield Node(
         "evaluate",
-        "diffagent.evaluation.report:evaluate",
+        "diffagent.evaluation.evaluate_stage:evaluate",
         evaluation,
         {
             "dabench": ("shard",),
@@ -211,7 +208,6 @@ def _rendering_nodes(config: RunConfig, candidates: str, name: str, group: Group
         group,
         heavy=True,
         queue="gpu",
-        site=True,
         spread=True,
     )
     yield Node(
@@ -375,37 +371,21 @@ def run(
         keys = targets(nodes, only)
         done = find_inputs(nodes, keys, config)
         nodes = {key: nodes[key] for key in keys}
-    with contextlib.ExitStack() as stack:
-        site_url = ""
-        for node in nodes.values():
-            recrawl = refresh and node.key == "crawl"
-            existing = artifact = cached(node, done, config)
-            if artifact is None or recrawl:
-                if node.site and not site_url:
-                    site_url = stack.enter_context(open_site(config))
-                log.info("%s: running", node.key)
-                on_start(node)
-                artifact = run_node(
-                    node,
-                    node_inputs(node, done),
-                    config.runtime,
-                    site_url=site_url,
-                    refresh=recrawl,
-                    progress=progress,
-                )
-            done[node.key] = artifact
-            if on_done:
-                on_done(node, artifact, artifact == existing)
+    for node in nodes.values():
+        recrawl = refresh and node.key == "crawl"
+        existing = artifact = cached(node, done, config)
+        if artifact is None or recrawl:
+            log.info("%s: running", node.key)
+            on_start(node)
+            artifact = run_node(
+                node,
+                node_inputs(node, done),
+                config.runtime,
+                site_url=config.crawl.site,
+                refresh=recrawl,
+                progress=progress,
+            )
+        done[node.key] = artifact
+        if on_done:
+            on_done(node, artifact, artifact == existing)
     return done
-
-
-def open_site(config: RunConfig) -> contextlib.AbstractContextManager[str]:
-    """Open the run's Civitai API and yield its address; an embedded server ends with the block."""
-    from diffagent.localcivitai.site import embedded_site
-
-    site: contextlib.AbstractContextManager[str] = embedded_site(
-        config.crawl.site,
-        config.runtime.site.faults,
-        config.runtime.local_store / "local-files.json",
-    )
-    return site

@@ -1,4 +1,4 @@
-"""Threads that log as the code that hands them work."""
+"""Threads that share the context variables of the code that submits their work."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Result = TypeVar("Result")
 
 
 class ContextThreadPool(ThreadPoolExecutor):
-    """Threads in which a call has the context variables of the code that submitted it.
+    """Thread pool in which a call has the context variables of the code that submitted it.
 
-    By these Prefect knows the run that a log record belongs to: without them a retry in a thread
-    would be missing from the run's log.
+    Prefect assigns log records to runs by these variables: without them the log of a run would miss
+    the retries in its threads.
     """
 
     def submit(
@@ -25,6 +25,6 @@ class ContextThreadPool(ThreadPoolExecutor):
         *args: Arguments.args,
         **kwargs: Arguments.kwargs,
     ) -> Future[Result]:
-        """Schedule ``fn(*args, **kwargs)`` in a copy of the present context."""
+        """Schedule ``fn(*args, **kwargs)`` in a copy of the current context."""
         context = contextvars.copy_context()
         return super().submit(lambda: context.run(fn, *args, **kwargs))

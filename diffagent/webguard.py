@@ -1,9 +1,8 @@
-"""A guard for web servers on the operator's machine, against the pages in the operator's browser.
+"""A guard for web servers on the operator's machine, against pages in the operator's browser.
 
-A browser sends the requests of any page to 127.0.0.1. Two headers, which no page can choose, tell
-such requests apart: ``Host`` names another host when a foreign name was made to resolve to this
-machine (DNS rebinding), and ``Origin`` names the page that sends a request that may change
-something, or that opens a websocket.
+A browser lets any page send requests to 127.0.0.1. Two headers, which no page can set, expose such
+requests: ``Host`` names another host when a foreign name resolves to this machine (DNS rebinding),
+and ``Origin`` names the page whose request may change something or opens a websocket.
 """
 
 from __future__ import annotations
@@ -14,17 +13,17 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-#: Names of this machine for itself.
+#: Host names of this machine on its loopback interface.
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 class WebGuard:
-    """ASGI middleware that answers only those who name this server, and its own pages.
+    """ASGI middleware that serves only requests that name this server, from its own pages.
 
     Args:
-        app: answers what passes.
-        hosts: host names, without port, that requests may name beside those of the loopback.
-        headers: added to every answer.
+        app: application that serves the requests that pass.
+        hosts: host names, without port, that requests may state in addition to ``LOOPBACK``.
+        headers: added to every response.
     """
 
     def __init__(
@@ -55,12 +54,12 @@ class WebGuard:
             await PlainTextResponse(f"{text}\n", status)(scope, receive, send_with_headers)
 
     def _refusal(self, headers: Headers) -> tuple[int, str] | None:
-        """HTTP status and reason when the request is refused; None when it passes."""
+        """Return HTTP status and reason when the request is refused; None when it passes."""
         hosts = headers.getlist("host")
         if len(hosts) != 1 or host_name(hosts[0]) not in self._hosts:
-            named = ", ".join(hosts)[:200] or "none"
+            names = ", ".join(hosts)[:200] or "none"
             return 421, (
-                f"This server does not go by the host {named!r}; see --allow-host in SECURITY.md."
+                f"This server has no host name {names!r}; see --allow-host in SECURITY.md."
             )
         for origin in headers.getlist("origin"):
             if origin.lower().partition("://")[2] != hosts[0].lower():
@@ -69,6 +68,6 @@ class WebGuard:
 
 
 def host_name(host: str) -> str:
-    """Host name of a Host header, in lower case and without its port."""
+    """Return the host name of a Host header, in lower case and without its port."""
     name, _, port = host.rpartition(":")
     return (name if name and port.isdigit() else host).lower()

@@ -16,10 +16,10 @@ from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
 from diffagent import pipeline
 from diffagent.errors import ArtifactError, ConfigError
-from diffagent.pipeline import Group, Node, find_cached, open_site
+from diffagent.pipeline import Group, Node, find_cached
 from diffagent.run_config import RunConfig, load_config
 from diffagent.schemas.runtime import RuntimeConfig
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from tasks._report import report_stages
 from tasks.stages import task_of
 
@@ -48,13 +48,7 @@ def run_group(config: RunConfig, group: Group, *, refresh: bool = False) -> dict
     spread = config.runtime.tasks.runner != "threads" and any(
         node.spread for node in group_nodes.values()
     )
-    needs_site = any(
-        node.site and (refresh or key not in existing) for key, node in group_nodes.items()
-    )
-    with (
-        open_site(config) if needs_site and not spread else contextlib.nullcontext("") as site_url,
-        _task_runner(config.runtime, len(group_nodes), spread=spread) as runner,
-    ):
+    with _task_runner(config.runtime, len(group_nodes), spread=spread) as runner:
         futures: dict[str, PrefectFuture[Artifact]] = {}
         for key in sorted(group_nodes, key=lambda k: _depth(group_nodes, k)):
             node = group_nodes[key]
@@ -65,7 +59,6 @@ def run_group(config: RunConfig, group: Group, *, refresh: bool = False) -> dict
                     name: [done.get(parent) or futures[parent] for parent in parents]
                     for name, parents in node.inputs.items()
                 },
-                "site_url": site_url if node.site else "",
                 "refresh": refresh and key == "crawl",
             }
             step = task_of(key).with_options(

@@ -11,7 +11,7 @@ from prefect.states import Completed
 
 from diffagent.evaluation.summary import read_metrics, summary_markdown, tables
 from diffagent.pipeline import Group
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from flows._compose import configure, locate, run_group
 from flows._runs import pipeline_flow
 from tasks._report import link_result, report_evaluation

@@ -12,9 +12,9 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import ArtifactCreate
 from prefect.context import FlowRunContext, TaskRunContext
 
-from diffagent.crawl.memory import Memory
+from diffagent.crawl.memory import CrawlMemory
 from diffagent.schemas.manifest import Funnel, Manifest
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 
 #: Address of the store for browsers (``make serve-dashboard`` serves it next to Prefect's UI).
 STORE_URL = os.environ.get("DIFFAGENT_STORE_URL", "http://127.0.0.1:4201")
@@ -59,7 +59,7 @@ def report_refresh(key: str, artifact: Artifact, *, stays: bool) -> None:
         stays: the site has not changed, so that the snapshot is that of an earlier crawl.
     """
     manifest = artifact.manifest
-    memory = Memory.load(artifact.path.with_name(f"{artifact.path.name}.memory.json"))
+    memory = CrawlMemory.load(artifact.path.with_name(f"{artifact.path.name}.memory.json"))
     metrics = dict(memory.metrics if stays else manifest.metrics)
     changes: Mapping[str, Mapping[str, int]] = metrics.pop("changes", {})
     _show_table(

@@ -7,7 +7,6 @@ disk decides: a result of Prefect whose artifact is missing or damaged is remove
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 from dataclasses import dataclass
@@ -25,9 +24,9 @@ from prefect.filesystems import LocalFileSystem
 from prefect.tasks import exponential_backoff
 
 from diffagent import pipeline
-from diffagent.pipeline import Node, load_stage, open_site, run_node
+from diffagent.pipeline import Node, load_stage, run_node
 from diffagent.run_config import RunConfig
-from diffagent.store.artifacts import Artifact, Inputs
+from diffagent.store import Artifact, Inputs
 from tasks._report import report_artifact, report_refresh
 from tasks._workers import run_on_worker
 
@@ -128,22 +127,20 @@ def stage_task(name: str) -> Task[..., Artifact]:
         key: str,
         config: RunConfig,
         inputs: Inputs,
-        site_url: str = "",
         refresh: bool = False,
     ) -> Artifact:
         node: Node = pipeline.plan(config)[key]
         if node.spread and config.runtime.tasks.runner == "workers":
             return run_on_worker(node, config, inputs)
         began = datetime.now(UTC)
-        with site_of(node, config, inputs, site_url) as url:
-            artifact = run_node(
-                node,
-                inputs,
-                config.runtime,
-                site_url=url,
-                refresh=refresh,
-                progress=DashboardProgress(key),
-            )
+        artifact = run_node(
+            node,
+            inputs,
+            config.runtime,
+            site_url=config.crawl.site,
+            refresh=refresh,
+            progress=DashboardProgress(key),
+        )
         manifest = artifact.manifest
         stays = manifest.created_at < began
         if refresh and (stays or "changes" in manifest.metrics):
@@ -153,16 +150,3 @@ def stage_task(name: str) -> Task[..., Artifact]:
         return artifact
 
     return run
-
-
-def site_of(
-    node: Node, config: RunConfig, inputs: Inputs, site_url: str
-) -> contextlib.AbstractContextManager[str]:
-    """Yield the address of the site for a node; open a site if the flow has opened none.
-
-    A task on another machine cannot reach the server that a flow embeds.
-    """
-    open_already = site_url or not node.site
-    if open_already or load_stage(node).cached(node.config, inputs, config.runtime):
-        return contextlib.nullcontext(site_url)
-    return open_site(config)

@@ -26,7 +26,7 @@ from prefect.states import Crashed
 from diffagent.errors import ArtifactError
 from diffagent.pipeline import Node, load_stage
 from diffagent.run_config import RunConfig
-from diffagent.store.artifacts import Artifact, Inputs
+from diffagent.store import Artifact, Inputs
 
 log = logging.getLogger(__name__)
 
@@ -151,7 +151,10 @@ def _watch(client: SyncPrefectClient, run: FlowRun, lost_after_seconds: float) -
         quiet = time.monotonic() - since
         if state.is_scheduled():
             if quiet > lost_after_seconds and not warned:
-                log.warning("%s: no worker has taken it; start one (see docs/scaling.md)", run.name)
+                log.warning(
+                    "%s: no worker has taken it; start one (docs/how-to/use-several-machines.md)",
+                    run.name,
+                )
                 warned = True
         elif quiet > lost_after_seconds * (_PENDING_FACTOR if state.is_pending() else 1):
             lost = _lost(quiet)

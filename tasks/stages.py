@@ -6,7 +6,7 @@ import functools
 
 from prefect import Task
 
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from tasks._stage import stage_task
 
 

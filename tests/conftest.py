@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
 
 from diffagent import compat
 from diffagent.schemas.manifest import FileEntry, Manifest
@@ -19,7 +20,7 @@ from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.train.sft_config import SFTConfig
 
 if TYPE_CHECKING:
-    from diffagent.store.artifacts import Artifact
+    from diffagent.store import Artifact
 
 # Before torch or transformers are imported anywhere.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -32,6 +33,17 @@ ROOT = Path(__file__).parents[1]
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
 compat.install()  # some test modules import transformers before anything of diffagent
+
+
+@pytest.fixture(scope="session")
+def sandbox_site() -> Path:
+    """The sandbox's site where configs/sandbox.yaml names it; written once for all workers."""
+    from diffagent.sandbox.files import materialise
+
+    target = ROOT / "build" / "sandbox"
+    target.parent.mkdir(exist_ok=True)
+    with FileLock(target.parent / ".sandbox.lock"):
+        return materialise(target)
 
 
 @contextmanager
@@ -50,7 +62,7 @@ def reseal(artifact: Artifact) -> None:
 
     Its content digest stays, so that handles on it stay valid.
     """
-    from diffagent.store.artifacts import MANIFEST, sha256_file
+    from diffagent.store import MANIFEST, sha256_file
 
     manifest = artifact.manifest
     files = tuple(
@@ -64,7 +76,7 @@ def reseal(artifact: Artifact) -> None:
 
 def sealed(stage: str, directory: Path) -> Artifact:
     """The artefact of a stage whose files a test has put into ``directory``."""
-    from diffagent.store.artifacts import MANIFEST, files_digest, open_artifact, sha256_file
+    from diffagent.store import MANIFEST, files_digest, open_artifact, sha256_file
 
     (directory / MANIFEST).unlink(missing_ok=True)
     files = tuple(
@@ -104,7 +116,7 @@ def agent_run(tmp_path_factory: pytest.TempPathFactory) -> AgentRun:
     """An agent of 0.1 M parameters after seconds of training: it writes valid APIs."""
     import torch
 
-    from diffagent.train.stages import train_sft
+    from diffagent.train.sft_stage import train_sft
     from tests.agent.agent_world import make_world
 
     torch.set_num_threads(1)

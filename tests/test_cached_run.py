@@ -9,7 +9,7 @@ from pathlib import Path
 
 from diffagent import pipeline
 from diffagent.run_config import load_config
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from tests.conftest import ROOT, sealed
 
 _HEAVY = ("torch", "transformers", "trl", "peft", "diffusers", "datasets", "open_clip", "sklearn")

@@ -42,8 +42,8 @@ print(resident() - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 def test_freed_memory_is_kept() -> None:
     """Of a freed block of 128 MB, which glibc itself returns to the system."""
-    kept, returned = (
+    with_setting, without = (
         int(subprocess.check_output([sys.executable, "-c", KEPT, how])) * resource.getpagesize()
         for how in ("keep", "not")
     )
-    assert kept > 2**26 > returned
+    assert with_setting > 2**26 > without

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,12 +23,13 @@ from diffagent.errors import (
     ServerError,
     UnexpectedError,
 )
-from diffagent.failures import as_error, explained, pack, printable, unpack
+from diffagent.failures import as_error, explained, pack, unpack
 from diffagent.schemas.api import ApiError
+from diffagent.schemas.printable import printable
 from diffagent.schemas.runtime import RuntimeConfig
-from diffagent.store.artifacts import StageContext, StageResult, stage
+from diffagent.store import StageContext, StageResult, stage
 from diffagent.store.child import run_in_child
-from tests.store.test_artifacts import Words
+from tests.store.test_stage import Words
 
 _ERRORS = [
     RateLimited("slow down", retry_after=7.5),
@@ -38,7 +42,7 @@ _ERRORS = [
 
 @stage("toy-fails", version=1, config=Words)
 def fail(config: Words, context: StageContext) -> StageResult:
-    """Fail as ``config.fail`` says."""
+    """Fail as ``config.fail`` requests."""
     context.progress(0.5, "half of the words")
     if config.fail.isdigit():
         raise _ERRORS[int(config.fail)]
@@ -46,7 +50,7 @@ def fail(config: Words, context: StageContext) -> StageResult:
         raise SystemExit(9)
     if config.fail == "panic":
         raise type("PanicException", (BaseException,), {})("a panic of a library in Rust")
-    raise KeyError("nobody\x1b[31m expects\nthis")
+    raise KeyError("un\x1b[31mexpected\nkey")
 
 
 @pytest.mark.parametrize("number", range(len(_ERRORS)))
@@ -135,6 +139,40 @@ def test_nothing_printed_moves_the_cursor(text: str) -> None:
     shown = printable(text)
     assert not any((ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160 for c in shown)
     assert printable(shown) == shown
+
+
+def every_error(kind: type[DiffAgentError] = DiffAgentError) -> Iterator[DiffAgentError]:
+    """One error of each class in the tree, with a value in every field."""
+    if kind.__module__ == errors.__name__:
+        fields = {
+            name: 7.5 if "float" in parameter.annotation else f"a {name}"
+            for name, parameter in inspect.signature(kind.__init__).parameters.items()
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        }
+        yield kind("what, where and the remedy", **fields)
+    for subclass in kind.__subclasses__():
+        yield from every_error(subclass)
+
+
+@pytest.mark.parametrize("error", every_error(), ids=lambda error: type(error).__name__)
+def test_every_error_is_packed_with_all_its_attributes(error: DiffAgentError) -> None:
+    for retryable in (type(error).retryable, not type(error).retryable):
+        error.retryable = retryable
+        vars(error)["files"] = ["a", {"b": None}]  # as a later version may add
+        copy = unpack(json.loads(json.dumps(pack(error))))
+        assert type(copy) is type(error) and copy.args == error.args
+        assert vars(copy) == vars(error)
+
+
+def test_the_tree_is_drawn_whole() -> None:
+    drawn = set(re.findall(r"[├└]── (\w+)", errors.__doc__ or ""))
+    assert {type(error).__name__ for error in every_error()} == drawn | {"DiffAgentError"}
+
+
+def test_an_attribute_that_json_cannot_hold_stays_behind() -> None:
+    error = RenderError("too large", reason="too-large")
+    vars(error).update(image=object(), size=(1, 2))
+    assert vars(unpack(json.loads(json.dumps(pack(error))))) == {"reason": "too-large"}
 
 
 def test_an_error_of_another_module_is_unpacked() -> None:

@@ -59,7 +59,7 @@ def test_an_error_of_the_function_arrives(workers: int) -> None:
 
 
 def test_a_killed_worker_is_an_error_with_a_remedy() -> None:
-    with pytest.raises(DiffAgentError, match=r"runtime\.workers"):
+    with pytest.raises(DiffAgentError, match=r"runtime\.tasks\.workers"):
         list(ordered_map(die, None, range(9), 2))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from diffagent.dabench.build.shard_config import DABenchConfig
 from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.errors import ConfigError
 from diffagent.run_config import RunConfig
-from diffagent.store.artifacts import StageContext, StageResult, stage
+from diffagent.store import StageContext, StageResult, stage
 
 REWARDS = {"scorers": [{"name": "clip", "model": "tiny"}], "unify": "chatgen"}
 
@@ -131,23 +130,15 @@ def build_dabench(config: DABenchConfig, context: StageContext) -> StageResult:
 def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     stages = {"crawl": crawl, "filter": filter_records, "shard": build_dabench}
     monkeypatch.setattr(pipeline, "load_stage", lambda node: stages[node.key])
-
-    @contextlib.contextmanager
-    def open_site(config: RunConfig) -> Any:
-        calls.append("open")
-        yield "http://127.0.0.1:1"
-        calls.append("close")
-
-    monkeypatch.setattr(pipeline, "open_site", open_site)
     calls.clear()
     site["text"] = "one"
     return make_config(runtime={"store": str(tmp_path)})
 
 
-def test_run_builds_once_and_then_opens_no_site(small: RunConfig) -> None:
+def test_run_builds_once(small: RunConfig) -> None:
     hits: list[tuple[str, bool]] = []
     done = pipeline.run(small, "shard", on_done=lambda n, a, hit: hits.append((n.key, hit)))
-    assert calls == ["open", "crawl http://127.0.0.1:1", "filter", "shard", "close"]
+    assert calls == ["crawl https://civitai.com", "filter", "shard"]
     assert done["shard"].file("pairs").read_text() == '["ONE", 0]'
     assert hits == [("crawl", False), ("filter", False), ("shard", False)]
     calls.clear()
@@ -160,12 +151,12 @@ def test_refresh_rebuilds_only_what_has_changed(small: RunConfig) -> None:
     calls.clear()
     hits: list[bool] = []
     pipeline.run(small, "shard", refresh=True, on_done=lambda n, a, hit: hits.append(hit))
-    assert calls == ["open", "crawl http://127.0.0.1:1", "close"]
+    assert calls == ["crawl https://civitai.com"]
     assert hits == [True, True, True]
     site["text"] = "two"
     calls.clear()
     second = pipeline.run(small, "shard", refresh=True)
-    assert calls[2:] == ["filter", "shard", "close"]
+    assert calls[1:] == ["filter", "shard"]
     assert second["shard"].file("pairs").read_text() == '["TWO", 0]'
     assert first["shard"].path != second["shard"].path
 
@@ -186,6 +177,8 @@ def test_the_configuration_of_a_stage_is_in_the_folder_of_the_stage() -> None:
 
 
 def test_the_architecture_page_names_every_stage() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[1] / "docs" / "explanation" / "architecture.md").read_text(
+        encoding="utf-8"
+    )
     for node in pipeline.plan(make_config()).values():
         assert f"`{node.entry}`" in page

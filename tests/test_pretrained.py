@@ -22,8 +22,8 @@ from diffagent.errors import ArtifactError, ConfigError, ScoreError, TrainingErr
 from diffagent.pretrained import load_model, load_tokenizer, split_revision
 from diffagent.rewards.clip import ClipScorer
 from diffagent.rewards.judges import PickScoreScorer
-from diffagent.rewards.load import sandbox_directory
-from diffagent.rewards.scorer import hub_or_local
+from diffagent.rewards.weight_files import hub_or_local
+from diffagent.sandbox.files import SCORERS
 from diffagent.train.sft import load_base
 from diffagent.train.sft_config import SFTConfig
 from tests.conftest import AgentRun
@@ -142,7 +142,7 @@ def test_the_command_runs_no_code_when_a_prompt_is_y(
 def test_a_scorer_directory_runs_no_code(tmp_path: Path, mark: Path, agent_run: AgentRun) -> None:
     """open_clip would hand ``trust_remote_code`` of a configuration to transformers."""
     folder = tmp_path / "clip"
-    shutil.copytree(sandbox_directory() / "clip", folder)
+    shutil.copytree(SCORERS / "clip", folder)
     (folder / "bpe_vocabulary.txt.gz").unlink()
     (folder / "evil.py").write_text(EVIL)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -245,7 +245,7 @@ def test_a_revision_is_part_of_a_name(tmp_path: Path, monkeypatch: pytest.Monkey
         calls.append((name, {"file": file, "revision": revision}))
         return Path(file)
 
-    monkeypatch.setattr("diffagent.rewards.hub.hub_file", download)
+    monkeypatch.setattr("diffagent.rewards.weight_files.hub_file", download)
     hub_or_local("xswu/HPSv2@1234", "w.pt")
     assert calls[-1] == ("xswu/HPSv2", {"file": "w.pt", "revision": "1234"})
 
@@ -263,7 +263,6 @@ def test_nothing_else_loads_models_of_strangers() -> None:
     }
     assert calls == {
         ("pretrained.py", "kind.from_pretrained"),
-        ("compat.py", "BertTokenizer.from_pretrained"),
-        ("agent/smollm2.py", "LlamaForCausalLM.from_pretrained"),
-        ("sandbox/tokenizer.py", "CLIPTokenizer.from_pretrained"),
+        ("rewards/image_reward.py", "BertTokenizer.from_pretrained"),
+        ("agent/lm/smollm2.py", "LlamaForCausalLM.from_pretrained"),
     }

@@ -50,10 +50,11 @@ def open_selector(
         generates = options.get("constrained") is False
         writer = load_agent(agent, device, quantization, generates=generates)
         return llm_selector.LLM(writer if usable is None else writer.only(usable), **options)
-    from diffagent.agent.retrieval.fitting import FITTED, fitted_selector
+    from diffagent.agent.retrieval.fit_stage import fitted_selector
+    from diffagent.agent.retrieval.fitting import FITTED
     from diffagent.agent.retrieval.rerank_config import RerankConfig
     from diffagent.schemas.runtime import RuntimeConfig
-    from diffagent.store.artifacts import open_artifact
+    from diffagent.store import open_artifact
 
     if dabench is None:
         raise ConfigError("select needs --agent DIR, or --dabench DIR to learn from")
@@ -69,7 +70,7 @@ def open_selector(
     if agent is None:
         fitted = fitted_selector(retrieval, data, runtime, encoder)
         return fitted if usable is None else fitted.only(usable)
-    from diffagent.agent.retrieval.reranked import reranked_selector
+    from diffagent.agent.retrieval.rerank_stage import reranked_selector
 
     rerank = RerankConfig(retrieval=retrieval, encoder=encoder)
     reranked = reranked_selector(rerank, data, open_artifact(agent), runtime, quantization)

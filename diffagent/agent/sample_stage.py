@@ -15,7 +15,7 @@ from diffagent.agent.prompts import Pair, draw, read_split
 from diffagent.agent.sample_config import SampleShard, SamplingConfig
 from diffagent.agent.verify import verify
 from diffagent.errors import ConfigError
-from diffagent.store.artifacts import StageContext, StageResult, stage
+from diffagent.store import StageContext, StageResult, stage
 from diffagent.t2i.catalogue import Catalogue
 
 if TYPE_CHECKING:

@@ -22,12 +22,13 @@ import numpy as np
 from diffagent.agent.baselines import Nearest, Popular, Random, Usage
 from diffagent.agent.candidates import Answer, write_candidates
 from diffagent.agent.prompts import draw, read_split
-from diffagent.agent.retrieval.fitting import FITTED, fitted_selector
+from diffagent.agent.retrieval.fit_stage import fitted_selector
+from diffagent.agent.retrieval.fitting import FITTED
 from diffagent.agent.retrieval.rerank_config import RerankConfig
 from diffagent.agent.select_config import SelectConfig
 from diffagent.agent.selector import Selector
 from diffagent.errors import ArtifactError
-from diffagent.store.artifacts import StageContext, StageResult, stage
+from diffagent.store import StageContext, StageResult, stage
 from diffagent.t2i.catalogue import Catalogue
 
 log = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def build_selector(config: SelectConfig, context: StageContext) -> Selector:
         agent = load_agent(context.one("agent").path, context.runtime.device)
         return LLM(agent, config.max_new_tokens, constrained=config.decoding == "constrained")
     if config.selector == "reranked":
-        from diffagent.agent.retrieval.reranked import reranked_selector
+        from diffagent.agent.retrieval.rerank_stage import reranked_selector
 
         rerank = RerankConfig(encoder=config.encoder, seed=config.seed)
         return reranked_selector(

@@ -1,8 +1,8 @@
 """Web addresses, read by one strict parser before anything is sent to them.
 
-Two parsers that read one address differently are how a check of its host is passed and another
-host is asked (``https://site\@other``). So an address is taken apart here, anything odd about its
-scheme, host or port is refused, and requests go to what is put together again from the parts.
+When two parsers read one address differently, a check may see one host and the request go to
+another (``https://site\@other``). So this module takes an address apart, refuses anything odd about
+its scheme, host or port, and requests go to the address that is built from the parts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import re
 from typing import NamedTuple
 from urllib.parse import quote, urljoin
 
-#: The site's two fronts: the same API, and either may appear in an address it gives.
+from diffagent.errors import ConfigError
+
+#: The site's two fronts: both serve the same API and may appear in its links.
 SITE_HOSTS = ("civitai.com", "civitai.red")
 _ADDRESS = re.compile(
     r"(?P<scheme>https?)://(?P<host>[a-z0-9_](?:[a-z0-9_.-]*[a-z0-9_])?|\[[0-9a-f:.]+\])"
@@ -20,11 +22,11 @@ _ADDRESS = re.compile(
     re.IGNORECASE,
 )
 _FORBIDDEN = re.compile(r"[\\\x00-\x1f\x7f]")
-_SAFE = "%/:=&?~#+!$,;'@()*[]"  # what has a meaning in an address, or is encoded already
+_SAFE = "%/:=&?~#+!$,;'@()*[]"  # characters with a meaning in an address, and encoded ones
 
 
 class Address(NamedTuple):
-    """An http(s) address: its origin ('https://host[:port]', lower case), path and query."""
+    """An http(s) address: its origin ('https://host[:port]', lower case), host, path and query."""
 
     origin: str
     host: str
@@ -36,8 +38,8 @@ class Address(NamedTuple):
         """Read an address, or one that is relative to ``base``.
 
         Raises:
-            ValueError: it is none, or has a user name, or parsers may disagree about it. The
-                message does not contain it: an address may hold a secret.
+            ValueError: it is no address, has a user name, or parsers may disagree about it. The
+                message omits the address, which may hold a secret.
         """
         text = text.strip(" ")
         if _FORBIDDEN.search(text):
@@ -59,14 +61,29 @@ class Address(NamedTuple):
             query,
         )
 
+    @classmethod
+    def on_site(cls, text: str, origin: str) -> Address:
+        """Read a path, or an address of either front, as an address on the site at ``origin``.
+
+        Raises:
+            ConfigError: it is no address, or one of another host.
+        """
+        try:
+            address = cls.parse(text, origin)
+        except ValueError as error:
+            raise ConfigError(f"a download address cannot be used: {error}") from None
+        if address.origin != origin and not address.is_site:
+            raise ConfigError(f"{address.host!r} is not the site; give a path")
+        return address._replace(origin=origin)
+
     @property
     def url(self) -> str:
-        """The whole address, in the one form that is sent."""
+        """Whole address, in the form that is sent."""
         return f"{self.origin}{self.path}" + (f"?{self.query}" if self.query else "")
 
     @property
     def is_https(self) -> bool:
-        """Whether it cannot be read on the way."""
+        """Whether requests to it are encrypted."""
         return self.origin.startswith("https:")
 
     @property
@@ -85,11 +102,11 @@ class Address(NamedTuple):
 
 def is_site_host(host: str) -> bool:
     """Whether a host is one of the site's fronts or their subdomains."""
-    return any(host == known or host.endswith(f".{known}") for known in SITE_HOSTS)
+    return any(host == front or host.endswith(f".{front}") for front in SITE_HOSTS)
 
 
 def origin_of(url: str) -> str:
-    """scheme://host[:port] of an address, in lower case; '' when it is none."""
+    """Return scheme://host[:port] of an address, in lower case; '' when it is no address."""
     try:
         return Address.parse(url).origin
     except ValueError:

@@ -1,11 +1,11 @@
-"""A model file on its way: what has come, what a response may add, and whether it is the one."""
+"""A model file during its download: the bytes so far, further responses, and its verification."""
 
 from __future__ import annotations
 
 import errno
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,16 +14,17 @@ import requests
 from diffagent.civitai.transport import chunks
 from diffagent.errors import CivitaiError, ServerError
 from diffagent.schemas.printable import printable
-from diffagent.store.artifacts import sha256_file
+from diffagent.store import sha256_file
 
 _SIZE_SLACK = 1024  # sizeKB is rounded
-#: The most that is taken where neither the record nor the storage states a size: storages do, so
-#: what does not may write for ever.
+#: Limit where neither the record nor the storage states a size. Storages do, so a server that does
+#: not may send bytes without end.
 _UNSTATED_BYTES = 1 << 30
-#: Bytes between two looks at the free disk, and what stays free of it: a hundredth, at most 1 GB.
+#: Bytes between two checks of the free disk, and the reserve: a hundredth of it, at most 1 GB.
 _DISK_STEP = 32 << 20
 _DISK_RESERVE = 1 << 30
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_CHUNK = 1 << 20
 _TEXT_TYPES = ("text/html", "application/json", "application/xml", "text/xml", "text/plain")
 #: The first bytes of a page or a JSON error. In a safetensors file the first eight are a length,
 #: which as text would be larger than any file; pickles and archives begin with control bytes.
@@ -31,67 +32,90 @@ _TEXT = re.compile(rb"[\t\n\r -~]{8,}")
 
 
 @dataclass
-class Transfer:
-    """The bytes of one file in ``part``, in as many responses as it takes.
+class PartialDownload:
+    """The bytes of one file at ``target`` + '.part', from as many responses as it takes.
 
     Args:
         name: of the file, in messages.
-        part: where the bytes go.
-        sha256: hex digest that the file must have; without, nothing could tell what an earlier
-            run has left in ``part``, so the file is begun anew.
-        size_bytes: size that it must have, give or take the site's rounding to 1 kB.
-        on_bytes: is called with how many more bytes are there.
+        target: path of the whole file.
+        sha256: hex digest that the file must have. Without it the bytes that an earlier run left
+            cannot be verified, so the file starts again.
+        size_bytes: size that the file must have, within the site's rounding to 1 kB.
+        on_bytes: called with the number of bytes added, negative when the file starts again.
     """
 
     name: str
-    part: Path
+    target: Path
     sha256: str | None
     size_bytes: int | None
     on_bytes: Callable[[int], None]
 
     def __post_init__(self) -> None:
-        self._told = 0
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        self.path = self.target.with_name(f"{self.target.name}.part")
+        self._reported = 0
         self._total: int | None = None
         if self.sha256 is None:
-            self.part.unlink(missing_ok=True)
-        #: Responses that the bytes came from, those of an earlier run counting as one.
-        self.pieces = int(self.have > 0)
-        self._tell()
+            self.path.unlink(missing_ok=True)
+        #: Responses that the bytes came from; those of an earlier run count as one.
+        self.pieces = int(self.size > 0)
+        self._report()
+
+    def complete(self, fetch: Callable[[], None]) -> Path:
+        """Fetch the missing bytes, verify the file, and rename it to ``target``.
+
+        A wrong file that several responses brought is fetched once more: they may have been of two
+        files.
+
+        Raises:
+            CivitaiError: the size or SHA256 differs.
+        """
+        for is_last in (False, True):
+            fetch()
+            problem = self.problem()
+            if not problem:
+                self.path.replace(self.target)
+                return self.target
+            is_whole = self.pieces <= 1
+            self.discard()
+            if is_last or is_whole:
+                break
+        raise self.unexpected(problem)
 
     @property
-    def have(self) -> int:
-        """Bytes that are there."""
-        return self.part.stat().st_size if self.part.exists() else 0
+    def size(self) -> int:
+        """Number of bytes so far."""
+        return self.path.stat().st_size if self.path.exists() else 0
 
     def headers(self) -> dict[str, str]:
-        """What to ask for: the bytes that are missing, as they are."""
+        """Return the headers that request the missing bytes, without compression."""
         headers = {"Accept-Encoding": "identity"}
-        if have := self.have:
-            headers["Range"] = f"bytes={have}-"
+        if size := self.size:
+            headers["Range"] = f"bytes={size}-"
         return headers
 
     def take(self, response: requests.Response) -> None:
-        """Add what a response of 200, 206 or 416 brings.
+        """Add the bytes of a response of 200, 206 or 416.
 
         Raises:
-            ServerError: it brings something else, or the file has changed on the way: ask again.
-            CivitaiError: the file is not of the size expected, of no stated size and too large
+            ServerError: it is not the file, or the file has changed since: request it again.
+            CivitaiError: the file has not the expected size, states no size and is too large
                 (nothing of it is kept), or does not fit on the disk.
         """
-        have = self.have
+        size = self.size
         kind = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         start, total = _range(response)
         if response.status_code == 416:  # nothing left, or the part is not of this file
-            if total != have:
+            if total != size:
                 self.discard()
-                raise ServerError(f"{self.name}: the part of {have} bytes is not of this file")
+                raise ServerError(f"{self.name}: the part of {size} bytes is not of this file")
             self.pieces += 1
             return
         if kind in _TEXT_TYPES:
             raise ServerError(f"{self.name} answered with {kind!r} instead of a file")
         append = response.status_code == 206
-        if append and start != have:
-            raise ServerError(f"{self.name}: asked for bytes from {have}, got them from {start}")
+        if append and start != size:
+            raise ServerError(f"{self.name}: requested bytes from {size}, got them from {start}")
         if append and total and self._total and total != self._total:
             self.discard()
             raise ServerError(f"{self.name} has changed: {total} bytes, {self._total} before")
@@ -99,23 +123,37 @@ class Transfer:
         chunk = next(body, b"")
         if not append and _TEXT.match(chunk):
             raise ServerError(f"{self.name} answered with {chunk[:40]!r} instead of a file")
+        self._write(_chain(chunk, body), total, append=append)
+
+    def copy(self, source: Path) -> None:
+        """Take the bytes of a file on this machine, from its beginning.
+
+        Raises:
+            CivitaiError: as ``take``, or the file cannot be read.
+        """
+        try:
+            self._write(_read_chunks(source), source.stat().st_size, append=False)
+        except FileNotFoundError as error:
+            raise CivitaiError(f"{self.name}: {str(source)!r} is gone ({error.strerror})") from None
+
+    def _write(self, body: Iterator[bytes], total: int | None, *, append: bool) -> None:
+        """Write a body; ``total`` is the size of the whole file where it is stated."""
         self._expect(total)
         self._total = total or self._total
         self.pieces = self.pieces + 1 if append else 1
-        size = have if append else 0
+        size = self.size if append else 0
         self._check_disk((total or self.size_bytes or size) - size)
-        looked = size
+        checked = size
         try:
-            with self.part.open("ab" if append else "wb") as stream:
-                while chunk:
+            with self.path.open("ab" if append else "wb") as stream:
+                for chunk in body:
                     stream.write(chunk)
                     size += len(chunk)
                     self._expect(size, at_most=True)
-                    self._tell(size)
-                    if size - looked >= _DISK_STEP:
+                    self._report(size)
+                    if size - checked >= _DISK_STEP:
                         self._check_disk(0)
-                        looked = size
-                    chunk = next(body, b"")
+                        checked = size
         except OSError as error:
             if error.errno not in _DISK_FULL:
                 raise
@@ -124,24 +162,24 @@ class Transfer:
             raise ServerError(f"{self.name} ended after {size} of {self.size_bytes} bytes")
 
     def problem(self) -> str:
-        """What is wrong with the bytes that are there, or ''."""
-        size = self.have
+        """Return what is wrong with the bytes, or ''."""
+        size = self.size
         if self.size_bytes is not None and abs(size - self.size_bytes) > _SIZE_SLACK:
             return f"{size} bytes instead of {self.size_bytes}"
         if self.sha256:
-            digest = sha256_file(self.part)
+            digest = sha256_file(self.path)
             if digest != self.sha256.lower():
                 return f"SHA256 {digest} instead of {self.sha256.lower()}"
         return ""
 
     def discard(self) -> None:
-        """Forget what has come."""
-        self.part.unlink(missing_ok=True)
+        """Delete the bytes."""
+        self.path.unlink(missing_ok=True)
         self.pieces, self._total = 0, None
-        self._tell()
+        self._report()
 
     def unexpected(self, problem: str) -> CivitaiError:
-        """The error of a file that is not the one expected."""
+        """Return the error of a file that is not the expected one."""
         return CivitaiError(
             f"the file behind {printable(self.name)} is not the one expected: {problem}; it was "
             "replaced on the site or its record is wrong: crawl again"
@@ -166,29 +204,41 @@ class Transfer:
             raise self.unexpected(f"{size} bytes instead of {self.size_bytes}")
 
     def _check_disk(self, more: int) -> None:
-        """Stop before ``more`` bytes take what others on this disk need."""
-        usage = shutil.disk_usage(self.part.parent)
+        """Stop before ``more`` bytes take the reserve of the disk."""
+        usage = shutil.disk_usage(self.path.parent)
         if usage.free < more + min(_DISK_RESERVE, usage.total // 100):
             raise self._no_room(more)
 
     def _no_room(self, more: int = 0) -> CivitaiError:
-        free = shutil.disk_usage(self.part.parent).free
+        free = shutil.disk_usage(self.path.parent).free
         size = f"{more / 1e6:,.0f} MB more" if more else "the rest of it"
         return CivitaiError(
-            f"{self.name}: no room for {size} in {str(self.part.parent)!r}, where "
+            f"{self.name}: no room for {size} in {str(self.path.parent)!r}, where "
             f"{free / 1e6:,.0f} MB are free; make room, or choose another disk, and give the same "
             "command again"
         )
 
-    def _tell(self, size: int | None = None) -> None:
-        size = self.have if size is None else size
-        more, self._told = size - self._told, size
+    def _report(self, size: int | None = None) -> None:
+        size = self.size if size is None else size
+        more, self._reported = size - self._reported, size
         if more:
             self.on_bytes(more)
 
 
+def _chain(first: bytes, rest: Iterator[bytes]) -> Iterator[bytes]:
+    if first:
+        yield first
+    yield from rest
+
+
+def _read_chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            yield chunk
+
+
 def _range(response: requests.Response) -> tuple[int | None, int | None]:
-    """The first byte that a response holds and the size of the whole file, where it says so."""
+    """Return a response's first byte and the size of the whole file, where it states them."""
     stated = re.fullmatch(
         r"bytes (?:([0-9]{1,18})-[0-9]{1,18}|\*)/(?:([0-9]{1,18})|\*)",
         response.headers.get("Content-Range", "").strip(),

@@ -1,4 +1,4 @@
-"""JSON as strangers write it: one odd value does not make a whole page unreadable."""
+"""Reader of JSON from untrusted sources: one odd value does not make a page unreadable."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from typing import Any
 
 import orjson
 
+from diffagent.errors import ServerError
 from diffagent.schemas.payloads import MAX_DEPTH
 
 #: Deeper than a record may be, so that a record which was cut is still too deep to be kept.
 _CUT_DEPTH = 2 * MAX_DEPTH
-#: Texts as a whole, since brackets in them nest nothing, and runs of brackets.
+#: Whole texts, since brackets in them nest nothing, and runs of brackets.
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)|[\[{]+|[\]}]+', re.DOTALL)
 
 
 def loads(data: bytes) -> Any:
-    """Read JSON; values that JSON does not have become ones that it has.
+    """Read JSON; values that JSON lacks are replaced.
 
     NaN, infinities and numbers beyond a double become null, lone surrogates and bytes that are no
     UTF-8 a replacement character, integers beyond 64 bits doubles. Parts that are nested deeper
@@ -38,6 +39,18 @@ def loads(data: bytes) -> Any:
     return orjson.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
 
+def parse_json(body: bytes, source: str) -> Any:
+    """Read the JSON of an answer or a file as ``loads`` does.
+
+    Raises:
+        ServerError: the text of ``source`` ends early or is no JSON.
+    """
+    try:
+        return loads(body)
+    except ValueError as error:
+        raise ServerError(f"{source}: {len(body)} bytes that are no JSON ({error})") from None
+
+
 def _float(text: str) -> float | None:
     value = float(text)
     return value if math.isfinite(value) else None
@@ -48,7 +61,7 @@ def _int(text: str) -> int | float | None:
 
 
 def _without_depths(data: bytes) -> bytes:
-    """The text with null for each array and object that is nested too deeply."""
+    """Replace each array and object that is nested too deeply by null."""
     depth, start, done, parts = 0, 0, 0, []
     for token in _TOKEN.finditer(data):
         kind = token[0][:1]

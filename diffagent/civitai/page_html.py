@@ -22,14 +22,10 @@ _VERSION_KEYS = (
 
 
 def page_settings(page: str) -> dict[str, Any]:
-    """What only a model's page tells: checkpoint type and recommended settings per version.
-
-    Returns:
-        {'id', 'checkpointType', ..., 'versions': [{'id', 'settings', 'clipSkip', ...}]}, each key
-        only where the page has it.
+    """Read the settings of a model from its page (see ``settings_of``).
 
     Raises:
-        SchemaError: the page has no ``__NEXT_DATA__`` with a model in a form known here.
+        SchemaError: the page has no ``__NEXT_DATA__`` with a model in a known form.
     """
     from bs4 import BeautifulSoup  # slow to import, and a build reads no pages
 
@@ -41,6 +37,16 @@ def page_settings(page: str) -> dict[str, Any]:
     model = _find_model(state)
     if model is None:
         raise SchemaError("__NEXT_DATA__ holds no query model.getById", field="trpcState")
+    return settings_of(model)
+
+
+def settings_of(model: dict[str, Any]) -> dict[str, Any]:
+    """Select what only a model's page states: checkpoint type, recommended settings per version.
+
+    Returns:
+        {'id', 'checkpointType', ..., 'versions': [{'id', 'settings', 'clipSkip', ...}]}, each key
+        only where the model has it.
+    """
     versions = model.get("modelVersions")
     return {
         "id": model["id"],
@@ -54,8 +60,8 @@ def page_settings(page: str) -> dict[str, Any]:
 
 
 def _find_model(state: Any) -> dict[str, Any] | None:
-    """The data of the query ["model", "getById"], wherever the state keeps its queries."""
-    waiting = [state]  # no recursion: pages are nested as deeply as they like
+    """Find the data of the query ["model", "getById"], wherever the state keeps its queries."""
+    waiting = [state]  # no recursion: the depth of a page is not bounded
     while waiting:
         match waiting.pop():
             case {"queryKey": [["model", "getById"], *_], "state": {"data": dict(data)}}:

@@ -1,8 +1,8 @@
-"""Walking a listing by cursors that cannot be trusted.
+"""Walk through a listing by cursors that cannot be trusted.
 
-An empty page with a cursor is not the end; only a missing cursor is. A cursor that was seen
-before would walk in circles: the page is asked for again, and when the circle stays the walk
-ends incomplete. A stale cursor starts the listing anew.
+An empty page with a cursor is not the end; only a missing cursor is. A repeated cursor would lead
+in a circle: the page is requested again, and when the circle stays, the walk ends incomplete. A
+stale cursor starts the listing again.
 """
 
 from __future__ import annotations
@@ -12,21 +12,24 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+from urllib.parse import parse_qs
 
 import orjson
 
-from diffagent.errors import BadCursor, CivitaiError
+from diffagent.errors import BadCursor, CivitaiError, ServerError
 from diffagent.schemas.payloads import flaw, whole_number
 
 log = logging.getLogger(__name__)
 
-Fetch = Callable[[str | None], "Page"]
-#: Mark and reason of an entry that cannot be kept.
-Drop = tuple[str, str]
+#: Cursor (None: the listing's start) -> page
+FetchPage = Callable[[str | None], "Page"]
+#: Key and reason of an entry that cannot be kept.
+DroppedEntry = tuple[str, str]
 
-_LOOP_TRIES = 5
+_LOOP_ATTEMPTS = 5
 _MAX_RESTARTS = 20
 _MAX_PAGES = 1_000_000
+_MAX_CURSOR = 2_000  # characters: no server accepts a longer address
 
 
 @dataclass(frozen=True)
@@ -34,40 +37,40 @@ class Page:
     """Items of a page (records with an integer id) and the cursor of the next one.
 
     Attributes:
-        dropped: a mark and a reason for each entry that is no record which can be kept
+        dropped: a key and a reason for each entry that cannot be kept as a record
             (``diffagent.schemas.payloads.flaw``).
-        text_ids: how many ids were numbers in quotes.
-        source_drops: of a local server, how many records of its source it could not list: kind ->
-            reason -> number.
+        text_ids: number of ids that were numbers in quotes.
+        source_drops: of a folder, the number of records that it could not list: kind -> reason ->
+            number.
     """
 
     items: tuple[dict[str, Any], ...]
     cursor: str | None
-    dropped: tuple[Drop, ...] = ()
+    dropped: tuple[DroppedEntry, ...] = ()
     text_ids: int = 0
     source_drops: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property
     def malformed(self) -> int:
-        """How many entries were left out."""
+        """Number of entries that were left out."""
         return len(self.dropped)
 
     @classmethod
     def of(cls, items: list[Any], cursor: str | None, source_drops: Any = None) -> Page:
-        """Sort out what is no item; the id of an item becomes an integer."""
-        good, dropped, text_ids = [], [], 0
+        """Separate records from other entries; the id of a record becomes an integer."""
+        records, dropped, text_ids = [], [], 0
         for item in items:
             if reason := flaw(item):
-                dropped.append((mark_of(item), reason))
+                dropped.append((entry_key(item), reason))
                 continue
             text_ids += isinstance(item["id"], str)
             item["id"] = whole_number(item["id"])
-            good.append(item)
-        return cls(tuple(good), cursor, tuple(dropped), text_ids, _counts(source_drops))
+            records.append(item)
+        return cls(tuple(records), cursor, tuple(dropped), text_ids, _counts(source_drops))
 
 
-def mark_of(item: Any) -> str:
-    """A name for an entry that may have no id: it is counted once however often it comes."""
+def entry_key(item: Any) -> str:
+    """Return a key of an entry that may have no id, so that its repetitions count once."""
     ident = whole_number(item.get("id")) if isinstance(item, dict) else None
     if ident is not None:
         return str(ident)
@@ -78,7 +81,7 @@ def mark_of(item: Any) -> str:
 
 
 def _counts(drops: Any) -> dict[str, dict[str, int]]:
-    """Numbers by kind and reason, as far as a server's metadata states any."""
+    """Read numbers by kind and reason from a server's metadata, as far as it states any."""
     return {
         str(kind): {
             str(reason): number
@@ -90,21 +93,42 @@ def _counts(drops: Any) -> dict[str, dict[str, int]]:
     }
 
 
-class Walk:
-    """Iterates over the pages of a listing, from ``cursor`` on.
+def next_cursor(metadata: Mapping[str, Any]) -> str | None:
+    """Return the cursor of the next page; of ``nextPage`` only its cursor is used, not its host.
+
+    Raises:
+        ServerError: the cursor has a form that no site uses.
+    """
+    cursor, page = metadata.get("nextCursor"), metadata.get("nextPage")
+    if cursor is None and isinstance(page, str):
+        query = parse_qs(page.partition("?")[2].partition("#")[0])
+        if page and not query.keys() & {"cursor", "page"}:
+            raise ServerError("a nextPage that names no next page")
+        cursor = query.get("cursor", [None])[0]
+    if cursor in (None, ""):
+        return None
+    if type(cursor) not in (str, int, float) or len(str(cursor)) > _MAX_CURSOR:
+        raise ServerError(f"a cursor that is none, or too long: {type(cursor).__name__}")
+    return str(cursor)
+
+
+class ListingWalk:
+    """Iterator over the pages of a listing, starting at ``cursor``.
 
     Attributes:
-        complete: False once a circle was met that would not open.
-        loops, restarts: how often the site led back, or made the cursors stale.
-        asked: the cursor with which the last page was asked for; None: the listing's start.
+        complete: False after a circle that stayed.
+        loops, restarts: number of times that a cursor repeated, or became stale.
+        requested: cursor of the last request; None: the listing's start.
     """
 
-    def __init__(self, fetch: Fetch, cursor: str | None = None, seen: Iterable[str] = ()) -> None:
+    def __init__(
+        self, fetch: FetchPage, cursor: str | None = None, seen: Iterable[str] = ()
+    ) -> None:
         self._fetch = fetch
         self._cursor = cursor
         self._seen = set(seen)
         self.complete = True
-        self.asked = cursor
+        self.requested = cursor
         self.loops = 0
         self.restarts = 0
 
@@ -123,10 +147,10 @@ class Walk:
         self.complete = False
 
     def _fetch_forward(self) -> Page:
-        """The page at the cursor; without a next cursor when all it gives are circles."""
-        self.asked = self._cursor
+        """Fetch the page at the cursor; without a next cursor when it only leads back."""
+        self.requested = self._cursor
         page = self._fetch(self._cursor)
-        for _ in range(_LOOP_TRIES):
+        for _ in range(_LOOP_ATTEMPTS):
             if page.cursor is None or page.cursor not in self._seen:
                 return page
             self.loops += 1
@@ -144,22 +168,22 @@ class Walk:
                 f"cursors became stale {self.restarts} times in one listing ({error}); "
                 "try again later"
             ) from None
-        log.info("cursor %r is stale; the listing starts anew", self._cursor)
+        log.info("cursor %r is stale; the listing starts again", self._cursor)
         self._cursor = None
         self._seen.clear()
 
 
-def walk(fetch: Fetch) -> Iterator[dict[str, Any]]:
-    """Items of a whole listing, each id once.
+def walk_items(fetch: FetchPage) -> Iterator[dict[str, Any]]:
+    """Yield the items of a whole listing, each id once.
 
     Raises:
         CivitaiError: the listing leads in a circle.
     """
-    pages, known = Walk(fetch), set[int]()
+    pages, ids = ListingWalk(fetch), set[int]()
     for page in pages:
         for item in page.items:
-            if item["id"] not in known:
-                known.add(item["id"])
+            if item["id"] not in ids:
+                ids.add(item["id"])
                 yield item
     if not pages.complete:
         raise CivitaiError("the listing leads in a circle; list it in another order")

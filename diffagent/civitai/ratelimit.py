@@ -1,4 +1,4 @@
-"""One rate limit an origin and process, shared by threads."""
+"""Rate limit of an origin in this process, shared by threads."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _lock = threading.Lock()
 
 
 class TokenBucket:
-    """At most ``rate`` requests a second: a bucket of one token, kept as the next one's time.
+    """At most ``rate`` requests a second: a bucket of one token, stored as the next turn's time.
 
-    Whoever asks takes the next turn at once and then waits for it, so that threads queue up in
-    order. Only the monotonic clock is read: setting the machine's clock changes nothing.
+    ``acquire`` reserves the next turn at once and then waits for it, so that threads queue up in
+    order. It reads only the monotonic clock: setting the machine's clock changes nothing.
     """
 
     def __init__(self, rate: float | None) -> None:
@@ -22,7 +22,7 @@ class TokenBucket:
         self._lock = threading.Lock()
 
     def acquire(self) -> float:
-        """Wait for a turn; returns the seconds waited."""
+        """Wait for a turn; return the seconds waited."""
         with self._lock:
             now = time.monotonic()
             turn = max(self._next, now)
@@ -32,13 +32,13 @@ class TokenBucket:
         return turn - now
 
     def hold(self, seconds: float) -> None:
-        """No turn for anybody for so long: the site asked this process to wait."""
+        """Give no turn for so many seconds: the site requests this process to wait."""
         with self._lock:
             self._next = max(self._next, time.monotonic() + seconds)
 
 
 def bucket_of(origin: str, rate: float | None) -> TokenBucket:
-    """The bucket of an origin in this process; the last rate asked for counts."""
+    """Return the bucket of an origin in this process; the last requested rate counts."""
     with _lock:
         bucket = _buckets.setdefault(origin, TokenBucket(rate))
         bucket.rate = rate

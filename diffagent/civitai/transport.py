@@ -1,7 +1,7 @@
-"""Connections that keep their bounds: the time of a whole answer, its size, and who is between.
+"""Connections with bounds on the time and the size of a whole answer.
 
-A socket's timeout ends a silence, so one byte a second outlives it for ever. Here every read of a
-connection, of headers and bodies alike, looks at the deadline of its request. Redirects are left to
+A socket's timeout ends only a silence: one byte a second outlives it for ever. So every read of a
+connection, of headers and bodies alike, checks the deadline of its request. Redirects are left to
 the caller, and requests to this machine never go through a proxy.
 """
 
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 #: The largest answer, unpacked: 100 of the longest models of 7,500 are 12 MB, 200 pictures 3 MB,
 #: and a page with one record that is much too long is read, so that the others are kept.
 MAX_BODY = 64 << 20
-#: Enough of an error to say what it is.
+#: Bytes of an error that identify it.
 MAX_ERROR_BODY = 64 << 10
 _CHUNK = 1 << 16
 #: Seconds without a byte after which the wait is logged.
@@ -38,11 +38,11 @@ _NO_PROXIES: Any = {"http": None, "https": None, "all": None}
 
 
 class Deadline:
-    """When an answer has to be complete: ``seconds`` from now.
+    """Time at which an answer has to be complete: ``seconds`` from now.
 
     Args:
         seconds: to wait.
-        slowest: bytes a second that renew the time; no speed does when it is infinite.
+        slowest: bytes a second that renew the time; infinite: no speed does.
     """
 
     def __init__(self, seconds: float, slowest: float = math.inf) -> None:
@@ -50,11 +50,11 @@ class Deadline:
         self._begun, self._bytes = time.monotonic(), 0
 
     def left(self) -> float:
-        """Seconds that are left; negative when there are none."""
+        """Return the seconds that are left; negative after the deadline."""
         return self._begun + self.seconds - time.monotonic()
 
     def gained(self, size: int) -> bool:
-        """Count bytes; returns whether they came fast enough to renew the time."""
+        """Count bytes; return whether they came fast enough to renew the time."""
         self._bytes += size
         if self._bytes < self._slowest * (time.monotonic() - self._begun):
             return False
@@ -66,7 +66,7 @@ _request = threading.local()
 
 
 class _Stream(io.RawIOBase):
-    """The bytes of a socket, as long as the deadline of the request lasts."""
+    """Bytes of a socket, until the deadline of the request."""
 
     def __init__(self, sock: socket.socket, file: Any) -> None:
         self._sock, self._file = sock, file
@@ -131,8 +131,8 @@ class _Adapter(HTTPAdapter):
         return manager
 
 
-class Session(requests.Session):
-    """A session whose every request has a deadline. Not to be shared by threads."""
+class DeadlineSession(requests.Session):
+    """A session whose requests have deadlines; threads must not share it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,9 +140,9 @@ class Session(requests.Session):
             self.mount(scheme, _Adapter())
 
     def get_redirect_target(self, resp: requests.Response) -> None:
-        """None: requests would parse the address, and read the body of a redirect whole."""
+        """Return None: requests would parse the address and read a redirect's whole body."""
 
-    def ask(
+    def send_within(
         self,
         method: str,
         url: str,
@@ -153,7 +153,7 @@ class Session(requests.Session):
         """Send a request; the body of the answer is yet to be read, by the same thread.
 
         Raises:
-            ServerError: there is no answer, or none that is HTTP.
+            ServerError: there is no answer, or it is no HTTP.
         """
         host = url.split("/", 3)[2]
         _request.deadline, _request.host = deadline, host
@@ -168,7 +168,7 @@ class Session(requests.Session):
             raise ServerError(f"{host}: transfer broke: {_kind(error)}") from None
 
 
-#: Whatever a broken answer raises; requests wraps most of it, not all.
+#: Exceptions of a broken answer; requests wraps most of them, not all.
 _BROKEN = (
     *(requests.RequestException, urllib3.exceptions.HTTPError),
     *(http.client.HTTPException, OSError, ValueError),
@@ -176,10 +176,10 @@ _BROKEN = (
 
 
 def chunks(response: requests.Response) -> Iterator[bytes]:
-    """The body of an answer in pieces, unpacked.
+    """Yield the body of an answer in pieces, unpacked.
 
     Raises:
-        ServerError: it broke, is none of its encoding, or took too long.
+        ServerError: it broke, is not in its stated encoding, or took too long.
     """
     try:
         yield from response.iter_content(_CHUNK)
@@ -188,10 +188,10 @@ def chunks(response: requests.Response) -> Iterator[bytes]:
 
 
 def read_body(response: requests.Response, where: str, limit: int = MAX_BODY) -> bytes:
-    """The whole body, unpacked.
+    """Read the whole body, unpacked.
 
     Raises:
-        CivitaiError: it is longer than ``limit``; memory holds no more than that of it.
+        CivitaiError: it is longer than ``limit``, the most that memory holds of it.
         ServerError: it broke, or took too long.
     """
     body = bytearray()
@@ -200,13 +200,13 @@ def read_body(response: requests.Response, where: str, limit: int = MAX_BODY) ->
         if len(body) > limit:
             raise CivitaiError(
                 f"{where}: an answer of more than {limit >> 20} MB (unpacked), the most that is "
-                "read; the site or something before it is not well"
+                "read; the site or a proxy before it is broken"
             )
     return bytes(body)
 
 
 def error_body(response: requests.Response) -> bytes:
-    """The beginning of the body of an error; b'' where it cannot be read."""
+    """Read the beginning of the body of an error; b'' where it cannot be read."""
     body = bytearray()
     try:
         for chunk in chunks(response):
@@ -219,14 +219,14 @@ def error_body(response: requests.Response) -> bytes:
 
 
 def redact(response: requests.Response, secret: str) -> None:
-    """Take a secret out of the headers of an answer that echoes it."""
+    """Remove a secret from the headers of an answer that echoes it."""
     headers: Mapping[str, str] = response.headers
     response.headers.update({name: value.replace(secret, "***") for name, value in headers.items()})
     response.reason = str(response.reason or "").replace(secret, "***")
 
 
 def _kind(error: BaseException) -> str:
-    """The kind of a failure; its message may hold an address that is presigned."""
+    """Return the kind of a failure; its message may hold a presigned address."""
     cause = error.args[0] if error.args else None
     reason = getattr(cause, "reason", None) or cause
     kind = type(error).__name__

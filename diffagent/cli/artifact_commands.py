@@ -20,7 +20,7 @@ ArtifactDir = Annotated[
 @app.command("show")
 def show_artifact(directory: ArtifactDir, verbose: Verbose = 0) -> None:
     """Print the stage, content, measurements and lineage of an artifact."""
-    from diffagent.store.artifacts import open_artifact
+    from diffagent.store import open_artifact
     from diffagent.store.lineage import lineage_lines
 
     artifact = open_artifact(directory)
@@ -50,10 +50,10 @@ def show_artifact(directory: ArtifactDir, verbose: Verbose = 0) -> None:
 @app.command("verify")
 def verify_artifact(directory: ArtifactDir, verbose: Verbose = 0) -> None:
     """Compare every file of an artifact with its manifest."""
-    from diffagent.store import artifacts
+    from diffagent.store import open_artifact, verify_artifact
 
-    artifact = artifacts.open_artifact(directory)
-    artifacts.verify_artifact(artifact, stored="://" in directory)
+    artifact = open_artifact(directory)
+    verify_artifact(artifact, stored="://" in directory)
     files = [entry for entry in artifact.manifest.files if not entry.for_people]
     typer.echo(f"{artifact.location}: all {len(files)} files match the manifest")
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import threading
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -43,7 +41,6 @@ def serve(  # noqa: PLR0917  the command line calls it by name
             metavar="DIR", help="Folder of records: models*.jsonl[.gz], images*.jsonl[.gz]."
         ),
     ] = None,
-    sandbox: Annotated[bool, typer.Option("--sandbox", help="Serve the sandbox's world.")] = False,
     site: Annotated[
         str | None,
         typer.Option(metavar="KIND:DIR", help="Source as in crawl.site, e.g. 'local:DIR'."),
@@ -52,40 +49,24 @@ def serve(  # noqa: PLR0917  the command line calls it by name
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8008,
     faults: Annotated[FaultProfile, typer.Option(help="Faults to simulate.")] = FaultProfile.none,
     seed: Annotated[int, typer.Option(help="Seed of the faults.")] = 0,
-    cache: Annotated[
-        Path | None,
-        typer.Option(hidden=True, help="File that caches hashes."),
-    ] = None,
-    while_stdin: Annotated[
-        bool, typer.Option("--while-stdin", hidden=True, help="End when standard input closes.")
-    ] = False,
 ) -> None:
-    """Serve Civitai's REST API from a source; print the address when ready."""
+    """Serve Civitai's REST API from a source; prints its address when ready."""
     from diffagent.localcivitai.faults import Faults
-    from diffagent.localcivitai.server import LocalCivitai, Serving
-    from diffagent.localcivitai.site import replay_of
+    from diffagent.localcivitai.server import LocalCivitai, LocalServer
+    from diffagent.localcivitai.site import read_source
 
-    options = [f"dump:{dump}" if dump else None, "sandbox" if sandbox else None, site]
-    sites = [option for option in options if option]
+    sites = [name for name in (f"dump:{dump}" if dump else None, site) if name]
     if len(sites) != 1:
-        raise typer.BadParameter("needs one of --dump DIR, --sandbox and --site KIND:DIR")
+        raise typer.BadParameter("give one of --dump DIR and --site KIND:DIR")
     log_to_terminal()
     try:
-        replay = replay_of(sites[0], cache)
+        replay = read_source(sites[0])
     except DiffAgentError as error:
         raise typer.BadParameter(str(error)) from None
-    serving = Serving(LocalCivitai(replay, Faults(faults.value, seed)), host, port)
-    if while_stdin:
-        threading.Thread(target=_exit_with_parent, daemon=True).start()
+    serving = LocalServer(LocalCivitai(replay, Faults(faults.value, seed)), host, port)
     typer.echo(f"serving on {serving.url}")
     sys.stdout.flush()
     serving.serve_forever()
-
-
-def _exit_with_parent() -> None:
-    """Exit when the parent ends, even by SIGKILL: then its end of the pipe closes."""
-    sys.stdin.buffer.read()
-    os._exit(0)
 
 
 if __name__ == "__main__":

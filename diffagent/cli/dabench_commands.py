@@ -17,7 +17,7 @@ _HELP = "Directory of an artifact of the stage 'shard', or of an export."
 
 def artifact_path(text: str | Path) -> Path:
     """Parse DIR: a directory, or the URI of an artifact, which is fetched from its store."""
-    from diffagent.store.artifacts import artifact_directory
+    from diffagent.store import artifact_directory
 
     return artifact_directory(str(text))
 

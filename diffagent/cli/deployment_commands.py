@@ -76,7 +76,7 @@ def _prefect(*words: str, capture: bool = False) -> str:
         DiffAgentError: the command failed.
     """
     if importlib.util.find_spec("prefect") is None:
-        raise ConfigError("this command needs Prefect; install it: pip install prefect")
+        raise ConfigError("this command needs Prefect: pip install 'diffagent[prefect]'")
     process = subprocess.run(
         [sys.executable, "-m", "prefect", "deployment", *words],
         # A server that lives for one command only would have no deployments.

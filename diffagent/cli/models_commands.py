@@ -17,7 +17,7 @@ from diffagent.cli.options import refuse_options
 from diffagent.schemas.printable import printable
 
 if TYPE_CHECKING:
-    from diffagent.civitai.client import CivitaiClient
+    from diffagent.civitai.site import Site as CivitaiSite
     from diffagent.errors import DiffAgentError
     from diffagent.render.files.model_cache import CachedModel, ModelCache
     from diffagent.render.files.model_store import ModelStore
@@ -94,13 +94,13 @@ def fetch(
 
     def look_up(reference: str) -> Entry | Path:
         local = _local(store, reference)
-        return local or find(client, reference, require_scans=not allow_unscanned)
+        return local or find(civitai, reference, require_scans=not allow_unscanned)
 
     def fetch_file(entry: Entry | Path) -> Path:
         return entry if isinstance(entry, Path) else store.fetch(entry)
 
     errors: list[DiffAgentError] = []
-    with _open_store(config, models, folders, site, limit_gb) as (store, client):
+    with _open_store(config, models, folders, site, limit_gb) as (store, civitai):
         entries = list(_without_errors(look_up, references, errors))
         store.prefetch(entry for entry in entries if not isinstance(entry, Path))
         for path in _without_errors(fetch_file, entries, errors):
@@ -304,21 +304,19 @@ def _open_store(
     folders: list[Path] | None,
     site: str | None,
     limit_gb: float | None,
-) -> Iterator[tuple[ModelStore, CivitaiClient]]:
-    from diffagent.civitai.client import client_for
+) -> Iterator[tuple[ModelStore, CivitaiSite]]:
     from diffagent.crawl.crawl_config import CrawlConfig
-    from diffagent.localcivitai.site import embedded_site
+    from diffagent.localcivitai.site import open_site
     from diffagent.render.files.model_store import ModelStore
     from diffagent.run_config import load_config
 
     runtime = _runtime(config, models, folders, limit_gb)
-    site = site or (load_config(config).crawl if config else CrawlConfig()).site
+    address = site or (load_config(config).crawl if config else CrawlConfig()).site
     with (
-        embedded_site(site, cache=runtime.local_store / "local-files.json") as url,
-        client_for(url, runtime.site.requests_per_second) as client,
-        ModelStore.of(runtime, client) as store,
+        open_site(address, runtime) as opened,
+        ModelStore.of(runtime, opened) as store,
     ):
-        yield store, client
+        yield store, opened
 
 
 def _local(store: ModelStore, reference: str) -> Path | None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from diffagent.agent.candidates import Row
     from diffagent.agent.selector import Selector
     from diffagent.run_config import RunConfig
-    from diffagent.store.artifacts import Artifact
+    from diffagent.store import Artifact
     from diffagent.t2i.catalogue import Entry
 
 #: Reward models as released, equal to those of configs/paper.yaml.
@@ -509,18 +509,16 @@ def _end(missing: int, total: int, out: Path) -> None:
 
 def _render(rows: list[Row], entries: list[Entry], run: RunConfig) -> Artifact:
     """Render rows with the models of ``entries``."""
-    from diffagent.pipeline import open_site
     from diffagent.render import render_stage
     from diffagent.sheet import prompts_file
 
     source = prompts_file.prompts.run(prompts_file.prompts_config(rows, entries), {}, run.runtime)
-    with open_site(run) as site_url:
-        return render_stage.render.run(
-            run.render,
-            {"candidates": [source], "dabench": [source]},
-            run.runtime,
-            site_url=site_url,
-        )
+    return render_stage.render.run(
+        run.render,
+        {"candidates": [source], "dabench": [source]},
+        run.runtime,
+        site_url=run.crawl.site,
+    )
 
 
 def _sheet(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from diffagent.pipeline import Node
-    from diffagent.store.artifacts import Artifact
+    from diffagent.store import Artifact
 
 _PART = "Part of the run"
 _CRAWL = "Crawl"

@@ -49,7 +49,7 @@ class Status:
         self._name = ""
 
     def progress(self, fraction: float | None, text: str) -> None:
-        """Show the progress of the stage (callback ``diffagent.store.artifacts.Progress``)."""
+        """Show how far the stage is: the callback ``diffagent.store.Progress``."""
         with self._lock:
             self._fraction, self._text = fraction, text
         self.draw()

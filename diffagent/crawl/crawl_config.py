@@ -16,8 +16,8 @@ class CrawlConfig(Section):
 
     site: str = Field(
         default="https://civitai.com",
-        description="address of a Civitai API, or a source: 'sandbox', 'dump:DIR' (records as JSON "
-        "lines or parquet, or a snapshot), 'local:DIR' (a folder of model files) or 'release:DIR' "
+        description="address of a Civitai API, or a source: 'dump:DIR' (records as JSON lines or "
+        "parquet, or a snapshot), 'local:DIR' (a folder of model files) or 'release:DIR' "
         "(instruction-API pairs)",
     )
     model_types: tuple[str, ...] = Field(

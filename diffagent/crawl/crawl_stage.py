@@ -1,40 +1,69 @@
-"""Stage ``crawl``: everything that the configuration asks of the site, as a snapshot.
+"""Stage ``crawl``: a snapshot of everything that the configuration selects of the site.
 
-A first crawl fetches all of it (``diffagent.crawl.crawler``), a refresh what can have changed
-(``diffagent.crawl.refresh``); how listings are walked so that nothing is missed is in
-``diffagent.crawl.walks``, what the result looks like in ``diffagent.crawl.snapshot``.
+A first crawl fetches all of it (``diffagent.crawl.crawler``), a refresh only the parts that can
+have changed (``diffagent.crawl.refresh``). ``diffagent.crawl.listing_walks`` walks listings so that
+nothing is missed; ``diffagent.crawl.snapshot`` writes the result.
 
-All progress is in a journal (``diffagent.crawl.journal``): a crawl that was killed, that ran out
-of disk or of its time budget goes on behind the last whole page.
+All progress is in a journal (``diffagent.crawl.journal``): a crawl that was killed, or that ran out
+of disk or of its time budget, continues after the last whole page.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from diffagent.civitai.client import client_for
+from diffagent.crawl.call_pool import CallPool
 from diffagent.crawl.crawl_config import CrawlConfig
-from diffagent.crawl.crawler import Crawler, Session
+from diffagent.crawl.crawl_state import CrawlState
+from diffagent.crawl.crawler import Crawler, CrawlSetup
 from diffagent.crawl.journal import Journal
-from diffagent.crawl.known import Known
-from diffagent.crawl.memory import Memory
+from diffagent.crawl.memory import CrawlMemory
 from diffagent.crawl.refresh import Refresh
-from diffagent.crawl.salvage import salvage
+from diffagent.crawl.salvage import SalvagedSnapshot, salvage
 from diffagent.crawl.snapshot import summarise
-from diffagent.crawl.walks import Walks
-from diffagent.errors import ConfigError
-from diffagent.localcivitai.site import site_files
+from diffagent.crawl.snapshot_index import SnapshotIndex
+from diffagent.localcivitai.site import open_site, site_files
+from diffagent.localcivitai.sources import read_about
 from diffagent.schemas.manifest import Funnel, FunnelStep
-from diffagent.store.artifacts import StageContext, StageResult, stage
+from diffagent.store import StageContext, StageResult, stage
+from diffagent.store.integrity import damaged_copies
 
 log = logging.getLogger(__name__)
 
 JOURNAL, SCRATCH, SALVAGED = "journal.gz", "scratch", "salvaged"
+
+
+@dataclass(frozen=True)
+class CrawlContext(StageContext):
+    """Context of the crawl with the remains of earlier runs of the same request.
+
+    Attributes:
+        damaged: without ``previous``, the last snapshot that was found damaged and set aside: its
+            intact records are taken over.
+        memory: file next to the artifact for facts that help the next refresh and are no content;
+            it outlives artifacts and may be missing.
+    """
+
+    damaged: Path | None = None
+    memory: Path = Path(os.devnull)
+
+
+def extend_context(context: StageContext, directory: Path) -> CrawlContext:
+    """Add the memory file and a damaged snapshot of the request to the context of a crawl."""
+    copies = [] if context.previous else damaged_copies(directory)
+    return CrawlContext(
+        **vars(context),
+        damaged=copies[-1] if copies else None,
+        memory=directory.with_name(f"{directory.name}.memory.json"),
+    )
 
 
 @stage(
@@ -42,63 +71,121 @@ JOURNAL, SCRATCH, SALVAGED = "journal.gz", "scratch", "salvaged"
     version=2,
     config=CrawlConfig,
     files=lambda config: site_files(config.site),
-    salvages=True,
+    extend_context=extend_context,
 )
-def crawl(config: CrawlConfig, context: StageContext) -> StageResult:
-    """Fetch models, images and pages from ``context.site_url``.
+def crawl(config: CrawlConfig, context: CrawlContext) -> StageResult:
+    """Fetch models, images and pages of the site at ``context.site_url``.
 
     Writes models/, images/, pages/ and generations.jsonl, and when ``context.previous`` is
     refreshed also gone/ and changes.json (see ``diffagent.crawl.snapshot`` and
-    ``diffagent.crawl.refresh``). What is good in ``context.damaged`` is taken over. The
+    ``diffagent.crawl.refresh``). The intact records of ``context.damaged`` are taken over. The
     content digest does not depend on the site's address, on the order of fetching, on faults, or
     on counters that moved.
 
     Raises:
-        ConfigError: there is no address to crawl.
-        CivitaiError: the site stopped answering, or the time budget is spent; the next run goes
-            on from there.
+        ConfigError: the address names no site.
+        CivitaiError: the site stopped answering, or the time budget is spent; the next run
+            continues from there.
     """
-    if not context.site_url:
-        raise ConfigError("crawl needs the address of a Civitai API: site_url is empty")
-    journal, started = context.out / JOURNAL, time.monotonic()
-    memory = Memory.load(context.memory)
+    started = time.monotonic()
+    memory = CrawlMemory.load(context.memory)
+    is_new = True
     # The journal is removed last: models without it are the whole snapshot of a run that was
     # killed before its manifest was written.
-    if journal.exists() or not (context.out / "models").is_dir():
-        new = _fetch(config, context, journal, memory)
+    if (context.out / JOURNAL).exists() or not (context.out / "models").is_dir():
+        is_new = _fetch(config, context, memory)
         shutil.rmtree(context.out / SALVAGED, ignore_errors=True)
         memory.save(context.memory)
-        journal.unlink()
-        if context.previous and not new:
-            metrics = memory.metrics
-            metrics["seconds"] = round(time.monotonic() - started, 2)
-            log.info("nothing new on the site: %s", metrics)
-            rows = context.previous.manifest.rows
-            return StageResult(
-                rows,
-                funnels=_funnels(memory, rows),
-                metrics=metrics,
-                content_digest=context.previous.content_digest,
-            )
-    found = summarise(context.out)
-    metrics, drift = dict(memory.metrics), found.drift
-    memory.ledger = found.ledger  # metrics stay: a run that is killed right here tells them, too
-    memory.save(context.memory)
-    if metrics.get("text_ids"):
-        drift["ids in quotes, made numbers"] = metrics["text_ids"]
-    metrics |= {"seconds": round(time.monotonic() - started, 2), "schema_drift": drift}
-    if drift:
-        log.warning("%d field(s) of a shape not known here: see schema_drift", len(drift))
+        (context.out / JOURNAL).unlink()
+    if context.previous and not is_new:
+        log.info("nothing new on the site: %s", memory.metrics)
+        rows, digest = context.previous.manifest.rows, context.previous.content_digest
+        findings = {}
+    else:
+        summary = summarise(context.out)
+        rows, digest = summary.rows, summary.digest
+        findings = {"schema_drift": _drift(summary.drift, memory)}
+        memory.inventory = summary.inventory
+        memory.save(context.memory)  # with the metrics, should this run be killed right here
+    seconds = {"seconds": round(time.monotonic() - started, 2)}
+    note = read_about(config.site)
     return StageResult(
-        rows=found.rows,
-        funnels=_funnels(memory, found.rows),
-        metrics=metrics,
-        content_digest=found.digest,
+        rows=rows,
+        funnels=_funnels(memory, rows),
+        metrics=memory.metrics | seconds | findings | ({"about": note} if note else {}),
+        content_digest=digest,
     )
 
 
-def _funnels(memory: Memory, rows: Mapping[str, int]) -> tuple[Funnel, ...]:
-    """The drop funnels of models and images, of each kind that occurred."""
+def _fetch(config: CrawlConfig, context: CrawlContext, memory: CrawlMemory) -> bool:
+    """Fetch and write the snapshot; fill ``memory``.
+
+    Returns:
+        Whether the site had anything new.
+    """
+    runtime = context.runtime
+    previous, salvaged = _previous_snapshot(context, memory)
+    is_full = runtime.site.reconcile or (salvaged is not None and not salvaged.complete)
+    copies = context.memory.with_name(context.memory.name.removesuffix(".memory.json"))
+    with (
+        open_site(context.site_url, runtime) as site,
+        Journal(context.out / JOURNAL, aside=copies) as journal,
+    ):
+        state = CrawlState(
+            site, journal, budget_seconds=runtime.site.budget_seconds, previous=previous
+        )
+        request = {
+            "version": 2,
+            "previous": previous.digest if previous else None,
+            "salvaged": context.damaged.name if salvaged and context.damaged else None,
+            "reconcile": is_full,
+            "date": datetime.now(UTC).date().isoformat(),
+        }
+        pool = CallPool(site, runtime.site.threads)
+        setup = CrawlSetup(config, site, journal, state, pool, context.progress)
+        crawler = Crawler(setup)
+        if previous:
+            crawler = Refresh(
+                setup,
+                previous,
+                memory.looked_at,
+                share=runtime.site.refresh_share,
+                full=is_full,
+                rewrite=salvaged is not None,
+            )
+        crawler.date = state.resume(request)["date"]
+        started = time.monotonic()
+        crawler.run()
+        seconds = {"fetch_seconds": round(time.monotonic() - started, 2)}
+        is_new = crawler.write(context.out, context.out / SCRATCH)
+        report = {"salvaged": salvaged.report} if salvaged else {}
+        memory.metrics, memory.drops = crawler.metrics() | seconds | report, state.drops()
+        return is_new
+
+
+def _previous_snapshot(
+    context: CrawlContext, memory: CrawlMemory
+) -> tuple[SnapshotIndex | None, SalvagedSnapshot | None]:
+    """Index the snapshot to refresh: the last one, or the intact part of a damaged one."""
+    if context.previous:
+        return SnapshotIndex.load(context.previous), None
+    if context.damaged:
+        salvaged = salvage(context.damaged, context.out / SALVAGED, memory.inventory)
+        return SnapshotIndex.load(salvaged.snapshot, salvaged.missing), salvaged
+    return None, None
+
+
+def _drift(drift: Mapping[str, int], memory: CrawlMemory) -> dict[str, Any]:
+    """Return the fields of unknown form, with the ids that were in quotes, and warn of them."""
+    text_ids = memory.metrics.get("text_ids")
+    fields = {**drift, **({"ids in quotes, made numbers": text_ids} if text_ids else {})}
+    if fields:
+        log.warning("%d field(s) of an unknown form: see schema_drift", len(fields))
+    return fields
+
+
+def _funnels(memory: CrawlMemory, rows: Mapping[str, int]) -> tuple[Funnel, ...]:
+    """Return the drop funnels of models and images, for each kind with drops."""
     return tuple(
         Funnel(
             unit=kind,
@@ -111,51 +198,3 @@ def _funnels(memory: Memory, rows: Mapping[str, int]) -> tuple[Funnel, ...]:
         )
         for kind, reasons in memory.drops.items()
     )
-
-
-def _fetch(config: CrawlConfig, context: StageContext, journal: Path, memory: Memory) -> bool:
-    """Fetch and write; returns whether there is anything new. ``memory`` gets the metrics."""
-    runtime = context.runtime
-    known, salvaged = None, None
-    if context.previous:
-        known = Known.load(context.previous)
-    elif context.damaged:
-        salvaged = salvage(context.damaged, context.out / SALVAGED, memory.ledger)
-        known = Known.load(salvaged.snapshot, salvaged.missing)
-    full = runtime.site.reconcile or (salvaged is not None and not salvaged.complete)
-    client = client_for(context.site_url, runtime.site.requests_per_second)
-    aside = context.memory.with_name(context.memory.name.removesuffix(".memory.json"))
-    with client, Journal(journal, aside=aside) as pages:
-        walks = Walks(
-            client,
-            pages,
-            threads=runtime.site.threads,
-            budget_seconds=runtime.site.budget_seconds,
-            known=known,
-        )
-        request = {
-            "version": 2,
-            "previous": known.digest if known else None,
-            "salvaged": context.damaged.name if salvaged and context.damaged else None,
-            "reconcile": full,
-            "date": datetime.now(UTC).date().isoformat(),
-        }
-        session = Session(config, client, pages, walks, context.progress)
-        work = Crawler(session)
-        if known:
-            work = Refresh(
-                session,
-                known,
-                memory.looked_at,
-                share=runtime.site.refresh_share,
-                full=full,
-                rewrite=salvaged is not None,
-            )
-        work.date = walks.resume(request)["date"]
-        started = time.monotonic()
-        work.run()
-        seconds = {"fetch_seconds": round(time.monotonic() - started, 2)}
-        new = work.write(context.out, context.out / SCRATCH)
-        report = {"salvaged": salvaged.report} if salvaged else {}
-        memory.metrics, memory.drops = work.metrics() | seconds | report, walks.drops()
-        return new

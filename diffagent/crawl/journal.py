@@ -1,10 +1,10 @@
-"""What a crawl has fetched so far: one append-only file that is also its checkpoint.
+"""Journal of a crawl: one append-only file with all pages so far, which is also its checkpoint.
 
 Each page is one gzip member: a line with the state after the page, then a line an item. A member
-is whole or it is not there, so a page and the state after it are durable together. Every member
-ends with its CRC32: when the journal is opened again, the pages before the first that is torn
-(the process was killed) or damaged (the disk was) are kept, and the rest is cut off; what is
-behind a damaged one is set aside in a file of its own.
+is whole or absent, so a page and the state after it are durable together. Every member ends with
+its CRC32. When the journal is opened again, the pages before the first torn one (the process was
+killed) or damaged one (the disk failed) stay, and the rest is cut off. The bytes after a damaged
+page are set aside in a file of their own.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ Item = tuple[str, int, bytes]
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One page: the state of the crawl after it, and what was new in it."""
+class JournalEntry:
+    """One page: the state of the crawl after it, and its new items."""
 
     state: dict[str, Any]
     items: Sequence[Item] = ()
 
 
 class Journal:
-    """The journal at ``path``. ``read`` comes before the first ``append``.
+    """The journal at ``path``; call ``read`` before the first ``append``.
 
-    What is cut off behind damage goes to ``aside`` + '.journal-damaged-N', when that is given.
+    Bytes that are cut off after damage go to ``aside`` + '.journal-damaged-N', if set.
     """
 
     def __init__(self, path: Path, *, aside: Path | None = None) -> None:
         self.path, self._aside = path, aside
-        # Unbuffered: a page that does not fit on the disk must not be tried again by close().
+        # Unbuffered: close() must not retry a page that does not fit on the disk.
         self._stream = path.open("ab", buffering=0)
         self._synced = time.monotonic()
 
@@ -66,10 +66,10 @@ class Journal:
         self._stream.close()
 
     def append(self, state: dict[str, Any], items: Sequence[Item] = ()) -> None:
-        """Add a page. A kill loses nothing of it; a power cut loses about a second at most.
+        """Add a page. A kill loses nothing of it; a power cut loses at most about a second.
 
         Raises:
-            OSError: it does not fit on the disk; nothing of it stays.
+            OSError: the page does not fit on the disk; nothing of it stays.
         """
         lines = [orjson.dumps(state)]
         lines += [b"%s\t%d\t%s" % (kind.encode(), ident, data) for kind, ident, data in items]
@@ -88,14 +88,14 @@ class Journal:
             raise
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Delete all pages."""
         self._stream.truncate(0)
 
-    def read(self) -> Generator[Entry, None, None]:
-        """Every whole page, oldest first; what is not whole is cut off, with all behind it.
+    def read(self) -> Generator[JournalEntry, None, None]:
+        """Yield every whole page, oldest first; cut off the first other one and all behind it.
 
         Raises:
-            ArtifactError: a page has a right checksum and is none of this program's.
+            ArtifactError: a page with a right checksum was not written by this program.
         """
         size, whole, pages = self.path.stat().st_size, 0, 0
         damage = ""
@@ -119,7 +119,7 @@ class Journal:
         os.truncate(self.path, whole)
 
     def _set_aside(self, start: int) -> str:
-        """Copy what is cut off from byte ``start`` on; says where to."""
+        """Copy the bytes from ``start`` on; return a note that names the copy."""
         if self._aside is None:
             return ""
         numbers = itertools.count(1)
@@ -128,14 +128,14 @@ class Journal:
         with self.path.open("rb") as stream, target.open("wb") as copy:
             stream.seek(start)
             shutil.copyfileobj(stream, copy)
-        return f"; what was cut off is in {target}"
+        return f"; a copy of the rest is in {target}"
 
-    def _entry(self, member: bytes) -> Entry:
+    def _entry(self, member: bytes) -> JournalEntry:
         try:
             state, *lines = member.rstrip(b"\n").split(b"\n")
             parts = (line.split(b"\t", 2) for line in lines)
             items = [(kind.decode(), int(ident), data) for kind, ident, data in parts]
-            return Entry(orjson.loads(state), items)
+            return JournalEntry(orjson.loads(state), items)
         except ValueError as error:
             raise ArtifactError(
                 f"{str(self.path)!r} is no journal of this program ({error}); move it away: the "
@@ -144,7 +144,7 @@ class Journal:
 
 
 def _members(stream: Any) -> Iterator[tuple[bytes, int]]:
-    """Contents of each whole gzip member and the offset where it ends.
+    """Yield the contents of each whole gzip member and the offset of its end.
 
     Raises:
         zlib.error: a member is damaged: its CRC32 differs, or it is no gzip at all.

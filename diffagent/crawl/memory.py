@@ -1,7 +1,7 @@
-"""The file beside a crawl's artefact: what helps the next refresh, and what there was to lose.
+"""File next to a crawl's artifact with facts that help the next refresh or a salvage.
 
-``STORE/crawl/IDENTITY.memory.json`` is no content and may be deleted; then all versions count as
-never looked at, and of a damaged snapshot it is not known which ids were lost with it.
+``STORE/crawl/IDENTITY.memory.json`` is no content and may be deleted. Without it, the pictures of
+all versions count as never requested, and the ids that a damaged snapshot has lost are unknown.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from typing import Any
 import orjson
 
 from diffagent.schemas.payloads import generation_of, versions_of
-from diffagent.store.artifacts import atomic_file
+from diffagent.store import atomic_file
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Ledger:
-    """Ids of a snapshot by kind ('models', 'versions', 'images') and generation, its tombstones,
-    and its generations.
+class SnapshotInventory:
+    """Inventory of a snapshot: ids by kind and generation, tombstones, and generations.
+
+    Kinds are 'models', 'versions' and 'images'.
     """
 
     ids: dict[str, dict[int, array[int]]] = field(default_factory=dict)
@@ -33,7 +34,7 @@ class Ledger:
     generations: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, kind: str, item: dict[str, Any]) -> None:
-        """Write down a model with its versions, or an image."""
+        """Add a model with its versions, or an image."""
         self._add(kind, item["id"], generation_of(item))
         if kind == "models":
             for ident, version in versions_of(item).items():
@@ -43,14 +44,14 @@ class Ledger:
         self.ids.setdefault(kind, {}).setdefault(generation, array("q")).append(ident)
 
     def __iter__(self) -> Iterator[tuple[str, int, int]]:
-        """(kind, id, generation) of everything."""
+        """Yield (kind, id, generation) of every item."""
         for kind, generations in self.ids.items():
             for generation, ids in generations.items():
                 for ident in ids:
                     yield kind, ident, generation
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON: ids as differences, which are short."""
+        """Convert to JSON; ids become differences, which are short."""
         ids = {
             kind: {str(generation): _differences(ids) for generation, ids in generations.items()}
             for kind, generations in self.ids.items()
@@ -58,8 +59,8 @@ class Ledger:
         return {"ids": ids, "gone": self.gone, "generations": self.generations}
 
     @classmethod
-    def of_json(cls, data: dict[str, Any]) -> Ledger:
-        """What ``to_json`` made."""
+    def of_json(cls, data: dict[str, Any]) -> SnapshotInventory:
+        """Read the JSON of ``to_json``."""
         ids = {
             str(kind): {
                 int(generation): array("q", itertools.accumulate(steps))
@@ -76,44 +77,47 @@ def _differences(ids: array[int]) -> list[int]:
 
 
 @dataclass(slots=True)
-class Memory:
-    """When each version's pictures were last asked for, what the last snapshot holds, and what the
-    last crawl did: one may have written its snapshot and not yet its manifest.
+class CrawlMemory:
+    """Facts that outlive a crawl.
+
+    Attributes:
+        looked_at: version -> day on which its pictures were last requested.
+        inventory: of the last snapshot.
+        metrics, drops: of the last crawl, which may have written its snapshot and not its manifest.
     """
 
     looked_at: dict[int, str] = field(default_factory=dict)
-    ledger: Ledger | None = None
+    inventory: SnapshotInventory | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
-    #: see ``diffagent.crawl.walks.Walks.drops``
     drops: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, path: Path) -> Memory:
-        """Read it; nothing is known from one that is missing or damaged."""
+    def load(cls, path: Path) -> CrawlMemory:
+        """Read the file; one that is missing or damaged counts as empty."""
         try:
-            found = orjson.loads(path.read_bytes())
-            looked_at = {int(version): str(day) for version, day in found["looked_at"].items()}
-            ledger = found.get("ledger")
-            ledger = Ledger.of_json(ledger) if ledger else None
+            data = orjson.loads(path.read_bytes())
+            looked_at = {int(version): str(day) for version, day in data["looked_at"].items()}
+            inventory = data.get("ledger")
+            inventory = SnapshotInventory.of_json(inventory) if inventory else None
             drops = {
                 str(kind): {str(reason): int(number) for reason, number in reasons.items()}
-                for kind, reasons in (found.get("drops") or {}).items()
+                for kind, reasons in (data.get("drops") or {}).items()
             }
-            return cls(looked_at, ledger, dict(found.get("metrics") or {}), drops)
+            return cls(looked_at, inventory, dict(data.get("metrics") or {}), drops)
         except FileNotFoundError:
             return cls()
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning(
-                "%s cannot be read (%s: %s): no version counts as looked at; it is written anew",
+                "%s cannot be read (%s: %s): all versions count as never requested",
                 *(path, type(error).__name__, error),
             )
             return cls()
 
     def save(self, path: Path) -> None:
-        """Write it in one step."""
+        """Write the file in one step."""
         data = {
             "looked_at": {str(v): self.looked_at[v] for v in sorted(self.looked_at)},
-            "ledger": self.ledger.to_json() if self.ledger else None,
+            "ledger": self.inventory.to_json() if self.inventory else None,
             "metrics": self.metrics,
             "drops": self.drops,
         }

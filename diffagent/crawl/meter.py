@@ -1,4 +1,4 @@
-"""Telling how far a crawl is: to a terminal, the log, and whoever watches the run."""
+"""Progress reports to a terminal, the log, and the watcher of a run."""
 
 from __future__ import annotations
 
@@ -10,41 +10,41 @@ from contextlib import contextmanager
 from tqdm import tqdm
 
 from diffagent.schemas.printable import printable
-from diffagent.store.artifacts import Progress
+from diffagent.store import Progress
 
 log = logging.getLogger(__name__)
 
-_TELL_SECONDS = 5.0
+_REPORT_SECONDS = 5.0
 
 
 @contextmanager
 def meter(
-    report: Progress, what: str, total: int | None = None, unit: str = "it"
+    report: Progress, name: str, total: int | None = None, unit: str = "it"
 ) -> Iterator[Callable[[int], None]]:
-    """Tell how far something is: a bar on a terminal, and every few seconds to log and report.
+    """Report progress: a bar on a terminal, and every few seconds to the log and ``report``.
 
     Args:
         report: takes the fraction done (None: unknown) and a text with the time left.
-        what: is counted.
-        total: how many there are; None: unknown.
-        unit: of what is counted on the bar; 'B': bytes, told as megabytes.
+        name: of the counted things.
+        total: number of them; None: unknown.
+        unit: of the bar's count; 'B': bytes, reported as megabytes.
 
     Yields:
-        A function that is called with how many more are done.
+        A function to call with the number of things done since its last call.
     """
-    what = printable(what)
-    done, begun, told = 0, time.monotonic(), time.monotonic()
-    with tqdm(desc=what, total=total, disable=None, unit=unit, unit_scale=unit == "B") as bar:
+    name = printable(name)
+    done, begun, reported = 0, time.monotonic(), time.monotonic()
+    with tqdm(desc=name, total=total, disable=None, unit=unit, unit_scale=unit == "B") as bar:
 
         def more(number: int) -> None:
-            nonlocal done, told
+            nonlocal done, reported
             done += number
             bar.update(number)
             now = time.monotonic()
-            if now - told < _TELL_SECONDS and done != total:
+            if now - reported < _REPORT_SECONDS and done != total:
                 return
-            told = now
-            text = f"{what}: {_amount(done, unit)}"
+            reported = now
+            text = f"{name}: {_amount(done, unit)}"
             text += f" of {_amount(total, unit)}" if total else ""
             if total and 0 < done < total:
                 text += f", about {_span((now - begun) / done * (total - done))} left"

@@ -1,11 +1,12 @@
-"""Taking over what is good in a damaged snapshot, so that a refresh can go on from it.
+"""Salvage of a damaged snapshot, so that a refresh can continue from it.
 
 A part whose SHA256 is the manifest's is good as a whole. Of the others every gzip member with a
 right checksum is kept (``snapshot.write_lines`` makes them about a megabyte), and of one that ends
-early its whole lines. What is missing then is taken from older snapshots of the same crawl that
-lie beside it: they hold earlier good records of the same ids. Tombstones, generations and the ids
-that there were are in the memory file as well (``diffagent.crawl.memory``), which is outside the
-artefact. What was lost for all that is asked of the site again, by a walk through all listings.
+early its whole lines. Missing rows are taken from older snapshots of the same crawl in the same
+directory, which hold earlier good records of the same ids. Tombstones, generations and the ids of
+the last snapshot are in the memory file as well (``diffagent.crawl.memory``), which is outside the
+artifact. The refresh requests all that is still missing from the site, by a walk through all
+listings.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 
 import orjson
 
-from diffagent.crawl.memory import Ledger
+from diffagent.crawl.memory import SnapshotInventory
 from diffagent.crawl.snapshot import (
     GENERATIONS,
     KINDS,
@@ -34,19 +35,23 @@ from diffagent.crawl.snapshot import (
 from diffagent.errors import ArtifactError
 from diffagent.schemas.manifest import Manifest
 from diffagent.schemas.payloads import GONE
-from diffagent.store.artifacts import Artifact, read_manifest, sha256_file
+from diffagent.store import Artifact, read_manifest, sha256_file
 
 log = logging.getLogger(__name__)
 
-_MEMBER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00"  # how write_lines begins a member
+_MEMBER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00"  # first bytes of a member of write_lines
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Salvaged:
-    """What was good, as a snapshot; whether it is everything; what to tell; what is missing.
+class SalvagedSnapshot:
+    """The intact part of a damaged snapshot.
 
-    ``missing``: (kind, id) -> generation of what the damaged snapshot held, as far as is known.
+    Attributes:
+        snapshot: the intact rows.
+        complete: whether all rows are intact.
+        report: for the metrics.
+        missing: (kind, id) -> generation of the lost items, as far as known.
     """
 
     snapshot: Artifact
@@ -56,32 +61,36 @@ class Salvaged:
 
 
 @dataclass
-class _Remains:
-    """A snapshot that may be damaged: its files as far as they can be read."""
+class _PartialSnapshot:
+    """A snapshot that may be damaged: its files as far as they can be read.
+
+    Attributes:
+        damaged: file -> its damage.
+    """
 
     path: Path
     manifest: Manifest | None
-    damaged: dict[str, str] = field(default_factory=dict)  # file -> what is wrong with it
+    damaged: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, path: Path) -> _Remains:
+    def of(cls, path: Path) -> _PartialSnapshot:
         try:
             manifest = read_manifest(path)
         except ArtifactError:
             manifest = None
-        remains = cls(path, manifest)
+        partial = cls(path, manifest)
         if manifest is None:
-            remains.damaged["manifest.json"] = "missing or unreadable"
+            partial.damaged["manifest.json"] = "missing or unreadable"
         for entry in manifest.files if manifest else ():
             file = path / entry.path
             if not file.is_file():
-                remains.damaged[entry.path] = "missing"
+                partial.damaged[entry.path] = "missing"
             elif sha256_file(file) != entry.sha256:
-                remains.damaged[entry.path] = "not as it was written"
-        return remains
+                partial.damaged[entry.path] = "not as it was written"
+        return partial
 
     def is_good(self, kind: str) -> bool:
-        """Whether all files of a kind, or one by name, are there as they were written."""
+        """Whether all files of a kind, or one by name, are as they were written."""
         return self.manifest is not None and not any(
             name.partition("/")[0] == kind for name in self.damaged
         )
@@ -93,7 +102,7 @@ class _Remains:
         return path.stat().st_size < sizes.get(name, path.stat().st_size + 1)
 
     def rows(self, kind: str) -> Iterator[tuple[Row, bytes]]:
-        """Every row of a kind that can be read, in the order of the ids, and its line."""
+        """Yield every readable row of a kind, in the order of the ids, and its line."""
         last = -1
         for path in sorted(self.path.glob(f"{kind}/*.jsonl.gz")):
             for line in good_lines(path, cut_short=self._is_cut_short(path)):
@@ -107,62 +116,62 @@ class _Remains:
                     yield row, line
 
 
-def salvage(damaged: Path, out: Path, ledger: Ledger | None) -> Salvaged:
-    """Write what is good in ``damaged``, a snapshot that was set aside, to the directory ``out``.
+def salvage(damaged: Path, out: Path, inventory: SnapshotInventory | None) -> SalvagedSnapshot:
+    """Write the intact rows of a damaged snapshot to the directory ``out``.
 
     Args:
-        damaged: only read.
-        out: made anew; a snapshot without a manifest.
-        ledger: what the memory file says of the last snapshot.
+        damaged: a snapshot that was set aside; it is not changed.
+        out: directory of the result, a snapshot without a manifest; replaced.
+        inventory: of the last snapshot, from the memory file.
     """
     shutil.rmtree(out, ignore_errors=True)
-    remains = _Remains.of(damaged)
-    whole = all(map(remains.is_good, (*KINDS, GONE, GENERATIONS)))
-    older = [] if whole else [_Remains.of(path) for path in _older(damaged)]
+    partial = _PartialSnapshot.of(damaged)
+    whole = all(map(partial.is_good, (*KINDS, GONE, GENERATIONS)))
+    older = [] if whole else [_PartialSnapshot.of(path) for path in _older(damaged)]
     rows = {
-        kind: _write_kind(out, kind, [remains] if remains.is_good(kind) else [remains, *older])
+        kind: _write_kind(out, kind, [partial] if partial.is_good(kind) else [partial, *older])
         for kind in KINDS
     }
-    kept = Ledger()
+    intact = SnapshotInventory()
     for kind in ("models", "images"):
-        for row, _ in _Remains(out, None).rows(kind):
-            kept.add(kind, row)
-    have = {kind: set().union(*ids.values()) for kind, ids in kept.ids.items()}
-    missing = {(k, i): n for k, i, n in ledger or () if i not in have.get(k, ())}
-    _write_gone(out, remains, older, ledger)
-    highest = max((n for generations in kept.ids.values() for n in generations), default=0)
-    write_generations(out, _generations(highest, remains, older, ledger))
-    complete = all(remains.is_good(kind) for kind in ("models", "images", GONE))
+        for row, _ in _PartialSnapshot(out, None).rows(kind):
+            intact.add(kind, row)
+    ids_of_kind = {kind: set().union(*ids.values()) for kind, ids in intact.ids.items()}
+    missing = {(k, i): n for k, i, n in inventory or () if i not in ids_of_kind.get(k, ())}
+    _write_gone(out, partial, older, inventory)
+    highest = max((n for generations in intact.ids.values() for n in generations), default=0)
+    write_generations(out, _generations(highest, partial, older, inventory))
+    complete = all(partial.is_good(kind) for kind in ("models", "images", GONE))
     lost = {kind: sum(k == kind for k, _ in missing) for kind in ("models", "versions", "images")}
     report = {
         "from": damaged.name,
-        "damaged_files": remains.damaged,
+        "damaged_files": partial.damaged,
         "kept": rows,
-        "lost": lost if ledger else "unknown: there was no memory file",
+        "lost": lost if inventory else "unknown: there was no memory file",
     }
     log.warning(
-        "%s: taken over are %s; lost are %s. Damaged: %s. %s. Keep the directory until you have "
-        "looked at it: nothing needs it any more",
-        *(damaged, rows, report["lost"], remains.damaged),
-        "Nothing of models and pictures is missing"
+        "%s: took over %s; lost %s. Damaged: %s. %s. No run needs the directory any more; keep it "
+        "until you have examined it",
+        *(damaged, rows, report["lost"], partial.damaged),
+        "All models and pictures are intact"
         if complete
-        else "What is lost is asked of the site again, by a walk through all listings; what the "
-        "site has no more comes back only from a copy of these files",
+        else "A walk through all listings requests the lost items from the site again; only a copy "
+        "of these files restores those that the site has no more",
     )
-    digest = remains.manifest.content_digest if remains.manifest else ""
+    digest = partial.manifest.content_digest if partial.manifest else ""
     snapshot = Artifact(stage="crawl", identity="", content_digest=digest, path=out)
-    return Salvaged(snapshot, complete, report, missing)
+    return SalvagedSnapshot(snapshot, complete, report, missing)
 
 
 def _older(damaged: Path) -> list[Path]:
-    """Other snapshots of the same crawl, the newest first."""
+    """List other snapshots of the same crawl, newest first."""
     identity = damaged.name.partition(".")[0]
-    beside = (p for p in damaged.parent.glob(f"{identity}.*") if p.is_dir() and p != damaged)
-    return sorted(beside, key=lambda path: path.stat().st_mtime, reverse=True)
+    others = (p for p in damaged.parent.glob(f"{identity}.*") if p.is_dir() and p != damaged)
+    return sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
-def _write_kind(out: Path, kind: str, sources: Iterable[_Remains]) -> int:
-    """Write the rows of a kind; of several with one id the first source's. Returns how many."""
+def _write_kind(out: Path, kind: str, sources: Iterable[_PartialSnapshot]) -> int:
+    """Write the rows of a kind; for each id the first source counts. Return their number."""
     (out / kind).mkdir(parents=True)
     number = 0
 
@@ -180,41 +189,47 @@ def _write_kind(out: Path, kind: str, sources: Iterable[_Remains]) -> int:
 
 
 def _write_gone(
-    out: Path, remains: _Remains, older: Iterable[_Remains], ledger: Ledger | None
+    out: Path,
+    partial: _PartialSnapshot,
+    older: Iterable[_PartialSnapshot],
+    inventory: SnapshotInventory | None,
 ) -> None:
-    """The tombstones. One too many does no harm: all listings are walked, what is there is back."""
-    found = {(row["kind"], row["id"]): line for row, line in remains.rows(GONE)}
-    if not remains.is_good(GONE):
-        for row in ledger.gone if ledger else ():
-            found.setdefault((row["kind"], row["id"]), orjson.dumps(row))
-        for snapshot in older if ledger is None else ():
+    """Write the tombstones; the walk through all listings removes those of items that exist."""
+    lines = {(row["kind"], row["id"]): line for row, line in partial.rows(GONE)}
+    if not partial.is_good(GONE):
+        for row in inventory.gone if inventory else ():
+            lines.setdefault((row["kind"], row["id"]), orjson.dumps(row))
+        for snapshot in older if inventory is None else ():
             for row, line in snapshot.rows(GONE):
-                found.setdefault((row["kind"], row["id"]), line)
-    if found:
+                lines.setdefault((row["kind"], row["id"]), line)
+    if lines:
         (out / GONE).mkdir()
-        write_lines(out / GONE / "part-00000.jsonl.gz", (f + b"\n" for f in found.values()))
+        write_lines(out / GONE / "part-00000.jsonl.gz", (line + b"\n" for line in lines.values()))
 
 
 def _generations(
-    highest: int, remains: _Remains, older: Iterable[_Remains], ledger: Ledger | None
+    highest: int,
+    partial: _PartialSnapshot,
+    older: Iterable[_PartialSnapshot],
+    inventory: SnapshotInventory | None,
 ) -> list[Row]:
-    """Which crawls there were; at the least those up to the ``highest`` that an item speaks of."""
+    """Return the crawls, at least those up to the ``highest`` generation of an item."""
     rows: list[Row] = []
-    for path in [remains.path, *(snapshot.path for snapshot in older)]:
+    for path in [partial.path, *(snapshot.path for snapshot in older)]:
         with contextlib.suppress(ArtifactError):  # another copy may be whole
             rows = max(rows, generation_rows(path), key=len)
-    rows = max(rows, ledger.generations if ledger else [], key=len)
-    date = datetime.fromtimestamp(remains.path.stat().st_mtime, UTC).date().isoformat()
+    rows = max(rows, inventory.generations if inventory else [], key=len)
+    date = datetime.fromtimestamp(partial.path.stat().st_mtime, UTC).date().isoformat()
     return [*rows, *({"generation": n, "date": date} for n in range(len(rows), highest + 1))]
 
 
 def good_lines(path: Path, *, cut_short: bool) -> Iterator[bytes]:
-    """Lines of every gzip member with a right checksum.
+    """Yield the lines of every gzip member with a right checksum.
 
     Args:
         path: a part of a snapshot.
-        cut_short: its end is known to be missing: the whole lines before are good too, though
-            nothing vouches for them. Without, an unfinished member may as well be damaged.
+        cut_short: its end is known to be missing, so the whole lines before count as good without
+            a checksum. Otherwise an unfinished member may be damaged, and is skipped.
     """
     data = path.read_bytes()
     start = 0

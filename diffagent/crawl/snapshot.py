@@ -1,16 +1,16 @@
-"""The finished form of a crawl: sorted, without duplicates, byte for byte the same each time.
+"""Snapshot: the finished form of a crawl, sorted, without duplicates, the same bytes each time.
 
 ``KIND/part-NNNNN.jsonl.gz`` for the kinds models, images and pages: canonical JSON lines sorted
 by id over all parts. Neither the order of fetching nor page boundaries, repeats or the site's
 address leave a trace, so equal contents are equal files.
 
-Each model, version and image has the annotation ``_generation``: the number of the crawl that took
-it in first. ``generations.jsonl`` says when these were: {"generation": 0, "date": "YYYY-MM-DD"} of
-the first crawl, and a line for each refresh since that brought something new.
+Each model, version and image has the annotation ``_generation``: the number of the crawl that added
+it. ``generations.jsonl`` states their days: {"generation": 0, "date": "YYYY-MM-DD"} of the first
+crawl, and a line for each refresh since that brought something new.
 
 A refreshed snapshot (``diffagent.crawl.refresh``) may also hold ``gone/``: one tombstone a line,
-``{"kind": "models" | "versions" | "images", "id", "date": "YYYY-MM-DD", "reason"}``, for what the
-site has no more. Its last good record stays where it was.
+``{"kind": "models" | "versions" | "images", "id", "date": "YYYY-MM-DD", "reason"}``, for each item
+that the site has no more. Its last good record stays where it was.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from typing import Any
 
 import orjson
 
-from diffagent.crawl.journal import Entry, Item
-from diffagent.crawl.memory import Ledger
+from diffagent.crawl.journal import Item, JournalEntry
+from diffagent.crawl.memory import SnapshotInventory
 from diffagent.errors import ArtifactError
-from diffagent.schemas.payloads import GONE, Drift, canonical, content
-from diffagent.store.artifacts import Artifact
+from diffagent.schemas.payloads import GONE, SchemaDrift, canonical, content
+from diffagent.store import Artifact
 
 KINDS = ("images", "models", "pages")
 GENERATIONS = "generations.jsonl"
 #: Rows a part, unless that makes more than ``_MAX_PARTS``; memory holds one part.
 _ROWS = {"images": 20_000, "models": 1_000, "pages": 1_000}
 _MAX_PARTS = 64
-_BUFFER = 1 << 17  # bytes: the lines of it are cut in C
+_BUFFER = 1 << 17  # bytes that are split into lines in C
 _MEMBER_BYTES = 1 << 20
 
-#: (kind, new, old) -> what stays of two records of one id
+#: (kind, new, old) -> the record to store of two of one id
 Merge = Callable[[str, bytes, bytes], bytes]
 
 
 def write_snapshot(
     out: Path,
-    entries: Iterable[Entry],
+    entries: Iterable[JournalEntry],
     keep: Mapping[str, Sequence[int]],
     scratch: Path,
     *,
@@ -60,17 +60,17 @@ def write_snapshot(
     """Write the items of ``keep`` (kind -> ids) from a journal's entries.
 
     Args:
-        out: the artefact's directory; older parts in it are replaced.
+        out: the artifact's directory; older parts in it are replaced.
         entries: pages in the order in which they were fetched; the first item of an id counts.
         keep: ids of each kind that belong to the snapshot.
-        scratch: a directory for intermediate files, made and removed here.
+        scratch: a directory for intermediate files, created and removed here.
         previous: items of an earlier snapshot, for the ids that ``entries`` lack.
-        merge: what becomes of an item that both have.
+        merge: chooses the record of an item that both have.
     """
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     starts = {kind: _part_starts(kind, sorted(keep.get(kind, ()))) for kind in KINDS}
-    wanted = {kind: set(keep.get(kind, ())) for kind in KINDS}
+    missing = {kind: set(keep.get(kind, ())) for kind in KINDS}
     with ExitStack() as stack:
         buckets = {
             (kind, part): stack.enter_context((scratch / f"{kind}-{part}").open("wb"))
@@ -80,15 +80,15 @@ def write_snapshot(
 
         def put(items: Iterable[Item]) -> Iterator[tuple[str, int]]:
             for kind, ident, data in items:
-                if ident in wanted[kind]:
+                if ident in missing[kind]:
                     part = bisect_right(starts[kind], ident) - 1
                     buckets[kind, part].write(b"%d\t%s\n" % (ident, data))
                     yield kind, ident
 
         for entry in entries:
             for kind, ident in put(entry.items):
-                wanted[kind].remove(ident)
-        wanted = {kind: set(keep.get(kind, ())) for kind in KINDS}
+                missing[kind].remove(ident)
+        missing = {kind: set(keep.get(kind, ())) for kind in KINDS}
         for _ in put(previous):
             pass
     for kind in (*KINDS, GONE):
@@ -109,12 +109,12 @@ def write_gone(out: Path, tombstones: Iterable[Mapping[str, Any]]) -> None:
 
 
 def write_generations(out: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write which crawls there were."""
+    """Write the generations and their days."""
     (out / GENERATIONS).write_bytes(b"".join(canonical(row) + b"\n" for row in rows))
 
 
 def read_generations(snapshot: Artifact) -> list[dict[str, Any]]:
-    """Which crawls a snapshot is made of; never empty: one of before there were generations is 0.
+    """Read the crawls that a snapshot is made of; an old snapshot without the file has one.
 
     Raises:
         ArtifactError: the file is damaged.
@@ -125,7 +125,7 @@ def read_generations(snapshot: Artifact) -> list[dict[str, Any]]:
 
 
 def generation_rows(directory: Path) -> list[dict[str, Any]]:
-    """The lines of generations.jsonl; none when there is no such file.
+    """Read the lines of generations.jsonl; none without such a file.
 
     Raises:
         ArtifactError: the file is damaged.
@@ -141,25 +141,25 @@ def generation_rows(directory: Path) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Summary:
-    """Rows of each kind, the content digest, the drift of the schema, and which ids there are."""
+class SnapshotSummary:
+    """Number of rows by kind, content digest, drift of the schema, and inventory of a snapshot."""
 
     rows: dict[str, int]
     digest: str
     drift: dict[str, int]
-    ledger: Ledger
+    inventory: SnapshotInventory
 
 
-def summarise(out: Path) -> Summary:
-    """Read a snapshot once.
+def summarise(out: Path) -> SnapshotSummary:
+    """Summarise a snapshot in one pass.
 
     The digest is the SHA256 over the sorted (kind, id, SHA256 of the content's canonical JSON),
-    then over kind and id of what is gone. Counters and their like
-    (``diffagent.schemas.payloads.VOLATILE``)
-    are no content: a snapshot does not become another one because downloads were counted.
+    then over kind and id of the tombstones. Counters and their like
+    (``diffagent.schemas.payloads.VOLATILE``) are no content: moved download counts do not make
+    another snapshot.
     """
-    digest, rows, drift = hashlib.sha256(), {}, Drift()
-    ledger = Ledger(generations=generation_rows(out))
+    digest, rows, drift = hashlib.sha256(), {}, SchemaDrift()
+    inventory = SnapshotInventory(generations=generation_rows(out))
     look = {"images": drift.image, "models": drift.model}
     for kind in KINDS:
         rows[kind] = 0
@@ -170,16 +170,16 @@ def summarise(out: Path) -> Summary:
             rows[kind] += 1
             if kind in look:
                 look[kind](item)
-                ledger.add(kind, item)
+                inventory.add(kind, item)
     for row in read_rows(out, GONE):
         digest.update(f"{GONE}\t{row['kind']}\t{row['id']}\n".encode())
         rows[GONE] = rows.get(GONE, 0) + 1
-        ledger.gone.append(row)
-    return Summary(rows, digest.hexdigest(), drift.report(), ledger)
+        inventory.gone.append(row)
+    return SnapshotSummary(rows, digest.hexdigest(), drift.report(), inventory)
 
 
 def read_lines(snapshot: Path, kind: str) -> Iterator[bytes]:
-    """Lines of a kind in the order of their ids.
+    """Yield the lines of a kind in the order of their ids.
 
     Raises:
         ArtifactError: a part is damaged.
@@ -193,7 +193,7 @@ def read_lines(snapshot: Path, kind: str) -> Iterator[bytes]:
 
 
 def read_rows(snapshot: Path, kind: str) -> Iterator[dict[str, Any]]:
-    """The same, parsed.
+    """Yield the rows of a kind in the order of their ids.
 
     Raises:
         ArtifactError: a part is damaged.
@@ -209,19 +209,19 @@ def read_rows(snapshot: Path, kind: str) -> Iterator[dict[str, Any]]:
 def _damaged(path: Path, error: Exception) -> ArtifactError:
     return ArtifactError(
         f"{str(path)!r} is damaged ({error}); put its file back from a copy (a mirror), or crawl "
-        "again with --refresh: that sets the snapshot aside and takes over what is good in it"
+        "again with --refresh: that sets the snapshot aside and takes over its intact records"
     )
 
 
 def read_snapshot(snapshot: Path) -> Iterator[Item]:
-    """All items of a snapshot, as a journal holds them."""
+    """Yield all items of a snapshot as a journal holds them."""
     for kind in KINDS:
         for line in read_lines(snapshot, kind):
             yield kind, orjson.loads(line)["id"], line.rstrip(b"\n")
 
 
 def _part_starts(kind: str, ids: Sequence[int]) -> list[int]:
-    """The first id of each part."""
+    """Return the first id of each part."""
     rows = max(_ROWS[kind], -(-len(ids) // _MAX_PARTS))
     return [ids[i] for i in range(0, len(ids), rows)]
 
@@ -237,8 +237,9 @@ def _write_part(bucket: Path, target: Path, merge: Callable[[bytes, bytes], byte
 
 
 def write_lines(target: Path, lines: Iterable[bytes]) -> None:
-    """Write lines as gzip members of about a megabyte, each with a checksum of its own: what one
-    damaged byte can cost.
+    """Write lines as gzip members of about a megabyte, each with its checksum.
+
+    One damaged byte costs at most one member.
     """
     with target.open("wb") as stream:
         chunk, size = [], 0

@@ -24,7 +24,7 @@ from diffagent.dabench.parquet_tables import read_batches
 from diffagent.errors import ArtifactError
 from diffagent.schemas.manifest import Funnel, Manifest
 from diffagent.schemas.tables import DABENCH
-from diffagent.store.artifacts import MANIFEST, Artifact, read_manifest
+from diffagent.store import MANIFEST, Artifact, read_manifest
 from diffagent.store.lineage import ancestors, lineage_lines
 from diffagent.store.local_copies import remote_of
 

@@ -44,6 +44,7 @@ class EvaluationConfig(Section):
     report_prompts: int = Field(
         default=12, ge=0, description="prompts whose pictures the report shows"
     )
+    note: str = Field(default="", description="warning at the top of the report")
     seed: int = Field(
         default=0, ge=0, description="seed of the prompts drawn, the selectors and the bootstrap"
     )

@@ -1,11 +1,9 @@
-"""The stage ``evaluate``: the numbers, the table behind them, and a report to look at."""
+"""The report of an evaluation: one HTML file with numbers and pictures."""
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
-import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,204 +12,26 @@ from typing import Any
 
 import jinja2
 import polars as pl
-import pyarrow.parquet as pq
 
 from diffagent.agent.verify import KINDS
-from diffagent.errors import ArtifactError
 from diffagent.evaluation.evaluate_config import EvaluationConfig
-from diffagent.evaluation.metrics import evaluation_table
+from diffagent.evaluation.run_tables import RunTables
 from diffagent.evaluation.summary import (
     SELECTORS,
     Metrics,
     format_limits,
     format_number,
-    read_metrics,
     reported,
-    summarise,
-    summary_markdown,
-    tables,
 )
-from diffagent.rewards.scores import read_scores
 from diffagent.schemas.api import T2IAPI, parse_api
-from diffagent.schemas.manifest import Manifest
-from diffagent.schemas.tables import EVALUATION, TRUNCATED
-from diffagent.store.artifacts import (
+from diffagent.schemas.tables import TRUNCATED
+from diffagent.store import (
     Artifact,
     StageContext,
-    StageResult,
-    canonical_json,
-    sha256_file,
-    stage,
 )
-from diffagent.store.lineage import ancestors
 
-__all__ = ["evaluate", "read_metrics", "render_report", "summary_markdown", "tables"]
-
-SANDBOX_NOTE = (
-    "sandbox: tiny models trained on drawn shapes; the numbers say nothing about natural pictures"
-)
-SANDBOX_AGENT_NOTE = (
-    "sandbox agent: a tiny language model that has read nothing but this data set; the numbers "
-    "say nothing about a real one"
-)
 #: Pictures are shown at most this wide; larger ones are embedded as JPEG of this size.
 _SHOWN_PIXELS = 384
-
-
-@stage("evaluate", version=3, config=EvaluationConfig)
-def evaluate(config: EvaluationConfig, context: StageContext) -> StageResult:
-    """Compare selectors on the same held-out prompts.
-
-    Inputs are ``dabench``, ``candidates``, one a selector in the order of ``config.selectors``,
-    and of their parts the ``renders``, ``scores`` and, where held-out judges were asked,
-    ``judgements``. Writes metrics.json (every number with its n and interval), table.parquet
-    (EVALUATION) and report.html. Latencies are in the manifest's
-    metrics and in the report only: the content digest is that of the other two files, so the
-    same answers give the same artefact however long they took.
-
-    Raises:
-        ArtifactError: the inputs are not those of the selectors.
-        SchemaError: the inputs do not belong together.
-        ScoreError: the selectors were scored by different scorers.
-    """
-    read = _Tables(
-        candidates=_read(context.many("candidates"), "candidates.parquet"),
-        renders=_read(context.many("renders"), "renders.parquet"),
-        scores=read_scores(context.many("scores")),
-        dabench=_read_split(context.one("dabench"), config.split),
-        judgements=read_scores(context.many("judgements"), "judgements.parquet")
-        if context.inputs.get("judgements")
-        else None,
-    )
-    _check_selectors(config, read.candidates)
-    table = evaluation_table(
-        read.candidates, read.renders, read.scores, read.dabench, read.judgements
-    )
-    metrics = {"run": _describe_run(config, context, read), **summarise(table, config)}
-    latency: dict[str, dict[str, float]] = {
-        name: _latency(artifact)
-        for name, artifact in zip(config.selectors, context.many("candidates"), strict=True)
-    }
-    numbers, rows = context.out / "metrics.json", context.out / "table.parquet"
-    numbers.write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    pq.write_table(table.to_arrow().cast(EVALUATION), rows, compression="zstd")
-    shown = _shown_prompts(config, context, read, table)
-    (context.out / "report.html").write_text(
-        render_report(metrics, latency, shown), encoding="utf-8"
-    )
-    return StageResult(
-        rows={"table": table.height, "prompts": metrics["run"]["num_prompts"]},
-        metrics={
-            "latency": latency,
-            "unified": {n: m["unified"]["mean"] for n, m in metrics["selectors"].items()},
-            "hallucinated": {n: m["hallucinated"]["mean"] for n, m in metrics["selectors"].items()},
-            "truncated": {n: m["truncated"]["mean"] for n, m in metrics["selectors"].items()},
-        },
-        content_digest=hashlib.sha256(
-            canonical_json([sha256_file(numbers), sha256_file(rows)])
-        ).hexdigest(),
-    )
-
-
-@dataclass(frozen=True)
-class _Tables:
-    """The tables of all selectors together, and DABench's rows of the split."""
-
-    candidates: pl.DataFrame
-    renders: pl.DataFrame
-    scores: pl.DataFrame
-    dabench: pl.DataFrame
-    judgements: pl.DataFrame | None
-
-
-def _read(artifacts: Sequence[Artifact], name: str) -> pl.DataFrame:
-    return pl.concat([pl.read_parquet(a.file(name)) for a in artifacts])
-
-
-def _read_split(dabench: Artifact, split: str) -> pl.DataFrame:
-    files = dabench.glob(f"data/{split}-*.parquet")
-    if not files:
-        raise ArtifactError(f"{str(dabench.path)!r} has no split {split!r}")
-    return pl.concat([pl.read_parquet(file) for file in files])
-
-
-def _check_selectors(config: EvaluationConfig, candidates: pl.DataFrame) -> None:
-    found = set(candidates["source"])
-    if found != set(config.selectors):
-        raise ArtifactError(
-            f"the candidates are of {sorted(found)}, the evaluation is of "
-            f"{sorted(config.selectors)}; run the stage 'select' for each of them"
-        )
-
-
-def _describe_run(config: EvaluationConfig, context: StageContext, read: _Tables) -> dict[str, Any]:
-    """What was compared, on what, judged by what: nothing here depends on time or machine."""
-    dabench, judged = context.one("dabench"), context.many("scores")[0].manifest
-    agents = {
-        name: ref.content_digest
-        for name, artifact in zip(config.selectors, context.many("candidates"), strict=True)
-        for ref in artifact.manifest.inputs.get("agent", ())
-    }
-    return {
-        "split": config.split,
-        "num_prompts": read.candidates["prompt_id"].n_unique(),
-        "prompt_seed": config.seed,
-        "dataset": {"identity": dabench.identity, "content_digest": dabench.content_digest},
-        "agents": agents,
-        "picture_seeds": context.many("renders")[0].manifest.config.get("seeds", []),
-        "scorers": judged.config.get("scorers", []),
-        "scorer_versions": _versions(judged),
-        "judges": {
-            name: version
-            for artifact in context.inputs.get("judgements", ())[:1]
-            for name, version in _versions(artifact.manifest).items()
-        },
-        "unify": judged.config.get("unify"),
-        "invalid_floor": judged.config.get("invalid_floor"),
-        "inputs": {
-            name: [artifact.content_digest for artifact in context.many(name)]
-            for name in ("candidates", "renders", "scores", "judgements")
-            if context.inputs.get(name)
-        },
-        "bootstrap": {
-            "samples": config.bootstrap_samples,
-            "confidence": config.confidence,
-            "seed": config.seed,
-        },
-        "sandbox_note": _sandbox_note(context),
-    }
-
-
-def _versions(scored: Manifest) -> dict[str, str]:
-    """Scorer -> version and digest, of an artefact of ``score`` or ``judge``."""
-    return {
-        name: f"{scorer['version']}, digest {scorer['digest'][:16]}"
-        for name, scorer in scored.metrics.get("scorers", {}).items()
-    }
-
-
-def _sandbox_note(context: StageContext) -> str:
-    """A plain warning when what was compared or what judged it is of the embedded world."""
-    configs = [
-        ancestor.manifest.config
-        for artifact in (*context.many("scores"), *context.many("candidates"))
-        for ancestor in ancestors(artifact)
-    ]
-    scorers = [scorer for config in configs for scorer in config.get("scorers", ())]
-    named = [config.get("site") for config in configs]
-    named += [scorer.get(key) for scorer in scorers for key in ("model", "weights")]
-    if any(str(name).startswith("sandbox") for name in named):
-        return SANDBOX_NOTE
-    # Only the stage 'sft' has a model of its own in its config.
-    if any(str(config.get("model")).startswith("sandbox") for config in configs):
-        return SANDBOX_AGENT_NOTE
-    return ""
-
-
-def _latency(candidates: Artifact) -> dict[str, float]:
-    """Seconds per prompt of a selector, as its ``select`` stage measured them."""
-    found = candidates.manifest.metrics.get("latency_seconds", {})
-    return {key: float(value) for key, value in found.items()}
 
 
 @dataclass(frozen=True)
@@ -240,19 +60,19 @@ class Shown:
     answers: tuple[Answer, ...]
 
 
-def _shown_prompts(
-    config: EvaluationConfig, context: StageContext, read: _Tables, table: pl.DataFrame
+def shown_prompts(
+    config: EvaluationConfig, context: StageContext, tables: RunTables, table: pl.DataFrame
 ) -> list[Shown]:
     """Prompts drawn at random (so not chosen for their looks), each with every answer."""
-    ids = sorted(set(read.candidates["prompt_id"]))
+    ids = sorted(set(tables.candidates["prompt_id"]))
     chosen = sorted(random.Random(config.seed).sample(ids, min(config.report_prompts, len(ids))))
     renders, each = context.many("renders"), config.num_shards
     folders = {n: renders[i * each : (i + 1) * each] for i, n in enumerate(config.selectors)}
-    answers = _by_key(read.candidates, chosen)
-    first = read.renders.sort("seed").unique(["source", "prompt_id"], keep="first")
+    answers = _by_key(tables.candidates, chosen)
+    first = tables.renders.sort("seed").unique(["source", "prompt_id"], keep="first")
     pictures = _by_key(first, chosen)
     unified = _by_key(table.rename({"selector": "source"}), chosen)
-    truths = {r["id"]: r for r in read.dabench.filter(pl.col("id").is_in(chosen)).to_dicts()}
+    truths = {r["id"]: r for r in tables.dabench.filter(pl.col("id").is_in(chosen)).to_dicts()}
     return [
         Shown(
             prompt_id=prompt,

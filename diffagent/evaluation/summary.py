@@ -13,7 +13,7 @@ from diffagent.evaluation.bootstrap import Array, Interval, bootstrap_intervals,
 from diffagent.evaluation.evaluate_config import EvaluationConfig
 from diffagent.evaluation.metrics import METRICS, Metric
 from diffagent.schemas.tables import TRUNCATED
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 
 #: What each selector does, for people.
 SELECTORS = {
@@ -217,7 +217,7 @@ def summary_markdown(metrics: Metrics) -> str:
     run = metrics["run"]
     parts = [
         f"# Evaluation on {run['num_prompts']} held-out prompts ({run['split']})",
-        *([f"**{run['sandbox_note']}**"] if run["sandbox_note"] else []),
+        *([f"**{run['note']}**"] if run["note"] else []),
         f"Mean and {run['bootstrap']['confidence']:.0%} bootstrap interval over prompts.",
     ]
     found = tables(metrics)

@@ -1,1 +1,1 @@
-"""A local server that speaks the Civitai API, and the record folders that it reads."""
+"""Folders of records read as a Civitai, and a local server that speaks its API."""

@@ -1,15 +1,15 @@
 """Faults that the local server injects, as the real site has shown them.
 
-Whether a request suffers is a hash of (seed, kind of fault, request, how often this request was
-made): the same run meets the same faults. Every fault can be survived: at most three attempts in
-a row of one request fail, and what a listing hides, another way of listing it shows:
+A hash of (seed, kind of fault, request, number of the attempt) decides whether a request fails, so
+the same run meets the same faults. A client can survive every fault: at most three attempts in a
+row of one request fail, and another way of listing shows each item that a listing hides:
 
-* a cursor leads back (loop): asking for the page again gives the right one;
+* a cursor leads back (loop): a repeated request returns the right page;
 * an empty page with a cursor: the cursor leads on;
 * an item is skipped where a page begins: pages of another length begin elsewhere, and an item
   is never skipped for both an even and an odd ``limit``;
-* an answer to ``ids=`` leaves an item out: asked for singly it is there;
-* cursors become stale (a deploy changes their arity): a listing started anew gets good ones.
+* an answer to ``ids=`` leaves an item out: a single request returns it;
+* cursors become stale (a deploy changes their arity): a listing from its start has good ones.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 FaultName = Literal["none", "flaky", "hostile"]
 
-#: Faults of one answer, and what they do.
+#: Faults of one answer.
 TRANSPORT = (
     "too_many",  # 429 without Retry-After
     "too_many_wait",  # 429 with Retry-After: 1
@@ -37,7 +37,7 @@ TRANSPORT = (
 )
 #: Faults of the storage behind downloads.
 STORAGE = (
-    "no_range",  # the whole file although a range was asked for
+    "no_range",  # the whole file although a range was requested
     "error_file",  # 200, but a JSON error under the media type of a file
 )
 #: Faults of a listing's page.
@@ -48,11 +48,14 @@ _FREE_ATTEMPT = 4  # every fourth attempt of a request succeeds
 
 @dataclass(frozen=True)
 class Profile:
-    """Probability of each fault per request; absent means never.
+    """Probabilities of the faults.
 
-    ``deploy_every``: after so many pages of listings all cursors become stale (0: never),
-    ``deploys`` times at most. ``new_schema_after``: from the page after that many on, items have
-    another schema (0: never); see ``Faults.evolve``.
+    Attributes:
+        rates: probability of each fault per request; absent: 0.
+        deploy_every: number of pages of listings after which all cursors become stale (0: never).
+        deploys: greatest number of such deploys.
+        new_schema_after: number of pages after which items have another schema (0: never); see
+            ``Faults.evolve``.
     """
 
     rates: Mapping[str, float] = field(default_factory=dict)
@@ -103,9 +106,11 @@ PROFILES: Mapping[FaultName, Profile] = {
 
 
 class Faults:
-    """The dice of one server: thread-safe, and equal for equal seeds and requests.
+    """Random faults of one server: thread-safe, and equal for equal seeds and requests.
 
-    ``pages`` of listings were served, and ``injected`` faults of each kind.
+    Attributes:
+        pages: number of pages of listings served.
+        injected: number of injected faults by kind.
     """
 
     def __init__(self, profile: Profile | FaultName = "none", seed: int = 0) -> None:
@@ -117,7 +122,7 @@ class Faults:
         self._lock = threading.Lock()
 
     def attempt(self, request: str) -> int:
-        """How often this request was made before; not counted when nothing ever fails."""
+        """Return the number of earlier attempts of a request; 0 without any fault rates."""
         if not self.profile.rates:
             return 0
         with self._lock:
@@ -126,7 +131,7 @@ class Faults:
             return number
 
     def transport(self, request: str, attempt: int, *, storage: bool = False) -> str | None:
-        """The fault of this answer, if any; ``storage``: it is of a file."""
+        """Return the fault of an answer, if any; ``storage``: the answer is a file."""
         if attempt % _FREE_ATTEMPT == _FREE_ATTEMPT - 1:
             return None
         for kind in (*TRANSPORT, *STORAGE) if storage else TRANSPORT:
@@ -153,7 +158,7 @@ class Faults:
 
     @property
     def requests(self) -> int:
-        """How many requests were made; not counted when nothing ever fails."""
+        """Number of requests; not counted without any fault rates."""
         return self._attempts.total()
 
     @property
@@ -163,10 +168,10 @@ class Faults:
         return 0 < after < self.pages
 
     def evolve(self, item: dict[str, Any]) -> dict[str, Any]:
-        """An item of a listing as the site sends it now.
+        """Return an item of a listing as the site sends it after ``new_schema_after`` pages.
 
-        The new schema has ids and numbers in quotes, values that its enumerations did not have,
-        a new field, and no ``tags``, ``stats`` and ``hash``.
+        The new schema has ids and numbers in quotes, new values of enumerations, a new field, and
+        no ``tags``, ``stats`` and ``hash``.
         """
         if not self.schema_has_changed:
             return item
@@ -187,12 +192,12 @@ class Faults:
 
     @property
     def epoch(self) -> int:
-        """How many deploys have made older cursors stale."""
+        """Number of deploys that have made older cursors stale."""
         every = self.profile.deploy_every
         return min(self.pages // every, self.profile.deploys) if every else 0
 
     def count_page(self) -> None:
-        """A page of a listing was served."""
+        """Count a served page of a listing."""
         with self._lock:
             self.pages += 1
 

@@ -1,20 +1,19 @@
-"""What the local server's listings select, in which order, and their cursors.
+"""Selection, order and cursors of the listings over a source's records.
 
 A cursor is opaque to clients. Here it is the sort key of the last item served, its columns
 joined by '|' as on the site: one column for Newest and Oldest (the id), two for the others
-(value and id), one more for each deploy that the fault profile made. '~1' behind it says that an
-empty page was served there. A cursor of another arity is stale.
+(value and id), one more for each deploy that the fault profile made. A '~1' at its end means that
+an empty page was served there. A cursor of another arity is stale.
 """
 
 from __future__ import annotations
 
 import bisect
+import functools
 import hashlib
 from array import array
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from diffagent.localcivitai.replay import MEDIA, ModelRow, Replay
 from diffagent.schemas.payloads import ALL_LEVELS, BLOCKED, MODEL_TYPES, PG, XXX, R, X
@@ -32,7 +31,7 @@ MODEL_SORTS = (
     "Oldest",
 )
 IMAGE_SORTS = ("Most Reactions", "Most Comments", "Most Collected", "Newest", "Oldest", "Random")
-_CACHED = 64
+_CACHED = 32  # of models, and of images
 
 
 class BadParameter(ValueError):  # noqa: N818
@@ -49,12 +48,12 @@ class StaleCursor(ValueError):  # noqa: N818
 
 
 def encode_cursor(key: Key, epoch: int, *, empty: bool = False) -> str:
-    """The cursor of the place behind the item with this key."""
+    """Return the cursor of the place behind the item with this key."""
     return "|".join(map(str, (*key, *([0] * epoch)))) + ("~1" if empty else "")
 
 
 def decode_cursor(cursor: str, columns: int, epoch: int) -> tuple[Key, bool]:
-    """Key, and whether an empty page was served there.
+    """Return the key, and whether an empty page was served there.
 
     Raises:
         StaleCursor: not a cursor of this sort and epoch.
@@ -78,66 +77,68 @@ class Selection:
     columns: int
 
     def after(self, key: Key) -> int:
-        """Position of the first item behind ``key``."""
+        """Return the position of the first item behind ``key``."""
         return bisect.bisect_right(self.items, key, key=self.key)
 
+    def page(self, cursor: str | None, limit: int) -> tuple[Sequence[int], str | None]:
+        """Return the indexes behind a cursor and the next cursor.
 
-@dataclass(slots=True)
+        Raises:
+            StaleCursor: not a cursor of this order.
+        """
+        start = self.after(decode_cursor(cursor, self.columns, 0)[0]) if cursor else 0
+        indexes = self.items[start : start + limit]
+        is_last = start + limit >= len(self.items)
+        return indexes, None if is_last else encode_cursor(self.key(indexes[-1]), 0)
+
+
 class Listings:
-    """Selections over a replay, the last ones kept: a walk asks for the same one page by page."""
+    """Selections over a replay; the last ones are cached, since a walk reads one page by page.
 
-    replay: Replay
-    _cache: OrderedDict[Any, Selection] = field(default_factory=OrderedDict)
+    Attributes:
+        models: models that match a query, in its order.
+        images: images that match a query, in its order.
+    """
 
-    def models(self, query: ModelQuery) -> Selection:
-        """Models that match, in the order asked for."""
-        return self._cached(query, self._select_models)
+    models: Callable[[ModelQuery], Selection]
+    images: Callable[[ImageQuery], Selection]
 
-    def images(self, query: ImageQuery) -> Selection:
-        """Images that match, in the order asked for."""
-        return self._cached(query, self._select_images)
-
-    def _cached(self, query: Any, select: Callable[[Any], Selection]) -> Selection:
-        found = self._cache.get(query)
-        if found is None:
-            found = self._cache[query] = select(query)
-            if len(self._cache) > _CACHED:
-                self._cache.popitem(last=False)
-        else:
-            self._cache.move_to_end(query)
-        return found
+    def __init__(self, replay: Replay) -> None:
+        self.replay = replay
+        self.models = functools.lru_cache(_CACHED)(self._select_models)
+        self.images = functools.lru_cache(_CACHED)(self._select_images)
 
     def _select_models(self, query: ModelQuery) -> Selection:
         rows = self.replay.models
         key, columns = _model_order(query.sort, rows)
-        if query.query:  # ordered by relevance, not by sort: popularity stands for it
+        if query.query:  # ordered by relevance, for which popularity is a substitute
             key, columns = _model_order("Most Downloaded", rows)
         candidates: Iterable[int] = range(len(rows))
         if query.ids is not None:
             index = self.replay.model_index
             candidates = {index[ident] for ident in query.ids if ident in index}
-        found = [i for i in candidates if query.matches(rows[i])]
-        return Selection(sorted(found, key=key), key, columns)
+        matches = [i for i in candidates if query.matches(rows[i])]
+        return Selection(sorted(matches, key=key), key, columns)
 
     def _select_images(self, query: ImageQuery) -> Selection:
         replay = self.replay
         key, columns = self._image_order(query.sort)
         level, media = replay.image_level, replay.image_media
-        wanted = MEDIA.index(query.media) if query.media else None
-        found = [
+        medium = MEDIA.index(query.media) if query.media else None
+        matches = [
             i
             for i in self._candidates(query)
-            if level[i] & query.levels and (wanted is None or media[i] == wanted)
+            if level[i] & query.levels and (medium is None or media[i] == medium)
         ]
-        found.sort(key=key)
-        return Selection(array("l", found), key, columns)
+        matches.sort(key=key)
+        return Selection(array("l", matches), key, columns)
 
     def _candidates(self, query: ImageQuery) -> Iterable[int]:
         replay = self.replay
         sets: list[Iterable[int]] = []
         if query.image_id is not None:
             index = replay.image_index.get(query.image_id)
-            # A picture that is never listed has an id but no place.
+            # A picture that no listing shows has an id but no index.
             sets.append([] if index is None else [index])
         if query.version_id is not None:
             sets.append(replay.images_of_version.get(query.version_id, ()))
@@ -188,7 +189,7 @@ def _shuffled(item: int) -> int:
 Pairs = Sequence[tuple[str, str]]
 
 
-class Parameters:
+class QueryParameters:
     """A query string, read as the site reads it: repeated keys, typed values, 400 otherwise."""
 
     def __init__(self, pairs: Pairs) -> None:
@@ -200,15 +201,15 @@ class Parameters:
         return name in self._values
 
     def text(self, name: str) -> str:
-        """The last value, or ''."""
+        """Return the last value, or ''."""
         return self._values.get(name, [""])[-1]
 
     def many(self, name: str) -> tuple[str, ...]:
-        """All values of a repeated key."""
+        """Return all values of a repeated key."""
         return tuple(self._values.get(name, ()))
 
     def number(self, name: str, *, low: int = 0, high: int = 2**53) -> int | None:
-        """A whole number in low..high, or None when the key is absent or empty."""
+        """Return a whole number in low..high; None when the key is absent or empty."""
         text = self.text(name)
         if not text:
             return None
@@ -221,7 +222,7 @@ class Parameters:
         return value
 
     def numbers(self, name: str) -> tuple[int, ...] | None:
-        """A comma list of whole numbers, or None when absent."""
+        """Return a comma list of whole numbers; None when absent."""
         if name not in self:
             return None
         parts = [part for value in self.many(name) for part in value.split(",") if part.strip()]
@@ -231,7 +232,7 @@ class Parameters:
             raise BadParameter(name, "Expected a comma list of numbers") from None
 
     def flag(self, name: str) -> bool | None:
-        """true/false/1/0/yes/no, or None when absent."""
+        """Return true/false/1/0/yes/no as a flag; None when absent."""
         if name not in self:
             return None
         value = self.text(name).lower()
@@ -242,7 +243,7 @@ class Parameters:
         raise BadParameter(name, f"Expected boolean, received {value[:40]!r}")
 
     def choice(self, name: str, allowed: Sequence[str], default: str) -> str:
-        """One of ``allowed``."""
+        """Return one of ``allowed``."""
         value = self.text(name) or default
         if value not in allowed:
             raise BadParameter(name, f"Invalid enum value. Expected {' | '.join(allowed)}")
@@ -253,9 +254,8 @@ class Parameters:
 class ModelQuery:
     """The filters of /models that the replay can answer.
 
-    Models that are flagged as showing minors are listed: by the site on the default request, here
-    also with ``nsfw=true``, where the site hides them, so that no record of a source vanishes
-    without a reason in a funnel.
+    Models that are flagged as showing minors are listed, also with ``nsfw=true``, where the site
+    hides them: so no record of a source vanishes without a reason in a funnel.
     """
 
     sort: str
@@ -271,7 +271,7 @@ class ModelQuery:
     checkpoint_type: str
 
     @classmethod
-    def parse(cls, parameters: Parameters) -> ModelQuery:
+    def parse(cls, parameters: QueryParameters) -> ModelQuery:
         """Read the query string.
 
         Raises:
@@ -323,7 +323,7 @@ _NSFW_LEVELS = {
     "mature": 7,
     "x": ALL_LEVELS,
     "blocked": BLOCKED,
-    "true": R | X | XXX | BLOCKED,  # no SFW: it selects, where /models' nsfw=true widens
+    "true": R | X | XXX | BLOCKED,  # without SFW: it selects, while nsfw=true of /models widens
 }
 
 
@@ -342,7 +342,7 @@ class ImageQuery:
     base_models: tuple[str, ...]
 
     @classmethod
-    def parse(cls, parameters: Parameters) -> ImageQuery:
+    def parse(cls, parameters: QueryParameters) -> ImageQuery:
         """Read the query string.
 
         Raises:
@@ -372,7 +372,7 @@ class ImageQuery:
         )
 
 
-def is_legacy(parameters: Parameters) -> bool:
+def is_legacy(parameters: QueryParameters) -> bool:
     """Whether /images takes the site's old path: nested meta, engagement sorts ignored."""
-    alone = "modelId" in parameters and "modelVersionId" not in parameters
-    return alone or "imageId" in parameters
+    has_only_model = "modelId" in parameters and "modelVersionId" not in parameters
+    return has_only_model or "imageId" in parameters

@@ -1,9 +1,8 @@
-"""The records that the local server replays: on disk as JSON, in memory as a small index.
+"""SourceRecords of a source as a site would have them: on disk as JSON, in memory as a small index.
 
 They come from a source (``diffagent.localcivitai.sources``). Keys that begin with ``_`` are
-annotations:
-they are read (``_context`` says which version's showcase held a picture) and never served. Of
-several records with one id the first counts: a site has one model of an id.
+annotations: they are read (``_context`` names the version whose showcase held a picture) and never
+served. Of several records with one id the first counts, since a site has one model of an id.
 """
 
 from __future__ import annotations
@@ -20,8 +19,17 @@ from typing import IO, Any
 
 import orjson
 
-from diffagent.localcivitai.sources import Unreadable
-from diffagent.schemas.payloads import flaw, image_level, model_levels, unwrap_meta, whole_number
+from diffagent.localcivitai.sources import UnreadableRecord
+from diffagent.schemas.payloads import (
+    as_dict,
+    as_list,
+    flaw,
+    image_level,
+    model_levels,
+    objects_in,
+    unwrap_meta,
+    whole_number,
+)
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +41,7 @@ PAGE_ONLY_VERSION = ("settings", "clipSkip", "steps", "epochs", "recommendedReso
 
 
 class Spool:
-    """Byte strings in an unlinked temporary file: any number of them for a few bytes each."""
+    """Byte strings in an unlinked temporary file; each takes a few bytes of memory."""
 
     def __init__(self) -> None:
         self._file: IO[bytes] = tempfile.TemporaryFile(buffering=1 << 20)  # noqa: SIM115  lives with self
@@ -43,12 +51,12 @@ class Spool:
         return len(self._ends) - 1
 
     def append(self, data: bytes) -> None:
-        """Add one at the end."""
+        """Add a byte string at the end."""
         self._file.write(data)
         self._ends.append(self._ends[-1] + len(data))
 
     def flush(self) -> None:
-        """Make everything appended readable."""
+        """Make all appended byte strings readable."""
         self._file.flush()
 
     def __getitem__(self, index: int) -> bytes:
@@ -58,7 +66,7 @@ class Spool:
 
 @dataclass(slots=True)
 class ModelRow:
-    """What listings filter and sort models by."""
+    """Fields of a model by which listings filter and sort."""
 
     id: int
     name: str
@@ -79,7 +87,7 @@ class ModelRow:
 
 @dataclass(slots=True)
 class Replay:
-    """Everything that the server knows. Indexes of models and images are positions in spools."""
+    """Index of a source's records. Indexes of models and images are positions in the spools."""
 
     files: Mapping[str, Path] = field(default_factory=dict)
     models: list[ModelRow] = field(default_factory=list)
@@ -111,24 +119,22 @@ class Replay:
         images: Iterable[Any],
         files: Mapping[str, Path] | None = None,
     ) -> Replay:
-        """Index the records; what is none is counted in ``drops``.
+        """Index the records; other values are counted in ``drops``.
 
         Args:
-            models: JSON values, or ``Unreadable``.
+            models: JSON values, or ``UnreadableRecord``.
             images: the same.
             files: model files by their SHA256 in lower case.
         """
         replay = cls(files=files or {})
-        good_models = replay._records("models", models)
-        repeated = sum(not replay._add_model(model) for model in good_models)
-        good_images = replay._records("images", images)
-        repeated_images = sum(not replay._add_image(image) for image in good_images)
+        repeated = sum(not replay._add_model(m) for m in replay._records("models", models))
+        repeated_images = sum(not replay._add_image(i) for i in replay._records("images", images))
         for spool in (replay.model_json, replay.image_json, replay.image_meta, replay.image_tags):
             spool.flush()
         for kind, reasons in replay.drops.items():
             log.warning("%d %s left out: %s", reasons.total(), kind, dict(reasons))
         log.info(
-            "replaying %d models (%d older records of the same ids left out) and %d images (%d)",
+            "read %d models (%d repeated ids left out) and %d images (%d repeated ids left out)",
             len(replay.models),
             repeated,
             len(replay.image_id),
@@ -137,12 +143,12 @@ class Replay:
         return replay
 
     def model(self, index: int) -> dict[str, Any]:
-        """A model as it was read, without annotations."""
+        """Return a model as it was read, without annotations."""
         model: dict[str, Any] = orjson.loads(self.model_json[index])
         return model
 
     def model_of_version(self, version_id: int) -> tuple[dict[str, Any], dict[str, Any]] | None:
-        """The model that has a version, and that version."""
+        """Return the model of a version, and that version."""
         index = self.version_model.get(version_id)
         if index is None:
             return None
@@ -150,9 +156,9 @@ class Replay:
         return model, next(v for n, v in _versions(model) if n == version_id)
 
     def _records(self, kind: str, records: Iterable[Any]) -> Iterator[dict[str, Any]]:
-        """The items that are records with a number as their id."""
+        """Yield the records, their ids as numbers; count other values."""
         for record in records:
-            reason = record.reason if isinstance(record, Unreadable) else flaw(record)
+            reason = record.reason if isinstance(record, UnreadableRecord) else flaw(record)
             if reason:
                 self.drops.setdefault(kind, Counter())[reason] += 1
             else:
@@ -168,7 +174,7 @@ class Replay:
         model["modelVersions"] = raw
         versions = _versions(model)
         index = len(self.models)
-        stats, username = _dict(model.get("stats")), _dict(model.get("creator")).get("username")
+        stats, username = as_dict(model.get("stats")), as_dict(model.get("creator")).get("username")
         dates = [_text(v.get("publishedAt")) or _text(v.get("createdAt")) for _, v in versions]
         self.models.append(
             ModelRow(
@@ -177,7 +183,7 @@ class Replay:
                 type=str(model.get("type")),
                 levels=model_levels(model),
                 nsfw=model.get("nsfw") is True,
-                tags=frozenset(t for t in _list(model.get("tags")) if isinstance(t, str)),
+                tags=frozenset(t for t in as_list(model.get("tags")) if isinstance(t, str)),
                 username=_text(username),
                 base_models=frozenset(str(v.get("baseModel")) for _, v in versions),
                 version_ids=tuple(number for number, _ in versions),
@@ -185,7 +191,7 @@ class Replay:
                 downloads=_count(stats, "downloadCount"),
                 thumbs=_count(stats, "thumbsUpCount") or _count(stats, "favoriteCount"),
                 comments=_count(stats, "commentCount"),
-                images=sum(len(_list(v.get("images"))) for _, v in versions),
+                images=sum(len(as_list(v.get("images"))) for _, v in versions),
                 earliest=min(filter(None, dates), default=""),
             )
         )
@@ -196,8 +202,8 @@ class Replay:
             self.creators[self.models[-1].username] += 1
         for (number, version), date in zip(versions, dates, strict=True):
             self.version_model.setdefault(number, index)
-            for file in _list(version.get("files")):
-                for value in _dict(_dict(file).get("hashes")).values():
+            for file in as_list(version.get("files")):
+                for value in as_dict(as_dict(file).get("hashes")).values():
                     if isinstance(value, str):
                         # Duplicates resolve to the earliest published version.
                         key = (date or _UNDATED, number)
@@ -205,7 +211,7 @@ class Replay:
         return True
 
     def _add_image(self, record: dict[str, Any]) -> bool:
-        context = _dict(record.get("_context"))
+        context = as_dict(record.get("_context"))
         image = _plain(record)
         if image["id"] in self.image_index:
             return False
@@ -227,11 +233,11 @@ class Replay:
         self.image_level.append(image_level(image))
         media = image.get("type")
         self.image_media.append(MEDIA.index(media) if media in MEDIA else 0)
-        stats = _dict(image.get("stats"))
+        stats = as_dict(image.get("stats"))
         kinds = ("likeCount", "heartCount", "laughCount", "cryCount")
         self.image_reactions.append(sum(_count(stats, kind) for kind in kinds))
         self.image_comments.append(_count(stats, "commentCount"))
-        for version_id in set(map(whole_number, _list(image["modelVersionIds"]))):
+        for version_id in set(map(whole_number, as_list(image["modelVersionIds"]))):
             if version_id is not None:
                 self.images_of_version.setdefault(version_id, []).append(index)
         if isinstance(image.get("postId"), int):
@@ -249,18 +255,10 @@ _UNDATED = "9999"
 
 
 def _versions(model: dict[str, Any]) -> list[tuple[int, dict[str, Any]]]:
-    """Versions of a model that have an id, each with it."""
-    versions = (v for v in _list(model.get("modelVersions")) if isinstance(v, dict))
+    """Return the versions of a model that have an id, each with its id."""
+    versions = objects_in(model.get("modelVersions"))
     numbered = ((whole_number(version.get("id")), version) for version in versions)
     return [(number, version) for number, version in numbered if number is not None]
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def _text(value: Any) -> str:
@@ -272,10 +270,8 @@ def _plain(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _version_ids(context: dict[str, Any], meta: Any) -> list[int]:
-    resources = (unwrap_meta(meta) or {}).get("civitaiResources")
-    used = resources if isinstance(resources, list) else []
-    ids = [context.get("modelVersionId")]
-    ids += [item.get("modelVersionId") for item in used if isinstance(item, dict)]
+    resources = objects_in((unwrap_meta(meta) or {}).get("civitaiResources"))
+    ids = [context.get("modelVersionId"), *(r.get("modelVersionId") for r in resources)]
     return list(dict.fromkeys(i for i in ids if isinstance(i, int)))
 
 

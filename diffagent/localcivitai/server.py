@@ -36,6 +36,19 @@ from starlette.responses import (
 from starlette.routing import Route
 
 from diffagent.errors import CivitaiError
+from diffagent.localcivitai.answers import (
+    ApiFailure,
+    available_file,
+    file_digest,
+    listed_image,
+    listed_model,
+    model_answer,
+    stored_file,
+    validation_failure,
+    version_answer,
+    version_of_hash,
+    versions_of_hashes,
+)
 from diffagent.localcivitai.faults import Faults
 from diffagent.localcivitai.listing import (
     BadParameter,
@@ -43,15 +56,15 @@ from diffagent.localcivitai.listing import (
     Key,
     Listings,
     ModelQuery,
-    Parameters,
+    QueryParameters,
     Selection,
     StaleCursor,
     decode_cursor,
     encode_cursor,
     is_legacy,
 )
-from diffagent.localcivitai.replay import PAGE_ONLY_MODEL, PAGE_ONLY_VERSION, Replay
-from diffagent.schemas.payloads import MODEL_TYPES, PG, image_level, paid_access, whole_number
+from diffagent.localcivitai.replay import Replay
+from diffagent.schemas.payloads import MODEL_TYPES, whole_number
 
 log = logging.getLogger(__name__)
 
@@ -63,36 +76,23 @@ _MAX_ID = 2**53
 _BULK = {"": 100, "/ids": 10_000}  # hashes that by-hash takes in one request
 _MAX_REQUEST = 1 << 20
 _MAX_NAME = 200  # characters of a name in a header; readers of HTTP refuse long ones
-_PREVIEWS, _SHOWCASE = 20, 10
 _PUBLIC_CACHE = {"Cache-Control": "public, s-maxage=300, stale-while-revalidate=150"}
-_DISABLED = "The creator of this asset has disabled downloads on this file"
-_DOWNLOAD_LINK = re.compile(r"^https?://[^/]+(/api/download/models/.*)$")
 Handler = Callable[["LocalCivitai", Request], Response]
 
 
-class ApiFailure(Exception):  # noqa: N818
-    """An answer other than 200: status, JSON body and headers."""
-
-    def __init__(self, status: int, body: Any, headers: dict[str, str] | None = None) -> None:
-        super().__init__(f"{status}: {body}")
-        self.status = status
-        self.body = body
-        self.headers = headers or {}
-
-
 class LocalCivitai:
-    """The application: a replay, its listings, the faults, and where the two origins are."""
+    """The application over a replay: its listings, its faults and the port of its storage."""
 
     def __init__(self, replay: Replay, faults: Faults) -> None:
         self.replay = replay
         self.listings = Listings(replay)
         self.faults = faults
         self.storage_port = 0
-        # A presigned address is good for this process only, as the site's expire too.
+        # A presigned address is valid for this process only; the site's expire as well.
         self.secret = hashlib.blake2b(str(id(self)).encode() + str(time.time()).encode()).digest()
 
     def app(self) -> Starlette:
-        """The ASGI application of both origins."""
+        """Return the ASGI application of both origins."""
         api = "/api/v1"
         routes: list[tuple[str, Handler]] = [
             (f"{api}/models", list_models),
@@ -150,26 +150,26 @@ class LocalCivitai:
 
 def list_models(site: LocalCivitai, request: Request) -> Response:
     """GET /models."""
-    parameters = Parameters(parse_qsl(request.url.query, keep_blank_values=True))
+    parameters = QueryParameters(parse_qsl(request.url.query, keep_blank_values=True))
     for name in ("favorites", "hidden"):
-        if name in parameters:  # naming them is enough, whatever the value
+        if name in parameters:  # whatever the value
             raise ApiFailure(401, {"code": "UNAUTHORIZED", "message": "Unauthorized", "issues": []})
     try:
         query = ModelQuery.parse(parameters)
         limit = _limit(parameters, high=100)
         page = parameters.number("page", low=1)
     except BadParameter as problem:
-        raise ApiFailure(400, _zod(problem)) from None
+        raise validation_failure(problem) from None
     if query.query and page is not None:
         text = "Cannot use page param with query search. Use cursor-based pagination."
         raise ApiFailure(400, {"error": text})
-    window = _Window(site, request, site.listings.models(query), limit)
+    window = _ListingPage(site, request, site.listings.models(query), limit)
     window.place(parameters, page)
     host = _origin(request)
     rows = site.replay.models
     evolve = site.faults.evolve
     items = [
-        orjson.dumps(evolve(_rest_model(site.replay.model(i), host, adult=query.adult)))
+        orjson.dumps(evolve(listed_model(site.replay, i, host, adult=query.adult)))
         for i in window.items(lambda i: rows[i].id)
         if query.ids is None or not site.faults.leaves_out(rows[i].id)
     ]
@@ -177,8 +177,8 @@ def list_models(site: LocalCivitai, request: Request) -> Response:
 
 
 def list_images(site: LocalCivitai, request: Request) -> Response:
-    """GET /images. Bodies are spliced from stored JSON: no record is parsed."""
-    parameters = Parameters(parse_qsl(request.url.query, keep_blank_values=True))
+    """GET /images; no record is parsed."""
+    parameters = QueryParameters(parse_qsl(request.url.query, keep_blank_values=True))
     try:
         query = ImageQuery.parse(parameters)
         limit = _limit(parameters, high=200)
@@ -187,32 +187,28 @@ def list_images(site: LocalCivitai, request: Request) -> Response:
         with_tags = parameters.flag("withTags") is True
         flat = parameters.flag("flatMeta")
     except BadParameter as problem:
-        raise ApiFailure(400, _zod(problem)) from None
+        raise validation_failure(problem) from None
     if flat is None:
         flat = not is_legacy(parameters)
-    window = _Window(site, request, site.listings.images(query), limit)
+    window = _ListingPage(site, request, site.listings.images(query), limit)
     window.place(parameters, page)
     replay = site.replay
-    items = []
-    for i in window.items(lambda i: replay.image_id[i]):
-        meta = replay.image_meta[i] if with_meta else b"null"
-        if with_meta and not flat:
-            meta = b'{"id":%d,"meta":%s}' % (replay.image_id[i], meta)
-        tags = replay.image_tags[i] if with_tags else b""
-        tags = b',"tags":' + tags if tags else b""
-        items.append(replay.image_json[i] + tags + b',"meta":' + meta + b"}")
+    items = [
+        listed_image(replay, i, meta=with_meta, nested=not flat, tags=with_tags)
+        for i in window.items(lambda i: replay.image_id[i])
+    ]
     if site.faults.schema_has_changed:
         items = [orjson.dumps(site.faults.evolve(orjson.loads(item))) for item in items]
     return window.response(items)
 
 
-def _limit(parameters: Parameters, *, high: int) -> int:
+def _limit(parameters: QueryParameters, *, high: int) -> int:
     limit = parameters.number("limit", high=high)
     return 100 if limit is None else limit
 
 
-class _Window:
-    """One page of a selection, with the faults of this page."""
+class _ListingPage:
+    """One page of a selection, with its faults."""
 
     def __init__(
         self, site: LocalCivitai, request: Request, selection: Selection, limit: int
@@ -226,7 +222,7 @@ class _Window:
         self.numeric = False  # the cursor of a search is an offset
         self.metadata: dict[str, Any] = {}
 
-    def place(self, parameters: Parameters, page: int | None) -> None:
+    def place(self, parameters: QueryParameters, page: int | None) -> None:
         """Find the first item by cursor or page.
 
         Raises:
@@ -251,7 +247,7 @@ class _Window:
             self.page, self.start = page, (page - 1) * self.limit
 
     def items(self, id_of: Callable[[int], int]) -> list[int]:
-        """Indexes of the items to serve; sets the metadata."""
+        """Return the indexes of the items to serve, and set the metadata."""
         faults = self.site.faults
         faults.count_page()
         key, attempt = self.request.url.query, self.request.state.attempt
@@ -275,7 +271,7 @@ class _Window:
         return served
 
     def response(self, items: list[bytes]) -> Response:
-        """The JSON answer."""
+        """Return the JSON answer."""
         if drops := self.site.replay.drops:  # the site has no such field
             self.metadata["dropped"] = drops
         body = b'{"items":[%s],"metadata":%s}' % (b",".join(items), orjson.dumps(self.metadata))
@@ -294,7 +290,7 @@ class _Window:
             for pair in parse_qsl(self.request.url.query, keep_blank_values=True)
             if pair[0] not in ("cursor", "page", "token")
         ]
-        # In page mode the site's nextPage carries the page though a cursor is given too.
+        # In page mode the site's nextPage has the page, in addition to nextCursor.
         follow = ("page", str(self.page + 1)) if self.page else ("cursor", cursor)
         origin = _origin(self.request)
         if faults.page("moved", self.request.url.query, self.request.state.attempt):
@@ -333,12 +329,12 @@ def list_enums(site: LocalCivitai, request: Request) -> Response:
 
 
 def _numbered(request: Request, rows: list[dict[str, Any]], name: str) -> Response:
-    parameters = Parameters(parse_qsl(request.url.query, keep_blank_values=True))
+    parameters = QueryParameters(parse_qsl(request.url.query, keep_blank_values=True))
     try:
         limit = parameters.number("limit", high=200)
         page = parameters.number("page", low=1) or 1
     except BadParameter as problem:
-        raise ApiFailure(400, _zod(problem)) from None
+        raise validation_failure(problem) from None
     limit = 20 if limit is None else limit or len(rows)
     query = parameters.text("query").lower()
     rows = [row for row in rows if query in row[name].lower()]
@@ -362,46 +358,41 @@ def _numbered(request: Request, rows: list[dict[str, Any]], name: str) -> Respon
 
 def get_model(site: LocalCivitai, request: Request) -> Response:
     """GET /models/:id."""
-    return _json(_rest_model(_known_model(site, request), _origin(request), adult=True))
+    return _json(model_answer(site.replay, _number(request), _origin(request)))
 
 
 def get_version(site: LocalCivitai, request: Request) -> Response:
     """GET /model-versions/:id."""
-    return _version_answer(site, request, _number(request))
+    return _json(version_answer(site.replay, _number(request), _origin(request)))
 
 
 def get_by_hash(site: LocalCivitai, request: Request) -> Response:
     """GET /model-versions/by-hash/:hash, any kind of hash, either case."""
-    found = site.replay.by_hash.get(str(request.path_params["hash"]).upper())
-    if not found:
-        raise ApiFailure(404, {"error": "Model not found"})
-    return _version_answer(site, request, min(found)[1])
+    version = version_of_hash(site.replay, str(request.path_params["hash"]))
+    return _json(version_answer(site.replay, version, _origin(request)))
 
 
 def get_by_hashes(site: LocalCivitai, request: Request) -> Response:
     """POST /model-versions/by-hash (versions) and /by-hash/ids, a list of SHA256s as its body.
 
-    What no file has is missing in the answer.
+    The answer lacks hashes that no file has.
     """
     route = request.url.path.rpartition("/by-hash")[2]
     try:
         hashes = orjson.loads(request.state.body)
     except orjson.JSONDecodeError:
         hashes = None
-    good = isinstance(hashes, list) and len(hashes) <= _BULK[route]
-    if not good or not all(isinstance(h, str) and len(h) == 64 for h in hashes):
+    valid = isinstance(hashes, list) and len(hashes) <= _BULK[route]
+    if not valid or not all(isinstance(h, str) and len(h) == 64 for h in hashes):
         raise ApiFailure(400, {"error": "Request must include an array of SHA256 Hashes."})
-    found = {
-        h.upper(): min(rows)[1] for h in hashes if (rows := site.replay.by_hash.get(h.upper()))
-    }
+    versions = versions_of_hashes(site.replay, hashes)
     if not route:
-        bodies = [bytes(_version_answer(site, request, number).body) for number in found.values()]
-        return Response(b"[%s]" % b",".join(bodies), media_type="application/json")
-    models, index = site.replay.models, site.replay.version_model
+        origin = _origin(request)
+        return _json([version_answer(site.replay, v, origin) for _, v in versions.values()])
     return _json(
         [
-            {"modelVersionId": number, "modelId": models[index[number]].id, "hash": digest}
-            for digest, number in found.items()
+            {"modelVersionId": version, "modelId": model, "hash": digest}
+            for digest, (model, version) in versions.items()
         ]
     )
 
@@ -415,105 +406,20 @@ async def _small_body(request: Request) -> bytes:
     return bytes(body)
 
 
-def _version_answer(site: LocalCivitai, request: Request, version_id: int) -> Response:
-    found = site.replay.model_of_version(version_id)
-    if found is None:
-        raise ApiFailure(404, {"error": "Model not found"})
-    model, version = found
-    kinds = {"LORA": "lora", "LoCon": "lycoris", "TextualInversion": "embedding"}
-    kind = str(model.get("type"))
-    kind = kinds.get(kind, kind.lower())
-    files = version.get("files")
-    if kind == "checkpoint" and _has_only_diffusion_models(files):
-        kind = "diffusionmodel"  # weights without text encoder and VAE, since June 2026
-    # "SD 1.5" is sd1, "SDXL 1.0" sdxl, "Flux.1 D" flux1.
-    base = str(version.get("baseModel")).lower()
-    ecosystem = f"sd{base[3:4]}" if base.startswith("sd ") else base.partition(" ")[0]
-    ecosystem = re.sub(r"[^a-z0-9]", "", ecosystem)
-    head = {key: model[key] for key in ("name", "type", "nsfw", "poi", "mode") if key in model}
-    body = _rest_version(version, _origin(request), adult=True, previews=_SHOWCASE, meta=True)
-    body = {
-        "modelId": model["id"],
-        "status": "Published",
-        "air": f"urn:air:{ecosystem}:{kind}:civitai:{model['id']}@{version_id}",
-        "model": head,
-        **body,
-    }
-    for file in _objects(body.get("files")):
-        file["primary"] = file.get("primary") is True  # here a boolean on every file
-    return _json(body)
-
-
-def _has_only_diffusion_models(files: Any) -> bool:
-    kinds = {str(file.get("type")) for file in _objects(files)}
-    return bool(kinds) and kinds <= {"Diffusion Model", "UNet"}
-
-
-def _objects(value: Any) -> list[dict[str, Any]]:
-    """The objects of a list; records may hold anything."""
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
-
-
-def _known_model(site: LocalCivitai, request: Request) -> dict[str, Any]:
-    number = _number(request)
-    index = site.replay.model_index.get(number)
-    if index is None:
-        raise ApiFailure(404, {"error": f"No model with id {number}"})
-    return site.replay.model(index)
-
-
 def _number(request: Request) -> int:
     text = request.path_params["id"]
     if not (text.isascii() and text.isdigit()):
-        issue = BadParameter("id", f"Expected number, received {text[:40]!r}")
-        raise ApiFailure(400, _zod(issue))
+        raise validation_failure(BadParameter("id", f"Expected number, received {text[:40]!r}"))
     if len(text) > 16 or int(text) > _MAX_ID:
-        raise ApiFailure(400, _zod(BadParameter("id", f"Number must be at most {_MAX_ID}")))
+        raise validation_failure(BadParameter("id", f"Number must be at most {_MAX_ID}"))
     return int(text)
-
-
-def _rest_model(model: dict[str, Any], host: str, *, adult: bool) -> dict[str, Any]:
-    """A model as /models shows it: no meta in the previews, what only the page has left out."""
-    for key in PAGE_ONLY_MODEL:
-        model.pop(key, None)
-    versions = model["modelVersions"]
-    if isinstance(versions, list):
-        model["modelVersions"] = [
-            _rest_version(v, host, adult=adult, previews=_PREVIEWS, meta=False)
-            if isinstance(v, dict)
-            else v
-            for v in versions
-        ]
-    return model
-
-
-def _rest_version(
-    version: dict[str, Any], host: str, *, adult: bool, previews: int, meta: bool
-) -> dict[str, Any]:
-    for key in PAGE_ONLY_VERSION:
-        version.pop(key, None)
-    images = version.get("images")
-    if images and isinstance(images, list):
-        images = _objects(images)
-        shown = [image for image in images if adult or image_level(image) & PG][:previews]
-        if not meta:
-            for image in shown:
-                image.pop("meta", None)
-        version["images"] = shown
-    for item in (version, *_objects(version.get("files"))):
-        link = item.get("downloadUrl")
-        if link and isinstance(link, str):
-            item["downloadUrl"] = _DOWNLOAD_LINK.sub(lambda match: host + match[1], link)
-            if item["downloadUrl"].startswith("/"):
-                item["downloadUrl"] = host + item["downloadUrl"]
-    return version
 
 
 # --- the HTML page --------------------------------------------------------------------------
 
 
 def model_page(site: LocalCivitai, request: Request) -> Response:
-    """The page of a model: what its Next.js state holds, with hardly any HTML around."""
+    """GET /models/:id, the page of a model: its Next.js state with hardly any HTML around it."""
     text = request.path_params["id"]
     ident = whole_number(text)
     index = None if ident is None else site.replay.model_index.get(ident)
@@ -525,8 +431,8 @@ def model_page(site: LocalCivitai, request: Request) -> Response:
     if request.path_params.get("slug") != slug:
         return RedirectResponse(f"/models/{model['id']}/{slug}", 308)
     state = {"data": model, "status": "success"}
-    asked = {"input": {"id": model["id"]}, "type": "query"}
-    queries = [{"state": state, "queryKey": [["model", "getById"], asked]}]
+    arguments = {"input": {"id": model["id"]}, "type": "query"}
+    queries = [{"state": state, "queryKey": [["model", "getById"], arguments]}]
     data = {"props": {"pageProps": {"trpcState": {"json": {"queries": queries}}}}}
     # '<' inside a script could end it; Next.js escapes it the same way.
     script = orjson.dumps(data).decode().replace("<", "\\u003c")
@@ -542,28 +448,9 @@ def model_page(site: LocalCivitai, request: Request) -> Response:
 
 def download(site: LocalCivitai, request: Request) -> Response:
     """GET /api/download/models/:versionId: checks, then a presigned address elsewhere."""
-    found = site.replay.model_of_version(_number(request))
-    if found is None:
-        raise ApiFailure(404, {"error": "Model not found"})
-    model, version = found
-    if model.get("mode") == "Archived":
-        raise ApiFailure(410, {"error": "Model archived, not available for download"})
-    if version.get("usageControl") not in (None, "Download"):
-        raise ApiFailure(401, {"error": "Unauthorized", "message": _DISABLED})
-    closed = paid_access(version, time.strftime("%Y-%m-%d", time.gmtime()))
-    if closed or version.get("availability") == "EarlyAccess":
-        paid = version.get("paidAccess")
-        deadline = (
-            paid.get("endsAt") if isinstance(paid, dict) else version.get("earlyAccessEndsAt")
-        )
-        text = "This asset is in Early Access. You can use Buzz access it now!"
-        raise ApiFailure(403, {"error": "Early Access", "deadline": deadline, "message": text})
-    file = _chosen_file(version, Parameters(parse_qsl(request.url.query)))
-    hashes = file.get("hashes")
-    digest = str(hashes.get("SHA256") or "").lower() if isinstance(hashes, dict) else ""
-    if not digest:
-        raise ApiFailure(404, {"error": "Missing model file"})
-    expires = str(int(time.time()) + 86400)
+    choice = QueryParameters(parse_qsl(request.url.query))
+    file = available_file(site.replay, _number(request), choice)
+    digest, expires = file_digest(file), str(int(time.time()) + 86400)
     name = str(file.get("name") or "model.safetensors")[:_MAX_NAME]
     query = {
         "X-Amz-Expires": "86400",
@@ -576,42 +463,24 @@ def download(site: LocalCivitai, request: Request) -> Response:
     return RedirectResponse(address, 307, headers={"Cache-Control": "no-store"})
 
 
-def _chosen_file(version: dict[str, Any], parameters: Parameters) -> dict[str, Any]:
-    files = _objects(version.get("files"))
-    wanted = parameters.text("fileId")
-    if wanted:
-        files = [file for file in files if str(file.get("id")) == wanted]
-    else:
-        if kind := parameters.text("type"):
-            files = [file for file in files if file.get("type") == kind]
-        for name in ("format", "size", "fp"):
-            value = parameters.text(name)
-            if value:
-                metadata = ((f, f.get("metadata")) for f in files)
-                files = [f for f, m in metadata if isinstance(m, dict) and m.get(name) == value]
-    if not files:
-        raise ApiFailure(404, {"error": "Missing model file"})
-    chosen: dict[str, Any] = next((file for file in files if file.get("primary")), files[0])
-    return chosen
-
-
 def _signature(site: LocalCivitai, key: str, expires: str) -> str:
     return hmac.new(site.secret, f"{key}|{expires}".encode(), hashlib.sha256).hexdigest()
 
 
 def deliver(site: LocalCivitai, request: Request) -> Response:
-    """The storage behind the redirect. Range requests are served."""
+    """Send a file from the storage behind the redirect, or a range of it."""
     key, query = request.path_params["key"], dict(request.query_params)
     if "authorization" in request.headers:
         text = "<Error><Code>InvalidArgument</Code><Message>Authorization</Message></Error>"
         return Response(text, 400, media_type="application/xml")
     expires = query.get("X-Amz-Date", "")
-    good = hmac.compare_digest(query.get("X-Amz-Signature", ""), _signature(site, key, expires))
-    if not good or float(expires) < time.time():
+    signature = query.get("X-Amz-Signature", "")
+    is_signed = hmac.compare_digest(signature, _signature(site, key, expires))
+    if not is_signed or float(expires) < time.time():
         text = "<Error><Code>AccessDenied</Code></Error>"
         return Response(text, 403, media_type="application/xml")
-    path = site.replay.files.get(key)
-    if path is None or not path.is_file():
+    path = stored_file(site.replay, key)
+    if path is None:
         text = "<Error><Code>NoSuchKey</Code></Error>"
         return Response(text, 404, media_type="application/xml")
     disposition = query.get("response-content-disposition", "attachment")
@@ -635,21 +504,16 @@ def _json(body: Any, status: int = 200, headers: dict[str, str] | None = None) -
     )
 
 
-def _zod(problem: BadParameter) -> dict[str, Any]:
-    issue = {"code": "custom", "path": [problem.parameter], "message": problem.problem}
-    return {"error": {"issues": [issue], "name": "ZodError"}}
-
-
 def _refusal(fault: str | None) -> Response | None:
-    """The faults that replace an answer."""
+    """Return the answer of a fault that replaces the real one."""
     match fault:
         case "too_many":
             return HTMLResponse("<h1>429 Too Many Requests</h1>", 429)
         case "too_many_wait":
             return _json({"error": "Too many requests"}, 429, {"Retry-After": "1"})
-        case "unavailable":  # heavy routes fail fast with it, and searches that may work later
+        case "unavailable":  # of heavy routes and overloaded searches
             return _json({"error": "Model search is temporarily overloaded"}, 503)
-        case "aborted":  # somebody between gave up; 500 and 408 of before June 2026 mean the same
+        case "aborted":  # by a proxy; before June 2026 500 or 408
             return _json({"error": "Client Closed Request"}, 499)
         case "timeout":
             return HTMLResponse("<!doctype html><title>524: A timeout occurred</title>", 524)
@@ -662,7 +526,7 @@ def _refusal(fault: str | None) -> Response | None:
 
 
 def _damaged(response: Response, fault: str | None) -> Response:
-    """The faults that damage an answer's body."""
+    """Return the answer with its body damaged by a fault."""
     if fault not in ("truncated", "cut", "slow", "no_range") or response.status_code >= 300:
         return response
     if isinstance(response, FileResponse):
@@ -670,7 +534,7 @@ def _damaged(response: Response, fault: str | None) -> Response:
             return response
         size = Path(response.path).stat().st_size
         head = {"Content-Length": str(size)}
-        # The whole file although a range may have been asked for, or only the start of it.
+        # The whole file whatever range was requested, or its first half.
         start = _file_start(Path(response.path), size if fault == "no_range" else size // 2)
         return StreamingResponse(start, 200, head, "application/octet-stream")
     body = bytes(response.body)
@@ -702,8 +566,8 @@ async def _file_start(path: Path, length: int) -> AsyncIterator[bytes]:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes a free one."""
-    # asyncio sets TCP_NODELAY only where the protocol is named; without, a page takes 40 ms more.
+    """Return a listening socket; port 0 takes a free one."""
+    # asyncio sets TCP_NODELAY only with an explicit protocol; without it a page takes 40 ms more.
     bound = socket.socket(proto=socket.IPPROTO_TCP)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     bound.bind((host, port))
@@ -711,14 +575,14 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-class Serving(uvicorn.Server):
+class LocalServer(uvicorn.Server):
     """uvicorn over the two sockets of a local Civitai."""
 
     def __init__(self, site: LocalCivitai, host: str, port: int) -> None:
         self.bound = [bind(host, port), bind(host, 0)]
         site.storage_port = self.bound[1].getsockname()[1]
         self.url = f"http://{host}:{self.bound[0].getsockname()[1]}"
-        # Truncated bodies are errors to uvicorn; they are what the faults are for.
+        # uvicorn logs truncated bodies as errors; here they are injected faults.
         level = "warning" if not site.faults.profile.rates else "critical"
         config = uvicorn.Config(
             site.app(), log_level=level, access_log=False, lifespan="off", ws="none"
@@ -732,8 +596,8 @@ class Serving(uvicorn.Server):
 
 @contextmanager
 def serve(replay: Replay, faults: Faults, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
-    """Serve in a thread of this process as long as the block lasts; yields the address."""
-    serving = Serving(LocalCivitai(replay, faults), host, port)
+    """Serve in a thread of this process for the duration of the block; yield the address."""
+    serving = LocalServer(LocalCivitai(replay, faults), host, port)
     thread = threading.Thread(target=serving.serve_forever, daemon=True)
     thread.start()
     try:

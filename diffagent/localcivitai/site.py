@@ -1,93 +1,72 @@
-"""Where a run's Civitai is: the real site, or an embedded one that lives as long as the run."""
+"""The Civitai that a configuration names: a web site, or a folder of records."""
 
 from __future__ import annotations
 
-import importlib
-import logging
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from diffagent.errors import CivitaiError, ConfigError
-from diffagent.localcivitai.faults import PROFILES, FaultName
+from diffagent.civitai.client import CivitaiClient
+from diffagent.civitai.site import Site
+from diffagent.errors import ConfigError
+from diffagent.localcivitai.faults import Faults
+from diffagent.localcivitai.folder_site import FolderSite
 from diffagent.localcivitai.replay import Replay
-from diffagent.localcivitai.sources import SOURCES, is_source, open_source
-
-log = logging.getLogger(__name__)
-
-SANDBOX = "sandbox"
-_READY = "serving on "
+from diffagent.localcivitai.sources import about_file, open_source, require_source
+from diffagent.schemas.runtime import RuntimeConfig
 
 
 @contextmanager
-def embedded_site(
-    site: str, faults: FaultName = "none", cache: Path | None = None
-) -> Iterator[str]:
-    """Yield the address of a Civitai API.
+def open_site(address: str, runtime: RuntimeConfig) -> Iterator[Site]:
+    """Open the Civitai at an address for the duration of the block.
 
     Args:
-        site: an http(s) address (which is yielded as it is), 'sandbox', or a source
-            (``diffagent.localcivitai.sources``) such as 'dump:DIR' or 'local:DIR'. All but the
-            first start a server as a child process on a free port of the loopback interface.
-        faults: fault profile of the embedded server.
-        cache: where a source may keep what is slow to find out, such as hashes of large files.
+        address: an http(s) address, or a source (``diffagent.localcivitai.sources``) such as
+            'dump:DIR' or 'local:DIR'. The records of a source are read in this process.
+        runtime: rate limit of the requests; with ``faults`` the records of a source are served by
+            a local server with these faults, in a thread of this process.
 
     Raises:
-        ConfigError: ``site`` is none of these, or faults are asked of a real site.
-        CivitaiError: the embedded server does not start.
+        ConfigError: the address is none of these, or faults are requested of a web site.
     """
-    if site.startswith(("http://", "https://")):
-        yield site.rstrip("/")
-        return
-    if faults not in PROFILES:
-        raise ConfigError(f"no fault profile {faults!r}; choose one of {sorted(PROFILES)}")
-    command = [sys.executable, "-m", "diffagent", "civitai", "serve", "--port", "0"]
-    if site != SANDBOX and not is_source(site):
-        kinds = ", ".join(f"'{kind}:DIR'" for kind in SOURCES)
-        raise ConfigError(
-            f"site {site!r} is neither an http(s) address nor 'sandbox' nor one of {kinds} with a "
-            "directory that exists"
-        )
-    command += ["--while-stdin", "--faults", faults, "--site", site]
-    command += ["--cache", str(cache)] if cache else []
-    server = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8"
-    )
-    try:
-        assert server.stdout is not None
-        line = server.stdout.readline().strip()
-        if not line.startswith(_READY):
-            raise CivitaiError(
-                f"the local Civitai for {site!r} did not start (see above); "
-                f"try it by hand: {' '.join(command[2:])}"
+    if address.startswith(("http://", "https://")):
+        if runtime.site.faults != "none":
+            raise ConfigError(
+                f"runtime.site.faults={runtime.site.faults!r} applies to a folder of records, and "
+                f"{address!r} is a web site; set runtime.site.faults=none"
             )
-        url = line.removeprefix(_READY)
-        log.info("local Civitai for %r on %s, faults: %s", site, url, faults)
-        yield url
-    finally:
-        server.kill()  # it only reads: nothing to save
-        server.communicate()
+        with CivitaiClient(address, requests_per_second=runtime.site.requests_per_second) as client:
+            yield client
+        return
+    require_source(address)
+    cache = runtime.local_store / "local-files.json"
+    if runtime.site.faults == "none":
+        yield FolderSite(lambda: read_source(address, cache))
+        return
+    from diffagent.localcivitai.server import serve
+
+    with (
+        serve(read_source(address, cache), Faults(runtime.site.faults)) as url,
+        CivitaiClient(url, requests_per_second=runtime.site.requests_per_second) as client,
+    ):
+        yield client
 
 
-def replay_of(site: str, cache: Path | None = None) -> Replay:
-    """The records behind 'sandbox' or a source.
+def read_source(address: str, cache: Path | None = None) -> Replay:
+    """Read and index the records of a source.
+
+    Args:
+        address: 'KIND:DIR'.
+        cache: file for results that take long to compute, such as hashes of large files.
 
     Raises:
-        ConfigError: there is no such source, or it does not hold what it should.
+        ConfigError: there is no such source, or its directory lacks the expected files.
     """
-    address = f"dump:{_sandbox_files().materialise()}" if site == SANDBOX else site
     records = open_source(address, cache)
     return Replay.load(records.models, records.images, records.files)
 
 
 def site_files(site: str) -> list[Path]:
-    """The files that the sandbox's site is made of; none of any other site, which may change."""
-    return list(_sandbox_files().sources()) if site == SANDBOX else []
-
-
-def _sandbox_files() -> Any:
-    # Only a run on the sandbox pays for it.
-    return importlib.import_module("diffagent.sandbox.files")
+    """Return the note of a dump that has one; no other file, since a site may change."""
+    note = about_file(site)
+    return [note] if note else []

@@ -32,9 +32,8 @@ def open_renderer(
         from diffagent.render.diffusers.checkpoints import local_configs
         from diffagent.render.diffusers.pipelines import DiffusersRenderer
 
-        return DiffusersRenderer(
-            resolve_device(runtime.device), local_configs(runtime.models_directory / "configs")
-        )
+        directories = (runtime.models_directory / "configs", *map(Path, runtime.models.configs))
+        return DiffusersRenderer(resolve_device(runtime.device), local_configs(directories))
     from diffagent.render.http.remote import Remote
 
     if not runtime.render_server.url:

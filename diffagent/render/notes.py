@@ -1,8 +1,8 @@
 """Notes on pictures that differ from their recipe's meaning.
 
 Examples are a sampler's stand-in and prompt syntax that a backend takes for text. The note goes
-into the picture's row and onto the contact sheet. docs/rendering.md has the differences that all
-pictures of a backend share.
+into the picture's row and onto the contact sheet. docs/explanation/rendering.md has the
+differences that all pictures of a backend share.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from diffagent.render.part_config import PartConfig
-from diffagent.store.artifacts import StageContext, StageResult, stage
+from diffagent.store import StageContext, StageResult, stage
 
 
 @stage("part", version=1, config=PartConfig)

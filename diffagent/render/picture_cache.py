@@ -17,7 +17,7 @@ from diffagent.errors import RenderError
 from diffagent.render.pnginfo import read_png, write_png
 from diffagent.render.recipe import Recipe
 from diffagent.render.renderer import Renderer
-from diffagent.store.artifacts import canonical_json
+from diffagent.store import canonical_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from diffagent.errors import RenderError
 from diffagent.render.recipe import Recipe
-from diffagent.store.artifacts import atomic_file
+from diffagent.store import atomic_file
 from diffagent.t2i.metadata import Generation, Reference, write_parameters
 from diffagent.t2i.metadata.a1111 import shortest
 from diffagent.t2i.samplers import SAMPLERS, WEBUI_LABELS, normalise

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from diffagent.errors import RenderError
 from diffagent.schemas.api import T2IAPI, Network
-from diffagent.store.artifacts import canonical_json
+from diffagent.store import canonical_json
 from diffagent.t2i.samplers import SAMPLERS, normalise
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from diffagent.civitai.client import client_for
 from diffagent.errors import RenderError
+from diffagent.localcivitai.site import open_site
 from diffagent.render.backends import open_renderer
 from diffagent.render.files.model_store import ModelStore
 from diffagent.render.notes import note_on
@@ -30,7 +30,7 @@ from diffagent.render.safety import check_pictures
 from diffagent.schemas.api import ApiError, parse_api
 from diffagent.schemas.manifest import Funnel, FunnelStep
 from diffagent.schemas.tables import RENDERS
-from diffagent.store.artifacts import Progress, StageContext, StageResult, stage
+from diffagent.store import Progress, StageContext, StageResult, stage
 from diffagent.t2i.catalogue import Catalogue
 
 if TYPE_CHECKING:
@@ -121,8 +121,8 @@ def render(config: RenderConfig, context: StageContext) -> StageResult:
     wanted = {job.recipe.digest: job.recipe for job in jobs if job.recipe}
     started = time.monotonic()
     with (
-        client_for(context.site_url, context.runtime.site.requests_per_second) as client,
-        ModelStore.of(context.runtime, client) as store,
+        open_site(context.site_url, context.runtime) as site,
+        ModelStore.of(context.runtime, site) as store,
         contextlib.closing(open_renderer(config, context.runtime, store.local)) as renderer,
     ):
         cache = PictureCache(context.runtime.local_store / "pictures", renderer)

@@ -14,16 +14,9 @@ import numpy.typing as npt
 from diffagent import compat
 from diffagent.errors import ConfigError, ScoreError
 from diffagent.pretrained import no_remote_code
-from diffagent.rewards.hub import hub_file
 from diffagent.rewards.image_batches import Preparation
-from diffagent.rewards.scorer import (
-    PixelScorer,
-    PromptCache,
-    Runtime,
-    batches,
-    check_sha256,
-    content_digest,
-)
+from diffagent.rewards.scorer import PromptCache, Runtime, Scorer, batches, content_digest
+from diffagent.rewards.weight_files import check_sha256, hub_file
 
 if TYPE_CHECKING:
     import torch
@@ -35,21 +28,21 @@ WEIGHTS = "open_clip_model.safetensors"
 VOCABULARY = "bpe_vocabulary.txt.gz"
 
 
-class ClipScorer(PixelScorer):
+class ClipScorer(Scorer):
     """Cosine of text and image features, in -1 to 1 (about 0.15 to 0.35 with real models)."""
 
     name = "clip"
     scale = 1.0
-    """What the cosine is multiplied with."""
+    """Factor of the cosine."""
 
     def __init__(self, model: Any, tokenizer: Any, preparation: Preparation, **options: Any):
-        """Takes a loaded network; `load` is the usual way.
+        """Wraps a loaded network; `load` is the usual way.
 
         Args:
             model: has ``encode_image`` and ``encode_text``, as an open_clip model.
             tokenizer: texts to (B, L) int64, with ``encode`` or a wrapped ``tokenizer``.
-            preparation: what the network wants of a picture.
-            options: see `diffagent.rewards.scorer.PixelScorer`.
+            preparation: resizing that the network expects.
+            options: see `diffagent.rewards.scorer.Scorer`.
         """
         super().__init__(model, preparation, **options)
         import torch
@@ -77,13 +70,19 @@ class ClipScorer(PixelScorer):
                 weights were trained with QuickGELU: their tag sets it, for their file name
                 the ``-quickgelu`` architecture.
             sha256: of the file of weights, which is checked.
-            runtime: where and how to compute; float32 on the CPU when not given.
+            runtime: where and how to compute; by default in float32 on the CPU.
 
         Raises:
             ConfigError: no such model, tag or file, or a file of another hash.
             ScoreError: the weights do not fit the architecture.
         """
-        network, tokenizer, version = cls._network(model, weights, sha256)
+        return cls.from_network(*load_open_clip(model, weights, sha256), runtime)
+
+    @classmethod
+    def from_network(
+        cls, network: Any, tokenizer: Any, version: str, runtime: Runtime | None
+    ) -> Self:
+        """Wraps a network of open_clip as `load_open_clip` returns it."""
         config = dict(network.visual.preprocess_cfg)
         preparation, settings = cls._preparation(config)
         return cls(
@@ -98,14 +97,8 @@ class ClipScorer(PixelScorer):
         )
 
     @staticmethod
-    def _network(
-        model: str, weights: str | Path | None, sha256: str | None
-    ) -> tuple[Any, Any, str]:
-        return load_open_clip(model, weights, sha256)
-
-    @staticmethod
     def _preparation(config: dict[str, Any]) -> tuple[Preparation, dict[str, Any]]:
-        """What a ``preprocess_cfg`` asks for, and what of it belongs to the digest."""
+        """Returns the preparation of a ``preprocess_cfg``, and its settings for the digest."""
         return Preparation.from_open_clip(config), config
 
     def _rewards(
@@ -121,7 +114,7 @@ class ClipScorer(PixelScorer):
         return self.scale * cosines, np.array([truncated for _, truncated in texts])
 
     def _encode_texts(self, prompts: Sequence[str]) -> list[tuple[torch.Tensor, bool]]:
-        """Unit-length features (D,) float32 of each prompt, and whether it was cut."""
+        """Returns unit-length features (D,) float32 of each prompt, and whether it was cut."""
         import torch
 
         encoded: list[tuple[torch.Tensor, bool]] = []
@@ -140,11 +133,11 @@ class ClipScorer(PixelScorer):
 
 
 def encode_text(network: Any, ids: torch.Tensor, device: str) -> torch.Tensor:
-    """Text features (B, D) of token ids (B, L); nothing is computed for what follows a prompt.
+    """Returns text features (B, D) of token ids (B, L), without computing the padding.
 
-    In CLIP's own text tower a token sees only those before it, and the features are those of the
-    end token, which has the highest id: the zeros after it change nothing, and are cut off.
-    Other towers get all of them.
+    In CLIP's own text tower a token attends only to those before it, and the features are those of
+    the end token, which has the highest id: the zeros after it change nothing and are cut off.
+    Other towers get all tokens.
     """
     import torch
     from open_clip.model import CLIP
@@ -170,7 +163,7 @@ def encode_text(network: Any, ids: torch.Tensor, device: str) -> torch.Tensor:
 def load_open_clip(
     model: str, weights: str | Path | None, sha256: str | None = None
 ) -> tuple[Any, Any, str]:
-    """An open_clip network in float32 on the CPU, its tokenizer, and the version's name.
+    """Returns an open_clip network in float32 on the CPU, its tokenizer, and its version's name.
 
     Raises:
         ConfigError: no such model, tag or file, or a file of another hash.
@@ -212,7 +205,7 @@ def load_open_clip(
 
 
 def _download(tag: Mapping[str, Any]) -> Path:
-    """The file of weights that an open_clip tag names.
+    """Returns the file of weights of an open_clip tag.
 
     Raises:
         ConfigError: it cannot be downloaded.
@@ -257,7 +250,7 @@ def _load_directory(
 
 
 def directory_tokenizer(directory: Path) -> Any:
-    """The tokenizer of a scorer directory: its own BPE vocabulary, or what its config names."""
+    """Returns the tokenizer of a scorer directory: of its BPE vocabulary, or of its config."""
     compat.install()
     import open_clip
 

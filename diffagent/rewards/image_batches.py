@@ -1,7 +1,7 @@
-"""Pictures on their way to the scorers: decoded once, resized once for all who want the same.
+"""Batches of pictures for scorers: decoded once, and resized once for all equal preparations.
 
 Threads decode and resize ahead of the networks; Pillow does both outside of Python's lock. They
-use no torch operator, whose own threads would multiply with these.
+call no torch operator, whose own threads would multiply with these.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ Pixels = npt.NDArray[Any]
 Mode = Literal["shortest", "longest", "squash", "hps"]
 
 AHEAD = 2
-"""Batches that are decoded while another one is scored."""
+"""Batches that are decoded while another batch is scored."""
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """How a picture is brought to a network's size; the network's scorer normalises.
+    """Resizing of a picture to a network's size; the network's scorer normalises.
 
     Attributes:
         size: (height, width) in pixels.
-        mode: ``shortest`` (crop what is over), ``longest`` (pad what is missing) and ``squash``
-            are open_clip's and round to 8 bits; ``hps`` is hpsv2's, which pads and does not round.
+        mode: ``shortest`` (then crop), ``longest`` (then pad) and ``squash`` are open_clip's and
+            round to 8 bits; ``hps`` is hpsv2's, which pads and does not round.
         interpolation: of open_clip's modes.
         fill: grey value of open_clip's padding.
     """
@@ -52,7 +52,12 @@ class Preparation:
 
     @classmethod
     def from_open_clip(cls, config: Mapping[str, Any], mode: Mode | None = None) -> Self:
-        """What the ``preprocess_cfg`` of an open_clip network asks for, or another mode of it."""
+        """Returns the preparation of an open_clip network's ``preprocess_cfg``.
+
+        Args:
+            config: the ``preprocess_cfg``.
+            mode: replaces the configured mode.
+        """
         size = config["size"]
         height, width = (size, size) if isinstance(size, int) else size
         return cls(
@@ -68,7 +73,7 @@ class Preparation:
         return np.float32 if self.mode == "hps" else np.uint8
 
     def __call__(self, image: Image) -> Pixels:
-        """Pixels (3, height, width) of a picture; an alpha channel is dropped."""
+        """Returns pixels (3, height, width) of a picture; an alpha channel is dropped."""
         image = image.convert("RGB")
         if self.mode == "hps":
             return _resize_and_pad(image, self.size[0])
@@ -94,7 +99,7 @@ class Preparation:
 
 
 def _resize_and_pad(image: Image, side: int) -> Pixels:
-    """As hpsv2 1.2.0's ``ResizeMaxSize`` on a tensor: real numbers, the rest black."""
+    """Resizes like hpsv2 1.2.0's ``ResizeMaxSize`` on a tensor: real numbers, padded with black."""
     from PIL.Image import Resampling
 
     scale = side / max(image.size)
@@ -113,9 +118,9 @@ class PictureBatch:
     """Prepared pictures.
 
     Attributes:
-        numbers: which of the sources they are; B of them.
-        pixels: preparation -> (B, 3, height, width), black where a picture could not be read.
-        failures: number of a source -> why it could not be read.
+        numbers: indices of the B sources.
+        pixels: preparation -> (B, 3, height, width), black for a picture that could not be read.
+        failures: index of a source -> reason why it could not be read.
     """
 
     numbers: range
@@ -131,24 +136,24 @@ def load_pictures(
     threads: int,
     pin: bool = False,
 ) -> Iterator[PictureBatch]:
-    """Decode and resize pictures in threads, ahead of who reads the batches.
+    """Decodes and resizes pictures in threads, ahead of the reader of the batches.
 
     Args:
         sources: files of any format that Pillow reads, or pictures.
-        preparations: what is made of each; equal ones are made once.
-        batch_size: pictures at a time.
-        threads: that decode.
+        preparations: applied to each picture; equal ones are applied once.
+        batch_size: pictures per batch.
+        threads: number of threads that decode.
         pin: put the batches into page-locked memory, from which copies to a GPU do not block.
 
     Yields:
         The pictures in order.
     """
-    wanted = tuple(dict.fromkeys(preparations))
+    distinct = tuple(dict.fromkeys(preparations))
     pool = ThreadPoolExecutor(threads, thread_name_prefix="pictures")
     waiting: deque[_Pending] = deque()
     try:
         for numbers in batches(range(len(sources)), batch_size):
-            waiting.append(_start(pool, sources, numbers, wanted, pin))
+            waiting.append(_start(pool, sources, numbers, distinct, pin))
             if len(waiting) > AHEAD:
                 yield _finish(waiting.popleft())
         while waiting:
@@ -168,7 +173,7 @@ def _start(
     pool: ThreadPoolExecutor,
     sources: Sequence[Path | Image],
     numbers: Any,
-    wanted: tuple[Preparation, ...],
+    preparations: tuple[Preparation, ...],
     pin: bool,
 ) -> _Pending:
     import torch
@@ -179,7 +184,7 @@ def _start(
             dtype=torch.float32 if preparation.dtype is np.float32 else torch.uint8,
             pin_memory=pin,
         )
-        for preparation in wanted
+        for preparation in preparations
     }
     rows = {preparation: tensor.numpy() for preparation, tensor in pixels.items()}
     futures = [
@@ -191,11 +196,12 @@ def _start(
 
 def _finish(pending: _Pending) -> PictureBatch:
     reasons = zip(pending.numbers, (future.result() for future in pending.futures), strict=True)
-    return PictureBatch(pending.numbers, pending.pixels, {n: why for n, why in reasons if why})
+    failures = {number: reason for number, reason in reasons if reason}
+    return PictureBatch(pending.numbers, pending.pixels, failures)
 
 
 def _fill(source: Path | Image, rows: Mapping[Preparation, Pixels]) -> str:
-    """Writes a picture's pixels to their places; returns why it could not, or nothing."""
+    """Writes a picture's pixels to its rows; returns the reason of a failure, or an empty text."""
     from PIL import Image
 
     try:

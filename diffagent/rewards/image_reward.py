@@ -1,23 +1,22 @@
-"""ImageReward v1.0 (arXiv 2304.05977): BLIP and an MLP, from the ``ImageReward`` package.
+"""ImageReward v1.0 (arXiv 2304.05977): BLIP and an MLP, on timm's ViT and transformers' BLIP text.
 
-The package builds one size only and downloads its parts. Here its own modules are put together
-from a description, so that the released weights and tiny instances run through the same code.
+Both keep the parameter names of the authors' code, so that the released checkpoint loads without a
+key map and a digest of scores does not depend on who wrote the modules. ``backend: official``
+(`diffagent.rewards.official`) builds the same network from the package image-reward.
 
-Only tokens are shared by the candidates of a prompt: every layer of the text encoder looks at
-the picture, the first one after its self-attention, which is a thousandth of the work. So the
-work is saved elsewhere: the text encoder reads as many tokens as the longest prompt of a batch
-has, where the package always reads 35, and the image encoder's attention is torch's fused one.
+Nothing but tokens is shared by the candidates of a prompt: every layer of the text encoder attends
+to the picture, the first one after its self-attention, which is a thousandth of the work. The work
+is saved elsewhere: the text encoder reads as many tokens as the longest prompt of a batch has,
+where the package always reads 35, and the image encoder's attention is torch's fused one.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import MethodType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -26,17 +25,12 @@ import numpy.typing as npt
 from diffagent import compat
 from diffagent.errors import ConfigError, ScoreError
 from diffagent.rewards.image_batches import Preparation
-from diffagent.rewards.scorer import (
-    PixelScorer,
-    PromptCache,
-    Runtime,
-    content_digest,
-    hub_or_local,
-    read_state,
-)
+from diffagent.rewards.scorer import PromptCache, Runtime, Scorer, content_digest
+from diffagent.rewards.weight_files import hub_or_local, read_state
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +61,7 @@ _MED_CONFIG = {
 
 @dataclass(frozen=True)
 class ImageRewardConfig:
-    """Size of an instance; the defaults are the release's (447 M parameters).
+    """Sizes of an instance; the defaults are the release's (447 M parameters).
 
     Attributes:
         version: which weights, for people.
@@ -96,7 +90,7 @@ class ImageRewardConfig:
     std: float = 1.0333394966054072
 
 
-class ImageRewardScorer(PixelScorer):
+class ImageRewardScorer(Scorer):
     """Standardised reward, about N(0, 1) on the authors' pictures."""
 
     name = "image_reward"
@@ -110,12 +104,12 @@ class ImageRewardScorer(PixelScorer):
         digest: str,
         runtime: Runtime,
     ) -> None:
-        """Takes a built model; `load` is the usual way.
+        """Wraps a built network; `load` is the usual way.
 
         Args:
-            model: what `build_model` returns.
+            model: of `build_model`.
             tokenizer: BERT's, of the vocabulary that the model was trained with.
-            config: what the model was built from.
+            config: description that the model was built from.
             digest: sha256 of weights and preprocessing.
             runtime: where and how to compute.
         """
@@ -144,6 +138,7 @@ class ImageRewardScorer(PixelScorer):
         *,
         vocabulary: str | Path | None = None,
         sha256: str | None = None,
+        official: bool = False,
         runtime: Runtime | None = None,
     ) -> Self:
         """Loads the release, or a directory with a tiny instance.
@@ -153,11 +148,12 @@ class ImageRewardScorer(PixelScorer):
                 ``vocab.txt``.
             weights: for the release: the file ``ImageReward.pt`` (read with
                 ``weights_only=True``) or its safetensors form, or the hub repository that has
-                it (``THUDM/ImageReward`` when not given).
+                it (default ``THUDM/ImageReward``).
             vocabulary: directory of BERT's tokenizer; for the release ``bert-base-uncased``
-                of the hub when not given.
+                of the hub by default.
             sha256: of the file of weights, which is checked.
-            runtime: where and how to compute; float32 on the CPU when not given.
+            official: compute with the modules of the package image-reward.
+            runtime: where and how to compute; by default in float32 on the CPU.
 
         Raises:
             ConfigError: no such model or file, or a file of another hash.
@@ -176,7 +172,12 @@ class ImageRewardScorer(PixelScorer):
             raise ConfigError(
                 f"ImageReward model {model!r} is neither {RELEASE!r} nor a directory with {CONFIG}"
             )
-        network = build_model(config)
+        if official:
+            from diffagent.rewards.official import build_image_reward
+
+            network = build_image_reward(config)
+        else:
+            network = build_model(config)
         load_weights(network, file, sha256)
         return cls(
             network,
@@ -193,7 +194,7 @@ class ImageRewardScorer(PixelScorer):
 
         tokens = self._tokens.get(prompts)
         ids = torch.stack([ids for ids, _ in tokens])
-        # BERT masks what is padded, so the 35 tokens can be cut to the longest prompt's.
+        # BERT masks padding, so the 35 tokens can be cut to the length of the longest prompt.
         mask = ids != self.tokenizer.pad_token_id
         length = int(mask.sum(1).max())
         rewards = self.model.rewards(
@@ -204,7 +205,7 @@ class ImageRewardScorer(PixelScorer):
         return rewards, np.array([cut for _, cut in tokens])
 
     def _tokenize(self, prompts: Sequence[str]) -> list[tuple[torch.Tensor, bool]]:
-        """Token ids (max_length,) of each prompt, and whether it was cut."""
+        """Returns token ids (max_length,) of each prompt, and whether it was cut."""
         import torch
 
         limit = self.config.max_length
@@ -218,7 +219,7 @@ class ImageRewardScorer(PixelScorer):
 
 
 def read_config(directory: Path) -> ImageRewardConfig:
-    """The description of an instance out of its directory.
+    """Reads the description of an instance from its directory.
 
     Raises:
         ConfigError: the file is missing or does not describe one.
@@ -230,82 +231,80 @@ def read_config(directory: Path) -> ImageRewardConfig:
         raise ConfigError(f"{str(directory / CONFIG)!r} is not usable: {error}") from error
 
 
-@functools.cache
-def _model_class() -> type[Any]:
-    """A class of the package's parts; made on first use because torch is imported then."""
+def build_model(config: ImageRewardConfig) -> Any:
+    """Returns the network of a description, with random weights, in float32 on the CPU."""
     compat.install()
+    from timm.models.vision_transformer import VisionTransformer
+    from torch import nn
+    from transformers import BlipTextConfig
+    from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+    vision = VisionTransformer(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        embed_dim=config.vision_width,
+        depth=config.vision_depth,
+        num_heads=config.vision_heads,
+        num_classes=0,
+        global_pool="",  # features of all tokens
+    )
+    sizes = BlipTextConfig(
+        **config.text, encoder_hidden_size=config.vision_width, is_decoder=True, bos_token_id=None
+    )
+    text = BlipTextModel(sizes, add_pooling_layer=False)
+    # The released file holds the constant numbers of positions, and so do digests of scorers.
+    positions = text.embeddings.position_ids.clone()
+    del text.embeddings.position_ids
+    text.embeddings.register_buffer("position_ids", positions)
+    layers = nn.Sequential(
+        nn.Linear(sizes.hidden_size, 1024),
+        nn.Dropout(0.2),
+        nn.Linear(1024, 128),
+        nn.Dropout(0.2),
+        nn.Linear(128, 64),
+        nn.Dropout(0.1),
+        nn.Linear(64, 16),
+        nn.Linear(16, 1),
+    )
+    return join_parts(config, vision, text, layers)
+
+
+def join_parts(
+    config: ImageRewardConfig, vision: nn.Module, text: nn.Module, layers: nn.Module
+) -> Any:
+    """Returns one network of BLIP's encoders and the layers of the MLP, under the authors' names.
+
+    Its ``rewards``, the package's ``score_gard``, maps token ids and mask (B, L) and image features
+    (B, N, D) to rewards (B,) float32.
+    """
     import torch
-    from ImageReward.ImageReward import MLP
-    from ImageReward.models.BLIP.med import BertConfig, BertModel
-    from ImageReward.models.BLIP.vit import VisionTransformer
     from torch import nn
 
-    class Blip(nn.Module):
-        """The parts of the package's ``BLIP_Pretrain``, under the same names."""
-
-        def __init__(self, config: ImageRewardConfig) -> None:
+    class ImageRewardNetwork(nn.Module):
+        def __init__(self) -> None:
             super().__init__()
-            self.visual_encoder = VisionTransformer(
-                img_size=config.image_size,
-                patch_size=config.patch_size,
-                embed_dim=config.vision_width,
-                depth=config.vision_depth,
-                num_heads=config.vision_heads,
-            )
-            bert = BertConfig(
-                **config.text, encoder_width=config.vision_width, add_cross_attention=True
-            )
-            for block in self.visual_encoder.blocks:
-                block.attn.forward = MethodType(_attend, block.attn)
-            self.text_encoder = BertModel(config=bert, add_pooling_layer=False)
-            self.vision_proj = nn.Linear(config.vision_width, config.embed_dim)
-            self.text_proj = nn.Linear(bert.hidden_size, config.embed_dim)
-
-    class Model(nn.Module):
-        """The package's ``ImageReward`` at any size, with the same names of parameters."""
-
-        def __init__(self, config: ImageRewardConfig) -> None:
-            super().__init__()
-            self.blip = Blip(config)
-            self.mlp = MLP(config.text["hidden_size"])
-            self.mean = config.mean
-            self.std = config.std
+            self.blip: Any = nn.Module()
+            self.blip.visual_encoder = vision
+            self.blip.text_encoder = text
+            self.blip.vision_proj = nn.Linear(config.vision_width, config.embed_dim)
+            self.blip.text_proj = nn.Linear(config.text["hidden_size"], config.embed_dim)
+            self.mlp: Any = nn.Module()
+            self.mlp.layers = layers
 
         def rewards(
-            self, ids: torch.Tensor, mask: torch.Tensor, seen: torch.Tensor
+            self, ids: torch.Tensor, mask: torch.Tensor, image_features: torch.Tensor
         ) -> torch.Tensor:
-            """The package's ``score_gard`` of image features (B, N, D): rewards (B,) float32."""
             states = self.blip.text_encoder(
                 ids,
                 attention_mask=mask,
-                encoder_hidden_states=seen,
-                encoder_attention_mask=torch.ones(
-                    seen.shape[:-1], dtype=torch.long, device=seen.device
-                ),
+                encoder_hidden_states=image_features,
                 return_dict=True,
             ).last_hidden_state
-            with torch.autocast(seen.device.type, enabled=False):
-                raw: torch.Tensor = self.mlp(states[:, 0].float())[:, 0]
-            return (raw - self.mean) / self.std
+            with torch.autocast(states.device.type, enabled=False):
+                raw: torch.Tensor = self.mlp.layers(states[:, 0].float())[:, 0]
+            return (raw - config.mean) / config.std
 
-    return Model
-
-
-def _attend(attention: Any, x: torch.Tensor, register_hook: bool = False) -> torch.Tensor:
-    """The package's ``vit.Attention.forward`` without its hooks, fused."""
-    from torch.nn.functional import scaled_dot_product_attention
-
-    count, tokens, width = x.shape
-    heads = attention.qkv(x).reshape(count, tokens, 3, attention.num_heads, -1)
-    query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
-    mixed = scaled_dot_product_attention(query, key, value, scale=attention.scale)
-    projected: torch.Tensor = attention.proj(mixed.transpose(1, 2).reshape(count, tokens, width))
-    return projected
-
-
-def build_model(config: ImageRewardConfig) -> Any:
-    """The network of a description, with random weights, in float32 on the CPU."""
-    return _model_class()(config)
+    return ImageRewardNetwork()
 
 
 def load_weights(network: Any, file: Path, sha256: str | None = None) -> None:
@@ -320,7 +319,7 @@ def load_weights(network: Any, file: Path, sha256: str | None = None) -> None:
         result = network.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise ScoreError(f"{str(file)!r} does not fit this ImageReward: {error}") from error
-    # Position numbers are a constant buffer; old releases of transformers did not save it.
+    # Position numbers are a constant buffer, which old releases of transformers did not save.
     missing = [name for name in result.missing_keys if not name.endswith("position_ids")]
     if missing:
         raise ScoreError(
@@ -332,17 +331,23 @@ def load_weights(network: Any, file: Path, sha256: str | None = None) -> None:
 
 
 def load_tokenizer(vocabulary: str | Path) -> Any:
-    """BLIP's tokenizer over a BERT vocabulary; see `ImageRewardScorer.load`.
+    """Returns BLIP's tokenizer: BERT's with [DEC] and [ENC] appended.
+
+    Args:
+        vocabulary: directory of a saved tokenizer, or a name on the Hugging Face hub.
 
     Raises:
-        ConfigError: neither a directory with ``vocab.txt`` nor a name that the hub knows.
+        ConfigError: it is neither.
     """
-    _model_class()
-    from ImageReward.models.BLIP.blip import init_tokenizer
+    from transformers import BertTokenizer
 
     try:
-        return init_tokenizer(str(vocabulary))
+        tokenizer = BertTokenizer.from_pretrained(str(vocabulary))
     except OSError as error:
         raise ConfigError(
             f"no BERT vocabulary at {str(vocabulary)!r}: {error}; give a directory with vocab.txt"
         ) from error
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    tokenizer.add_tokens(["[ENC]"], special_tokens=True)
+    tokenizer.enc_token_id = tokenizer.convert_tokens_to_ids("[ENC]")
+    return tokenizer

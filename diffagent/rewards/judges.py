@@ -1,9 +1,8 @@
-"""Held-out judges: models that say how good a picture is, and that no training ever sees.
+"""Held-out judges: models that score pictures and that no training ever uses.
 
-A reward that an agent was trained on flatters it. These score the answers of an evaluation
-alone: a configuration names them in ``judges``, where ``rewards.scorers`` takes no such name,
-the stage ``judge`` runs for evaluated selectors only, and its table is none that ``train_rrhf``
-reads.
+A reward that an agent was trained on flatters it. Judges score only the answers of an evaluation: a
+configuration names them in ``judges``, ``rewards.scorers`` accepts none of their names, the stage
+``judge`` runs only for evaluated selectors, and ``train_rrhf`` does not read its table.
 """
 
 from __future__ import annotations
@@ -21,14 +20,8 @@ from diffagent.errors import ConfigError, ScoreError
 from diffagent.pretrained import load_model
 from diffagent.rewards.clip import ClipScorer, load_open_clip
 from diffagent.rewards.image_batches import Preparation
-from diffagent.rewards.scorer import (
-    PixelScorer,
-    Runtime,
-    check_sha256,
-    content_digest,
-    hub_or_local,
-    read_state,
-)
+from diffagent.rewards.scorer import Runtime, Scorer, content_digest
+from diffagent.rewards.weight_files import check_sha256, hub_or_local, read_state
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +55,7 @@ class PickScoreScorer(ClipScorer):
                 the hub that has them (perhaps NAME@REVISION).
             weights: none; the directory holds them.
             sha256: of ``model.safetensors``, which is checked.
-            runtime: where and how to compute; float32 on the CPU when not given.
+            runtime: where and how to compute; by default in float32 on the CPU.
 
         Raises:
             ConfigError: no such model, a file of another hash, or not CLIP's vocabulary.
@@ -94,7 +87,7 @@ class PickScoreScorer(ClipScorer):
 
 
 def _local_directory(model: str, sha256: str | None) -> Path:
-    """The directory of a model, downloaded when it is no local one; its weights are checked."""
+    """Returns the directory of a model, downloaded if it is not local; checks its weights."""
     directory = Path(model)
     names = ("config.json", "model.safetensors")
     if not directory.is_dir():
@@ -109,7 +102,7 @@ def _local_directory(model: str, sha256: str | None) -> Path:
 
 
 def _load_transformers_clip(directory: Path) -> Any:
-    """transformers' CLIP behind the two methods that open_clip's has."""
+    """Returns transformers' CLIP behind the two methods of open_clip's."""
     import torch
     from transformers import CLIPModel
 
@@ -131,7 +124,7 @@ def _load_transformers_clip(directory: Path) -> Any:
             return features
 
         def encode_text(self, ids: torch.Tensor) -> torch.Tensor:
-            # As in CLIP, no token sees those after it: what follows the end token is cut off.
+            # As in CLIP, a token attends only to those before it: cut the padding off.
             length = int(ids.argmax(-1).max()) + 1
             features: torch.Tensor = self.clip.get_text_features(ids[:, :length]).pooler_output
             return features
@@ -139,11 +132,10 @@ def _load_transformers_clip(directory: Path) -> Any:
     return TransformersClip()
 
 
-class AestheticScorer(PixelScorer):
-    """LAION's aesthetic predictor: a linear head on CLIP ViT-L/14's features; the prompt plays
-    no part.
+class AestheticScorer(Scorer):
+    """LAION's aesthetic predictor: a linear head on CLIP ViT-L/14's features, without the prompt.
 
-    People rated the pictures that the published head was fitted to from 1 to 10.
+    The published head was fitted to people's ratings from 1 to 10.
     """
 
     name = "aesthetic"
@@ -162,10 +154,10 @@ class AestheticScorer(PixelScorer):
 
         Args:
             model: of open_clip, or a directory: see `ClipScorer.load`.
-            weights: of the CLIP; ``openai`` when a name is given without.
+            weights: of the CLIP; default ``openai`` for a name.
             head: ``sac+logos+ava1-l14-linearMSE.pth`` or its safetensors form.
             sha256: of the head's file, which is checked.
-            runtime: where and how to compute; float32 on the CPU when not given.
+            runtime: where and how to compute; by default in float32 on the CPU.
 
         Raises:
             ConfigError: no such model or file, or a file of another hash.
@@ -200,9 +192,9 @@ class AestheticScorer(PixelScorer):
 
 
 def _load_head(file: str | Path, sha256: str | None) -> torch.nn.Module:
-    """The head of a checkpoint: linear layers one after the other, as their names say.
+    """Returns the head of a checkpoint: linear layers in the order of their numbers.
 
-    The published one (christophschuhmann/improved-aesthetic-predictor) has ``layers.0`` (768 to
+    The published head (christophschuhmann/improved-aesthetic-predictor) has ``layers.0`` (768 to
     1024), 2, 4, 6 and 7, with dropout between some and no activation.
     """
     import torch

@@ -1,24 +1,18 @@
-"""From a configuration to scorers, and to the files behind them."""
+"""Loading of the scorers and judges of a configuration, and their local files."""
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffagent.errors import ConfigError
 from diffagent.rewards.scorer import Runtime
-from diffagent.store.artifacts import named_files
+from diffagent.store import named_files
 
 if TYPE_CHECKING:
     from diffagent.rewards.judge_config import JudgesConfig
     from diffagent.rewards.score_config import RewardsConfig, ScorerConfig
     from diffagent.rewards.scorer import Scorer
-
-SANDBOX = "sandbox"
-"""Name of the committed tiny scorers and of their reference; they know the toy world only."""
-REFERENCE_FILE = "reference.json"
-"""Beside the sandbox's scorers."""
 
 
 def load_scorers(
@@ -27,13 +21,13 @@ def load_scorers(
     """Loads the scorers of a configuration, in its order.
 
     Args:
-        config: which scorers; a model named ``sandbox`` is the committed tiny one.
+        config: scorers to load.
         device: any torch device.
         compiled: see `diffagent.rewards.scorer.Runtime`.
 
     Raises:
-        ConfigError: a model is not known, a file is missing or has another hash, or a metric is
-            named twice.
+        ConfigError: a model is unknown, a file is missing or has another hash, or a metric occurs
+            twice.
         ScoreError: weights do not fit their architecture.
     """
     _check_names("rewards.scorers", [spec.name for spec in config.scorers])
@@ -49,19 +43,14 @@ def load_judges(
 
     _check_names("judges.judges", [spec.name for spec in config.judges])
     runtime = Runtime(device, config.dtype, config.batch_size, compiled)
-    judges: list[Scorer] = []
-    for spec in config.judges:
-        if spec.head:
-            judges.append(
-                AestheticScorer.load(
-                    spec.model, spec.weights, head=spec.head, sha256=spec.sha256, runtime=runtime
-                )
-            )
-        else:
-            judges.append(
-                PickScoreScorer.load(spec.model, spec.weights, sha256=spec.sha256, runtime=runtime)
-            )
-    return judges
+    return [
+        AestheticScorer.load(
+            spec.model, spec.weights, head=spec.head, sha256=spec.sha256, runtime=runtime
+        )
+        if spec.head
+        else PickScoreScorer.load(spec.model, spec.weights, sha256=spec.sha256, runtime=runtime)
+        for spec in config.judges
+    ]
 
 
 def _check_names(setting: str, names: list[str]) -> None:
@@ -70,42 +59,32 @@ def _check_names(setting: str, names: list[str]) -> None:
 
 
 def reward_files(config: RewardsConfig) -> list[Path]:
-    """The local files behind a configuration's scorers and their reference."""
-    scorers = [name for spec in config.scorers for name in (_model(spec), spec.weights)]
-    return named_files(*scorers, config.reference and reference_file(config.reference))
+    """Returns the local files of a configuration's scorers and of their reference."""
+    scorers = [name for spec in config.scorers for name in (spec.model, spec.weights)]
+    return named_files(*scorers, config.reference)
 
 
 def judge_files(config: JudgesConfig) -> list[Path]:
-    """The local files behind a configuration's judges."""
+    """Returns the local files of a configuration's judges."""
     return named_files(
         *(n for spec in config.judges for n in (spec.model, spec.weights, spec.head))
     )
 
 
-def reference_file(name: str | Path) -> Path:
-    """The file that ``rewards.reference`` names."""
-    return sandbox_directory() / REFERENCE_FILE if str(name) == SANDBOX else Path(name)
-
-
-def _model(spec: ScorerConfig) -> str:
-    return str(sandbox_directory() / spec.name) if spec.model == SANDBOX else spec.model
-
-
 def _load_scorer(spec: ScorerConfig, runtime: Runtime) -> Scorer:
-    model = _model(spec)
+    official = spec.backend == "official"
     if spec.name == "clip":
         from diffagent.rewards.clip import ClipScorer
 
-        return ClipScorer.load(model, spec.weights, sha256=spec.sha256, runtime=runtime)
+        return ClipScorer.load(spec.model, spec.weights, sha256=spec.sha256, runtime=runtime)
     if spec.name == "hps_v2":
         from diffagent.rewards.hps import HPSScorer
 
-        return HPSScorer.load(model, spec.weights, sha256=spec.sha256, runtime=runtime)
+        return HPSScorer.load(
+            spec.model, spec.weights, sha256=spec.sha256, official=official, runtime=runtime
+        )
     from diffagent.rewards.image_reward import ImageRewardScorer
 
-    return ImageRewardScorer.load(model, spec.weights, sha256=spec.sha256, runtime=runtime)
-
-
-def sandbox_directory() -> Path:
-    """Where the sandbox's scorers and their reference lie."""
-    return Path(str(resources.files("diffagent.sandbox"))) / "weights" / "scorers"
+    return ImageRewardScorer.load(
+        spec.model, spec.weights, sha256=spec.sha256, official=official, runtime=runtime
+    )

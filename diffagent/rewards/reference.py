@@ -1,9 +1,9 @@
-"""The fixed reference of z-scores: mean and deviation of each reward over a set of pictures.
+"""Fixed reference of z-scores: mean and deviation of each reward over a set of pictures.
 
     python -m diffagent.rewards.reference OUT.json SCORES [SCORES ...] --note "1,000 pictures"
 
-SCORES are artefacts of the stage ``score`` (directories), made with the scorers that the reference
-is for; ``unify: chatgen`` needs no reference to make them.
+SCORES are artifacts (directories) of the stage ``score`` with the scorers that the reference is
+for. Score with ``unify: chatgen``, which needs no reference.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from typing import Any
 
 from diffagent.errors import ScoreError
 from diffagent.rewards.scores import read_definition, read_scores
-from diffagent.store.artifacts import Artifact, open_artifact
+from diffagent.store import Artifact, open_artifact
 
 
 def measure_reference(artifacts: Sequence[Artifact], note: str) -> dict[str, Any]:
-    """What `diffagent.rewards.unified.read_reference` reads.
+    """Measures the reference that `diffagent.rewards.unified.read_reference` reads.
 
     Args:
-        artifacts: of the stage ``score``; every picture counts once a row.
-        note: what the pictures are, for people.
+        artifacts: of the stage ``score``; a picture counts once per row.
+        note: description of the pictures, for people.
 
     Raises:
-        ScoreError: different scorers made the scores, or a metric does not vary.
+        ScoreError: the scores are of different scorers, or a metric does not vary.
     """
     rows = read_scores(artifacts).filter(status="ok")
     definition = read_definition(artifacts[0].file("scores.parquet"))
@@ -48,16 +48,17 @@ def measure_reference(artifacts: Sequence[Artifact], note: str) -> dict[str, Any
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, prog="python -m diffagent.rewards.reference"
     )
     parser.add_argument("out", type=Path)
     parser.add_argument("scores", nargs="+", type=Path)
-    parser.add_argument("--note", required=True, help="what the pictures are")
-    given = parser.parse_args(arguments)
-    reference = measure_reference([open_artifact(path) for path in given.scores], given.note)
-    given.out.write_text(json.dumps(reference, indent=2) + "\n", encoding="utf-8")
+    parser.add_argument("--note", required=True, help="Description of the pictures.")
+    options = parser.parse_args(arguments)
+    artifacts = [open_artifact(path) for path in options.scores]
+    reference = measure_reference(artifacts, options.note)
+    options.out.write_text(json.dumps(reference, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from diffagent.schemas.section import Section
 
@@ -32,6 +32,17 @@ class ScorerConfig(Section):
     )
     sha256: str | None = SHA256
     weight: float = Field(default=1.0, ge=0, description="weight in the unified score")
+    backend: Literal["default", "official"] = Field(
+        default="default",
+        exclude_if=lambda backend: backend == "default",  # keeps identities of older configs
+        description="'official': compute with the authors' package (image-reward, hpsv2)",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> ScorerConfig:
+        if self.backend == "official" and self.name == "clip":
+            raise ValueError("backend: 'clip' is open_clip itself; 'official' is for the others")
+        return self
 
 
 class RewardsConfig(Section):

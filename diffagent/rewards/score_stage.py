@@ -1,7 +1,7 @@
 """Stages ``score`` and ``judge``: every picture scored against its prompt.
 
-``score`` makes the rewards that agents are trained on, and one number of them; ``judge`` asks the
-held-out judges about the pictures of an evaluation.
+``score`` computes the rewards that agents are trained on, and unifies them to one number; ``judge``
+has the held-out judges score the pictures of an evaluation.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ from diffagent.rewards.scores import define, write_scores
 from diffagent.rewards.unified import Unifier
 from diffagent.schemas.manifest import Funnel, FunnelStep
 from diffagent.schemas.tables import JUDGEMENTS, SCORES, TRUNCATED
-from diffagent.store.artifacts import Artifact, Progress, StageContext, StageResult, stage
+from diffagent.store import Artifact, Progress, StageContext, StageResult, stage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 log = logging.getLogger(__name__)
 
-#: A prompt and the digest of the recipe of a picture.
+#: Prompt, and digest of the recipe of a picture.
 Pair = tuple[str, str]
 
 
 @dataclass
-class Judged:
+class PictureScores:
     """Scores of N pictures.
 
     Attributes:
-        metrics: scorer -> (N,) float64; NaN where it gave no number.
-        failures: number of a picture -> why it has no score.
-        truncated: scorer -> how many of the prompts it read the beginning of only.
-        seconds: for all of it, decoding included.
+        metrics: scorer -> (N,) float64; NaN where it returned no finite number.
+        failures: index of a picture -> reason why it has no score.
+        truncated: scorer -> number of prompts of which it read only the beginning.
+        seconds: total time, decoding included.
     """
 
     metrics: dict[str, npt.NDArray[np.float64]]
@@ -57,7 +57,7 @@ class Judged:
     seconds: float = 0.0
 
     def report(self, scorers: Sequence[Scorer]) -> dict[str, Any]:
-        """For a manifest: who scored, and how fast."""
+        """Returns the scorers and their speed, for a manifest."""
         pictures = len(next(iter(self.metrics.values()), ()))
         return {
             "pictures": pictures,
@@ -75,10 +75,10 @@ class Judged:
 
 @stage("score", version=3, config=RewardsConfig, files=reward_files)
 def score(config: RewardsConfig, context: StageContext) -> StageResult:
-    """Score the pictures of a ``render`` artefact.
+    """Scores the pictures of a ``render`` artifact.
 
-    Input: ``renders``. File: scores.parquet (``diffagent.schemas.tables.SCORES``), one row a row of
-    renders.parquet in the same order. The unified score of a hallucination is
+    Input: ``renders``. File: scores.parquet (``diffagent.schemas.tables.SCORES``), one row per row
+    of renders.parquet in the same order. The unified score of a hallucination is
     ``invalid_floor``; of a truncated answer and a failed picture it is null.
 
     Raises:
@@ -90,15 +90,15 @@ def score(config: RewardsConfig, context: StageContext) -> StageResult:
         config, device=str(resolve_device(runtime.device)), compiled=runtime.scoring.compile
     )
     unifier = Unifier.from_config(config, scorers)
-    rows, pairs, judged = _judge_renders(scorers, context, config.batch_size)
-    table = to_table(rows, pairs, judged, SCORES, unifier)
+    rows, pairs, scores = _score_renders(scorers, context, config.batch_size)
+    table = to_table(rows, pairs, scores, SCORES, unifier)
     definition = define(scorers, config.dtype, unifier)
     write_scores(table, context.out / "scores.parquet", definition)
     return StageResult(
         rows={"scores.parquet": table.num_rows},
         funnels=(_funnel(table),),
         metrics={
-            **judged.report(scorers),
+            **scores.report(scorers),
             "unified": definition["unified"],
             "unified_digest": definition["unified_digest"],
         },
@@ -107,10 +107,11 @@ def score(config: RewardsConfig, context: StageContext) -> StageResult:
 
 @stage("judge", version=1, config=JudgesConfig, files=judge_files)
 def judge(config: JudgesConfig, context: StageContext) -> StageResult:
-    """Have the held-out judges score the pictures of a ``render`` artefact.
+    """Scores the pictures of a ``render`` artifact with the held-out judges.
 
-    Input: ``renders``. File: judgements.parquet (``diffagent.schemas.tables.JUDGEMENTS``), one
-    row a row of renders.parquet in the same order; null where there is no picture or no such judge.
+    Input: ``renders``. File: judgements.parquet (``diffagent.schemas.tables.JUDGEMENTS``), one row
+    per row of renders.parquet in the same order; null without a picture or for a judge that is
+    not configured.
 
     Raises:
         ConfigError: a judge cannot be loaded.
@@ -120,24 +121,24 @@ def judge(config: JudgesConfig, context: StageContext) -> StageResult:
     judges = load_judges(
         config, device=str(resolve_device(runtime.device)), compiled=runtime.scoring.compile
     )
-    rows, pairs, judged = _judge_renders(judges, context, config.batch_size)
-    table = to_table(rows, pairs, judged, JUDGEMENTS)
+    rows, pairs, scores = _score_renders(judges, context, config.batch_size)
+    table = to_table(rows, pairs, scores, JUDGEMENTS)
     write_scores(table, context.out / "judgements.parquet", define(judges, config.dtype))
     return StageResult(
         rows={"judgements.parquet": table.num_rows},
         funnels=(_funnel(table),),
-        metrics=judged.report(judges),
+        metrics=scores.report(judges),
     )
 
 
-def _judge_renders(
+def _score_renders(
     scorers: Sequence[Scorer], context: StageContext, batch_size: int
-) -> tuple[list[dict[str, Any]], list[Pair], Judged]:
-    """Rows of renders.parquet, their distinct (prompt, picture), and the scores of these."""
+) -> tuple[list[dict[str, Any]], list[Pair], PictureScores]:
+    """Returns the rows of renders.parquet, their distinct pairs, and the scores of the pairs."""
     renders: Artifact = context.one("renders")
     rows = pq.read_table(renders.file("renders.parquet")).to_pylist()
     pairs = sorted({(row["prompt"], row["recipe"]) for row in rows if row["status"] == "ok"})
-    judged = score_pictures(
+    scores = score_pictures(
         scorers,
         [prompt for prompt, _ in pairs],
         [renders.file(f"images/{recipe}.png") for _, recipe in pairs],
@@ -145,7 +146,7 @@ def _judge_renders(
         threads=context.runtime.scoring.decode_threads,
         progress=context.progress,
     )
-    return rows, pairs, judged
+    return rows, pairs, scores
 
 
 def score_pictures(
@@ -156,23 +157,23 @@ def score_pictures(
     batch_size: int = 32,
     threads: int = 4,
     progress: Progress = lambda fraction, text: None,
-) -> Judged:
-    """Score picture i against prompt i with every scorer.
+) -> PictureScores:
+    """Scores picture i against prompt i with every scorer.
 
-    Each picture is decoded once, ahead of the scorers, and resized once for all of them that
-    want the same. On a GPU nothing waits for a score until the last batch is under way. Prompts
-    that stand together share their features even where they are more than a scorer remembers.
+    Each picture is decoded once, ahead of the scorers, and resized once for all scorers with the
+    same preparation. On a GPU no score is waited for until the last batch is under way. Equal
+    prompts in a row are encoded once, even if there are more prompts than a scorer caches.
 
     Args:
-        scorers: the reward models, on one device.
-        prompts: one a picture.
+        scorers: reward models, on one device.
+        prompts: one per picture.
         pictures: files, or pictures in memory.
-        batch_size: pictures at a time.
-        threads: that decode.
+        batch_size: pictures per batch.
+        threads: number of threads that decode.
         progress: called after each batch.
 
     Returns:
-        Scores in the order of the pictures; one that cannot be read is a failure.
+        Scores in the order of the pictures; an unreadable picture is a failure.
     """
     started = time.monotonic()
     scores: dict[str, list[Any]] = {scorer.name: [] for scorer in scorers}
@@ -188,7 +189,7 @@ def score_pictures(
     ):
         failures |= batch.failures
         texts = [prompts[number] for number in batch.numbers]
-        # Scorers that share a preparation share the copy on the device too.
+        # Scorers with equal preparations share the copy on the device too.
         pixels = {
             scorer.preparation: batch.pixels[scorer.preparation].to(
                 scorer.device, non_blocking=True
@@ -209,7 +210,7 @@ def score_pictures(
         for number in np.flatnonzero(~np.isfinite(values)).tolist():
             failures.setdefault(number, f"score-not-finite: {name}")
     truncated_prompts = {name: len(texts) for name, texts in cut.items()}
-    return Judged(metrics, failures, truncated_prompts, time.monotonic() - started)
+    return PictureScores(metrics, failures, truncated_prompts, time.monotonic() - started)
 
 
 def _to_numpy(parts: Sequence[Any]) -> npt.NDArray[np.float64]:
@@ -222,28 +223,28 @@ def _to_numpy(parts: Sequence[Any]) -> npt.NDArray[np.float64]:
 def to_table(
     rows: Iterable[Mapping[str, Any]],
     pairs: Sequence[Pair],
-    judged: Judged,
+    scores: PictureScores,
     schema: pa.Schema,
     unifier: Unifier | None = None,
 ) -> pa.Table:
-    """The rows of a render table with their scores.
+    """Returns the rows of a render table with their scores.
 
     Args:
         rows: of ``diffagent.schemas.tables.RENDERS``.
-        pairs: what was scored, in the order of ``judged``.
-        judged: their scores.
+        pairs: scored prompts and pictures, in the order of ``scores``.
+        scores: of the pairs.
         schema: ``SCORES`` or ``JUDGEMENTS``.
         unifier: adds the unified score.
     """
-    usable = [i for i in range(len(pairs)) if i not in judged.failures]
-    columns = {name: values[usable] for name, values in judged.metrics.items()}
+    usable = [i for i in range(len(pairs)) if i not in scores.failures]
+    columns = {name: values[usable] for name, values in scores.metrics.items()}
     if unifier and usable:
         columns["unified"] = unifier.unify(columns)
     scored = {
         pairs[i]: {name: float(values[row]) for name, values in columns.items()}
         for row, i in enumerate(usable)
     }
-    failed = {pairs[i]: reason.partition(":")[0] for i, reason in judged.failures.items()}
+    failed = {pairs[i]: reason.partition(":")[0] for i, reason in scores.failures.items()}
     floor = {"unified": unifier.invalid_floor} if unifier else {}
     return pa.Table.from_pylist(list(_rows(rows, scored, failed, floor, schema)), schema=schema)
 

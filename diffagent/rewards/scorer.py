@@ -1,4 +1,4 @@
-"""The `Scorer` protocol, and what all scorers share: digests, weights, text caches."""
+"""Base class of all reward models, and the helpers that they share: batches, digests, caches."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from diffagent.errors import ConfigError, ScoreError
-from diffagent.pretrained import split_revision
-from diffagent.store.artifacts import sha256_file
 
 if TYPE_CHECKING:
     import torch
@@ -29,11 +26,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ScoreBatch:
-    """What a scorer says about a batch.
+    """Scores of a batch.
 
     Attributes:
-        scores: (B,) float32 on the scorer's own scale. Not a number where the model's output
-            was not.
+        scores: (B,) float32 on the scorer's own scale; NaN where the model's output was NaN.
         truncated: (B,) bool, whether the scorer has read only the beginning of the prompt.
     """
 
@@ -41,52 +37,15 @@ class ScoreBatch:
     truncated: npt.NDArray[np.bool_]
 
 
-class Scorer(Protocol):
-    """A reward model, loaded once."""
-
-    name: str
-    """Name of the metric: ``clip``, ``image_reward``, ``hps_v2``, or that of a judge."""
-    version: str
-    """Which weights, for people. Scores of different versions are not comparable."""
-    digest: str
-    """sha256 of the weights and the preprocessing. Only scores of one digest may be mixed."""
-    device: str
-    """Where it computes."""
-    preparation: Preparation
-    """What it wants to be made of a picture; scorers that want the same share it."""
-
-    def score_pixels(
-        self, prompts: Sequence[str], pixels: torch.Tensor
-    ) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
-        """Scores pictures that `preparation` has made, without waiting for the device.
-
-        Args:
-            prompts: one for each picture.
-            pixels: (B, 3, H, W), uint8 or float32, on any device.
-
-        Returns:
-            Scores (B,) float32 on the scorer's device, and as in `ScoreBatch.truncated`.
-        """
-        ...
-
-    def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> ScoreBatch:
-        """Scores picture i against prompt i.
-
-        Raises:
-            ScoreError: there are not as many prompts as pictures.
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class Runtime:
-    """Where and how a scorer computes; nothing here changes which scorer it is.
+    """Where and how a scorer computes; no setting here changes which scorer it is.
 
     Attributes:
         device: any torch device.
         dtype: of the matrix products (autocast); weights stay float32.
-        batch_size: pictures, or prompts, a forward pass.
-        compiled: the image encoder goes through torch.compile, at the price of a slow first batch.
+        batch_size: pictures, or prompts, per forward pass.
+        compiled: compile the image encoder with torch.compile; the first batch becomes slow.
     """
 
     device: str = "cpu"
@@ -95,8 +54,16 @@ class Runtime:
     compiled: bool = False
 
 
-class PixelScorer(ABC):
-    """What all scorers have in common; a `Scorer` when ``name`` and `_rewards` are given."""
+class Scorer(ABC):
+    """Reward model, loaded once. Subclasses define ``name`` and `_rewards`.
+
+    Attributes:
+        name: of the metric: ``clip``, ``image_reward``, ``hps_v2``, or the name of a judge.
+        version: which weights, for people. Scores of different versions are not comparable.
+        digest: sha256 of weights and preprocessing. Only scores of one digest may be mixed.
+        device: torch device that it computes on.
+        preparation: how a picture becomes its input; scorers with equal preparations share pixels.
+    """
 
     name: str
 
@@ -111,12 +78,12 @@ class PixelScorer(ABC):
         digest: str,
         runtime: Runtime,
     ) -> None:
-        """Takes a loaded network; each scorer's ``load`` is the usual way.
+        """Wraps a loaded network; each scorer's ``load`` is the usual way.
 
         Args:
             model: a float32 module, which is moved to the device.
-            preparation: what the network wants of a picture.
-            mean: of each colour, which is subtracted from pixels in 0 to 1.
+            preparation: resizing that the network expects.
+            mean: of each colour, subtracted from pixels in 0 to 1.
             std: of each colour.
             version: which weights, for people.
             digest: sha256 of weights and preprocessing.
@@ -140,10 +107,14 @@ class PixelScorer(ABC):
     def _rewards(
         self, prompts: Sequence[str], pixels: torch.Tensor
     ) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
-        """As `score_pixels`, of normalised pixels on the device."""
+        """Returns the same as `score_pixels`, for normalised pixels on the device."""
 
     def score(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> ScoreBatch:
-        """Scores picture i against prompt i; see `Scorer`."""
+        """Scores picture i against prompt i.
+
+        Raises:
+            ScoreError: the numbers of prompts and pictures differ.
+        """
         import torch
 
         check_lengths(self.name, prompts, images)
@@ -158,12 +129,20 @@ class PixelScorer(ABC):
     def score_pixels(
         self, prompts: Sequence[str], pixels: torch.Tensor
     ) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
-        """Scores pictures that `preparation` has made; see `Scorer`."""
+        """Scores pictures in the form of `preparation`, without waiting for the device.
+
+        Args:
+            prompts: one for each picture.
+            pixels: (B, 3, H, W), uint8 or float32, on any device.
+
+        Returns:
+            Scores (B,) float32 on the scorer's device, and `ScoreBatch.truncated`.
+        """
         import torch
 
         check_lengths(self.name, prompts, pixels)
         count, missing = len(prompts), self.batch_size - len(prompts)
-        if self.compiled and missing > 0:  # one shape is compiled: the last picture fills it up
+        if self.compiled and missing > 0:  # one shape is compiled: repeat the last picture
             prompts = [*prompts, *[prompts[-1]] * missing]
             pixels = torch.cat([pixels, pixels[-1:].expand(missing, -1, -1, -1)])
         with (
@@ -176,7 +155,7 @@ class PixelScorer(ABC):
         return rewards[:count].float(), truncated[:count]
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The network's input, (B, 3, H, W) float32, of prepared pixels."""
+        """Returns the network's input, (B, 3, H, W) float32, for prepared pixels."""
         import torch
 
         pixels = pixels.to(self.device, non_blocking=True)
@@ -185,14 +164,14 @@ class PixelScorer(ABC):
 
 
 def _lay_out_attention(model: torch.nn.Module) -> None:
-    """Give torch's attention its inputs as they lie in memory after it has transposed them.
+    """Passes inputs to torch's attention in the memory layout that it transposes them to.
 
-    Else its first product is one with a copy of the weights for every picture, which in 16 bits on
-    a CPU takes many times as long as all the rest. Values stay the same to the bit.
+    Otherwise its first product copies the weights for every picture, which in 16 bits on a CPU
+    takes many times as long as all the rest. Values stay the same to the bit.
     """
     import torch
 
-    def laid_out(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
+    def transpose_layout(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
         query, *others = inputs
         if not all(other is query for other in others):
             return inputs
@@ -200,14 +179,14 @@ def _lay_out_attention(model: torch.nn.Module) -> None:
 
     for module in model.modules():
         if isinstance(module, torch.nn.MultiheadAttention) and module.batch_first:
-            module.register_forward_pre_hook(laid_out)
+            module.register_forward_pre_hook(transpose_layout)
 
 
 def content_digest(module: torch.nn.Module, settings: Mapping[str, Any]) -> str:
-    """sha256 over the values of a module's state and the settings that change its scores.
+    """Returns the sha256 over a module's state and the settings that change its scores.
 
-    The file that the weights came from plays no part: the same weights from a ``.pt`` and from
-    a safetensors file have one digest. Call it before the module is cast.
+    The file of the weights plays no part: the same weights from a ``.pt`` and from a safetensors
+    file have one digest. Call it before the module is cast.
     """
     import torch
 
@@ -219,57 +198,11 @@ def content_digest(module: torch.nn.Module, settings: Mapping[str, Any]) -> str:
     return sha.hexdigest()
 
 
-def check_sha256(file: Path, expected: str | None) -> None:
-    """Refuses a file of weights that is not the one that was meant.
-
-    Raises:
-        ConfigError: its SHA256 is another.
-    """
-    if expected and (found := sha256_file(file)) != expected.lower():
-        raise ConfigError(
-            f"scorer weights {str(file)!r} have SHA256 {found}, expected is {expected}; "
-            "download the file anew, or correct sha256 in the configuration"
-        )
-
-
-def read_state(file: Path, sha256: str | None = None) -> Mapping[str, torch.Tensor]:
-    """The tensors of a safetensors file or of a ``.pt`` checkpoint, by name.
-
-    A ``.pt`` is read with ``weights_only=True``: one that wants to run code is refused.
-
-    Raises:
-        ConfigError: there is no such file, or it has another hash than ``sha256``.
-        ScoreError: it is not a file of tensors.
-    """
-    if not file.is_file():
-        raise ConfigError(f"scorer weights {str(file)!r} do not exist; give another path")
-    check_sha256(file, sha256)
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        tensors: Mapping[str, torch.Tensor] = load_file(file)
-        return tensors
-    import pickle  # noqa: TID251  only for the class of torch.load's refusal
-
-    import torch
-
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ScoreError(
-            f"{str(file)!r} is no checkpoint that weights_only=True reads: {error}"
-        ) from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else None
-    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ScoreError(f"{str(file)!r} holds other things than tensors by name")
-    return dict(state)
-
-
 def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a name.
+    """Returns the torch dtype of a name.
 
     Raises:
-        ConfigError: it is not one that scorers run in.
+        ConfigError: scorers do not run in it.
     """
     import torch
 
@@ -280,10 +213,10 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def check_lengths(name: str, prompts: Sequence[str], images: Sized) -> None:
-    """Refuses a batch in which prompts and pictures do not pair up.
+    """Refuses a batch with different numbers of prompts and pictures.
 
     Raises:
-        ScoreError: they differ in number.
+        ScoreError: the numbers differ.
     """
     if len(prompts) != len(images):
         raise ScoreError(
@@ -293,13 +226,13 @@ def check_lengths(name: str, prompts: Sequence[str], images: Sized) -> None:
 
 
 def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    """Slices of at most `size` items, in order."""
+    """Yields slices of at most `size` items, in order."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
 
 
 class PromptCache(Generic[T]):
-    """What a scorer computed from a prompt alone; the least recently used goes first."""
+    """Cache of values that a scorer computes from prompts only; evicts the least recently used."""
 
     def __init__(self, compute: Callable[[Sequence[str]], Sequence[T]], size: int = 8192) -> None:
         """Keeps at most `size` values of `compute`, which maps prompts to one value each."""
@@ -308,7 +241,7 @@ class PromptCache(Generic[T]):
         self._values: OrderedDict[str, T] = OrderedDict()
 
     def get(self, prompts: Sequence[str]) -> list[T]:
-        """One value for each prompt; every distinct one is computed at most once."""
+        """Returns one value for each prompt; computes every distinct one at most once."""
         missing = [p for p in dict.fromkeys(prompts) if p not in self._values]
         if missing:
             self._values.update(zip(missing, self._compute(missing), strict=True))
@@ -318,22 +251,3 @@ class PromptCache(Generic[T]):
         while len(self._values) > self._size:
             self._values.popitem(last=False)
         return values
-
-
-def hub_or_local(weights: str | Path, filename: str) -> Path:
-    """A weights file: a local path as it is, or `filename` out of a Hugging Face repository.
-
-    Args:
-        weights: a path, or the repository's name, perhaps with a revision: NAME@REVISION.
-        filename: of the file in the repository.
-
-    Raises:
-        ConfigError: it is neither; see `diffagent.rewards.hub.hub_file`.
-    """
-    path = Path(weights)
-    if path.is_file():
-        return path
-    from diffagent.rewards.hub import hub_file
-
-    repository, revision = split_revision(weights)
-    return hub_file(repository, filename, revision=revision)

@@ -1,8 +1,7 @@
-"""Tables of scores with what their numbers mean, so that those of different scorers never mix.
+"""Tables of scores with their definition, so that scores of different scorers never mix.
 
-A parquet file of scores says in its own metadata which scorers of which digests made it, in
-which precision, and how the unified score is defined. Who reads several files at once gets an
-error when they do not say the same.
+The metadata of a parquet file of scores holds the scorers with their digests, the precision, and
+the definition of the unified score. Reading files of different definitions together is an error.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from diffagent.errors import ScoreError
 from diffagent.failures import reading
 from diffagent.rewards.scorer import Scorer
 from diffagent.rewards.unified import Unifier
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 
 _KEY = b"diffagent.scores"
 
@@ -28,7 +27,7 @@ Definition = dict[str, Any]
 
 
 def define(scorers: Sequence[Scorer], dtype: str, unifier: Unifier | None = None) -> Definition:
-    """What the numbers of these scorers, and of their unified score, mean."""
+    """Returns the definition of the scores of these scorers, and of their unified score."""
     definition: Definition = {
         "dtype": dtype,
         "scorers": {
@@ -47,7 +46,7 @@ def write_scores(table: pa.Table, file: Path, definition: Definition) -> None:
 
 
 def read_definition(file: Path) -> Definition:
-    """What the numbers of a file mean; nothing when it does not say (ratings by people)."""
+    """Reads the definition of a file; empty for a file without one (ratings by people)."""
     with reading(file):
         metadata: Mapping[bytes, bytes] = pq.read_schema(file).metadata or {}
         definition: Definition = json.loads(metadata.get(_KEY, b"{}"))
@@ -55,34 +54,34 @@ def read_definition(file: Path) -> Definition:
 
 
 def read_scores(artifacts: Sequence[Artifact], name: str = "scores.parquet") -> pl.DataFrame:
-    """The rows of all artefacts' tables, in order.
+    """Reads the rows of all artifacts' tables, in order.
 
     Args:
         artifacts: of the stage ``score``, or ``judge``; at least one.
         name: of the table.
 
     Raises:
-        ScoreError: they were not made by the same scorers, or unified in the same way.
+        ScoreError: the scorers, or the definitions of the unified score, differ.
     """
     files = [artifact.file(name) for artifact in artifacts]
     expected = read_definition(files[0])
     for file in files[1:]:
-        found = read_definition(file)
-        if found != expected:
+        definition = read_definition(file)
+        if definition != expected:
             raise ScoreError(
                 f"{str(file)!r} and {str(files[0])!r} hold scores that must not be mixed: "
-                f"{_difference(found, expected)}; score both with one configuration"
+                f"{_difference(definition, expected)}; score both with one configuration"
             )
     return pl.concat([pl.read_parquet(file) for file in files])
 
 
 def _difference(a: Definition, b: Definition) -> str:
-    """The first thing that two definitions do not share."""
-    mine, theirs = a.get("scorers", {}), b.get("scorers", {})
-    for name in sorted({*mine, *theirs}):
-        one, other = mine.get(name), theirs.get(name)
-        if one != other:
-            return f"{name} is {_name(one)} in one and {_name(other)} in the other"
+    """Describes the first difference of two definitions."""
+    scorers, others = a.get("scorers", {}), b.get("scorers", {})
+    for name in sorted({*scorers, *others}):
+        scorer, other = scorers.get(name), others.get(name)
+        if scorer != other:
+            return f"{name} is {_name(scorer)} in one and {_name(other)} in the other"
     keys = [key for key in ("dtype", "unified") if a.get(key) != b.get(key)]
     return ", ".join(f"{key} {a.get(key)!r} and {b.get(key)!r}" for key in keys)
 

@@ -1,4 +1,4 @@
-"""One score out of three: ChatGen's formula, or a weighted mean of z-scores.
+"""Unified score of several metrics: ChatGen's formula, or a weighted mean of z-scores.
 
 DiffAgent's own formula was never published. ChatGen's (arXiv 2411.17176) is derived from its
 table 4, of which it reproduces all ten rows; per picture, that is without FID,
@@ -11,8 +11,8 @@ equal in the published formula and configurable here:
 
     U = sum_m w_m u_m / sum_m w_m,    u = CLIP, 10 (HPS - 15), IR    or    u_m = z-score of m
 
-with mean and deviation taken once from a fixed reference set, so that a score means the same in
-every run. RRHF uses only the order of the scores within a prompt.
+with mean and deviation measured once on a fixed reference set, so that scores of all runs are
+comparable. RRHF uses only the order of the scores within a prompt.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ import numpy as np
 import numpy.typing as npt
 
 from diffagent.errors import ConfigError, ScoreError
-from diffagent.rewards.load import reference_file
 from diffagent.rewards.scorer import Scorer
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ log = logging.getLogger(__name__)
 
 CHATGEN_METRICS = ("clip", "hps_v2", "image_reward")
 FLOOR_GAP = 1e-3
-"""A valid call never comes closer than this to the floor of the invalid ones."""
+"""Smallest distance of a valid call's score from the floor of invalid calls."""
 
 Scores = npt.NDArray[np.float64]
 
@@ -55,14 +54,14 @@ class MetricReference:
 
 @dataclass(frozen=True)
 class Unifier:
-    """Turns the metrics of pictures into one number each.
+    """Definition of the unified score, and its computation from the metrics of pictures.
 
     Attributes:
         method: ``chatgen`` or ``zscore``.
-        weights: of each metric; the published ``chatgen`` has its three metrics and equal ones.
+        weights: of each metric; the published ``chatgen`` has three metrics of equal weights.
         invalid_floor: score of an invalid call.
         reference: of each metric; ``zscore`` only.
-        reference_set: what the reference was measured on, for people; ``zscore`` only.
+        reference_set: description of the measured pictures, for people; ``zscore`` only.
     """
 
     method: Literal["zscore", "chatgen"]
@@ -78,18 +77,18 @@ class Unifier:
                 f"not {tuple(self.weights)}; add them or use 'zscore'"
             )
         if not sum(self.weights.values()) > 0:
-            raise ConfigError("the weights of all scorers are 0; give at least one of them some")
+            raise ConfigError("the weights of all scorers are 0; set at least one above 0")
         if self.method == "zscore":
             missing = sorted(set(self.weights) - set(self.reference))
             if missing:
-                raise ConfigError(f"rewards.reference says nothing of the metrics {missing}")
+                raise ConfigError(f"rewards.reference lacks the metrics {missing}")
             flat = [name for name in self.weights if not self.reference[name].std > 0]
             if flat:
                 raise ConfigError(f"rewards.reference has no positive std for {flat}")
 
     @classmethod
     def from_config(cls, config: RewardsConfig, scorers: Sequence[Scorer]) -> Self:
-        """The unifier of a configuration, checked against the scorers that will be used.
+        """Returns the unifier of a configuration, checked against the scorers in use.
 
         Raises:
             ConfigError: the reference is missing, unreadable or does not cover the metrics.
@@ -118,12 +117,12 @@ class Unifier:
         metrics: Mapping[str, npt.ArrayLike],
         valid: npt.NDArray[np.bool_] | None = None,
     ) -> Scores:
-        """One score for each picture.
+        """Returns one score for each picture.
 
         Args:
-            metrics: metric to raw scores, (B,) each.
-            valid: (B,), False where the call was invalid and no picture exists; its metrics
-                are not read. All valid when not given.
+            metrics: metric -> raw scores, (B,) each.
+            valid: (B,), False where the call was invalid and no picture exists, whose metrics are
+                not read; None: all are valid.
 
         Returns:
             (B,) float64; `invalid_floor` where invalid, and higher than that elsewhere.
@@ -146,7 +145,7 @@ class Unifier:
         return np.where(mask, np.maximum(combined, lowest), self.invalid_floor)
 
     def definition(self) -> dict[str, Any]:
-        """What is recorded beside every score."""
+        """Returns the definition that is stored with scores."""
         return {
             "method": self.method,
             "weights": dict(self.weights),
@@ -189,7 +188,7 @@ class Unifier:
 
 
 def chatgen_terms(clip: Scores, hps_v2: Scores, image_reward: Scores) -> dict[str, Scores]:
-    """What ChatGen's unified score without FID is the mean of; of raw cosines and rewards (B,)."""
+    """Returns the terms (B,) of ChatGen's mean without FID, from raw cosines and rewards (B,)."""
     return {
         "clip": 250 * clip,
         "hps_v2": 10 * (100 * hps_v2 - 15),
@@ -200,16 +199,16 @@ def chatgen_terms(clip: Scores, hps_v2: Scores, image_reward: Scores) -> dict[st
 def read_reference(
     path: str | Path,
 ) -> tuple[dict[str, MetricReference], dict[str, Any]]:
-    """Mean and deviation of each metric, and on what they were measured.
+    """Reads mean and deviation of each metric, and the description of the measured pictures.
 
     Args:
-        path: what `diffagent.rewards.reference` has written; ``sandbox`` is the committed file.
+        path: file that `diffagent.rewards.reference` wrote.
 
     Raises:
         ConfigError: the file is missing or has another form.
     """
     try:
-        data = json.loads(reference_file(path).read_text(encoding="utf-8"))
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
         metrics = {
             name: MetricReference(float(m["mean"]), float(m["std"]), str(m["digest"]))
             for name, m in data["metrics"].items()

@@ -1,5 +1,5 @@
 """The sandbox: a small embedded world of drawn pictures, with tiny models trained on it.
 
-Nothing here says anything about natural pictures, real models or real users. It exists so that
-the whole system runs on two cores with nothing downloaded.
+It lets the whole system run on two cores with nothing downloaded. Its numbers do not transfer to
+natural pictures, real models or real users.
 """

@@ -1,4 +1,4 @@
-"""Assembles the sandbox's dump: its model files and its records in Civitai's shape.
+"""Assembly of the sandbox's site: a folder of records (a dump) and the model files that go with it.
 
 The package carries the base, an early snapshot and small LoRAs. Specialists are the base with a
 LoRA merged into its weights; the early model borrows the base's VAE. The same weights give the
@@ -8,42 +8,50 @@ safetensors sorts its header.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffagent.errors import ArtifactError
 from diffagent.sandbox import site_records, world
 
+if TYPE_CHECKING:
+    import torch
+
 log = logging.getLogger(__name__)
 
-FORMAT = 3
-"""Raise it when the same weights shall give other files or records."""
+FORMAT = 4
+"""Version of the assembly: raise it when the same weights must give other files or records."""
+
+ABOUT = {
+    "source": "built from the embedded sandbox: an invented site with toy models that draw shapes",
+    "limits": ["Models, users and prompts are invented; numbers mean nothing outside the demo."],
+}
+"""Description of the records, which dataset cards quote (``diffagent.localcivitai.sources``)."""
 
 WEIGHTS = Path(__file__).parent / "weights"
+SCORERS = WEIGHTS / "scorers"
 SPECIALISTS = ("outline", "3d", "pixel-art", "sketch")
 LORAS = ("pixel-art", "night")
 
 
 @dataclass(frozen=True)
-class ModelFile:
+class SandboxFile:
     """One assembled model file.
 
     Attributes:
         key: stable name of the model: "base", "early", "specialist-STYLE" or "lora-NAME".
-        path: a link in the dump's `named`, since readers go by the ending .safetensors, to
-            `files/SHA256`, which the local Civitai serves.
+        path: link `named/KEY.safetensors` (readers go by the suffix) to `files/SHA256`, which the
+            local Civitai serves.
         size: in bytes.
-        hashes: as Civitai gives them: SHA256, AutoV1, AutoV2, AutoV3, CRC32, upper case.
+        hashes: in Civitai's form: SHA256, AutoV1, AutoV2, AutoV3, CRC32, upper case.
     """
 
     key: str
@@ -52,67 +60,49 @@ class ModelFile:
     hashes: dict[str, str]
 
 
-def default_directory() -> Path:
-    """Where the dump is kept: the user's cache, one directory for each state of the weights.
-
-    Where the home directory cannot be written (a container), a directory of the user's in the
-    place for temporary files.
-    """
-    name = f"sandbox-{identity()[:16]}"
-    with contextlib.suppress(OSError, RuntimeError):  # no home directory is known
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffagent"
-        if (cache / name).is_dir():
-            return cache / name
-        cache.mkdir(parents=True, exist_ok=True)
-        if os.access(cache, os.W_OK | os.X_OK):
-            return cache / name
-    own = Path(tempfile.gettempdir(), f"diffagent-{os.getuid()}")
-    own.mkdir(mode=0o700, exist_ok=True)
-    if own.is_symlink() or own.stat().st_uid != os.getuid():
-        raise ArtifactError(f"{str(own)!r} belongs to somebody else; set XDG_CACHE_HOME")
-    return own / name
-
-
 def identity() -> str:
-    """Digest of everything that the dump is made of: weights, records' source, format."""
+    """Returns the digest of everything that the folder is made of: weights, code, format.
+
+    Raises:
+        ArtifactError: weights are missing.
+    """
     digest = hashlib.sha256(f"format {FORMAT}".encode())
-    for path in sources():
+    code = [Path(str(module.__file__)) for module in (site_records, world)]
+    for path in (*_weights(), WEIGHTS / "lora_targets.json", *code, Path(__file__)):
         digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
 
 
-def materialise(directory: Path | None = None) -> Path:
-    """Returns the sandbox's dump, assembling it first when it is not there yet.
+def materialise(target: Path) -> Path:
+    """Writes the sandbox's site into a folder, whole or not at all; does nothing if it is current.
 
-    Args:
-        directory: where it shall be; by default `default_directory()`. One that holds another
-            state of the sandbox is replaced, one that holds anything else is left alone.
+    The folder holds `models.jsonl`, `images.jsonl`, `about.json` and `files/SHA256`: a source
+    `dump:DIR`. A folder with another state of the sandbox is replaced.
 
     Returns:
-        The directory with `models.jsonl`, `images.jsonl` and `files/SHA256`.
+        The folder.
 
     Raises:
-        ArtifactError: weights are missing, or the directory holds something else.
+        ArtifactError: weights are missing, or the folder holds something else.
     """
-    target = directory or default_directory()
     marker = target / "sandbox.json"
     if marker.is_file() and json.loads(marker.read_text()).get("identity") == identity():
         return target
     if target.is_dir() and any(target.iterdir()) and not marker.is_file():
         raise ArtifactError(
-            f"{str(target)!r} holds something that is not the sandbox's dump; "
+            f"{str(target)!r} holds files that are not the sandbox's; "
             "give an empty or a new directory"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    temporary.chmod(0o755)
     try:
         _write_dump(temporary)
         if target.is_dir():
             shutil.rmtree(target)
         try:
             temporary.rename(target)
-        except OSError:
-            # Another process was faster; what it made is the same.
+        except OSError:  # another process was faster: its folder is the same
             if not marker.is_file():
                 raise
     finally:
@@ -120,24 +110,13 @@ def materialise(directory: Path | None = None) -> Path:
     return target
 
 
-def model_files(directory: Path | None = None) -> list[ModelFile]:
-    """The assembled model files of a dump, which is made when it is not there yet."""
-    dump = materialise(directory)
-    rows = json.loads((dump / "sandbox.json").read_text())["files"]
+def model_files(site: Path) -> list[SandboxFile]:
+    """Returns the model files of a folder that `materialise` wrote."""
+    rows = json.loads((site / "sandbox.json").read_text())["files"]
     return [
-        ModelFile(r["key"], dump / "named" / f"{r['key']}.safetensors", r["size"], r["hashes"])
+        SandboxFile(r["key"], site / "named" / f"{r['key']}.safetensors", r["size"], r["hashes"])
         for r in rows
     ]
-
-
-def sources() -> list[Path]:
-    """Every file that the dump is made of: weights, and the code that makes its records.
-
-    Raises:
-        ArtifactError: weights are missing.
-    """
-    code = [Path(str(module.__file__)) for module in (site_records, world)]
-    return [*_weights(), *code, Path(__file__)]
 
 
 def _weights() -> list[Path]:
@@ -166,9 +145,13 @@ def _write_dump(directory: Path) -> None:
         (directory / "files" / name).write_bytes(content)
         (directory / "named" / f"{key}.safetensors").symlink_to(Path("..", "files", name))
         rows.append({"key": key, "size": len(content), "hashes": hashes})
-    files = {row["key"]: ModelFile(row["key"], Path(), row["size"], row["hashes"]) for row in rows}
+    files = {
+        row["key"]: SandboxFile(row["key"], Path(), row["size"], row["hashes"]) for row in rows
+    }
     _write_lines(directory / "models.jsonl", site_records.models(files))
     _write_lines(directory / "images.jsonl", site_records.images(files))
+    about = {**ABOUT, "version": identity()}
+    (directory / "about.json").write_text(json.dumps(about, indent=2) + "\n")
     (directory / "sandbox.json").write_text(
         json.dumps({"identity": identity(), "files": rows}, indent=2) + "\n"
     )
@@ -178,12 +161,7 @@ def _write_dump(directory: Path) -> None:
 def _contents() -> Iterable[tuple[str, bytes]]:
     from safetensors.torch import load, save
 
-    from diffagent import compat
-
-    compat.install()
-    from diffagent.sandbox.tiny_adapters import merged
-
-    # One entry only: safetensors writes several in an order that changes from run to run.
+    # A single entry: safetensors writes several in an order that changes from run to run.
     note = {"format": "pt"}
     raw = {path.stem: path.read_bytes() for path in _weights()}
     base, early = load(raw["base"]), load(raw["early"])
@@ -192,13 +170,36 @@ def _contents() -> Iterable[tuple[str, bytes]]:
     yield "early", save({**early, **vae}, note)
     for style in SPECIALISTS:
         key = f"specialist-{style}"
-        yield key, save(merged(base, load(raw[key])), note)
+        yield key, save(merge_lora(base, load(raw[key])), note)
     for name in LORAS:
         yield f"lora-{name}", save(load(raw[f"lora-{name}"]), note)
 
 
+def merge_lora(
+    checkpoint: dict[str, torch.Tensor], lora: dict[str, torch.Tensor], scale: float = 1.0
+) -> dict[str, torch.Tensor]:
+    """Returns a single-file checkpoint with a LoRA of its U-Net added to the weights, in fp16.
+
+    Args:
+        checkpoint: tensors by name; unchanged.
+        lora: tensors in kohya's layout, of the modules in ``weights/lora_targets.json``.
+        scale: strength of the LoRA.
+    """
+    import torch
+
+    targets = json.loads((WEIGHTS / "lora_targets.json").read_text(encoding="utf-8"))
+    result = dict(checkpoint)
+    for module in sorted({name.partition(".")[0] for name in lora}):
+        down, up = lora[f"{module}.lora_down.weight"].float(), lora[f"{module}.lora_up.weight"]
+        weight = result[targets[module]].float()
+        strength = scale * lora[f"{module}.alpha"].float() / down.shape[0]
+        delta = (up.float().flatten(1) @ down.flatten(1)).reshape(weight.shape) * strength
+        result[targets[module]] = (weight + delta).to(torch.float16)
+    return result
+
+
 def file_hashes(content: bytes) -> dict[str, str]:
-    """The hashes that Civitai gives for a safetensors file, upper case."""
+    """Returns the hashes that Civitai states for a safetensors file, upper case."""
     sha256 = hashlib.sha256(content).hexdigest()
     header = 8 + int.from_bytes(content[:8], "little")
     hashes = {

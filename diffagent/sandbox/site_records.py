@@ -1,13 +1,13 @@
-"""The sandbox's records in Civitai's shape: its models, and pictures that nobody ever made.
+"""Records of the sandbox in Civitai's shape: its models, and invented pictures.
 
-Everything here is synthetic. The users are a random process, written down in `images` and
-`_choose`: a user wants a scene in a style and *knows* which of the sandbox's models is good at
-it, most of the time, in most styles. So what an agent can learn from these records was put there
-on purpose, and how well it learns says nothing about real users, prompts or models.
+All records are synthetic. The users are a random process, defined in `images` and `_choose`: a user
+wants a scene in a style and knows which of the sandbox's models is good at it, most of the time, in
+most styles. The lesson of these records is therefore deliberate, and how well an agent learns it
+does not transfer to real users, prompts or models.
 
-The hashes and sizes of the usable models are those of the assembled files. The models that a
-filter has to drop have no files at all; their hashes are made from their names. The pictures'
-addresses lead nowhere.
+Hashes and sizes of the usable models are those of the assembled files. The models that a filter
+must drop have no files; their hashes are computed from their names. The pictures' addresses do not
+exist.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Record = dict[str, Any]
 
 
 class FileFacts(Protocol):
-    """What the records need to know about an assembled file."""
+    """Facts of an assembled file that the records state."""
 
     @property
     def size(self) -> int: ...
@@ -81,7 +81,7 @@ class Listing:
 
     @property
     def stem(self) -> str:
-        """Name of its file without the ending."""
+        """Name of its file without the suffix."""
         return self.name.replace(" ", "").replace("Sandbox", "sandbox")
 
 
@@ -207,7 +207,7 @@ UNUSABLE = (
 _BY_KEY = {listing.key: listing for listing in (*USABLE, *UNUSABLE)}
 
 OVERLOOKED = ("pixel art", "sketch")
-"""Styles whose specialists most users do not know."""
+"""Styles whose specialists are unknown to most users."""
 
 SAMPLERS = {
     "DPM++ 2M Karras": 36,
@@ -232,7 +232,7 @@ _NEGATIVES = (
 
 
 def models(files: Mapping[str, FileFacts]) -> list[Record]:
-    """All models in the shape of a GET /api/v1/models item.
+    """Returns all models in the shape of a GET /api/v1/models item.
 
     Args:
         files: size and hashes of the assembled file of each usable model, by key.
@@ -346,8 +346,8 @@ def _preview(listing: Listing, number: int) -> Record:
 
 
 @dataclass(frozen=True)
-class _Wish:
-    """What a synthetic user asks for and how."""
+class _Post:
+    """Prompt, models and settings of a synthetic user's picture."""
 
     prompt: str
     negative: str
@@ -361,36 +361,35 @@ class _Wish:
 
 
 def images(files: Mapping[str, FileFacts], count: int = IMAGE_COUNT) -> Iterator[Record]:
-    """Pictures' records in the shape of a GET /api/v1/images item, from a seeded process.
+    """Yields pictures in the shape of a GET /api/v1/images item, from a seeded process.
 
-    For each record one user draws a scene (flat in 40 %, each other style in 15 %), chooses a
-    model and settings (`_choose`), and posts in one of the forms that real records have: 58 %
-    AUTOMATIC1111, 28 % on-site generator, 5 % ComfyUI, the rest with one thing wrong that the
-    record filters have to find. Held-out combinations of shape, colour and background never
-    occur.
+    For each record a user samples a scene (flat in 40 %, each other style in 15 %), chooses a model
+    and settings (`_choose`), and posts in one of the forms of real records: 58 % AUTOMATIC1111,
+    28 % on-site generator, 5 % ComfyUI, the rest with one flaw that the record filters must find.
+    Held-out combinations of shape, colour and background never occur.
 
     Args:
         files: size and hashes of the assembled file of each usable model, by key.
-        count: how many records.
+        count: number of records.
     """
-    last: _Wish | None = None
+    last: _Post | None = None
     for number in range(count):
         rng = random.Random(world.CATALOGUE_SEEDS.start + number)
-        wish = _choose(rng)
+        post = _choose(rng)
         if last is not None and rng.random() < 0.02:
-            wish = last  # posted twice: the same prompt and settings under another id
-        last = wish
-        yield _image(number, wish, files, rng)
+            post = last  # posted twice: the same prompt and settings under another id
+        last = post
+        yield _image(number, post, files, rng)
 
 
-def _choose(rng: random.Random) -> _Wish:
+def _choose(rng: random.Random) -> _Post:
     scene = world.sample_scene(rng, style_weights=(0.4, 0.15, 0.15, 0.15, 0.15))
     prompt = world.caption(
         scene, rng, with_style=rng.random() < (0.3 if scene.style == "flat" else 0.95)
     )
     checkpoint, lora = _choose_model(scene, rng)
     good = rng.random() < 0.85  # most users know which settings work
-    return _Wish(
+    return _Post(
         prompt=prompt,
         negative=rng.choice(_NEGATIVES) if rng.random() < 0.7 else "",
         checkpoint=checkpoint,
@@ -406,11 +405,11 @@ def _choose(rng: random.Random) -> _Wish:
 
 
 def _choose_model(scene: world.Scene, rng: random.Random) -> tuple[Listing, Listing | None]:
-    """The base for flat scenes, the specialist for a style; but not for the `OVERLOOKED` ones.
+    """Returns checkpoint and LoRA: the base for flat scenes, the specialist for a style.
 
-    Each with a share of 75 % to 87 %. Of an overlooked style most users are content with the
-    base, and 27 % use the specialist: who imitates the majority makes worse pictures there than
-    who looks at pictures.
+    Each has a share of 75 % to 87 %. `OVERLOOKED` styles are the exception: 27 % of the users take
+    the specialist and most take the base, so that an agent that imitates the majority draws worse
+    pictures there than an agent that learns from pictures.
     """
     base = _BY_KEY["base"]
     luck = rng.random()
@@ -430,10 +429,10 @@ def _choose_model(scene: world.Scene, rng: random.Random) -> tuple[Listing, List
     return base, _BY_KEY["lora-pixel-art"] if wants_lora else None
 
 
-def _image(number: int, wish: _Wish, files: Mapping[str, FileFacts], rng: random.Random) -> Record:
+def _image(number: int, post: _Post, files: Mapping[str, FileFacts], rng: random.Random) -> Record:
     image_id = 800_000 + number
-    likes = rng.randrange(40) if wish.checkpoint.key != "early" else rng.randrange(4)
-    versions = [listing.version_id for listing in (wish.checkpoint, wish.lora) if listing]
+    likes = rng.randrange(40) if post.checkpoint.key != "early" else rng.randrange(4)
+    versions = [listing.version_id for listing in (post.checkpoint, post.lora) if listing]
     record: Record = {
         "id": image_id,
         "url": _address(image_id),
@@ -447,7 +446,7 @@ def _image(number: int, wish: _Wish, files: Mapping[str, FileFacts], rng: random
         "createdAt": _time(_EPOCH + timedelta(days=40, minutes=17 * number)),
         "postId": 900_000 + number // 3,
         "username": f"sandbox-user-{rng.randrange(60)}",
-        "baseModel": wish.checkpoint.base_model,
+        "baseModel": post.checkpoint.base_model,
         "modelVersionIds": versions,
         "stats": {
             "cryCount": 0,
@@ -461,21 +460,21 @@ def _image(number: int, wish: _Wish, files: Mapping[str, FileFacts], rng: random
     }
     kind = rng.choices(("a1111", "on-site", "comfy", "flawed"), weights=(58, 28, 5, 9))[0]
     if kind == "on-site":
-        return record | {"meta": _on_site(wish, rng)}
-    if kind == "comfy" and wish.sampler in _COMFY_SAMPLERS:
-        return record | {"meta": _comfy(wish, files)}
-    meta = _a1111(wish, files, rng)
+        return record | {"meta": _on_site(post, rng)}
+    if kind == "comfy" and post.sampler in _COMFY_SAMPLERS:
+        return record | {"meta": _comfy(post, files)}
+    meta = _a1111(post, files, rng)
     return _flawed(record, meta, rng) if kind == "flawed" else record | {"meta": meta}
 
 
-def _settings(wish: _Wish) -> Record:
+def _settings(post: _Post) -> Record:
     return {
-        "prompt": wish.prompt,
-        "negativePrompt": wish.negative,
-        "sampler": wish.sampler,
-        "steps": wish.steps,
-        "cfgScale": wish.cfg_scale,
-        "seed": wish.seed,
+        "prompt": post.prompt,
+        "negativePrompt": post.negative,
+        "sampler": post.sampler,
+        "steps": post.steps,
+        "cfgScale": post.cfg_scale,
+        "seed": post.seed,
     }
 
 
@@ -483,46 +482,46 @@ def _auto_v2(listing: Listing, files: Mapping[str, FileFacts]) -> str:
     return _hashes(listing, files.get(listing.key))["AutoV2"].lower()
 
 
-def _a1111(wish: _Wish, files: Mapping[str, FileFacts], rng: random.Random) -> Record:
-    model_hash = _auto_v2(wish.checkpoint, files)
-    name = wish.checkpoint.stem
+def _a1111(post: _Post, files: Mapping[str, FileFacts], rng: random.Random) -> Record:
+    model_hash = _auto_v2(post.checkpoint, files)
+    name = post.checkpoint.stem
     resources: list[Record] = [{"type": "model", "name": name, "hash": model_hash}]
     hashes = {"model": model_hash}
-    meta = _settings(wish)
-    if wish.lora is not None:
-        stem, lora_hash = wish.lora.stem, _auto_v2(wish.lora, files)
-        meta["prompt"] += f" <lora:{stem}:{wish.weight:g}>"
-        resources.append({"type": "lora", "name": stem, "hash": lora_hash, "weight": wish.weight})
+    meta = _settings(post)
+    if post.lora is not None:
+        stem, lora_hash = post.lora.stem, _auto_v2(post.lora, files)
+        meta["prompt"] += f" <lora:{stem}:{post.weight:g}>"
+        resources.append({"type": "lora", "name": stem, "hash": lora_hash, "weight": post.weight})
         hashes[f"lora:{stem}"] = lora_hash
     meta |= {"Size": f"{world.SIZE}x{world.SIZE}", "Model": name, "Model hash": model_hash}
     meta["Version"] = "v1.7.0"
     if rng.random() < 0.5:
         meta |= {"resources": resources, "hashes": hashes}
-    elif wish.lora is not None:
+    elif post.lora is not None:
         meta["hashes"] = hashes
     if rng.random() < 0.2:
         meta["Clip skip"] = "1"
     return meta
 
 
-def _on_site(wish: _Wish, rng: random.Random) -> Record:
+def _on_site(post: _Post, rng: random.Random) -> Record:
     resources = [
         {
             "type": "checkpoint",
-            "modelVersionId": wish.checkpoint.version_id,
+            "modelVersionId": post.checkpoint.version_id,
             "modelVersionName": "v1",
         }
     ]
-    if wish.lora is not None:
+    if post.lora is not None:
         resources.append(
             {
                 "type": "lora",
-                "weight": wish.weight,
-                "modelVersionId": wish.lora.version_id,
+                "weight": post.weight,
+                "modelVersionId": post.lora.version_id,
                 "modelVersionName": "v1",
             }
         )
-    meta = _settings(wish)
+    meta = _settings(post)
     if rng.random() < 0.5:
         meta |= {"width": world.SIZE, "height": world.SIZE}
     else:
@@ -534,15 +533,15 @@ def _on_site(wish: _Wish, rng: random.Random) -> Record:
     }
 
 
-def _comfy(wish: _Wish, files: Mapping[str, FileFacts]) -> Record:
-    sampler, schedule = _COMFY_SAMPLERS[wish.sampler]
+def _comfy(post: _Post, files: Mapping[str, FileFacts]) -> Record:
+    sampler, schedule = _COMFY_SAMPLERS[post.sampler]
     graph = {
         "1": {
             "class_type": "CheckpointLoaderSimple",
-            "inputs": {"ckpt_name": f"{wish.checkpoint.stem}.safetensors"},
+            "inputs": {"ckpt_name": f"{post.checkpoint.stem}.safetensors"},
         },
-        "2": {"class_type": "CLIPTextEncode", "inputs": {"text": wish.prompt, "clip": ["1", 1]}},
-        "3": {"class_type": "CLIPTextEncode", "inputs": {"text": wish.negative, "clip": ["1", 1]}},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"text": post.prompt, "clip": ["1", 1]}},
+        "3": {"class_type": "CLIPTextEncode", "inputs": {"text": post.negative, "clip": ["1", 1]}},
         "4": {
             "class_type": "EmptyLatentImage",
             "inputs": {"width": world.SIZE, "height": world.SIZE, "batch_size": 1},
@@ -550,9 +549,9 @@ def _comfy(wish: _Wish, files: Mapping[str, FileFacts]) -> Record:
         "5": {
             "class_type": "KSampler",
             "inputs": {
-                "seed": wish.seed,
-                "steps": wish.steps,
-                "cfg": wish.cfg_scale,
+                "seed": post.seed,
+                "steps": post.steps,
+                "cfg": post.cfg_scale,
                 "sampler_name": sampler,
                 "scheduler": schedule,
                 "model": ["1", 0],
@@ -563,26 +562,26 @@ def _comfy(wish: _Wish, files: Mapping[str, FileFacts]) -> Record:
         },
     }
     return {
-        **_settings(wish),
+        **_settings(post),
         "sampler": sampler,
         "scheduler": schedule,
         "denoise": 1,
         "width": world.SIZE,
         "height": world.SIZE,
-        "models": [f"{wish.checkpoint.stem}.safetensors"],
-        "versionIds": [wish.checkpoint.version_id],
-        "hashes": {"model": _auto_v2(wish.checkpoint, files)},
+        "models": [f"{post.checkpoint.stem}.safetensors"],
+        "versionIds": [post.checkpoint.version_id],
+        "hashes": {"model": _auto_v2(post.checkpoint, files)},
         "comfy": json.dumps({"prompt": graph, "workflow": {}}),
     }
 
 
 def _flawed(record: Record, meta: Record, rng: random.Random) -> Record:
-    """The record with one thing wrong, or merely odd, that the filters have to cope with."""
+    """Returns the record with one flaw, or an odd but valid form, that the filters must handle."""
     kind = rng.randrange(10)
     if kind == 0:
         return record  # the uploader hides the metadata
     if kind == 1:
-        return record | {"meta": {"id": record["id"], "meta": meta}}  # the nested form: fine
+        return record | {"meta": {"id": record["id"], "meta": meta}}  # the nested form is valid
     if kind == 2:
         return record | {"meta": {k: v for k, v in meta.items() if k != "prompt"}}
     if kind in (3, 4):
@@ -597,8 +596,8 @@ def _flawed(record: Record, meta: Record, rng: random.Random) -> Record:
     if kind == 8:
         return record | {"meta": meta | {"steps": 4000}}
     unknown = f"{rng.getrandbits(40):010x}"  # a checkpoint that the site does not know
-    kept = {k: v for k, v in meta.items() if k not in ("resources", "hashes")}
-    return record | {"modelVersionIds": [], "meta": kept | {"Model hash": unknown}}
+    rest = {k: v for k, v in meta.items() if k not in ("resources", "hashes")}
+    return record | {"modelVersionIds": [], "meta": rest | {"Model hash": unknown}}
 
 
 def _address(image_id: int) -> str:

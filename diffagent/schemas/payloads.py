@@ -1,10 +1,10 @@
-"""Civitai's payloads, read leniently: every field may be absent or of an older shape.
+"""Readers of Civitai's payloads: every field may be absent or of an older form.
 
-The API has changed its shapes several times and never versioned them, so these are readers of
-plain JSON values rather than models that reject: each takes what the site sent and returns one
-meaning. What no reader expects is counted by ``Drift``, so that a change of the site shows up
+The API has changed its forms several times and never versioned them. So these functions read plain
+JSON values instead of rejecting them as models would: each accepts every form of a field and
+returns one meaning. ``SchemaDrift`` counts unexpected fields, so that a change of the site shows up
 in a crawl's metrics instead of in a crash. (Hundreds of thousands of records pass through here:
-that is why there are no pydantic models.)
+pydantic models would be too slow.)
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MAX_RECORD_BYTES = 8 << 20
 
 
 def whole_number(value: Any) -> int | None:
-    """An id: an integer in 0 .. 2^63 - 1, also one that was sent in quotes; None for all else."""
+    """Read an id: an integer in 0 .. 2^63 - 1, also one in quotes; None for any other value."""
     if type(value) is int:
         return value if 0 <= value < 2**63 else None
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 19:
@@ -47,11 +47,26 @@ def whole_number(value: Any) -> int | None:
     return None
 
 
+def as_dict(value: Any) -> dict[str, Any]:
+    """Return an object as it is, and any other value as an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return a list as it is, and any other value as an empty one."""
+    return value if isinstance(value, list) else []
+
+
+def objects_in(value: Any) -> list[dict[str, Any]]:
+    """Return the objects of a list; none of any other value."""
+    return [item for item in as_list(value) if isinstance(item, dict)]
+
+
 def flaw(item: Any) -> str:
-    """Why a value cannot be kept as a record of a model, an image or a page; '' when it can.
+    """Return why a value is no usable record of a model, an image or a page; '' for a record.
 
     A record is an object with an id, of bounded depth and size, that every part of the project
-    can write as JSON. Everything else about it may be odd: the readers below are lenient.
+    can write as JSON. All its other fields may be odd: the readers below are lenient.
     """
     if not isinstance(item, dict):
         return f"no object but {type(item).__name__}"
@@ -61,10 +76,10 @@ def flaw(item: Any) -> str:
 
 
 def json_flaw(value: Any) -> str:
-    """Why a JSON value cannot be kept: its depth or its size; '' when it can."""
+    """Return why a JSON value is not usable: its depth or its size; '' when it is."""
     try:
         text = orjson.dumps(value)
-    except TypeError as error:  # too deep for the writer, or what a table has and JSON has not
+    except TypeError as error:  # too deep for the writer, or a value of a table that JSON lacks
         return _TOO_DEEP if _is_too_deep(value) else f"no JSON ({error})"
     if len(text) > MAX_RECORD_BYTES:
         return f"larger than {MAX_RECORD_BYTES >> 20} MB"
@@ -91,7 +106,7 @@ def _is_too_deep(value: Any) -> bool:
 
 
 def level_of(value: Any) -> int | None:
-    """One nsfw value in any shape the site has used, as a browsing level.
+    """Read an nsfw value in any form that the site has used as a browsing level.
 
     ``True`` is the boolean of early 2023 and means at least R. None: not a level.
     """
@@ -105,7 +120,7 @@ def level_of(value: Any) -> int | None:
 
 
 def image_level(image: Mapping[str, Any]) -> int:
-    """Browsing level of an image, the most exact field first; PG when none says anything."""
+    """Return the browsing level of an image by its most exact field; PG without any."""
     for key in ("browsingLevel", "nsfwLevel", "nsfw"):
         level = level_of(image.get(key))
         if level is not None:
@@ -114,7 +129,7 @@ def image_level(image: Mapping[str, Any]) -> int:
 
 
 def model_levels(model: Mapping[str, Any]) -> int:
-    """Union of the browsing levels of a model; by its nsfw flag when there is no bitmask."""
+    """Return the union of a model's browsing levels; by its nsfw flag without a bitmask."""
     level = model.get("nsfwLevel")
     if isinstance(level, int) and not isinstance(level, bool) and level > 0:
         return level
@@ -130,12 +145,12 @@ _CHOICES = {
 
 
 def commercial_use(value: Any) -> tuple[str, ...] | None:
-    """``allowCommercialUse``: "Sell" (2023), ["Image", "Rent"] (2024) or "{Image,Rent}" (2026).
+    """Read ``allowCommercialUse``: "Sell" (2023), ["Image", "Rent"] (2024), "{Image,Rent}" (2026).
 
     Returns:
-        What is allowed, by name: Image (sell pictures), Rent and RentCivit (let others generate,
-        elsewhere and on the site), Sell (the model itself); () when nothing is, None when the
-        site said nothing.
+        Names of the permissions: Image (sell pictures), Rent and RentCivit (let others generate,
+        elsewhere and on the site), Sell (the model itself); () for none, None when the site
+        states nothing.
     """
     if isinstance(value, str):
         if not value.startswith("{"):
@@ -148,7 +163,7 @@ def commercial_use(value: Any) -> tuple[str, ...] | None:
 
 
 def paid_access(version: Mapping[str, Any], day: str) -> str:
-    """Why a version is not free to download on a ``day`` (YYYY-MM-DD); '' when it is.
+    """Return why a version is not free to download on a ``day`` (YYYY-MM-DD); '' when it is.
 
     Since July 2026 a version may have ``paidAccess: {permanent, endsAt}``, and the older end of an
     early access follows it. On an unknown day ('') an end is taken to lie ahead.
@@ -166,30 +181,29 @@ def paid_access(version: Mapping[str, Any], day: str) -> str:
 
 
 def unwrap_meta(meta: Any) -> dict[str, Any] | None:
-    """Generation metadata as a flat dict: ``{"id": N, "meta": {...}}`` is opened."""
+    """Return generation metadata as a flat dict: ``{"id": N, "meta": {...}}`` is opened."""
     while isinstance(meta, dict) and "id" in meta and "meta" in meta:
         meta = meta["meta"]
     return meta if isinstance(meta, dict) else None
 
 
-#: An annotation of ours on every model, version and image of a snapshot: the number of the crawl
-#: that took it in first (0: the first one). Where it is missing it is 0.
+#: Our annotation of every model, version and image of a snapshot: the number of the crawl that
+#: added it (0: the first one). Where it is missing, it is 0.
 GENERATION = "_generation"
 
 
 def versions_of(model: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
-    """Versions of a model by id; what has none is left out."""
-    versions = model.get("modelVersions")
-    found = {}
-    for version in versions if isinstance(versions, list) else ():
-        ident = whole_number(version.get("id")) if isinstance(version, dict) else None
+    """Return the versions of a model by id; those without an id are left out."""
+    versions = {}
+    for version in objects_in(model.get("modelVersions")):
+        ident = whole_number(version.get("id"))
         if ident is not None:
-            found[ident] = version
-    return found
+            versions[ident] = version
+    return versions
 
 
 def generation_of(item: Mapping[str, Any]) -> int:
-    """The crawl that took an item of a snapshot in first."""
+    """Return the number of the crawl that added an item of a snapshot."""
     number = item.get(GENERATION)
     return number if type(number) is int and number >= 0 else 0
 
@@ -197,21 +211,21 @@ def generation_of(item: Mapping[str, Any]) -> int:
 #: Name of the tombstones among the kinds of rows in a snapshot.
 GONE = "gone"
 
-#: What moves though nothing has changed: counters, the decoration that a card wears, and the time
-#: of a file's last scan (the scan's results count as content); and what is not the site's at all.
+#: Fields that move without a change of content: counters, the decoration of a card, the time of a
+#: file's last scan (its results count as content), and our own annotation.
 VOLATILE = frozenset({"stats", "rank", "cosmetic", "scannedAt", GENERATION})
 
 
 def content(item: Mapping[str, Any]) -> dict[str, Any]:
-    """A model, version or image without what is ``VOLATILE`` in it, its versions and files.
+    """Return a model, version or image without ``VOLATILE`` fields, also in its versions and files.
 
-    Two records are the same when their contents are. Generation metadata is left as it is.
+    Two records are the same when their contents are. Generation metadata stays as it is.
     """
-    kept: dict[str, Any] = _steady_version(dict(item))
-    versions = kept.get("modelVersions")
+    steady: dict[str, Any] = _steady_version(dict(item))
+    versions = steady.get("modelVersions")
     if isinstance(versions, list):
-        kept["modelVersions"] = [_steady_version(version) for version in versions]
-    return kept
+        steady["modelVersions"] = [_steady_version(version) for version in versions]
+    return steady
 
 
 def _steady(item: Any) -> Any:
@@ -221,17 +235,17 @@ def _steady(item: Any) -> Any:
 
 
 def _steady_version(version: Any) -> Any:
-    kept = _steady(version)
+    steady = _steady(version)
     for part in ("files", "images"):
-        if isinstance(kept, dict) and isinstance(kept.get(part), list):
-            kept[part] = [_steady(item) for item in kept[part]]
-    return kept
+        if isinstance(steady, dict) and isinstance(steady.get(part), list):
+            steady[part] = [_steady(item) for item in steady[part]]
+    return steady
 
 
 _TEXT, _NUMBER, _WHOLE, _FLAG = (str,), (int, float), (int,), (bool,)
 _LIST, _MAP, _MAYBE = (list,), (dict,), type(None)
 
-#: Known fields and the types seen in them. ``None`` is allowed where the site sends it.
+#: Known fields and their types. ``None`` is allowed where the site sends it.
 MODEL_FIELDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
     {
         "id": _WHOLE,
@@ -335,8 +349,8 @@ IMAGE_FIELDS: Mapping[str, tuple[type, ...]] = MappingProxyType(
 )
 
 
-#: What every record of a kind has, and the values that are known of the site's enumerations
-#: (``baseModel`` is none of them: its names are free and grow).
+#: Required fields of each kind, and the known values of the site's enumerations (``baseModel`` is
+#: none of them: its names are free and grow).
 _REQUIRED: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "model": ("id", "name", "type", "modelVersions"),
@@ -379,33 +393,34 @@ _VALUES: Mapping[str, Mapping[str, tuple[str, ...]]] = MappingProxyType(
 _MAX_DRIFT = 1000  # a site that sends random keys does not fill the manifest
 
 
-class Drift:
-    """Counts of what the readers do not know: fields that are new, missing or of a new type.
+class SchemaDrift:
+    """Counts of unexpected fields: new ones, missing ones, and new types or values.
 
-    ``counts`` maps e.g. 'model.stats: str', 'image.newField: unknown', 'model.type: missing' or
-    "model.type: new value 'Hologram'" to how often.
+    Attributes:
+        counts: number of each, e.g. of 'model.stats: str', 'image.newField: unknown',
+            'model.type: missing' or "model.type: new value 'Hologram'".
     """
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
 
     def model(self, model: Any) -> None:
-        """Look at a model with its versions and files."""
+        """Count the fields of a model with its versions and files."""
         self._fields("model", model, MODEL_FIELDS)
-        for version in _items(model, "modelVersions"):
+        for version in as_list(as_dict(model).get("modelVersions")):
             self._fields("version", version, VERSION_FIELDS)
-            for file in _items(version, "files"):
+            for file in as_list(as_dict(version).get("files")):
                 self._fields("file", file, FILE_FIELDS)
 
     def image(self, image: Any) -> None:
-        """Look at an image."""
+        """Count the fields of an image."""
         self._fields("image", image, IMAGE_FIELDS)
 
     def report(self) -> dict[str, int]:
-        """The counts in a stable order."""
+        """Return the counts in a stable order."""
         return dict(sorted(self.counts.items()))
 
-    def _fields(self, kind: str, item: Any, known: Mapping[str, tuple[type, ...]]) -> None:
+    def _fields(self, kind: str, item: Any, fields: Mapping[str, tuple[type, ...]]) -> None:
         if not isinstance(item, dict):
             self._count(f"{kind}: {type(item).__name__}")
             return
@@ -413,7 +428,7 @@ class Drift:
         for key, value in item.items():
             if key == GENERATION:
                 continue
-            types = known.get(key)
+            types = fields.get(key)
             if types is None:
                 self._count(f"{kind}.{printable(key[:40])}: unknown")
             elif type(value) not in types:
@@ -424,16 +439,11 @@ class Drift:
             if key not in item:
                 self._count(f"{kind}.{key}: missing")
 
-    def _count(self, what: str) -> None:
-        full = len(self.counts) >= _MAX_DRIFT and what not in self.counts
-        self.counts["others" if full else what] += 1
-
-
-def _items(parent: Any, key: str) -> list[Any]:
-    value = parent.get(key) if isinstance(parent, dict) else None
-    return value if isinstance(value, list) else []
+    def _count(self, observation: str) -> None:
+        full = len(self.counts) >= _MAX_DRIFT and observation not in self.counts
+        self.counts["others" if full else observation] += 1
 
 
 def canonical(item: Any) -> bytes:
-    """One byte string per JSON value: sorted keys, no spaces, UTF-8, no newline."""
+    """Return the one byte string of a JSON value: sorted keys, no spaces, UTF-8, no newline."""
     return orjson.dumps(item, option=orjson.OPT_SORT_KEYS)

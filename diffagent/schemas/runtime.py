@@ -57,6 +57,11 @@ class ModelFileSettings(_RuntimeSection):
         description="folders of model files, or installations of A1111 or ComfyUI, that are read "
         "in place before anything is downloaded",
     )
+    configs: tuple[str, ...] = Field(
+        default=(),
+        description="folders with the diffusers configuration (model_index.json, no weights) of "
+        "architectures that the package does not have; those in DIRECTORY/configs are read too",
+    )
     max_downloads: int = Field(
         default=2, ge=1, le=32, description="concurrent downloads, of all processes together"
     )

@@ -23,7 +23,7 @@ from diffagent.errors import ConfigError
 from diffagent.evaluation.report import picture_uri
 from diffagent.schemas.api import T2IAPI
 from diffagent.sheet.prompts_file import LOCAL_VERSION
-from diffagent.store.artifacts import atomic_file
+from diffagent.store import atomic_file
 
 #: Columns of scores with their names for people, in the order in which they are shown.
 SCORES: Mapping[str, str] = {

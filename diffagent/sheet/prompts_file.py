@@ -29,7 +29,7 @@ from diffagent.localcivitai.sources.local import LocalFile, record_of
 from diffagent.render.files.folders import ModelFolders
 from diffagent.render.recipe import UNKNOWN_BASE_MODEL
 from diffagent.schemas.api import T2IAPI, ApiError, Embedding, LoRA, Params, parse_api
-from diffagent.store.artifacts import StageContext, StageResult, stage
+from diffagent.store import StageContext, StageResult, stage
 from diffagent.t2i.catalogue import (
     CHECKPOINT,
     EMBEDDING,

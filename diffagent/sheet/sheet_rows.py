@@ -17,7 +17,7 @@ from diffagent.render.render_stage import REASONS
 from diffagent.schemas.api import T2IAPI, LoRA, Params, parse_api
 from diffagent.schemas.tables import RENDERS
 from diffagent.sheet.contact_sheet import SCORES, Card
-from diffagent.store.artifacts import Artifact, StageContext, StageResult, sha256_file, stage
+from diffagent.store import Artifact, StageContext, StageResult, sha256_file, stage
 from diffagent.t2i.metadata import Generation, read_image_metadata
 
 if TYPE_CHECKING:

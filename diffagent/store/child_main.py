@@ -1,8 +1,8 @@
-"""``python -m diffagent.store.child_main RUN.json``: one stage in a process of its own.
+"""``python -m diffagent.store.child_main RUN.json``: one stage in a child process.
 
-RUN.json is what ``diffagent.store.child.run_in_child`` writes: entry, config, inputs (handles),
-runtime, site_url, the file that gets the handle of the finished artefact, and the process to
-end with (absent by hand).
+``diffagent.store.child.run_in_child`` writes RUN.json: entry, config, inputs (handles), runtime,
+site_url, the file to write the handle of the finished artifact to (or the error), and the id of the
+process to end with (optional).
 """
 
 from __future__ import annotations
@@ -10,29 +10,28 @@ from __future__ import annotations
 import importlib
 import json
 import logging
-import os
-import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
-from diffagent.store.artifacts import Artifact, Stage
-from diffagent.store.child import EXPECTED_FAILURE, PROGRESS_MARK
 from diffagent.device import keep_freed_memory
 from diffagent.errors import DiffAgentError
 from diffagent.failures import explained, pack
+from diffagent.parent_process import end_with
 from diffagent.schemas.runtime import RuntimeConfig
+from diffagent.store.artifact import Artifact
+from diffagent.store.child import EXPECTED_FAILURE, PROGRESS_MARK
+from diffagent.store.stage import Stage
 
 log = logging.getLogger("diffagent.store.child_main")
 _PROGRESS_SECONDS = 0.5
 
 
 def main(request: str) -> int:
-    """Run the stage that the JSON file ``request`` describes; returns the exit code."""
+    """Run the stage that the JSON file ``request`` describes, and return the exit code."""
     run = json.loads(Path(request).read_text(encoding="utf-8"))
     if run.get("parent"):
-        threading.Thread(target=_end_with, args=(run["parent"],), daemon=True).start()
+        end_with(run["parent"])
     module, _, attribute = run["entry"].partition(":")
     answer = Path(run["answer"])
     try:
@@ -57,7 +56,7 @@ def main(request: str) -> int:
 
 
 class _ProgressLines:
-    """Passes progress on to the parent, not more often than a person can follow."""
+    """Callback that prints progress for the parent, as often as a person can follow."""
 
     def __init__(self) -> None:
         self._last = -_PROGRESS_SECONDS
@@ -69,15 +68,8 @@ class _ProgressLines:
             sys.stdout.flush()
 
 
-def _end_with(parent: int) -> None:
-    """End this process when the one that wants its answer is gone (killed, cancelled)."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 if __name__ == "__main__":
-    # What other packages tell would hide what the stage says.
+    # The messages of other packages at this level would bury those of the stage.
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("diffagent").setLevel(logging.INFO)
     keep_freed_memory()

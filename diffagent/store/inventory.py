@@ -1,8 +1,8 @@
-"""All artefacts of a store: which are the latest, what needs which, and what can go.
+"""Inventory of a store: which artifacts are the latest, what needs which, and what can be removed.
 
-An artefact is *latest* where a pointer leads to it (``diffagent.store.latest``); of a series without a
-pointer the newest is. It is *needed* when a latest one was made from it, directly or not, and
-*superseded* when neither holds.
+An artifact is *latest* where a pointer leads to it (``diffagent.store.latest``); in a series
+without a pointer the newest is. It is *needed* when a latest one was made from it, directly or
+indirectly, and *superseded* otherwise.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from diffagent.store import local_copies, latest
-from diffagent.store.artifacts import PREVIOUS, read_manifest
 from diffagent.errors import ArtifactError, DamagedArtifact
-from diffagent.store.object_store import list_manifests, list_pointers
-from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.manifest import InputRef, Manifest
+from diffagent.schemas.runtime import RuntimeConfig
+from diffagent.store import integrity, latest, local_copies
+from diffagent.store.lineage import PREVIOUS
+from diffagent.store.manifest_file import read_manifest
+from diffagent.store.object_store import list_manifests, list_pointers
 
-#: How the directories of artefacts, and what belongs to them, are called.
+#: Names of the directories of artifacts and of their partial, removed and damaged versions.
 _NAME = re.compile(r"\.?[0-9a-f]{16}(\.|$)")
 Kind = Literal["whole", "damaged", "unfinished"]
 
@@ -33,13 +34,13 @@ class Entry:
         stage: name of its stage.
         name: of its directory.
         location: its path or URI.
-        kind: an artefact, one that was set aside as damaged, or work that was interrupted.
+        kind: a whole artifact, one that was set aside as damaged, or interrupted work.
         size: bytes of its files.
-        manifest: None where there is none.
+        manifest: None where it is missing or unreadable.
         series: see ``diffagent.store.latest``.
         pointers: names of the pointers that lead to it.
-        is_latest: of its series.
-        needed_by: stages of the latest artefacts that were made from it, the last of each line.
+        is_latest: whether it is the latest of its series.
+        needed_by: stages of the latest artifacts that were made from it, of the last in each line.
     """
 
     stage: str
@@ -65,46 +66,49 @@ class Entry:
 
 
 def read_inventory(store: str) -> list[Entry]:
-    """All entries of a store (a directory or a URI), by stage and time, oldest first.
+    """List all entries of a store (a directory or a URI), by stage and time, oldest first.
 
     Raises:
-        ArtifactError: there is no such store, or it cannot be read.
+        ArtifactError: the store does not exist or cannot be read.
     """
     runtime = RuntimeConfig(store=store)
     if runtime.remote:
         entries = _remote_entries(runtime.remote)
     elif not Path(store).is_dir():
-        raise ArtifactError(f"no store {store!r}: no such directory; give runtime.store of a run")
+        raise ArtifactError(
+            f"no store {store!r}: no such directory; give the runtime.store of a run"
+        )
     else:
         entries = list(_local_entries(Path(store)))
     whole = [entry for entry in entries if entry.kind == "whole"]
     _mark_series(whole)
     _mark_latest(whole)
     contents = _by_content(whole)
-    below = {entry.location: _ancestors(entry, contents) for entry in whole if entry.is_latest}
-    inner = {ancestor.location for ancestors in below.values() for ancestor in ancestors}
+    ancestors = {entry.location: _ancestors(entry, contents) for entry in whole if entry.is_latest}
+    inner = {entry.location for entries in ancestors.values() for entry in entries}
     for entry in whole:
-        for ancestor in below.get(entry.location, ()) if entry.location not in inner else ():
+        for ancestor in ancestors.get(entry.location, ()) if entry.location not in inner else ():
             ancestor.needed_by.add(entry.stage)
     return sorted(entries, key=lambda e: (e.stage, _created(e), e.name))
 
 
 def superseded(entries: Sequence[Entry], *, other_configs: bool = False) -> list[Entry]:
-    """Whole artefacts that no latest one was made from.
+    """List the whole artifacts that no latest one was made from.
 
-    Of a dataset that stays, the version that knows all decisions of its history stays too, whatever
-    ``latest`` leads to: else the next build would decide anew what that one decided.
+    While a version of a dataset stays, the version that holds all decisions of its history stays
+    too, wherever ``latest`` leads: otherwise the next build would decide again what that version
+    decided.
 
     Args:
         entries: of a store.
-        other_configs: only what ``STAGE/latest`` leads to counts as latest, so that what was made
-            with other configurations than the last run's is superseded too.
+        other_configs: only the target of ``STAGE/latest`` counts as latest, so that artifacts of
+            other configurations than the last run's are superseded too.
     """
     whole = [entry for entry in entries if entry.kind == "whole"]
     roots = [entry for entry in whole if entry.is_latest]
     if other_configs:
-        pointed = {entry.stage for entry in roots if latest.LATEST in entry.pointers}
-        roots = [e for e in roots if latest.LATEST in e.pointers or e.stage not in pointed]
+        stages = {entry.stage for entry in roots if latest.LATEST in entry.pointers}
+        roots = [e for e in roots if latest.LATEST in e.pointers or e.stage not in stages]
     keep, contents = {entry.location for entry in roots}, _by_content(whole)
     for root in roots:
         keep |= {entry.location for entry in _ancestors(root, contents)}
@@ -114,16 +118,16 @@ def superseded(entries: Sequence[Entry], *, other_configs: bool = False) -> list
 
 
 def remove(entry: Entry) -> bool:
-    """Remove an entry of a local store; False when it is in use, or a run has found it since."""
+    """Remove an entry of a local store; False when it is in use, or a run has reused it since."""
     path = Path(entry.location)
     if entry.kind == "unfinished":
         whole = path.with_name(entry.name.removeprefix(".").rpartition(".")[0])
         return local_copies.remove_unused(path, lock=whole)
 
-    def still_unwanted(directory: Path) -> bool:
+    def is_removable(directory: Path) -> bool:
         return _pointers_to(directory) <= set(entry.pointers)
 
-    if not local_copies.remove_unused(path, still_unwanted):
+    if not local_copies.remove_unused(path, is_removable):
         return False
     for pointer in _pointers_to(path):
         path.with_name(pointer).unlink()
@@ -135,26 +139,29 @@ def _local_entries(store: Path) -> Iterator[Entry]:
         pointers = _local_pointers(stage)
         for path in sorted(p for p in stage.iterdir() if p.is_dir() and not p.is_symlink()):
             if not _NAME.match(path.name):
-                continue  # a folder of something else: of models, of pictures
+                continue  # a folder for something else: of models, of pictures
             if path.name.startswith("."):
                 if path.name.endswith((".partial", ".removed", ".incoming")):
-                    size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-                    yield Entry(stage.name, path.name, str(path), "unfinished", size, None)
+                    yield _entry_without_manifest(path, "unfinished")
                 continue
             try:
                 manifest = read_manifest(path)
             except DamagedArtifact:
-                size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-                yield Entry(stage.name, path.name, str(path), "damaged", size, None)
+                yield _entry_without_manifest(path, "damaged")
                 continue
-            kind: Kind = "damaged" if ".damaged-" in path.name else "whole"
+            kind: Kind = "damaged" if integrity.is_set_aside(path) else "whole"
             names = tuple(sorted(p for p, name in pointers.items() if name == path.name))
             size = sum(entry.size for entry in manifest.files)
             yield Entry(stage.name, path.name, str(path), kind, size, manifest, pointers=names)
 
 
+def _entry_without_manifest(path: Path, kind: Kind) -> Entry:
+    size = sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    return Entry(path.parent.name, path.name, str(path), kind, size, None)
+
+
 def _local_pointers(stage: Path) -> dict[str, str]:
-    """Names of the pointers of a stage, and of the directories that they lead to."""
+    """Read the pointers of a stage: the name of a directory by the name of the pointer."""
     links = (path for path in stage.glob(f"{latest.LATEST}*") if path.is_symlink())
     return {link.name: str(link.readlink()) for link in links}
 
@@ -183,7 +190,7 @@ Contents = dict[tuple[str, str, str], Entry]
 
 
 def _by_content(entries: Sequence[Entry]) -> Contents:
-    """Entries by stage, identity and content: what an ``InputRef`` names."""
+    """Index entries by stage, identity and content, the fields of an ``InputRef``."""
     return {
         (entry.manifest.stage, entry.manifest.identity, entry.manifest.content_digest): entry
         for entry in entries
@@ -192,31 +199,31 @@ def _by_content(entries: Sequence[Entry]) -> Contents:
 
 
 def _parents(entry: Entry, contents: Contents) -> Iterator[tuple[str, InputRef, Entry | None]]:
-    """Inputs by name; earlier versions of an artefact are not what it needs (`PREVIOUS`)."""
+    """Yield the inputs with their names, except the history (`PREVIOUS`), which is not needed."""
     for name, refs in entry.manifest.inputs.items() if entry.manifest else ():
         for ref in refs if name != PREVIOUS else ():
             yield name, ref, contents.get((ref.stage, ref.identity, ref.content_digest))
 
 
 def _ancestors(entry: Entry, contents: Contents) -> list[Entry]:
-    """Everything that an entry was made from, itself left out."""
+    """List the ancestors of an entry."""
     seen: dict[str, Entry] = {}
-    waiting = [entry]
-    while waiting:
-        for _, _, parent in _parents(waiting.pop(), contents):
+    queue = [entry]
+    while queue:
+        for _, _, parent in _parents(queue.pop(), contents):
             if parent and parent.location not in seen:
                 seen[parent.location] = parent
-                waiting.append(parent)
+                queue.append(parent)
     return list(seen.values())
 
 
 def _history(entry: Entry) -> str | None:
-    """The digest that the versions of one dataset share; None for all else."""
+    """Return the digest that the versions of one dataset share; None for other entries."""
     return entry.manifest.metrics.get("history") if entry.manifest else None
 
 
 def _heads(entries: Sequence[Entry]) -> list[Entry]:
-    """Entries with a history that no other entry goes on from."""
+    """List the entries with a history that no other entry continues."""
     continued = {
         (ref.stage, ref.identity, ref.content_digest)
         for entry in entries
@@ -231,7 +238,7 @@ def _heads(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _mark_series(entries: Sequence[Entry]) -> None:
-    """Give each entry its series, as ``diffagent.store.lineage.series_of`` does for one artefact."""
+    """Set the series of each entry (compare ``diffagent.store.lineage.series_of``)."""
     contents = _by_content(entries)
 
     def series(entry: Entry) -> str:
@@ -239,7 +246,7 @@ def _mark_series(entries: Sequence[Entry]) -> None:
             parents: dict[str, list[str]] = {}
             for name, ref, parent in _parents(entry, contents):
                 parents.setdefault(name, []).append(series(parent) if parent else ref.identity)
-            entry.series = entry.manifest.series or latest.series_of(
+            entry.series = entry.manifest.series or latest.name_series(
                 entry.manifest.stage, entry.manifest.config, parents
             )
         return entry.series
@@ -253,7 +260,7 @@ def _mark_latest(entries: Sequence[Entry]) -> None:
     for entry in entries:
         by_series.setdefault((entry.stage, entry.series), []).append(entry)
     for group in by_series.values():
-        pointed = [entry for entry in group if entry.pointers]
+        targets = [entry for entry in group if entry.pointers]
         newest = max(group, key=lambda e: (_created(e), "." not in e.name))
-        for entry in pointed or [newest]:
+        for entry in targets or [newest]:
             entry.is_latest = True

@@ -1,4 +1,4 @@
-"""Where an artefact comes from, read from the manifests of its store alone."""
+"""The ancestors of an artifact, read from the manifests of its store."""
 
 from __future__ import annotations
 
@@ -6,35 +6,39 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
-from diffagent.store import latest
-from diffagent.store.artifacts import PREVIOUS, Artifact, find_in_store, open_artifact
 from diffagent.errors import ArtifactError
 from diffagent.schemas.manifest import InputRef
+from diffagent.store import latest
+from diffagent.store.artifact import Artifact, find_remote, open_artifact
+
+#: Name of the input that holds earlier artifacts of the same stage: its history in the store.
+PREVIOUS = "previous"
 
 
 def find_parent(artifact: Artifact, parent: InputRef) -> Artifact | None:
-    """The artefact that ``parent`` names, in the same store; None when it is there no more."""
+    """Find the artifact that ``parent`` names in the same store; None when it was removed."""
+    candidates = _candidates(artifact, parent)
+    return next((c for c in candidates if c and c.content_digest == parent.content_digest), None)
+
+
+def _candidates(artifact: Artifact, parent: InputRef) -> Iterator[Artifact | None]:
+    """Yield the artifacts in the places where a parent may be, those on this disk first."""
     stage = artifact.path.resolve().parent.parent / parent.stage
     name = parent.identity[:16]
-    # A refresh that finds news sets the old artefact aside as IDENTITY.CONTENT.
-    for directory in (stage / name, stage / f"{name}.{parent.content_digest[:8]}"):
-        found = _open(directory)
-        if found and found.content_digest == parent.content_digest:
-            return found
+    yield _open(stage / name)
+    # A refresh with new content renames the old artifact to IDENTITY.CONTENT.
+    yield _open(stage / f"{name}.{parent.content_digest[:8]}")
     if artifact.remote:
         uri = f"{artifact.remote.rsplit('/', 2)[0]}/{parent.stage}/{name}"
-        found = find_in_store(stage / name, uri)
-        if found and found.content_digest == parent.content_digest:
-            return found
-    return None
+        yield find_remote(uri, stage / name)
 
 
 @functools.lru_cache(maxsize=4096)
 def series_of(artifact: Artifact) -> str:
-    """The series of an artefact (``diffagent.store.latest``).
+    """Return the series of an artifact (``diffagent.store.latest``).
 
-    A manifest from before there were series has none: it is made from the ancestors that are
-    still in the store, and of others from the identity.
+    A manifest of an older version names no series: it is computed from the ancestors that are still
+    in the store, and from the identities of the others.
     """
     manifest = artifact.manifest
     if manifest.series:
@@ -47,56 +51,54 @@ def series_of(artifact: Artifact) -> str:
         for name, refs in manifest.inputs.items()
         if name != PREVIOUS
     }
-    return latest.series_of(manifest.stage, manifest.config, parents)
+    return latest.name_series(manifest.stage, manifest.config, parents)
 
 
 def ancestors(artifact: Artifact) -> Iterator[Artifact]:
-    """The artefact and everything it was made from that is still in the store, each once.
+    """Yield the artifact and its ancestors that are still in the store, each once.
 
     Its history (earlier versions of itself) is not among them: see `PREVIOUS`.
     """
     seen: set[Path] = set()
-    waiting = [artifact]
-    while waiting:
-        current = waiting.pop(0)
+    queue = [artifact]
+    while queue:
+        current = queue.pop(0)
         if current.path in seen:
             continue
         seen.add(current.path)
         yield current
         for name, refs in current.manifest.inputs.items():
             if name != PREVIOUS:
-                waiting += [found for ref in refs if (found := find_parent(current, ref))]
+                queue += [parent for ref in refs if (parent := find_parent(current, ref))]
 
 
 def lineage_lines(artifact: Artifact) -> list[str]:
-    """The tree of parents, a line each; what was shown before is not opened up again."""
+    """Return the tree of parents, one per line; an artifact shown before is not expanded again."""
     lines: list[str] = []
     shown: set[str] = set()
 
+    def add(depth: int, label: str, ref: InputRef, note: str) -> None:
+        lines.append(f"{'  ' * depth}{label}{ref.stage} {ref.identity[:16]} {note}")
+
+    def content(ref: InputRef) -> str:
+        return f"(content {ref.content_digest[:16]})"
+
     def walk(current: Artifact, label: str, depth: int) -> None:
-        again = current.identity in shown
+        is_repeated = current.identity in shown
         shown.add(current.identity)
-        lines.append(
-            f"{'  ' * depth}{label}{current.stage} {current.identity[:16]} "
-            f"(content {current.content_digest[:16]}){' ...' if again else ''}"
-        )
-        if again:
+        reference = current.reference
+        add(depth, label, reference, f"{content(reference)}{' ...' if is_repeated else ''}")
+        if is_repeated:
             return
         for name, refs in current.manifest.inputs.items():
             for ref in refs:
-                found = find_parent(current, ref)
-                if found and name == PREVIOUS:  # named, and not opened up
-                    lines.append(
-                        f"{'  ' * (depth + 1)}{name}: {ref.stage} {ref.identity[:16]} "
-                        f"(content {ref.content_digest[:16]})"
-                    )
-                elif found:
-                    walk(found, f"{name}: ", depth + 1)
+                parent = find_parent(current, ref)
+                if parent is None:
+                    add(depth + 1, f"{name}: ", ref, "(not in this store)")
+                elif name == PREVIOUS:  # named, but not expanded
+                    add(depth + 1, f"{name}: ", ref, content(ref))
                 else:
-                    lines.append(
-                        f"{'  ' * (depth + 1)}{name}: {ref.stage} {ref.identity[:16]} "
-                        "(not in this store)"
-                    )
+                    walk(parent, f"{name}: ", depth + 1)
 
     walk(artifact, "", 0)
     return lines

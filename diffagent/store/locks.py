@@ -1,7 +1,7 @@
-"""Exclusive locks on artefacts, which name their holder to those who wait.
+"""Exclusive locks on artifacts, which name their holder to the processes that wait.
 
-The lock is the kernel's (flock): it ends with the process that holds it, whatever becomes of
-that. The holder writes who it is into ``NAME.lock``, next to the artefact.
+The kernel holds the lock (flock): it ends with its process, however that ends. The holder writes
+its process id and host into ``NAME.lock``, next to the artifact.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import IO
 log = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.2
-#: Between two messages to who waits.
+#: Seconds between two messages about the same wait.
 _REMIND_SECONDS = 60.0
 
 
@@ -33,10 +33,10 @@ class Busy(Exception):  # noqa: N818  a condition that callers handle
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold the lock ``PATH.lock`` as long as the block runs.
 
-    A warning names the holder as soon as there is something to wait for, then once a minute.
+    A warning names the holder when the wait begins, then once a minute.
 
     Raises:
-        Busy: it is held, and ``wait`` is False.
+        Busy: another process or thread holds it, and ``wait`` is False.
         OSError: the lock file cannot be written.
     """
     stream = _acquire(path, wait)
@@ -59,7 +59,7 @@ def _acquire(path: Path, wait: bool) -> IO[bytes]:
         except BlockingIOError:
             waited = time.monotonic() - started
             if wait and waited >= reminder:
-                _report(path, stream, waited)
+                _log_wait(path, stream, waited)
                 reminder += _REMIND_SECONDS
             stream.close()
             if not wait:
@@ -71,7 +71,7 @@ def _acquire(path: Path, wait: bool) -> IO[bytes]:
             raise
         if _is_at(stream, file):
             return stream
-        stream.close()  # it was removed while this one waited for it
+        stream.close()  # the file was removed during the wait
 
 
 def _is_at(stream: IO[bytes], file: Path) -> bool:
@@ -88,14 +88,14 @@ def _write(stream: IO[bytes], holder: dict[str, str | int]) -> None:
         stream.write(json.dumps(holder).encode())
 
 
-def _report(path: Path, stream: IO[bytes], waited: float) -> None:
+def _log_wait(path: Path, stream: IO[bytes], waited: float) -> None:
     stream.seek(0)
     try:
         holder = json.loads(stream.read())
-        who = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
+        name = f"process {holder['pid']} on {holder['host']}, since {holder['since']}"
     except (ValueError, KeyError, TypeError):
-        who = "another process"
+        name = "another process"
     log.warning(
         "waiting for %s, which %s is working on%s; this run goes on when that ends or is stopped",
-        *(path, who, f" (waited {waited:.0f} s)" if waited > _POLL_SECONDS else ""),
+        *(path, name, f" (waited {waited:.0f} s)" if waited > _POLL_SECONDS else ""),
     )

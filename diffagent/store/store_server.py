@@ -1,7 +1,7 @@
 """A web server for the results in a store, for the browser of this machine.
 
-It hands out the files of ``SHOWN`` that the manifest of a finished artefact lists, and nothing
-else: no weights, no raw snapshots, no half-made work, not the files of Prefect beside them.
+It serves only the files of ``SHOWN`` that the manifest of a finished artifact lists: no weights, no
+raw snapshots, no unfinished work, and no files of Prefect in the same directory.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from starlette.responses import FileResponse, HTMLResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from diffagent.store.artifacts import MANIFEST, read_manifest
 from diffagent.errors import ArtifactError
+from diffagent.store.manifest_file import MANIFEST, read_manifest
 from diffagent.webguard import WebGuard
 
-#: Stage -> endings of those of its files that are results for people: reports, data cards,
-#: datasets, pictures.
+#: Stage -> suffixes of its files that are results for people: reports, data cards, datasets,
+#: pictures.
 SHOWN = {
     "evaluate": (".html", ".json", ".parquet", ".png"),
     "shard": (".md", ".png", ".json", ".parquet"),
@@ -38,7 +38,7 @@ _TYPES = {
     ".png": "image/png",
     ".parquet": "application/octet-stream",
 }
-#: Reports show the texts of strangers: nothing in them runs, loads, is sent or is framed.
+#: Reports show texts of strangers: the browser runs, loads, sends and frames nothing in them.
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src "
     "'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -53,11 +53,11 @@ _HEADERS = {
 
 
 def create_app(store: Path, hosts: Iterable[str] = ()) -> ASGIApp:
-    """The application that serves the store's results.
+    """Create the application that serves the store's results.
 
     Args:
-        store: directory of artefacts; it need not exist yet.
-        hosts: names, beside those of the loopback, under which browsers may ask for it.
+        store: directory of artifacts; it need not exist yet.
+        hosts: host names that requests may state in addition to those of the loopback.
     """
 
     def index(request: Request) -> Response:
@@ -66,7 +66,7 @@ def create_app(store: Path, hosts: Iterable[str] = ()) -> ASGIApp:
     def file(request: Request) -> Response:
         path = find_result(store, request.path_params["path"])
         if path is None:
-            return PlainTextResponse("Not found: no result of a finished artefact.\n", 404)
+            return PlainTextResponse("Not found among the results of finished artifacts.\n", 404)
         return FileResponse(path, media_type=_TYPES[path.suffix])
 
     routes = [Route("/", index), Route("/{path:path}", file)]
@@ -74,35 +74,35 @@ def create_app(store: Path, hosts: Iterable[str] = ()) -> ASGIApp:
 
 
 def find_result(store: Path, path: str) -> Path | None:
-    """The file at ``path``, STAGE/ARTEFACT/FILE in the store, if it may be handed out.
+    """Return the file at ``path``, STAGE/ARTIFACT/FILE in the store, if it may be served.
 
-    Where links lead is what counts, so that none leads out of the store or to another file.
+    The target of a link decides, so that no link leads out of the store or to another file.
     """
     try:
         root = store.resolve(strict=True)
         real = (root / path.lstrip("/")).resolve(strict=True)
         stage, name, *parts = real.relative_to(root).parts
-    except (OSError, ValueError):  # no such file; a name that no file has; outside of the store
+    except (OSError, ValueError):  # missing, not a possible name, or outside of the store
         return None
     directory = root / stage / name
     if real.suffix not in SHOWN.get(stage, ()) or name.startswith("."):
         return None
     try:
         listed = _listed(directory, (directory / MANIFEST).stat().st_mtime_ns)
-    except (OSError, ArtifactError):  # not an artefact, or not a whole one
+    except (OSError, ArtifactError):  # not an artifact, or a damaged one
         return None
     return real if "/".join(parts) in listed and real.is_file() else None
 
 
 @functools.lru_cache(maxsize=256)
 def _listed(directory: Path, mtime_ns: int) -> frozenset[str]:
-    """Files of an artefact, read once as long as its manifest stays."""
+    """List the files of an artifact, read once as long as its manifest stays."""
     return frozenset(entry.path for entry in read_manifest(directory).files)
 
 
 def _index(store: Path) -> str:
-    """A page of links to the reports and cards of the store, newest first."""
-    links = sorted(_readable(store), reverse=True)
+    """Make a page of links to the reports and cards of the store, newest first."""
+    links = sorted(_pages(store), reverse=True)
     rows = "\n".join(
         f'<li><a href="/{quote(path)}">{title}</a> <small>{built} UTC, {html.escape(name)}</small>'
         for built, title, name, path in links
@@ -117,8 +117,8 @@ def _index(store: Path) -> str:
     )
 
 
-def _readable(store: Path) -> Iterator[tuple[str, str, str, str]]:
-    """(when it was built, title, artefact, path) of what a person reads first."""
+def _pages(store: Path) -> Iterator[tuple[str, str, str, str]]:
+    """Yield (build time, title, artifact, path) of each report and card."""
     titles = {
         ("evaluate", "report.html"): "Evaluation report",
         ("shard", "README.md"): "Data card",

@@ -24,7 +24,7 @@ from diffagent.errors import ArtifactError, ConfigError
 from diffagent.failures import reading
 from diffagent.schemas.payloads import commercial_use, generation_of
 from diffagent.schemas.tables import CATALOGUE
-from diffagent.store.artifacts import describe_directory
+from diffagent.store import describe_directory
 from diffagent.t2i.base_models import NON_COMMERCIAL, base_model_of, ecosystem
 from diffagent.t2i.samplers import SAMPLERS, SamplerSpec
 

@@ -12,14 +12,14 @@ import yaml
 
 from diffagent.agent.lm.llm import AgentInfo
 from diffagent.dabench.build.card import table
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from diffagent.train.rrhf_config import RRHFConfig
 from diffagent.train.sft_config import SFTConfig
 
 CARD, LOG, CURVES = "README.md", "training_log.jsonl", "loss.png"
 
 #: Models whose weights the project makes or ships by a package -> licence by its SPDX identifier.
-LICENCES = {"sandbox-llama": "apache-2.0", "smollm2-135m": "apache-2.0"}
+LICENCES = {"tiny-llama": "apache-2.0", "smollm2-135m": "apache-2.0"}
 
 _TITLES = {
     "sft": "supervised fine-tuning (SFT) on pairs of prompt and API call",

@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from diffagent.agent.lm.llm import hide_progress_bars
 from diffagent.errors import TrainingError
-from diffagent.store.artifacts import atomic_file
+from diffagent.store import atomic_file
 from diffagent.train.report_to import ReportTo
 from diffagent.train.rrhf_config import RRHFConfig
 from diffagent.train.sft_config import SFTConfig

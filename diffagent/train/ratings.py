@@ -1,27 +1,13 @@
-"""Human ratings of pictures as ranked responses: alignment with no rendering and no scorer.
-
-The stage ``ratings`` writes the tables that sampling and scoring would have written, so its
-artefact goes into ``train_rrhf`` twice, as ``candidates`` and as ``scores``. The raters stand
-where the seeds do: a candidate's reward is the mean of its ratings.
-"""
+"""Human ratings of pictures, in the form of GenAI-Bench."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from diffagent.agent.candidates import write_candidates
 from diffagent.errors import SchemaError
-from diffagent.schemas.tables import SCORES
-from diffagent.store.artifacts import StageContext, StageResult, canonical_json, named_files, stage
-from diffagent.train.ratings_config import RatingsConfig
-
-SOURCE = "ratings"
+from diffagent.store import canonical_json
 
 
 @dataclass(frozen=True)
@@ -65,24 +51,3 @@ def read_ratings(path: str | Path) -> list[RatedPrompt]:
 def response(model: str) -> str:
     """What an agent writes to choose ``model``: rated models have no version and no parameters."""
     return canonical_json({"model": model}).decode()
-
-
-@stage("ratings", version=1, config=RatingsConfig, files=lambda config: named_files(config.path))
-def import_ratings(config: RatingsConfig, context: StageContext) -> StageResult:
-    """Ratings -> candidates.parquet and scores.parquet."""
-    candidates: list[dict[str, Any]] = []
-    scores: list[dict[str, Any]] = []
-    prompts = read_ratings(config.path)
-    for number, rated in enumerate(prompts):
-        for k, (model, ratings) in enumerate(sorted(rated.ratings.items())):
-            key = {"prompt_id": number, "source": SOURCE, "candidate": k}
-            answer = {"text": response(model), "api": None, "status": "valid", "reason": None}
-            candidates.append({**key, "prompt": rated.prompt, **answer, "logprob": None})
-            scores += [
-                {**dict.fromkeys(SCORES.names), **key, "seed": rater, "unified": rating}
-                | {"status": "ok"}
-                for rater, rating in enumerate(ratings)
-            ]
-    write_candidates(candidates, context.out)
-    pq.write_table(pa.Table.from_pylist(scores, schema=SCORES), context.out / "scores.parquet")
-    return StageResult(rows={"prompts": len(prompts), "candidates": len(candidates)})

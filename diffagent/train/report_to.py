@@ -18,7 +18,7 @@ from diffagent.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-    from diffagent.store.artifacts import StageContext
+    from diffagent.store import StageContext
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from diffagent.device import resolve_device
 from diffagent.errors import ArtifactError, TrainingError
 from diffagent.rewards.scores import read_scores
 from diffagent.schemas.tables import TRUNCATED
-from diffagent.store.artifacts import Artifact, StageContext, StageResult
+from diffagent.store import Artifact, StageContext, StageResult
 from diffagent.train import fit
 from diffagent.train.agent_card import TrainingFacts, write_card
 from diffagent.train.collate import RankedPrompt, RRHFCollator

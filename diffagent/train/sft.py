@@ -20,17 +20,17 @@ from diffagent.agent.prompts import draw, read_split
 from diffagent.device import resolve_device
 from diffagent.errors import TrainingError
 from diffagent.pretrained import load_model, load_tokenizer
-from diffagent.store.artifacts import StageContext, StageResult
+from diffagent.store import StageContext, StageResult
 from diffagent.train import fit
 from diffagent.train.agent_card import TrainingFacts, write_card
 from diffagent.train.collate import PackCollator
 from diffagent.train.report_to import ReportTo
-from diffagent.train.sandbox_llama import build_model, build_tokenizer
 from diffagent.train.sft_config import SFTConfig
+from diffagent.train.tiny_llama import build_model, build_tokenizer
 
 log = logging.getLogger(__name__)
 
-SANDBOX_MODEL = "sandbox-llama"
+TINY_LLAMA = "tiny-llama"
 
 
 class EpochLengthSampler(LengthGroupedSampler):  # type: ignore[misc]  # transformers is untyped
@@ -197,7 +197,7 @@ def load_base(
     Raises:
         TrainingError: the model cannot be loaded.
     """
-    if config.model == SANDBOX_MODEL:
+    if config.model == TINY_LLAMA:
         tokenizer = build_tokenizer((text for pair in pairs for text in pair), config.vocab_size)
         model = build_model(
             tokenizer,
@@ -217,7 +217,7 @@ def load_base(
             raise TrainingError(
                 f"sft.model: cannot load {config.model!r}: {error}; give the name of a causal LM "
                 "on the Hugging Face hub (or NAME@REVISION), a local directory with safetensors, "
-                "'smollm2-135m' or 'sandbox-llama'"
+                "'smollm2-135m' or 'tiny-llama'"
             ) from error
     align_special_tokens(model, tokenizer)
     return model, tokenizer

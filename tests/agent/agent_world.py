@@ -14,7 +14,7 @@ from diffagent.sandbox.world import STYLES, caption, sample_scene
 from diffagent.schemas.api import T2IAPI, LoRA, Params
 from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.tables import DABENCH
-from diffagent.store.artifacts import Artifact, StageContext, StageResult, stage
+from diffagent.store import Artifact, StageContext, StageResult, stage
 from diffagent.t2i.catalogue import Catalogue, Entry
 
 SAMPLERS = ("Euler a", "DPM++ 2M Karras", "DDIM", "UniPC")

@@ -21,7 +21,7 @@ from diffagent.agent.sample_stage import VLLM, distinct, sample
 from diffagent.errors import ArtifactError, ConfigError
 from diffagent.schemas.api import parse_api
 from diffagent.schemas.tables import CANDIDATES
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from tests.agent.agent_world import make_catalogue, make_rows, make_world
 from tests.conftest import AgentRun
 

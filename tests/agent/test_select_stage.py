@@ -11,12 +11,12 @@ from diffagent.agent.baselines import Nearest, Popular, Random, Usage
 from diffagent.agent.llm_selector import LLM
 from diffagent.agent.lm.format import response_text
 from diffagent.agent.prompts import Pair
-from diffagent.agent.select_config import SelectConfig, Selector
+from diffagent.agent.select_config import SelectConfig
 from diffagent.agent.select_stage import select
-from diffagent.agent.selector import valid_apis
+from diffagent.agent.selector import Selector, valid_apis
 from diffagent.errors import ArtifactError, SchemaError
 from diffagent.schemas.api import T2IAPI, Params, parse_api
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from tests.agent.agent_world import make_catalogue
 from tests.conftest import AgentRun
 

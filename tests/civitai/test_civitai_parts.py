@@ -11,14 +11,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffagent.civitai.client import is_loopback, is_site_host, next_cursor, origin_of, parse_json
+from diffagent.civitai.address import is_loopback, is_site_host, origin_of
+from diffagent.civitai.lenient_json import parse_json
 from diffagent.civitai.page_html import page_settings
-from diffagent.civitai.pagination import Page, Walk, walk
+from diffagent.civitai.pagination import ListingWalk, Page, next_cursor, walk_items
 from diffagent.civitai.ratelimit import TokenBucket
-from diffagent.crawl.journal import Entry, Journal
-from diffagent.crawl.known import Marks, creator_of, downloads_of, has_meta, image_fingerprint
-from diffagent.crawl.memory import Ledger, Memory
+from diffagent.crawl.journal import Journal, JournalEntry
+from diffagent.crawl.memory import CrawlMemory, SnapshotInventory
 from diffagent.crawl.snapshot import summarise, write_snapshot
+from diffagent.crawl.snapshot_index import (
+    FingerprintTable,
+    creator_of,
+    downloads_of,
+    has_meta,
+    image_fingerprint,
+)
 from diffagent.errors import (
     ArtifactError,
     BadCursor,
@@ -28,19 +35,20 @@ from diffagent.errors import (
     ServerError,
 )
 from diffagent.localcivitai.listing import StaleCursor, decode_cursor, encode_cursor
-from diffagent.localcivitai.site import embedded_site
+from diffagent.localcivitai.site import open_site
+from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.t2i.text import plain_text
 from tests.conftest import file_size_limit
 
 # --- journal ---
 
 ENTRIES = [
-    Entry({"page": n}, [("images", n * 10 + i, b'{"id":%d}' % i) for i in range(n)])
+    JournalEntry({"page": n}, [("images", n * 10 + i, b'{"id":%d}' % i) for i in range(n)])
     for n in range(6)
 ]
 
 
-def read(path) -> list[Entry]:
+def read(path) -> list[JournalEntry]:
     with Journal(path) as journal:
         return list(journal.read())
 
@@ -65,7 +73,7 @@ def test_a_journal_cut_anywhere_keeps_its_whole_pages(tmp_path_factory, data):
     with Journal(path) as journal:
         list(journal.read())
         journal.append({"page": "next"}, [])
-    assert read(path)[-1] == Entry({"page": "next"}, [])
+    assert read(path)[-1] == JournalEntry({"page": "next"}, [])
 
 
 @settings(deadline=None, max_examples=60)
@@ -117,14 +125,16 @@ def test_a_journal_of_something_else_names_the_file_and_the_remedy(tmp_path, tex
 
 def test_a_damaged_memory_says_so_and_knows_nothing(tmp_path, caplog):
     path = tmp_path / "x.memory.json"
-    assert Memory.load(path) == Memory()
-    ledger = Ledger({"images": {0: array("q", [5, 9]), 2: array("q", [7])}}, [{"id": 1}], [{}])
-    memory = Memory({3: "2026-01-01"}, ledger, {"requests": 1})
+    assert CrawlMemory.load(path) == CrawlMemory()
+    inventory = SnapshotInventory(
+        {"images": {0: array("q", [5, 9]), 2: array("q", [7])}}, [{"id": 1}], [{}]
+    )
+    memory = CrawlMemory({3: "2026-01-01"}, inventory, {"requests": 1})
     memory.save(path)
-    assert Memory.load(path) == memory
-    assert set(ledger) == {("images", 5, 0), ("images", 9, 0), ("images", 7, 2)}
+    assert CrawlMemory.load(path) == memory
+    assert set(inventory) == {("images", 5, 0), ("images", 9, 0), ("images", 7, 2)}
     path.write_bytes(path.read_bytes()[:-20])
-    assert Memory.load(path) == Memory()
+    assert CrawlMemory.load(path) == CrawlMemory()
     assert "x.memory.json cannot be read" in caplog.text
 
 
@@ -153,7 +163,7 @@ def test_a_journal_is_readable_by_gzip(tmp_path):
 def test_a_snapshot_forgets_order_pages_and_repeats(tmp_path_factory, order, size):
     out = tmp_path_factory.mktemp("snapshot")
     items = [("images", n, b'{"id":%d}' % n) for n in [*order, *order[:5]]]
-    pages = [Entry({}, items[i : i + size]) for i in range(0, len(items), size)]
+    pages = [JournalEntry({}, items[i : i + size]) for i in range(0, len(items), size)]
     write_snapshot(out, pages, {"images": range(40)}, out / "scratch")
     found = summarise(out)
     assert found.rows == {"images": 40, "models": 0, "pages": 0}
@@ -161,7 +171,9 @@ def test_a_snapshot_forgets_order_pages_and_repeats(tmp_path_factory, order, siz
     lines = gzip.decompress((out / "images/part-00000.jsonl.gz").read_bytes()).splitlines()
     assert lines == [b'{"id":%d}' % n for n in range(40)]
     reference = tmp_path_factory.mktemp("reference")
-    write_snapshot(reference, [Entry({}, sorted(items))], {"images": range(40)}, out / "scratch")
+    write_snapshot(
+        reference, [JournalEntry({}, sorted(items))], {"images": range(40)}, out / "scratch"
+    )
     assert summarise(reference).digest == found.digest
     assert (reference / "images/part-00000.jsonl.gz").read_bytes() == (
         out / "images/part-00000.jsonl.gz"
@@ -183,21 +195,21 @@ def listing(pages: dict[str | None, tuple[list[int], str | None]]):
 
 def test_an_empty_page_is_not_the_end_and_repeats_are_dropped():
     fetch = listing({None: ([1, 2], "a"), "a": ([], "b"), "b": ([2, 3], None)})
-    assert [i["id"] for i in walk(fetch)] == [1, 2, 3]
+    assert [i["id"] for i in walk_items(fetch)] == [1, 2, 3]
 
 
 def test_a_circle_ends_a_walk_as_incomplete():
     fetch = listing({None: ([1], "a"), "a": ([2], "b"), "b": ([3], "a")})
-    pages = Walk(fetch)
+    pages = ListingWalk(fetch)
     assert [page.items[0]["id"] for page in pages] == [1, 2, 3]
     assert not pages.complete
     with pytest.raises(CivitaiError, match="circle"):
-        list(walk(fetch))
+        list(walk_items(fetch))
 
 
 def test_cursors_that_are_always_stale_end_with_an_error():
     with pytest.raises(CivitaiError, match="stale"):
-        list(walk(listing({None: ([1], "a")})))
+        list(walk_items(listing({None: ([1], "a")})))
 
 
 def test_entries_that_are_no_items_are_counted():
@@ -245,7 +257,7 @@ def test_hosts():
 
 
 def test_marks_are_found_by_id():
-    marks = Marks()
+    marks = FingerprintTable()
     for ident in (3, 7, 2**40):
         marks.add(ident, ident % 2**64)
     assert [marks.get(i) for i in (3, 7, 2**40, 1, 5, 2**41)] == [3, 7, 2**40, None, None, None]
@@ -313,11 +325,17 @@ def test_whoever_is_told_to_wait_makes_all_wait():
 
 
 def test_an_address_is_its_own_site():
-    with embedded_site("https://civitai.red/") as url:
-        assert url == "https://civitai.red"
+    with open_site("https://civitai.red/", RuntimeConfig()) as site:
+        assert site.origin == "https://civitai.red"
+
+
+def test_a_web_site_takes_no_faults():
+    runtime = RuntimeConfig(site={"faults": "flaky"})
+    with pytest.raises(ConfigError, match="faults=none"), open_site("https://x.org", runtime):
+        pass
 
 
 @pytest.mark.parametrize("site", ["civitai.com", "dump:/nowhere/at/all", ""])
 def test_what_is_no_site_is_refused(site):
-    with pytest.raises(ConfigError, match="neither"), embedded_site(site):
+    with pytest.raises(ConfigError, match="neither"), open_site(site, RuntimeConfig()):
         pass

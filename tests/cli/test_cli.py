@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -27,7 +26,7 @@ from diffagent.errors import ArtifactError, ConfigError, SchemaError
 from diffagent.run_config import RunConfig
 from diffagent.schemas.api import T2IAPI, Params
 from diffagent.schemas.manifest import Funnel, FunnelStep
-from diffagent.store.artifacts import StageContext, StageResult, stage
+from diffagent.store import StageContext, StageResult, stage
 from diffagent.t2i.catalogue import Catalogue
 
 runner = CliRunner()
@@ -65,7 +64,6 @@ def config_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A configuration, with the stages ``crawl`` and ``filter`` of this file."""
     stages = {"crawl": crawl, "filter": filter_records}
     monkeypatch.setattr(pipeline, "load_stage", lambda node: stages[node.key])
-    monkeypatch.setattr(pipeline, "open_site", lambda config: contextlib.nullcontext("http://x"))
     rewards = {"scorers": [{"name": "clip", "model": "tiny"}], "unify": "chatgen"}
     path = tmp_path / "run.yaml"
     runtime = {"store": str(tmp_path / "store")}
@@ -212,7 +210,7 @@ def test_errors_are_a_line_on_stderr_and_exit_code_1(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if "crawl.site.x=1" in arguments:
-        config_file.write_text(config_file.read_text() + "crawl: {site: sandbox}\n")
+        config_file.write_text(config_file.read_text() + "crawl: {site: dump:records}\n")
     command, *rest = arguments
     words = ["diffagent", "run", "--until", command, "-c", str(config_file), *rest]
     monkeypatch.setattr(sys, "argv", words)
@@ -376,7 +374,7 @@ def test_a_directory_of_another_kind_is_called_what_it_is(tmp_path: Path) -> Non
     from tests.agent.agent_world import make_world
 
     dabench = make_world(tmp_path, train=12, test=4).path
-    with pytest.raises(ArtifactError, match="it is an artefact of the stage 'shard'"):
+    with pytest.raises(ArtifactError, match="it is an artifact of the stage 'shard'"):
         invoke("select", "a star", "--agent", dabench)
     with pytest.raises(ArtifactError, match=f"did you mean '{dabench.parent}/latest'"):
         invoke("select", "a star", "--agent", dabench.parent)

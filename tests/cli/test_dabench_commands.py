@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from diffagent.cli import main
 from diffagent.dabench.tools.dataset_checks import verify_dabench
 from diffagent.errors import ConfigError
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from tests.dabench.dabench_sets import copy_dabench, edit_row, make_dabench, shards, sign
 
 runner = CliRunner()

@@ -88,7 +88,7 @@ def test_hostile_arguments(path: tuple[str, ...], command: Any, run: Run, tmp_pa
     config = tmp_path / "run.yaml"
     config.write_text(
         "crawl: {site: 'dump:/nonexistent'}\n"
-        "rewards: {scorers: [{name: clip, model: sandbox}], unify: chatgen}\n"
+        "rewards: {scorers: [{name: clip, model: tiny-clip}], unify: chatgen}\n"
         f"runtime: {{store: '{tmp_path / 'store'}', site: {{budget_seconds: 1}}}}\n"
     )
     arguments = [p for p in command.params if p.param_type_name == "argument"]
@@ -133,7 +133,7 @@ def test_hostile_configurations(seed: int, run: Run, tmp_path: Path) -> None:
         section, value = rng.choice(SECTIONS), rng.choice(VALUES)
         whole = {
             "crawl": {"site": "dump:/nonexistent"},
-            "rewards": {"scorers": [{"name": "clip", "model": "sandbox"}], "unify": "chatgen"},
+            "rewards": {"scorers": [{"name": "clip", "model": "tiny-clip"}], "unify": "chatgen"},
             "runtime": {"store": str(tmp_path / "store")},
         }
         if rng.random() < 0.5:
@@ -210,7 +210,7 @@ def test_hostile_artefacts(seed: int, run: Run, world: Path, tmp_path: Path) -> 
 
 def reseal_if_possible(directory: Path) -> None:
     """Let the manifest list the files as they are, unless it is damaged itself."""
-    from diffagent.store.artifacts import Artifact
+    from diffagent.store import Artifact
 
     artifact = Artifact(stage="", identity="", content_digest="", path=directory)
     try:

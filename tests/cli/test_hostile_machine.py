@@ -16,12 +16,12 @@ import pytest
 
 from diffagent.errors import ArtifactError
 from diffagent.schemas.runtime import RuntimeConfig
-from diffagent.store.artifacts import Artifact, StageContext, StageResult, stage
+from diffagent.store import Artifact, StageContext, StageResult, stage
 from diffagent.train.sft_config import SFTConfig
-from diffagent.train.stages import train_sft
+from diffagent.train.sft_stage import train_sft
 from tests.agent.agent_world import make_world
 from tests.conftest import file_size_limit
-from tests.store.test_artifacts import Words, write_words
+from tests.store.test_stage import Words, write_words
 
 TINY = SFTConfig(
     hidden_size=16,
@@ -99,25 +99,35 @@ def test_no_home_is_needed(home: str | None, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("home", ["/dev/null", "/proc"])
-def test_the_sandbox_needs_no_home_and_its_server_no_traceback(home: str, tmp_path: Path) -> None:
-    changes = {"HOME": home, "TMPDIR": str(tmp_path), "XDG_CACHE_HOME": ""}
-    command = [sys.executable, "-m", "diffagent", "run", "--only", "crawl"]
-    command += ["-c", str(SANDBOX_CONFIG)]
-    command += ["--set", f"runtime.store={tmp_path / 'store'}", "--set", "crawl.max_models=1"]
+def test_the_sandbox_needs_no_home_and_a_missing_folder_is_named(home: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "HOME": home, "TMPDIR": str(tmp_path)}
+    site, store = tmp_path / "site", tmp_path / "store"
+    crawl = [
+        "diffagent",
+        "run",
+        "--only",
+        "crawl",
+        "-c",
+        str(SANDBOX_CONFIG),
+        "--set",
+        f"crawl.site=dump:{site}",
+    ]
+    crawl += ["--set", f"runtime.store={store}", "--set", "crawl.max_models=1"]
 
-    def crawl() -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, **changes}
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", *arguments]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
-    own = tmp_path / f"diffagent-{os.getuid()}"
-    own.symlink_to(tmp_path)
-    refused = crawl()
+    refused = run(*crawl)
     assert refused.returncode == 1 and "Traceback" not in refused.stderr
-    assert "set XDG_CACHE_HOME" in refused.stderr and "\u2502" not in refused.stderr
-    own.unlink()
-    done = crawl()
-    assert done.returncode == 0, done.stderr
-    assert list(own.glob("sandbox-*")) and own.stat().st_mode & 0o77 == 0
+    assert "`python -m diffagent.sandbox DIR`" in refused.stderr
+    assert run("diffagent.sandbox", str(site)).returncode == 0
+    assert run(*crawl).returncode == 0
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").touch()
+    refused = run("diffagent.sandbox", str(tmp_path / "thesis"))
+    assert refused.returncode == 1 and refused.stderr.startswith("error: ")
+    assert "Traceback" not in refused.stderr
 
 
 def test_a_second_run_is_told_of_the_first(

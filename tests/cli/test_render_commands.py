@@ -26,6 +26,7 @@ from diffagent.cli import render_commands as render_cli
 from diffagent.errors import ConfigError, NotFound, ServerError
 from diffagent.render import render_stage
 from diffagent.render.pnginfo import read_png
+from diffagent.sandbox.files import SCORERS
 from diffagent.schemas.api import T2IAPI, parse_api
 from diffagent.sheet.prompts_file import find_entry, folder_entries
 from diffagent.t2i.catalogue import Catalogue
@@ -53,8 +54,10 @@ def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A configuration with the sandbox's scorers."""
-    scorers = [{"name": name, "model": "sandbox"} for name in ("clip", "image_reward", "hps_v2")]
-    rewards = {"scorers": scorers, "unify": "zscore", "reference": "sandbox"}
+    names = ("clip", "image_reward", "hps_v2")
+    scorers = [{"name": name, "model": str(SCORERS / name)} for name in names]
+    reference = str(SCORERS / "reference.json")
+    rewards = {"scorers": scorers, "unify": "zscore", "reference": reference}
     path = tmp_path / "run.yaml"
     runtime = {"store": str(tmp_path / "store"), "device": "cpu"}
     path.write_text(yaml.safe_dump({"rewards": rewards, "runtime": runtime}))
@@ -426,7 +429,7 @@ def test_a_folder_means_that_folder(
     tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model of the catalogue that is not there is one failed row, and no site is asked."""
-    monkeypatch.setattr(render_stage, "client_for", lambda *_: _NoNetwork())
+    monkeypatch.setattr(render_stage, "open_site", lambda *_: _NoNetwork())
     dabench, here, away = _dabench(tmp_path, models)
     usable: list[Any] = []
 
@@ -465,7 +468,7 @@ def test_a_site_that_is_away_costs_its_own_pictures_alone(
         def download(self, *_: Any, **__: Any) -> None:
             raise ServerError("no answer")
 
-    monkeypatch.setattr(render_stage, "client_for", lambda *_: Away())
+    monkeypatch.setattr(render_stage, "open_site", lambda *_: Away())
     dabench, here, away = _dabench(tmp_path, models)
     lines = [{"prompt": "a cat", **json.loads(_choice(e).text)} for e in (away, here)]
     arguments = ("--dabench", dabench, "--download")
@@ -479,7 +482,7 @@ def test_a_site_that_is_away_costs_its_own_pictures_alone(
             raise NotFound("gone")
 
     asked: list[str] = []
-    monkeypatch.setattr(render_stage, "client_for", lambda *_: Back())
+    monkeypatch.setattr(render_stage, "open_site", lambda *_: Back())
     render(tmp_path, models, *arguments, text=text, code=1)
     assert asked == [away.sha256]  # the first answer was not kept as the last word
 

@@ -14,9 +14,11 @@ import yaml
 _SCRIPT = """
 import sys, time, logging
 from diffagent import pipeline
-from diffagent.cli import main as cli
-from diffagent.store.artifacts import StageResult, stage
+from diffagent.cli import main
+from diffagent.store import StageResult
+from diffagent.store import stage
 from diffagent.crawl.crawl_config import CrawlConfig
+from diffagent.cli import main as cli
 import contextlib
 
 @stage("crawl", version=1, config=CrawlConfig)
@@ -29,8 +31,7 @@ def crawl(config, context):
     return StageResult()
 
 pipeline.load_stage = lambda node: crawl
-pipeline.open_site = lambda config: contextlib.nullcontext("http://x")
-cli.main()
+main.main()
 """
 
 

@@ -15,7 +15,7 @@ import pytest
 from diffagent.localcivitai.faults import Faults, Profile
 from diffagent.localcivitai.replay import Replay
 from diffagent.localcivitai.server import serve
-from diffagent.localcivitai.site import replay_of
+from diffagent.localcivitai.site import read_source
 from diffagent.localcivitai.sources.dump import write_dump
 
 MODELS = 230
@@ -131,7 +131,7 @@ def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def replay(dump: Path) -> Replay:
     """The dump, indexed."""
-    return replay_of(f"dump:{dump}")
+    return read_source(f"dump:{dump}")
 
 
 @pytest.fixture(scope="session")

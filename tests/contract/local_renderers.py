@@ -1,6 +1,7 @@
 """A WebUI and a ComfyUI without models: the calls that the backends use, over real sockets.
 
-They do what the real ones do where a client can be misled (docs/rendering-http.md says where that
+They do what the real ones do where a client can be misled (docs/how-to/render-on-a-server.md says
+where that
 was read): the WebUI falls back to another checkpoint or sampler and leaves out LoRAs without a
 word; ComfyUI answers a graph that it has drawn before without a picture. Pictures are one colour,
 derived from what determines them.

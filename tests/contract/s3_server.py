@@ -1,4 +1,4 @@
-"""moto's S3 over a real socket, with faults: what a store on the network may do."""
+"""moto's S3 over a real socket, with the faults of a store on the network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-#: What the tests' clients sign with; the server takes any.
+#: Credentials of the tests' clients; the server accepts any.
 ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "an-access-key-id",
     "AWS_SECRET_ACCESS_KEY": "a-secret-never-to-be-written",
@@ -24,10 +24,10 @@ Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 @dataclass
 class S3Server:
-    """A running server: ``requests`` is what it was asked; ``fault`` may answer in its place.
+    """A running server that records its ``requests``; ``fault`` may answer in its place.
 
     ``fault(method, path)`` returns None, 'error' (500), 'cut' (half of the body), or 'hold' (no
-    answer before ``release`` is set; ``held`` says that somebody waits).
+    answer before ``release`` is set; ``held`` is set while a client waits).
     """
 
     url: str = ""

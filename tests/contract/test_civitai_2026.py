@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import requests
 
 from diffagent.civitai.client import CivitaiClient
+from diffagent.civitai.pagination import walk_items
 from diffagent.crawl.crawl_config import CrawlConfig
 from diffagent.crawl.crawl_stage import crawl
 from diffagent.dabench.filter.filter_config import FilterConfig
@@ -23,7 +25,7 @@ from diffagent.localcivitai.server import serve
 from diffagent.render.files.references import parse_reference
 from diffagent.schemas.payloads import paid_access
 from diffagent.schemas.runtime import RuntimeConfig
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from diffagent.t2i.metadata.values import air
 from tests.contract.conftest import FILE_SHA256, synthetic_image, synthetic_model
 from tests.contract.test_civitai_client import QUICK
@@ -166,9 +168,11 @@ def test_a_search_ends_at_its_last_offset(monkeypatch: pytest.MonkeyPatch) -> No
         serve(Replay.load(records, []), Faults()) as url,
         CivitaiClient(url, patience=QUICK) as client,
     ):
-        hits = list(client.iter_models(query="synthetic", limit=20, nsfw="true"))
+        hits = list(
+            walk_items(partial(client.get_models, query="synthetic", limit=20, nsfw="true"))
+        )
         assert len(hits) == 40
-        assert len(list(client.iter_models(limit=20, nsfw="true"))) == 100
+        assert len(list(walk_items(partial(client.get_models, limit=20, nsfw="true")))) == 100
         for cursor in ("40", "-1", "x", "1|2"):
             with pytest.raises(BadCursor):
                 client.get_models(cursor, query="synthetic", limit=20)

@@ -24,10 +24,12 @@ from diffagent.crawl.crawl_config import CrawlConfig
 from diffagent.crawl.crawl_stage import crawl
 from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.dabench.filter.filter_stage import filter_records
-from diffagent.localcivitai.site import embedded_site, replay_of
+from diffagent.localcivitai.faults import Faults
+from diffagent.localcivitai.server import serve
+from diffagent.localcivitai.site import read_source
 from diffagent.schemas.payloads import MAX_DEPTH, flaw
 from diffagent.schemas.runtime import RuntimeConfig
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from tests.conftest import ROOT
 from tests.contract.bad_records import POISONS, full_image, places, poisoned, site_of
 from tests.contract.conftest import synthetic_image, synthetic_model
@@ -101,8 +103,7 @@ def test_bad_records_are_counted_and_the_others_kept(
             data = "\n".join([*lines, "", "{no json", ""]).encode("utf-8", "surrogatepass")
             path = tmp_path / f"{name}.jsonl{'.gz' if source == 'gzip' else ''}"
             path.write_bytes(gzip.compress(data) if source == "gzip" else data)
-        with embedded_site(f"dump:{tmp_path}") as url:
-            snapshot = run(url, tmp_path / "store")
+        snapshot = run(f"dump:{tmp_path}", tmp_path / "store")
     unread = {} if source == "site" else {"no JSON": 1}
     assert [m["id"] for m in rows(snapshot, "models")] == [1, 2]
     assert [i["id"] for i in rows(snapshot, "images")] == [10_001, 10_002]
@@ -149,7 +150,7 @@ def test_whatever_stands_wherever_the_crawl_and_the_filters_go_on(
     assert filtered.manifest.rows["records"] > 20
     for kind, lines in (("models", models), ("images", images)):
         (tmp_path / f"{kind}.jsonl").write_text("\n".join(lines))
-    with embedded_site(f"dump:{tmp_path}") as url:
+    with serve(read_source(f"dump:{tmp_path}"), Faults()) as url:
         config = ALL.model_copy(update={"model_pages": 5})
         dumped = run(url, tmp_path / "dump", config)
         showcases = config.model_copy(update={"image_source": "showcase"})
@@ -179,8 +180,7 @@ def test_a_picture_of_a_showcase_and_a_page_may_be_bad_too(tmp_path: Path) -> No
     (tmp_path / "models.jsonl").write_text(poisoned(model, place, POISONS["arrays 90 deep"]))
     (tmp_path / "images.jsonl").write_text("")
     config = ALL.model_copy(update={"image_source": "showcase", "model_pages": 1})
-    with embedded_site(f"dump:{tmp_path}") as url:
-        snapshot = run(url, tmp_path / "store", config)
+    snapshot = run(f"dump:{tmp_path}", tmp_path / "store", config)
     assert len(rows(snapshot, "images")) == 10
 
 
@@ -194,7 +194,7 @@ def test_a_sidecar_stops_no_server(tmp_path: Path, name: str) -> None:
     (tmp_path / "bad.civitai.info").write_text(text, "utf-8", "surrogatepass")
     text = poisoned(answer, ("id",), POISONS[name])
     (tmp_path / "good.civitai.info").write_text(text, "utf-8", "surrogatepass")
-    replay = replay_of(f"local:{tmp_path}")
+    replay = read_source(f"local:{tmp_path}")
     assert sum(len(row.version_ids) for row in replay.models) == 2
 
 

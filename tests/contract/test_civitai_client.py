@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import threading
 import time
+from functools import partial
 from itertools import count
 
 import orjson
 import pytest
 
-from diffagent.civitai.client import USER_AGENT, CivitaiClient, Patience
+from diffagent.civitai.client import USER_AGENT, CivitaiClient
+from diffagent.civitai.pagination import walk_items
 from diffagent.errors import (
     BadCursor,
     CivitaiError,
@@ -22,6 +24,7 @@ from diffagent.errors import (
     ServerError,
 )
 from diffagent.localcivitai.faults import TRANSPORT, Faults, Profile
+from diffagent.retries import Patience
 from tests.contract.conftest import FILE_SHA256, MODEL_FILE
 
 QUICK = Patience(first=0.001, longest=0.01, budget=60.0, read_timeout=10.0)
@@ -36,7 +39,9 @@ def client_of(url: str, **options: object) -> CivitaiClient:
 def test_every_fault_of_an_answer_is_survived(faulty, kind):
     faults = Faults(Profile({kind: 0.3 if kind == "too_many_wait" else 0.6}), seed=3)
     with faulty(faults) as url, client_of(url) as client:
-        found = [i["id"] for i in client.iter_images(limit=100, browsingLevel=31)]
+        found = [
+            i["id"] for i in walk_items(partial(client.get_images, limit=100, browsingLevel=31))
+        ]
         assert client.get_by_hash(FILE_SHA256)["id"] == 1001
         assert client.get_model_page(1)["checkpointType"] == "Trained"
     assert len(found) == len(set(found)) == 619
@@ -48,7 +53,10 @@ def test_every_fault_of_an_answer_is_survived(faulty, kind):
 def test_every_fault_of_a_page_is_survived(faulty, kind):
     faults = Faults(Profile({kind: 0.6}), seed=1)
     with faulty(faults) as url, client_of(url) as client:
-        models = [m["id"] for m in client.iter_models(limit=20, nsfw="true", sort="Newest")]
+        models = [
+            m["id"]
+            for m in walk_items(partial(client.get_models, limit=20, nsfw="true", sort="Newest"))
+        ]
     assert sorted(models) == list(range(1, 231))
     assert faults.injected[kind] > 0
 
@@ -56,7 +64,10 @@ def test_every_fault_of_a_page_is_survived(faulty, kind):
 def test_stale_cursors_start_the_listing_again(faulty):
     faults = Faults(Profile(deploy_every=4, deploys=2))
     with faulty(faults) as url, client_of(url) as client:
-        models = [m["id"] for m in client.iter_models(limit=30, nsfw="true", sort="Newest")]
+        models = [
+            m["id"]
+            for m in walk_items(partial(client.get_models, limit=30, nsfw="true", sort="Newest"))
+        ]
         asked = client.requests
         with pytest.raises(BadCursor):
             client.get_models("-5", sort="Newest")

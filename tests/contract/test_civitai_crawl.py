@@ -19,10 +19,9 @@ from diffagent.crawl.crawl_stage import crawl
 from diffagent.crawl.snapshot import GENERATIONS
 from diffagent.errors import ServerError
 from diffagent.localcivitai.faults import Faults, Profile
-from diffagent.localcivitai.site import embedded_site
 from diffagent.localcivitai.sources.dump import read_records, write_dump
 from diffagent.schemas.runtime import RuntimeConfig
-from diffagent.store.artifacts import Artifact, verify_artifact
+from diffagent.store import Artifact, verify_artifact
 from tests.conftest import ROOT, SHARED_DATA
 from tests.contract.conftest import IMAGES, MODELS
 
@@ -164,7 +163,7 @@ def test_pages_of_the_most_used_models(faulty, tmp_path):
 # A crawl that kills itself with SIGKILL when a function is called for the n-th time.
 KILLER = """
 import itertools, os, signal, sys
-from diffagent.civitai import crawl as crawling, journal, snapshot
+from diffagent.crawl import crawl_stage as crawling, journal, snapshot
 from tests.contract.test_civitai_crawl import ALL, run
 from pathlib import Path
 
@@ -228,41 +227,21 @@ def test_a_resumed_crawl_repeats_nothing(site, tmp_path):
     assert metrics["requests"] == 14 - 4
 
 
-@pytest.mark.parametrize("faults", ["none", "hostile"])
-def test_the_embedded_server_is_a_process_of_its_own(dump, undisturbed, tmp_path, faults):
-    with embedded_site(f"dump:{dump}", faults) as url:
-        snapshot = run(url, tmp_path)
-    assert snapshot.content_digest == undisturbed.content_digest
+@pytest.mark.parametrize("source", ["feed", "versions", "showcase"])
+def test_a_folder_that_is_read_gives_what_a_server_of_it_gives(dump, site, tmp_path, source):
+    config = ALL.model_copy(update={"image_source": source, "max_models": 40, "model_pages": 5})
+    served = run(site, tmp_path / "served", config)
+    read = run(f"dump:{dump}", tmp_path / "read", config)
+    assert files(read) == files(served)
+    assert read.content_digest == served.content_digest
+    assert read.manifest.funnels == served.manifest.funnels
+
+
+def test_a_folder_with_faults_is_served_with_them(dump, undisturbed, tmp_path):
+    runtime = RuntimeConfig(store=str(tmp_path), site={"faults": "hostile"})
+    snapshot = crawl.run(ALL, {}, runtime, site_url=f"dump:{dump}")
+    assert snapshot.manifest.metrics["retries"] > 0
     assert files(snapshot) == files(undisturbed)
-
-
-def test_the_server_ends_with_its_parent(dump):
-    script = (
-        "import os, signal\n"
-        "from diffagent.localcivitai.site import embedded_site\n"
-        f"with embedded_site('dump:{dump}') as url:\n"
-        "    print(url, flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    url = done.stdout.strip()
-    assert done.returncode == -signal.SIGKILL
-    assert url.startswith("http://127.0.0.1:")
-    from urllib.request import urlopen
-
-    for attempt in itertools.count():
-        try:
-            urlopen(f"{url}/api/v1/enums", timeout=5).close()
-        except OSError:
-            break
-        assert attempt < 100, "the server outlives its parent"
 
 
 @pytest.mark.skipif(
@@ -273,8 +252,8 @@ def test_a_sample_of_real_records_survives(tmp_path):
     models = list(itertools.islice(read_records(source, "models"), 200))
     images = list(itertools.islice(read_records(source, "images"), 0, 60_000, 100))
     write_dump(tmp_path / "dump", models, images)
-    with embedded_site(f"dump:{tmp_path / 'dump'}", "hostile") as url:
-        snapshot = run(url, tmp_path)
+    runtime = RuntimeConfig(store=str(tmp_path), site={"faults": "hostile"})
+    snapshot = crawl.run(ALL, {}, runtime, site_url=f"dump:{tmp_path / 'dump'}")
     assert {m["id"] for m in rows(snapshot, "models")} == {m["id"] for m in models}
     found = {i["id"]: i for i in rows(snapshot, "images")}
     assert set(found) == {i["id"] for i in images}

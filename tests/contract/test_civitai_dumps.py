@@ -22,10 +22,9 @@ from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.dabench.tools.export import export_dabench
 from diffagent.errors import ConfigError, SchemaError
 from diffagent.localcivitai.replay import Replay
-from diffagent.localcivitai.site import embedded_site
 from diffagent.localcivitai.sources import dump, open_source
 from diffagent.schemas.runtime import RuntimeConfig
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from tests.contract.conftest import synthetic_image, synthetic_model
 from tests.contract.test_civitai_crawl import ALL, rows
 from tests.contract.test_civitai_refresh import World
@@ -37,8 +36,23 @@ IMAGES = [synthetic_image(n) for n in range(8, 60)]
 
 
 def site_of(source: str, store: Path, config: CrawlConfig = ALL) -> Artifact:
-    with embedded_site(source) as url:
-        return crawl.run(config, {}, RuntimeConfig(store=str(store)), site_url=url)
+    return crawl.run(config, {}, RuntimeConfig(store=str(store)), site_url=source)
+
+
+def test_a_note_of_a_dump_enters_the_request_and_the_manifest(tmp_path: Path) -> None:
+    dump.write_dump(tmp_path, MODELS, IMAGES)
+    config = ALL.model_copy(update={"site": f"dump:{tmp_path}"})
+    plain = crawl.identity(config, {})
+    note = {"source": "built from drawings", "limits": ["none"]}
+    (tmp_path / "about.json").write_text(json.dumps({**note, "version": 1}))
+    first = crawl.identity(config, {})
+    snapshot = site_of(config.site, tmp_path / "store", config)
+    assert snapshot.manifest.metrics["about"] == note
+    (tmp_path / "about.json").write_text(json.dumps({**note, "version": 2}))
+    assert len({plain, first, crawl.identity(config, {})}) == 3
+    (tmp_path / "about.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"about\.json.*is not usable"):
+        site_of(config.site, tmp_path / "store", config)
 
 
 def texts(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -166,7 +180,7 @@ def test_odd_cells_of_a_table_cost_their_row_or_themselves(
 def test_damaged_dumps_say_where_and_what_to_do(tmp_path: Path) -> None:
     lines = b"".join(orjson.dumps(m) + b"\n" for m in MODELS)
     (tmp_path / "models.jsonl.gz").write_bytes(gzip.compress(lines)[:-30])
-    with pytest.raises(ConfigError, match=r"damaged behind line \d+.*put it back"):
+    with pytest.raises(ConfigError, match=r"damaged behind line \d+.*restore it"):
         list(open_source(f"dump:{tmp_path}").models)
     (tmp_path / "models.jsonl.gz").unlink()
     (tmp_path / "models.parquet").write_bytes(b"PAR1 no")
@@ -233,7 +247,7 @@ def test_other_names_are_said_in_a_file(release: tuple[Artifact, Path], tmp_path
     (folder / "names.json").write_text('{"mapping": "maps/models.json", "instruction": "Input"}')
     assert len(list(open_source(f"release:{folder}").images)) == len(json.loads(text))
     (folder / "names.json").write_text('{"Prompt": "Input"}')
-    with pytest.raises(ConfigError, match="unknown is 'Prompt'"):
+    with pytest.raises(ConfigError, match="unknown field 'Prompt'"):
         open_source(f"release:{folder}")
 
 

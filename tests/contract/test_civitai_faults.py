@@ -17,7 +17,7 @@ from diffagent.crawl.crawl_stage import crawl
 from diffagent.errors import ArtifactError, CivitaiError, DiffAgentError
 from diffagent.localcivitai.faults import Faults, Profile
 from diffagent.schemas.runtime import RuntimeConfig
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from tests.conftest import file_size_limit
 from tests.contract.conftest import synthetic_image, synthetic_model
 from tests.contract.test_civitai_crawl import ALL, HOSTILE, files, rows
@@ -113,7 +113,7 @@ def test_a_crawl_that_runs_out_of_time_goes_on_the_next_time(site, tmp_path):
 
 
 def test_progress_is_told(site, tmp_path, monkeypatch):
-    monkeypatch.setattr("diffagent.crawl.meter._TELL_SECONDS", 0.0)
+    monkeypatch.setattr("diffagent.crawl.meter._REPORT_SECONDS", 0.0)
     told: list[tuple[float | None, str]] = []
     config = GALLERIES.model_copy(update={"max_models": 20})
     runtime = RuntimeConfig(store=str(tmp_path))

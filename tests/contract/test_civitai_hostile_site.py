@@ -27,12 +27,14 @@ import pytest
 
 from diffagent.civitai import download, transport
 from diffagent.civitai.address import Address
-from diffagent.civitai.client import CivitaiClient, Patience, next_cursor
+from diffagent.civitai.client import CivitaiClient
+from diffagent.civitai.pagination import next_cursor
 from diffagent.civitai.transport import Deadline
 from diffagent.crawl.crawl_config import CrawlConfig
 from diffagent.crawl.crawl_stage import crawl
 from diffagent.errors import CivitaiError, ConfigError, ServerError
 from diffagent.render.files.references import parse_reference
+from diffagent.retries import Patience
 from diffagent.run_config import configure
 from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.t2i.catalogue import make_entry
@@ -120,7 +122,8 @@ def test_a_gzip_bomb_takes_no_memory(layers: int, status: str) -> None:
     text = answer(bomb(layers), *headers, status=status)
     code = (
         "import resource, sys\n"
-        "from diffagent.civitai.client import CivitaiClient, Patience\n"
+        "from diffagent.civitai.client import CivitaiClient\n"
+        "from diffagent.retries import Patience\n"
         "from diffagent.errors import CivitaiError\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "client = CivitaiClient(sys.argv[1], patience=Patience(0.5, 0.5, 9.0, answer=60.0))\n"
@@ -474,7 +477,7 @@ def test_no_redirect_leads_to_another_host(recorder: Any, form: str) -> None:
 def test_a_secret_in_the_site_is_refused_and_not_repeated(site: str) -> None:
     data = {
         "crawl": {"site": site},
-        "rewards": {"scorers": [{"name": "clip", "model": "sandbox"}], "unify": "chatgen"},
+        "rewards": {"scorers": [{"name": "clip", "model": "tiny-clip"}], "unify": "chatgen"},
     }
     with pytest.raises(ConfigError, match="CIVITAI_TOKEN") as caught:
         configure(data, None, "run.yaml")
@@ -577,8 +580,10 @@ def test_the_first_failure_is_said_at_once(caplog: pytest.LogCaptureFixture) -> 
     said = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(said) == 1, "further failures are said every half minute"
     text = said[0].getMessage()
-    assert text.startswith("http://127.0.0.1:9: try 1 failed (") and "NewConnectionError" in text
-    assert re.search(r"next try in [\d.]+ s, the last one before \d\d:\d\d:\d\d$", text)
+    assert (
+        text.startswith("http://127.0.0.1:9: attempt 1 failed (") and "NewConnectionError" in text
+    )
+    assert re.search(r"next attempt in [\d.]+ s, the last one before \d\d:\d\d:\d\d$", text)
 
 
 def test_a_server_that_is_silent_is_named(
@@ -609,7 +614,7 @@ def test_commands_say_it_without_being_asked_to(tmp_path: Path, command: list[st
     config = tmp_path / "run.yaml"
     config.write_text(
         "crawl: {site: 'http://127.0.0.1:9'}\n"
-        "rewards: {scorers: [{name: clip, model: sandbox}], unify: chatgen}\n"
+        "rewards: {scorers: [{name: clip, model: tiny-clip}], unify: chatgen}\n"
         f"runtime: {{store: {tmp_path / 'store'}}}\n"
     )
     words = [w.format(config=config, models=tmp_path / "models") for w in command]
@@ -623,7 +628,7 @@ def test_commands_say_it_without_being_asked_to(tmp_path: Path, command: list[st
     assert process.stderr
     try:
         for line in process.stderr:
-            if "try 1 failed" in line:
+            if "attempt 1 failed" in line:
                 break
             assert "error" not in line, line
         else:

@@ -15,18 +15,17 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from typer.testing import CliRunner
 
-from diffagent.civitai.client import CivitaiClient
 from diffagent.cli.main import app
 from diffagent.crawl.crawl_config import CrawlConfig
 from diffagent.crawl.crawl_stage import crawl
 from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.errors import ConfigError
-from diffagent.localcivitai.site import embedded_site
+from diffagent.localcivitai.site import open_site
 from diffagent.localcivitai.sources import open_source, synthetic_id
-from diffagent.localcivitai.sources.local import Hashes, hash_file, look, model_files
+from diffagent.localcivitai.sources.local import FileHashes, hash_file, inspect_file, model_files
 from diffagent.schemas.runtime import RuntimeConfig
-from diffagent.store.artifacts import Artifact, open_artifact
+from diffagent.store import Artifact, open_artifact
 from diffagent.t2i.catalogue import SYNTHETIC
 from tests.conftest import ROOT
 from tests.contract.test_civitai_crawl import rows
@@ -122,9 +121,8 @@ def folder(tmp_path: Path) -> Path:
 
 def run(folder: Path, store: Path, **options: Any) -> Artifact:
     config = CrawlConfig(site=f"local:{folder}", model_types=(), image_source="feed")
-    with embedded_site(config.site, cache=store / "local-files.json") as url:
-        runtime = RuntimeConfig(store=str(store), site=options)
-        return crawl.run(config, {}, runtime, site_url=url, refresh=True)
+    runtime = RuntimeConfig(store=str(store), site=options)
+    return crawl.run(config, {}, runtime, site_url=config.site, refresh=True)
 
 
 def test_a_folder_becomes_a_catalogue_with_pairs(folder: Path, tmp_path: Path) -> None:
@@ -151,9 +149,9 @@ def test_a_folder_becomes_a_catalogue_with_pairs(folder: Path, tmp_path: Path) -
         ("a green square", "Their Model"),
     }
     # Every file can be had by the way that the catalogue names.
-    with embedded_site(f"local:{folder}") as url, CivitaiClient(url) as client:
+    with open_site(f"local:{folder}", RuntimeConfig(store=str(tmp_path))) as site:
         for row in catalogue.values():
-            path = client.download(row["download_path"], tmp_path / "file", sha256=row["sha256"])
+            path = site.download(row["download_path"], tmp_path / "file", sha256=row["sha256"])
             assert path.stat().st_size == row["size_bytes"]
 
 
@@ -203,16 +201,16 @@ def test_a_file_is_hashed_once_and_nothing_is_written_beside_it(
     cache, path = tmp_path / "store/local-files.json", folder / "Lora/style.safetensors"
     open_source(f"local:{folder}", cache)
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
-    known = Hashes(cache).of(path)
+    known = FileHashes(cache).of(path)
     assert known == hash_file(path)
     monkeypatch.setattr(
         "diffagent.localcivitai.sources.local.hash_file", lambda p: {"SHA256": "AA" * 32}
     )
-    assert Hashes(cache).of(path) == known
+    assert FileHashes(cache).of(path) == known
     os.utime(path, ns=(1, 1))
-    assert Hashes(cache).of(path) == {"SHA256": "AA" * 32}
+    assert FileHashes(cache).of(path) == {"SHA256": "AA" * 32}
     cache.write_bytes(b"damaged")
-    assert Hashes(cache).of(path) == {"SHA256": "AA" * 32}
+    assert FileHashes(cache).of(path) == {"SHA256": "AA" * 32}
 
 
 def test_what_two_processes_have_hashed_is_merged(tmp_path: Path) -> None:
@@ -220,17 +218,17 @@ def test_what_two_processes_have_hashed_is_merged(tmp_path: Path) -> None:
         tmp_path / "hashes.json",
         [tmp_path / "a.safetensors", tmp_path / "b.safetensors"],
     )
-    one, other = Hashes(cache), Hashes(cache)
+    one, other = FileHashes(cache), FileHashes(cache)
     for number, (hashes, path) in enumerate(zip((one, other), paths, strict=True)):
         put(path, safetensors({"x": (4,)}, fill=number))
         hashes.of(path)
     one.flaw(paths[0])
     one.save()
     other.save()
-    assert all(Hashes(cache).know(path) for path in paths)
+    assert all(FileHashes(cache).has(path) for path in paths)
     before = cache.stat().st_mtime_ns
-    Hashes(cache).save()
-    assert Hashes(cache).flaw(paths[0]) == "" and cache.stat().st_mtime_ns == before
+    FileHashes(cache).save()
+    assert FileHashes(cache).flaw(paths[0]) == "" and cache.stat().st_mtime_ns == before
 
 
 def test_hashes_that_cannot_be_kept_are_a_warning(
@@ -238,10 +236,10 @@ def test_hashes_that_cannot_be_kept_are_a_warning(
 ) -> None:
     path = tmp_path / "a.safetensors"
     put(path, safetensors({"x": (4,)}))
-    hashes = Hashes(path / "below" / "hashes.json")
+    hashes = FileHashes(path / "below" / "hashes.json")
     assert hashes.of(path) == hash_file(path)
     hashes.save()
-    assert "cannot be kept" in caplog.text
+    assert "cannot be stored" in caplog.text
 
 
 def test_a_whole_installation_is_its_model_folders(tmp_path: Path) -> None:
@@ -257,7 +255,7 @@ def test_the_folder_tells_the_type_that_tensors_do_not(tmp_path: Path) -> None:
     notes = {"ss_base_model_version": "sdxl_base_v1-0"}
     path = tmp_path / "models" / "Lora" / "mine" / "a.safetensors"
     put(path, safetensors({"x": (4,)}, notes))
-    found = look(path, Hashes(None)).architecture
+    found = inspect_file(path, FileHashes(None)).architecture
     assert (found.type, found.base_model) == ("LORA", "SDXL 1.0")
 
 
@@ -301,7 +299,7 @@ def test_a_header_that_lies_is_refused_and_listed_with_the_reason(
 )
 def test_what_is_no_safetensors_is_refused(tmp_path: Path, start: bytes) -> None:
     put(tmp_path / "bad.safetensors", start)
-    assert look(tmp_path / "bad.safetensors", Hashes(None)).refused
+    assert inspect_file(tmp_path / "bad.safetensors", FileHashes(None)).refused
 
 
 def test_links_odd_names_and_broken_sidecars_do_no_harm(folder: Path, tmp_path: Path) -> None:
@@ -402,8 +400,9 @@ def test_a_linked_folder_is_served_like_any_other(tmp_path: Path) -> None:
     (tmp_path / "models/Stable-diffusion").symlink_to(tmp_path / "disk")
     snapshot = run(tmp_path / "models", tmp_path / "store")
     assert [m["name"] for m in rows(snapshot, "models")] == ["Their Model"]
-    with embedded_site(f"local:{tmp_path / 'models'}") as url, CivitaiClient(url) as client:
-        path = client.download("/api/download/models/77", tmp_path / "file", sha256=sha256)
+    runtime = RuntimeConfig(store=str(tmp_path / "store"))
+    with open_site(f"local:{tmp_path / 'models'}", runtime) as site:
+        path = site.download("/api/download/models/77", tmp_path / "file", sha256=sha256)
         assert path.read_bytes() == safetensors(SD1)
 
 
@@ -461,7 +460,8 @@ def test_parts_of_a_pipeline_and_shards_are_no_checkpoints(tmp_path: Path) -> No
     put(top / "model.safetensors", safetensors(SD1, fill=1))
     put(top / "whole.safetensors", safetensors(SD1, fill=2))
     files = {
-        path.relative_to(top).as_posix(): look(path, Hashes(None)) for path in model_files(top)
+        path.relative_to(top).as_posix(): inspect_file(path, FileHashes(None))
+        for path in model_files(top)
     }
     whole = {name for name, file in files.items() if file.architecture.type == "Checkpoint"}
     assert whole == {"model.safetensors", "whole.safetensors"}

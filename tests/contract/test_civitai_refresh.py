@@ -22,7 +22,7 @@ from diffagent.localcivitai.replay import Replay
 from diffagent.localcivitai.server import serve
 from diffagent.schemas.payloads import content
 from diffagent.schemas.runtime import RuntimeConfig
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from tests.contract.conftest import IMAGES, MODELS, synthetic_image, synthetic_model
 from tests.contract.test_civitai_crawl import ALL, HOSTILE, rows
 
@@ -49,7 +49,8 @@ class World:
 def run(world: World, store: Path, config: CrawlConfig = FEED, **options: Any) -> Artifact:
     """Crawl the world, or refresh the crawl that is in the store."""
     faults = {key: options.pop(key) for key in ("profile", "seed") if key in options}
-    runtime = RuntimeConfig(store=str(store), site=options)
+    cache = {"directory": options.pop("cache", None)}
+    runtime = RuntimeConfig(store=str(store), site=options, cache=cache)
     with world.site(**faults) as url:
         return crawl.run(config, {}, runtime, site_url=url, refresh=True)
 
@@ -190,7 +191,7 @@ def test_a_model_that_is_back_is_found_whatever_batches_leave_out(tmp_path, monk
     assert tombstones(run(world, tmp_path)) == {("models", 3)}
     world.models[3] = away
     with monkeypatch.context() as later:  # long gone: asked for in batches alone
-        later.setattr("diffagent.crawl.refresh._ASKED_FOR_DAYS", -1)
+        later.setattr("diffagent.crawl.refresh._REQUESTED_DAYS", -1)
         assert tombstones(run(world, tmp_path, profile=leaves_out)) == {("models", 3)}
     found = run(world, tmp_path, profile=leaves_out)
     assert tombstones(found) == set()

@@ -10,7 +10,7 @@ import pytest
 
 from diffagent.crawl import snapshot as snapshots
 from diffagent.schemas.payloads import content
-from diffagent.store.artifacts import Artifact, verify_artifact
+from diffagent.store import Artifact, verify_artifact
 from tests.contract.conftest import synthetic_image, synthetic_model
 from tests.contract.test_civitai_crawl import rows
 from tests.contract.test_civitai_refresh import World, generations, run, tombstones

@@ -9,8 +9,8 @@ import orjson
 import pytest
 import requests
 
-from diffagent.civitai.client import CivitaiClient, _SiteToken, next_cursor
-from diffagent.civitai.pagination import Page
+from diffagent.civitai.client import CivitaiClient, _SiteToken
+from diffagent.civitai.pagination import Page, next_cursor
 from diffagent.errors import CivitaiError, Forbidden, NotFound, PageCap, RateLimited, ServerError
 from diffagent.localcivitai.faults import Faults
 from diffagent.localcivitai.replay import Replay

@@ -22,7 +22,7 @@ from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.dabench.tools.dataset_checks import verify_dabench
 from diffagent.schemas.runtime import RuntimeConfig
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from diffagent.t2i.samplers import SAMPLERS, normalise
 from tests.conftest import SHARED_DATA
 from tests.dabench.dabench_records import snapshot

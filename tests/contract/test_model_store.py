@@ -22,7 +22,7 @@ import requests
 from safetensors.numpy import save
 from typer.testing import CliRunner
 
-from diffagent.civitai.client import CivitaiClient, Patience
+from diffagent.civitai.client import CivitaiClient
 from diffagent.cli.main import app
 from diffagent.errors import (
     CivitaiError,
@@ -40,6 +40,7 @@ from diffagent.localcivitai.replay import Replay
 from diffagent.localcivitai.server import serve
 from diffagent.render.files.model_store import ModelStore
 from diffagent.render.files.references import Reference, find, parse_reference
+from diffagent.retries import Patience
 from tests.conftest import ROOT
 
 QUICK = Patience(first=0.01, longest=0.05, budget=10.0)
@@ -325,13 +326,13 @@ def test_a_download_goes_on_from_whatever_is_there(
 def test_several_processes_share_one_download(replay: Replay, tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from types import SimpleNamespace\n"
-        "from diffagent.civitai.client import client_for\n"
+        "from diffagent.civitai.client import CivitaiClient\n"
         "from diffagent.render.files.model_store import ModelStore\n"
         "url, directory, sha256 = sys.argv[1:]\n"
         "file = SimpleNamespace(model='', air='', size_bytes=None, sha256=sha256,\n"
         "    download_path='/api/download/models/1001')\n"
         "sys.stdin.read()\n"
-        "with client_for(url) as client, ModelStore(Path(directory), client) as store:\n"
+        "with CivitaiClient(url) as client, ModelStore(Path(directory), client) as store:\n"
         "    print(store.fetch(file))\n"
     )
     faults = Faults(Profile({"slow": 0.0}))
@@ -508,7 +509,7 @@ def test_an_error_is_never_saved_as_a_file(tmp_path: Path, body: bytes, kind: st
     [
         ("/login?returnUrl=/models/1&reason=download-auth", Forbidden, "log-in required"),
         ("/pricing?reason=early-access&returnUrl=x", EarlyAccess, "early access"),
-        ("/model-versions/1", Forbidden, "sent to the page '/model-versions/1'"),
+        ("/model-versions/1", Forbidden, "redirected to the page '/model-versions/1'"),
     ],
 )
 def test_pages_that_the_site_sends_browsers_to_are_understood(

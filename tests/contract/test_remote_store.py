@@ -1,4 +1,4 @@
-"""The artefact store on S3: what holds when processes die, servers fail and objects are hurt."""
+"""The artifact store on S3, when processes die, servers fail and objects are damaged."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ import pytest
 
 from diffagent.errors import ArtifactError
 from diffagent.schemas.runtime import RuntimeConfig
-from diffagent.store import object_store
-from diffagent.store.artifacts import artifact_directory, open_artifact, verify_artifact
+from diffagent.store import artifact_directory, object_store, open_artifact, verify_artifact
 from tests.conftest import ROOT
 from tests.contract.s3_server import ENVIRONMENT, S3Server, s3_server
-from tests.store.test_artifacts import Words, write_words
+from tests.store.test_stage import Words, write_words
 
 STORE = "s3://bucket/some/prefix"
 
@@ -61,11 +60,12 @@ def on(machine: str, tmp_path: Path) -> RuntimeConfig:
 
 
 def builder(tmp_path: Path, machine: str, before: str = "") -> list[str]:
-    """A command that builds the toy artefact on a machine of its own; ``before`` runs first."""
+    """A command that builds the toy artifact on a machine of its own; ``before`` runs first."""
     code = textwrap.dedent(f"""
         from pathlib import Path
         from diffagent.schemas.runtime import RuntimeConfig
-        from tests.store.test_artifacts import Words, write_words
+        from tests.store.test_stage import Words
+        from tests.store.test_stage import write_words
         {before}
         runtime = RuntimeConfig(store={STORE!r}, cache={{'directory': {str(tmp_path / machine)!r}}})
         print(write_words.run(Words(), {{}}, runtime).content_digest)
@@ -80,21 +80,21 @@ def start(command: list[str]) -> subprocess.Popen[str]:
 
 
 def test_the_manifest_is_the_last_object(s3: S3Server, tmp_path: Path) -> None:
-    made = write_words.run(Words(), {}, on("one", tmp_path))
+    artifact = write_words.run(Words(), {}, on("one", tmp_path))
     sent = [path for path in s3.asked("PUT") if ".diffagent" not in path]
     assert sorted(p.rsplit("/", 1)[1] for p in sent[:3]) == ["0.txt", "1.txt", "2.txt"]
-    pointers = ["latest", f"latest-{made.manifest.series}"]
+    pointers = ["latest", f"latest-{artifact.manifest.series}"]
     assert [p.rsplit("/", 1)[1] for p in sent[3:]] == ["manifest.json"] * 2 + pointers
-    assert sent[4] == f"/bucket/some/prefix/toy-words/{made.path.name}/manifest.json"
+    assert sent[4] == f"/bucket/some/prefix/toy-words/{artifact.path.name}/manifest.json"
 
     s3.requests.clear()
     there = on("two", tmp_path)
-    found = write_words.cached(Words(), {}, there)
-    assert found and found.location == made.location
+    copy = write_words.cached(Words(), {}, there)
+    assert copy and copy.location == artifact.location
     assert len(s3.requests) <= 3, "a manifest and a listing, whatever the number of files"
-    assert [p.read_text() for p in found.glob("*.txt")] == ["a", "b", "c"]
-    verify_artifact(found)
-    assert artifact_directory(made.location) == open_artifact(made.location).path
+    assert [p.read_text() for p in copy.glob("*.txt")] == ["a", "b", "c"]
+    verify_artifact(copy)
+    assert artifact_directory(artifact.location) == open_artifact(artifact.location).path
     assert not any(
         secret.encode() in data
         for data in s3.objects().values()
@@ -115,22 +115,24 @@ def test_killed_in_the_middle_of_an_upload(s3: S3Server, tmp_path: Path) -> None
     s3.release.set()
     here, elsewhere = on("one", tmp_path), on("two", tmp_path)
     assert not s3.asked("PUT", "manifest.json")
-    assert write_words.cached(Words(), {}, elsewhere) is None, "no manifest, it never happened"
+    assert write_words.cached(Words(), {}, elsewhere) is None, (
+        "without a manifest it does not count"
+    )
 
     s3.requests.clear()
-    made = write_words.run(Words(), {}, here)
+    artifact = write_words.run(Words(), {}, here)
     assert [p.rsplit("/", 1)[1] for p in s3.asked("PUT", ".txt")] == ["1.txt"], (
         "the others are there"
     )
-    found = write_words.cached(Words(), {}, elsewhere)
-    assert found and found.content_digest == made.content_digest
-    verify_artifact(found)
+    copy = write_words.cached(Words(), {}, elsewhere)
+    assert copy and copy.content_digest == artifact.content_digest
+    verify_artifact(copy)
 
 
 def test_a_large_file_is_seen_whole_or_not_at_all(s3: S3Server, tmp_path: Path) -> None:
     """In parts: killed between two of them, nothing is there; then the same command sends it."""
     before = (
-        "import s3fs.core, tests.store.test_artifacts as toys; "
+        "import s3fs.core, tests.store.test_stage as toys; "
         "s3fs.core.calculate_chunksize = lambda size, chunksize=None: 5 * 2**20; "
         "toys.Words.model_fields['words'].default = (chr(97) * 11 * 2**20,); "
         "toys.Words.model_rebuild(force=True)"
@@ -158,9 +160,9 @@ def test_a_server_that_fails_now_and_then(s3: S3Server, runtime: RuntimeConfig) 
         return "error" if left[method] >= 0 else None
 
     s3.fault = fault
-    made = write_words.run(Words(), {}, runtime)
+    artifact = write_words.run(Words(), {}, runtime)
     assert left["PUT"] < 0 and left["GET"] < 0
-    verify_artifact(made)
+    verify_artifact(artifact)
 
 
 def test_a_store_that_is_away_loses_no_work(
@@ -176,40 +178,43 @@ def test_a_store_that_is_away_loses_no_work(
 
     s3.fault = lambda method, path: None
     (built,) = tmp_path.glob("one/*/toy-words/*/manifest.json")
-    made = built.stat().st_mtime_ns
+    written = built.stat().st_mtime_ns
     again = write_words.run(Words(), {}, failing)
-    assert built.stat().st_mtime_ns == made, "sent, not built again"
+    assert built.stat().st_mtime_ns == written, "sent, not built again"
     assert open_artifact(again.location).content_digest == again.content_digest
 
 
 def test_a_truncated_object_is_built_again(
     s3: S3Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = write_words.run(Words(), {}, on("one", tmp_path))
+    artifact = write_words.run(Words(), {}, on("one", tmp_path))
     (name,) = (name for name in s3.objects() if name.endswith("1.txt"))
     put(name, b"")
     there = on("two", tmp_path)
     assert (
-        write_words.cached(Words(), {}, there) is None and "missing or not as long" in caplog.text
+        write_words.cached(Words(), {}, there) is None
+        and "missing or have another size" in caplog.text
     )
-    assert write_words.run(Words(), {}, there).content_digest == made.content_digest
+    assert write_words.run(Words(), {}, there).content_digest == artifact.content_digest
     assert s3.objects()[name] == b"b"
 
 
 def test_a_changed_byte_is_found_by_its_digest(s3: S3Server, tmp_path: Path) -> None:
-    made = write_words.run(Words(), {}, on("one", tmp_path))
+    artifact = write_words.run(Words(), {}, on("one", tmp_path))
     (name,) = (name for name in s3.objects() if name.endswith("1.txt"))
     put(name, b"B")
-    found = write_words.cached(Words(), {}, on("two", tmp_path))
-    assert found
-    verify_artifact(made)  # the copy from which it was sent is whole
-    for look in (found.local, lambda: verify_artifact(made, stored=True)):
+    copy = write_words.cached(Words(), {}, on("two", tmp_path))
+    assert copy
+    verify_artifact(artifact)  # the files on disk, from which it was sent, are whole
+    for look in (copy.local, lambda: verify_artifact(artifact, stored=True)):
         with pytest.raises(ArtifactError, match=r"1\.txt' is damaged.*delete it and run"):
             look()
-    assert not found.path.exists(), "nothing damaged is ever in place"
+    assert not copy.path.exists(), "nothing damaged is ever in place"
     remove(name)
-    assert write_words.run(Words(), {}, on("two", tmp_path)).content_digest == made.content_digest
-    verify_artifact(found)
+    assert (
+        write_words.run(Words(), {}, on("two", tmp_path)).content_digest == artifact.content_digest
+    )
+    verify_artifact(copy)
 
 
 def test_a_download_that_is_cut_short_is_made_again(s3: S3Server, tmp_path: Path) -> None:
@@ -219,12 +224,12 @@ def test_a_download_that_is_cut_short_is_made_again(s3: S3Server, tmp_path: Path
     s3.fault = lambda method, path: (
         next(cuts, None) if method == "GET" and path.endswith("0.txt") else None
     )
-    found = write_words.run(large, {}, on("two", tmp_path))
-    assert found.file("0.txt").read_text() == "x" * 100_000
+    copy = write_words.run(large, {}, on("two", tmp_path))
+    assert copy.file("0.txt").read_text() == "x" * 100_000
 
 
 def test_two_machines_build_the_same_at_once(s3: S3Server, tmp_path: Path) -> None:
-    """No lock reaches over machines: both build, and what is there is whole and the same."""
+    """No lock reaches other machines: both build, and the result is whole and the same."""
     meet = textwrap.dedent(f"""
         import time
         body = write_words.body
@@ -236,30 +241,30 @@ def test_two_machines_build_the_same_at_once(s3: S3Server, tmp_path: Path) -> No
         object.__setattr__(write_words, 'body', slow)
     """).replace("\n", "\n        ")
     processes = [start(builder(tmp_path, machine, meet)) for machine in ("one", "two")]
-    told = [process.communicate(timeout=120)[0].strip() for process in processes]
+    digests = [process.communicate(timeout=120)[0].strip() for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
-    found = write_words.cached(Words(), {}, on("three", tmp_path))
-    assert found and told == [found.content_digest] * 2
-    verify_artifact(found)
+    copy = write_words.cached(Words(), {}, on("three", tmp_path))
+    assert copy and digests == [copy.content_digest] * 2
+    verify_artifact(copy)
     assert len([name for name in s3.objects() if name.endswith(".txt")]) == 3
 
 
 def test_writers_of_different_contents_never_mix(s3: S3Server, tmp_path: Path) -> None:
     """A stage that breaks its promise, or a refreshed crawl: the last manifest wins, whole."""
-    made = write_words.run(Words(), {}, on("one", tmp_path))
+    artifact = write_words.run(Words(), {}, on("one", tmp_path))
     other = tmp_path / "other"
     other.mkdir()
     (other / "0.txt").write_text("not a")
-    entry = made.manifest.files[0].model_copy(
+    entry = artifact.manifest.files[0].model_copy(
         update={"size": 5, "sha256": object_store.hashlib.sha256(b"not a").hexdigest()}
     )
-    told = made.manifest.model_copy(update={"files": (entry,), "content_digest": "other"})
-    (other / "manifest.json").write_text(told.model_dump_json())
-    object_store.push(other, told, made.location, "other")
+    replaced = artifact.manifest.model_copy(update={"files": (entry,), "content_digest": "other"})
+    (other / "manifest.json").write_text(replaced.model_dump_json())
+    object_store.push(other, replaced, artifact.location)
     files = {name: data for name, data in s3.objects().items() if name.endswith("0.txt")}
     assert sorted(files.values()) == [b"a", b"not a"], "both are there whole"
-    with pytest.raises(ArtifactError, match="replaced by one of other content"):
-        made.model_copy(update={"path": tmp_path / "elsewhere" / "x"}).local()
+    with pytest.raises(ArtifactError, match="replaced by an artifact with other content"):
+        artifact.model_copy(update={"path": tmp_path / "elsewhere" / "x"}).local()
 
 
 def test_a_missing_bucket_is_told_before_the_work(s3: S3Server, tmp_path: Path) -> None:
@@ -269,16 +274,16 @@ def test_a_missing_bucket_is_told_before_the_work(s3: S3Server, tmp_path: Path) 
     assert not caught.value.retryable and not list(tmp_path.rglob("*.txt"))
 
 
-def test_the_command_line_reads_artefacts_of_the_store(s3: S3Server, tmp_path: Path) -> None:
-    made = write_words.run(Words(), {}, on("one", tmp_path))
+def test_the_command_line_reads_artifacts_of_the_store(s3: S3Server, tmp_path: Path) -> None:
+    artifact = write_words.run(Words(), {}, on("one", tmp_path))
 
     def diffagent(*words: str) -> str:
         command = [sys.executable, "-m", "diffagent", *words]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
-    assert made.identity in diffagent("artifact", "show", made.location)
+    assert artifact.identity in diffagent("artifact", "show", artifact.location)
     assert not s3.asked("GET", ".txt"), "showing copies nothing"
-    assert "all 3 files" in diffagent("artifact", "verify", made.location)
+    assert "all 3 files" in diffagent("artifact", "verify", artifact.location)
     assert len(s3.asked("GET", ".txt")) == 3
 
 

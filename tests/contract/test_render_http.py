@@ -17,7 +17,6 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save
 
-from diffagent.civitai.client import Patience
 from diffagent.errors import ConfigError, RenderError, RenderServerError
 from diffagent.render.http.comfyui import ComfyUIRenderer
 from diffagent.render.http.remote import AUTH_VARIABLE, Remote
@@ -26,6 +25,7 @@ from diffagent.render.pnginfo import read_png
 from diffagent.render.recipe import EmbeddingUse, LoRAUse, Recipe
 from diffagent.render.render_stage import REASONS
 from diffagent.render.renderer import Files, ModelRef, Renderer
+from diffagent.retries import Patience
 from diffagent.schemas.runtime import RenderServerSettings
 from diffagent.t2i.samplers import SAMPLERS
 from tests.contract.local_renderers import (

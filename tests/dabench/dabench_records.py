@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from diffagent.schemas.manifest import FileEntry, Manifest
-from diffagent.store.artifacts import Artifact, files_digest, open_artifact, sha256_file
+from diffagent.store import Artifact, files_digest, open_artifact, sha256_file
 
 
 def hashes(number: int) -> dict[str, str]:

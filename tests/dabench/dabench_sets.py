@@ -18,7 +18,7 @@ from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.dabench.parquet_tables import write_table
 from diffagent.schemas.manifest import FileEntry
 from diffagent.schemas.runtime import RuntimeConfig
-from diffagent.store.artifacts import MANIFEST, Artifact, files_digest, open_artifact, sha256_file
+from diffagent.store import MANIFEST, Artifact, files_digest, open_artifact, sha256_file
 from tests.dabench.dabench_records import image, model, snapshot, version
 
 CONFIG = DABenchConfig(

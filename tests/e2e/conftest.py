@@ -35,6 +35,11 @@ SMALL = {
 }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _site(sandbox_site: Path) -> None:
+    """The configurations name the sandbox's site."""
+
+
 def small_config(directory: Path, store: Path) -> Path:
     """Write the small configuration with its store; returns the file."""
     config = yaml.safe_load((ROOT / "configs/sandbox.yaml").read_text())

@@ -15,7 +15,7 @@ import pytest
 
 from diffagent.pipeline import find_cached, plan
 from diffagent.run_config import load_config
-from diffagent.store.artifacts import Artifact, verify_artifact
+from diffagent.store import Artifact, verify_artifact
 from tests.conftest import ROOT
 from tests.e2e.conftest import Prefect, dump_dom, small_config
 
@@ -150,7 +150,7 @@ def test_kill_9_then_the_same_command(
     shutil.rmtree(directory)
     config = small_config(tmp_path, store)
     stage = key.split("-", maxsplit=1)[0]
-    command = [sys.executable, "-m", "diffagent", stage, "--config", str(config)]
+    command = [sys.executable, "-m", "diffagent", "run", "--until", stage, "--config", str(config)]
     kill_when_started(command, directory)
     assert not directory.exists(), "nothing half-written is visible"
     subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, check=True)

@@ -19,7 +19,8 @@ from diffagent.rewards.score_config import RewardsConfig
 from diffagent.schemas.api import T2IAPI, LoRA, Params
 from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.tables import CANDIDATES, DABENCH, RENDERS, SCORES
-from diffagent.store.artifacts import Artifact, StageContext, StageResult, stage
+from diffagent.store import Artifact, StageContext, StageResult, stage
+from diffagent.train.sft_config import SFTConfig
 from tests.agent.agent_world import blank
 
 COLOURS = ("firebrick", "seagreen", "steelblue", "goldenrod", "orchid", "slategray")
@@ -63,13 +64,12 @@ class Run:
         store: Path,
         config: EvaluationConfig,
         *,
-        site: str = "sandbox",
-        scorer: str = "sandbox",
+        agent: str = "gpt2",
     ) -> None:
-        self.config, self.scorer = config, scorer
+        self.config = config
         self.runtime = RuntimeConfig(store=str(store))
         self.truth = self._prompts()
-        crawl = self._stage("crawl", CrawlConfig(site=site), {}, lambda out: None)
+        crawl = self._stage("crawl", CrawlConfig(), {}, lambda out: None)
         self.dabench = self._stage(
             "shard", DABenchConfig(), {"filtered": [crawl]}, self._write_dabench
         )
@@ -79,6 +79,8 @@ class Run:
             "renders": [],
             "scores": [],
         }
+        trained = {"dabench": [self.dabench]}
+        self.agent = [self._stage("sft", SFTConfig(model=agent), trained, lambda out: None)]
         for name in config.selectors:
             self._add_selector(name)
 
@@ -125,7 +127,7 @@ class Run:
         select = self._stage(
             "select",
             config,
-            {"dabench": [self.dabench]},
+            {"dabench": [self.dabench], **({"agent": self.agent} if name == "sft" else {})},
             lambda out: write_rows(out / "candidates.parquet", rows, CANDIDATES),
             metrics={"latency_seconds": {"mean": 0.01 + rng.random(), "p95": 1 + rng.random()}},
         )
@@ -139,7 +141,7 @@ class Run:
                     draw(path, rng.choice(COLOURS), rng.choice(SHAPES), rng)
 
         render = self._stage("render", RenderConfig(seeds=(0, 1)), inputs, write_renders)
-        scorers = [{"name": n, "model": self.scorer} for n in ("clip", "image_reward", "hps_v2")]
+        scorers = [{"name": n, "model": "somewhere"} for n in ("clip", "image_reward", "hps_v2")]
         score = self._stage(
             "score",
             RewardsConfig.model_validate({"scorers": scorers, "reference": "reference.json"}),

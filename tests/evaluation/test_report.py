@@ -17,16 +17,12 @@ from PIL import Image
 
 from diffagent.errors import ArtifactError
 from diffagent.evaluation.evaluate_config import EvaluationConfig
-from diffagent.evaluation.report import (
-    SANDBOX_NOTE,
-    evaluate,
-    picture_uri,
-    read_metrics,
-    summary_markdown,
-)
+from diffagent.evaluation.evaluate_stage import TINY_AGENT_NOTE, evaluate
+from diffagent.evaluation.report import picture_uri
+from diffagent.evaluation.summary import read_metrics, summary_markdown
 from diffagent.rewards.judge_config import JudgesConfig
 from diffagent.schemas.tables import EVALUATION, JUDGEMENTS
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from diffagent.store.lineage import ancestors, lineage_lines
 from tests.evaluation.evaluation_run import Run, write_rows
 
@@ -140,27 +136,25 @@ def test_every_answer_is_shown_with_its_score(page: Page, report: Artifact) -> N
         assert text.count(f"invalid: {reason}") == shown
 
 
-def test_the_sandbox_is_called_a_sandbox(run: Run, report: Artifact, page: Page) -> None:
-    assert SANDBOX_NOTE[1:] in page.text
-    assert SANDBOX_NOTE in summary_markdown(read_metrics(report))
+@pytest.mark.parametrize("note", ["", "A toy: its numbers state nothing."])
+def test_the_note_of_the_config_heads_the_report(tmp_path: Path, note: str) -> None:
+    config = CONFIG.model_copy(update={"num_prompts": 3, "selectors": ("popular",), "note": note})
+    run = Run(tmp_path, config)
+    artifact = evaluate.run(config, run.inputs, run.runtime)
+    assert read_metrics(artifact)["run"]["note"] == note
+    page = Page(artifact.file("report.html").read_text())
+    assert (note in page.text) and (("p", {"class": "note", "role": "note"}) in page.tags) == bool(
+        note
+    )
+    if note:
+        assert note in summary_markdown(read_metrics(artifact))
 
 
-@pytest.mark.parametrize(
-    ("site", "scorer", "note"),
-    [
-        ("https://civitai.com", "ViT-L-14", ""),
-        ("https://civitai.com", "sandbox", SANDBOX_NOTE),
-        ("sandbox", "ViT-L-14", SANDBOX_NOTE),
-    ],
-)
-def test_only_the_sandbox_carries_the_note(
-    tmp_path: Path, site: str, scorer: str, note: str
-) -> None:
-    config = CONFIG.model_copy(update={"num_prompts": 3, "selectors": ("popular",)})
-    run = Run(tmp_path, config, site=site, scorer=scorer)
-    found = evaluate.run(config, run.inputs, run.runtime)
-    assert read_metrics(found)["run"]["sandbox_note"] == note
-    assert (SANDBOX_NOTE[1:] in found.file("report.html").read_text()) == bool(note)
+@pytest.mark.parametrize(("model", "note"), [("tiny-llama", TINY_AGENT_NOTE), ("gpt2", "")])
+def test_an_agent_of_random_weights_is_called_one(tmp_path: Path, model: str, note: str) -> None:
+    config = CONFIG.model_copy(update={"num_prompts": 3, "selectors": ("sft",)})
+    run = Run(tmp_path, config, agent=model)
+    assert read_metrics(evaluate.run(config, run.inputs, run.runtime))["run"]["note"] == note
 
 
 def test_inputs_of_other_selectors_are_refused(run: Run) -> None:

@@ -49,7 +49,7 @@ def toy_plan(monkeypatch: pytest.MonkeyPatch) -> dict[str, Node]:
 def config_file(tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(
-        "rewards: {scorers: [{name: clip, model: sandbox}], unify: chatgen}\n"
+        "rewards: {scorers: [{name: clip, model: tiny-clip}], unify: chatgen}\n"
         f"runtime: {{store: {tmp_path / 'store'}}}\n"
     )
     return path

@@ -20,7 +20,7 @@ from prefect.settings import PREFECT_API_URL
 
 from diffagent import pipeline
 from diffagent.pipeline import find_cached
-from diffagent.store.artifacts import verify_artifact
+from diffagent.store import verify_artifact
 from flows._compose import configure
 from flows.group_flows import build_dabench
 from flows.run_stage import run_stage

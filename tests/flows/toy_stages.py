@@ -13,7 +13,7 @@ from diffagent.errors import ServerError, TrainingError
 from diffagent.pipeline import Node
 from diffagent.run_config import RunConfig
 from diffagent.schemas.manifest import Funnel, FunnelStep
-from diffagent.store.artifacts import StageContext, StageResult, stage
+from diffagent.store import StageContext, StageResult, stage
 
 
 class Number(BaseModel):

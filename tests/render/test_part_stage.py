@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from diffagent.evaluation.evaluate_config import EvaluationConfig
-from diffagent.evaluation.report import evaluate
+from diffagent.evaluation.evaluate_stage import evaluate
 from diffagent.render.part_config import PartConfig
 from diffagent.render.part_stage import part
-from diffagent.store.artifacts import StageContext, StageResult, stage
+from diffagent.store import StageContext, StageResult, stage
 from tests.evaluation.evaluation_run import Run
 
 CONFIG = EvaluationConfig(

@@ -17,7 +17,7 @@ from diffagent.errors import RenderError
 from diffagent.render.pnginfo import infotext, read_png, write_png
 from diffagent.render.recipe import LoRAUse, Recipe, resolve
 from diffagent.schemas.api import T2IAPI, Embedding, LoRA, Params
-from diffagent.store.artifacts import canonical_json
+from diffagent.store import canonical_json
 from diffagent.t2i.catalogue import Catalogue, Entry
 
 ENTRY = Entry(

@@ -35,9 +35,9 @@ from diffagent.rewards.unified import MetricReference
 from diffagent.schemas.api import T2IAPI, LoRA, Params
 from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.tables import CANDIDATES, RENDERS, SCORES
-from diffagent.store.artifacts import Artifact, sha256_file
+from diffagent.store import Artifact, sha256_file
 from diffagent.t2i.catalogue import Catalogue, Entry
-from tests.conftest import sealed
+from tests.conftest import ROOT, sealed
 from tests.render import tiny_sd
 from tests.render.test_recipe import ENTRY
 
@@ -311,8 +311,9 @@ def test_nothing_valid_is_no_failure(world: World) -> None:
 
 KILLED = """
 import os, pathlib, signal, sys
-from diffagent.store.artifacts import Artifact, sha256_file
-from diffagent.render import stage
+from diffagent.store import Artifact
+from diffagent.store import sha256_file
+from diffagent.render import render_stage as stage
 from diffagent.render.render_config import RenderConfig
 from diffagent.schemas.runtime import RuntimeConfig
 from tests.render.test_render_stage import Painter
@@ -346,7 +347,7 @@ def test_a_killed_run_goes_on_after_its_last_whole_picture(world: World) -> None
     arguments = [inputs[name][0].model_dump_json() for name in ("dabench", "candidates")]
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, *arguments, world.runtime.model_dump_json()],
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         check=False,
     )
     assert killed.returncode == -signal.SIGKILL

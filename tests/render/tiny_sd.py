@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffagent import compat, sandbox
-from diffagent.sandbox.single_file import single_file_tensors
+from tools.sandbox.single_file import single_file_tensors
 
 if TYPE_CHECKING:
     import torch

@@ -8,11 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from diffagent import compat
-from diffagent.rewards import image_batches
+from diffagent.rewards import image_batches, official
 from diffagent.rewards.image_batches import Preparation, load_pictures
 
-compat.install()
+official.install()
 
 SIZES = [(64, 64), (90, 40), (40, 90), (33, 32), (32, 32), (300, 200)]
 CROP = Preparation((32, 32), "shortest")

@@ -13,8 +13,9 @@ from diffagent.errors import ConfigError, ScoreError
 from diffagent.rewards.convert import main as convert
 from diffagent.rewards.judge_config import JudgesConfig
 from diffagent.rewards.judges import AestheticScorer, PickScoreScorer
-from diffagent.rewards.load import judge_files, load_judges, sandbox_directory
+from diffagent.rewards.load import judge_files, load_judges
 from diffagent.rewards.scorer import Runtime
+from diffagent.sandbox.files import SCORERS
 
 compat.install()
 
@@ -22,7 +23,7 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
 PROMPTS = ["a red circle", "blue", "a red circle", "one two three four five " * 9]
-CLIP = sandbox_directory() / "clip"
+CLIP = SCORERS / "clip"
 
 
 def picture(width: int, height: int) -> Image.Image:

@@ -1,22 +1,24 @@
 """The scorers' code on tiny random networks, against the official packages."""
 
-import copy
 import json
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from diffagent import compat
 from diffagent.errors import ConfigError, ScoreError
-from diffagent.rewards.load import reward_files, sandbox_directory
+from diffagent.rewards import official
+from diffagent.rewards.load import load_scorers, reward_files
 from diffagent.rewards.scorer import PromptCache, Runtime
-from diffagent.store.artifacts import sha256_file
+from diffagent.sandbox.files import SCORERS
+from diffagent.store import sha256_file
 
-compat.install()
+official.install()
 
 import torch  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
@@ -90,7 +92,7 @@ def write_vocabulary(directory: Path) -> None:
 
 
 def random_image_reward(config: ImageRewardConfig) -> torch.nn.Module:
-    """A network whose rewards vary: the package initialises its head to about nought."""
+    """A network whose rewards vary: initial weights of the head are close to zero."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = ir.build_model(config)
@@ -239,10 +241,10 @@ def test_16_bits_copy_no_weights_for_each_picture(clip_directory, images):
 def test_openai_weights_get_quick_gelu(monkeypatch):
     import open_clip
 
-    asked = {}
+    passed = {}
 
     def create_model(name, **options):
-        asked.update(options)
+        passed.update(options)
         raise RuntimeError("no weights here")
 
     monkeypatch.setattr(open_clip, "create_model", create_model)
@@ -250,15 +252,15 @@ def test_openai_weights_get_quick_gelu(monkeypatch):
     for tag, quick in (("openai", True), ("laion2b_s32b_b82k", False)):
         with pytest.raises(ScoreError, match="ViT-L-14"):
             ClipScorer.load("ViT-L-14", tag)
-        assert asked["force_quick_gelu"] is quick
-        assert asked["weights_only"] is True
-        assert asked["pretrained"].endswith("/open_clip_model.safetensors")
+        assert passed["force_quick_gelu"] is quick
+        assert passed["weights_only"] is True
+        assert passed["pretrained"].endswith("/open_clip_model.safetensors")
 
 
 def test_weights_with_another_hash_are_refused(load):
     with pytest.raises(ConfigError, match="SHA256"):
         load(sha256="0" * 64)
-    file = sandbox_directory() / "clip" / "open_clip_model.safetensors"
+    file = SCORERS / "clip" / "open_clip_model.safetensors"
     assert ClipScorer.load(str(file.parent), sha256=sha256_file(file).upper()).digest
 
 
@@ -294,7 +296,8 @@ def test_hps_is_the_packages_score_with_the_packages_preprocessing(
     clip_directory, images, monkeypatch, tmp_path
 ):
     """hpsv2's own `score`, its network swapped for the tiny one and its loading left in."""
-    import hpsv2.img_score as official
+    official.install()
+    import hpsv2.img_score as package
     import open_clip
     from hpsv2.src.open_clip import factory
     from hpsv2.src.open_clip import model as their_model
@@ -306,44 +309,44 @@ def test_hps_is_the_packages_score_with_the_packages_preprocessing(
     checkpoint = tmp_path / "HPS.pt"
     torch.save({"state_dict": {**network.state_dict(), **state}}, checkpoint)
     preprocess = factory.image_transform(32, is_train=False, resize_longest_max=True)
-    monkeypatch.setattr(official, "model_dict", {"model": network, "preprocess_val": preprocess})
+    monkeypatch.setattr(package, "model_dict", {"model": network, "preprocess_val": preprocess})
     monkeypatch.setattr(
-        official, "get_tokenizer", lambda name: open_clip.SimpleTokenizer(context_length=16)
+        package, "get_tokenizer", lambda name: open_clip.SimpleTokenizer(context_length=16)
     )
     expected = [
-        official.score([image], prompt, cp=str(checkpoint))[0]
+        package.score([image], prompt, cp=str(checkpoint))[0]
         for prompt, image in zip(PROMPTS, images, strict=True)
     ]
     got = HPSScorer.load(str(clip_directory)).score(PROMPTS, images).scores
     np.testing.assert_allclose(got, expected, atol=1e-5)
     cropped = ClipScorer.load(str(clip_directory)).score(PROMPTS, images).scores
-    assert np.abs(got - cropped).max() > 1e-3  # the wide picture is what tells them apart
+    assert np.abs(got - cropped).max() > 1e-3  # the wide picture differs
 
 
 def official_image_reward(scorer: ImageRewardScorer):
-    """The package's class around the same parts, with its own attention."""
+    """The package's class around its own modules, with the weights of a scorer."""
+    official.install()
     from ImageReward.ImageReward import ImageReward, _transform
 
-    official = ImageReward.__new__(ImageReward)
-    torch.nn.Module.__init__(official)
-    network = copy.deepcopy(scorer.model)
-    for block in network.blip.visual_encoder.blocks:
-        del block.attn.forward
-    official.device, official.preprocess = "cpu", _transform(scorer.config.image_size)
-    official.blip, official.mlp = network.blip, network.mlp
-    official.mean, official.std = network.mean, network.std
-    official.blip.tokenizer = scorer.tokenizer
-    return official.eval()
+    package = ImageReward.__new__(ImageReward)
+    torch.nn.Module.__init__(package)
+    network = official.build_image_reward(scorer.config)
+    network.load_state_dict(scorer.model.state_dict())
+    package.device, package.preprocess = "cpu", _transform(scorer.config.image_size)
+    package.blip, package.mlp = network.blip, network.mlp.layers
+    package.mean, package.std = scorer.config.mean, scorer.config.std
+    package.blip.tokenizer = scorer.tokenizer
+    return package.eval()
 
 
 def test_image_reward_is_the_packages_own_score(image_reward_directory, images):
     """The package's `score` and `inference_rank` on the same weights, one picture at a time."""
     scorer = ImageRewardScorer.load(str(image_reward_directory))
-    official = official_image_reward(scorer)
+    package = official_image_reward(scorer)
     ours = scorer.score(PROMPTS, images).scores
-    theirs = [official.score(prompt, image) for prompt, image in zip(PROMPTS, images, strict=True)]
+    theirs = [package.score(prompt, image) for prompt, image in zip(PROMPTS, images, strict=True)]
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-    ranks, rewards = official.inference_rank("a red circle", images)
+    ranks, rewards = package.inference_rank("a red circle", images)
     ours = scorer.score(["a red circle"] * len(images), images).scores
     np.testing.assert_allclose(ours, rewards, rtol=1e-4, atol=1e-5)
     assert ranks == [int((ours > reward).sum()) + 1 for reward in ours]
@@ -351,6 +354,7 @@ def test_image_reward_is_the_packages_own_score(image_reward_directory, images):
 
 def test_the_released_layout_is_the_packages(monkeypatch):
     """Names and shapes of our full-size network are those of the package's constructor."""
+    official.install()
     from ImageReward.ImageReward import ImageReward
     from ImageReward.models.BLIP import blip_pretrain
 
@@ -366,6 +370,8 @@ def test_the_released_layout_is_the_packages(monkeypatch):
     monkeypatch.setattr(torch, "linspace", lambda *a: linspace(*a, device="cpu"))
     with torch.device("meta"):
         theirs = {k: tuple(v.shape) for k, v in ImageReward("med.json").state_dict().items()}
+    monkeypatch.undo()
+    with torch.device("meta"):
         ours = {k: tuple(v.shape) for k, v in ir.build_model(config).state_dict().items()}
     assert ours == theirs
 
@@ -384,7 +390,7 @@ def test_a_released_checkpoint_is_read_without_pickled_code(tmp_path, image_rewa
     with pytest.raises(ScoreError, match=r"evil\.pt.*weights_only"):
         ir.load_weights(network, evil)
     torch.save({"mlp.layers.0.weight": "text"}, evil)
-    with pytest.raises(ScoreError, match="other things than tensors"):
+    with pytest.raises(ScoreError, match="other values than tensors"):
         ir.load_weights(network, evil)
 
 
@@ -409,19 +415,60 @@ def test_wrong_weights_and_missing_files_are_named(tmp_path, image_reward_direct
         HPSScorer.load("v3")
 
 
-def test_the_bytes_behind_the_word_sandbox_belong_to_the_request(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("name", ["hps_v2", "image_reward"])
+def test_the_official_backend_gives_the_same_scores_and_digest(name, images):
+    """The authors' modules on the committed weights, as a setting of a scorer."""
+    spec = {"name": name, "model": str(SCORERS / name)}
+    [default] = load_scorers(RewardsConfig.model_validate({"scorers": [spec]}))
+    [package] = load_scorers(
+        RewardsConfig.model_validate({"scorers": [{**spec, "backend": "official"}]})
+    )
+    assert package.model.__class__ is not default.model.__class__ or name == "image_reward"
+    encoder = package.model.visual if name == "hps_v2" else package.model.blip.visual_encoder
+    assert type(encoder).__module__.startswith(("hpsv2.", "ImageReward."))
+    assert package.digest == default.digest
+    expected = default.score(PROMPTS, images).scores
+    np.testing.assert_allclose(package.score(PROMPTS, images).scores, expected, atol=1e-5)
+
+
+def test_a_backend_enters_the_identity_only_when_it_is_set():
+    spec = ScorerConfig(name="hps_v2", model="v2")
+    assert "backend" not in spec.model_dump(mode="json")
+    official_spec = ScorerConfig(name="hps_v2", model="v2", backend="official")
+    assert official_spec.model_dump(mode="json")["backend"] == "official"
+    with pytest.raises(ValueError, match="'clip' is open_clip itself"):
+        ScorerConfig(name="clip", model="ViT-L-14", backend="official")
+
+
+def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install --no-deps image-reward==1\.5"):
+        official.build_image_reward(ImageRewardConfig())
+
+
+def test_the_default_backend_imports_no_package_of_the_authors():
+    script = (
+        "import sys\n"
+        "sys.modules['ImageReward'] = sys.modules['hpsv2'] = None\n"
+        "from diffagent.rewards.load import load_scorers\n"
+        "from diffagent.rewards.score_config import RewardsConfig\n"
+        f"names, root = ('clip', 'image_reward', 'hps_v2'), {str(SCORERS)!r}\n"
+        "specs = [{'name': name, 'model': f'{root}/{name}'} for name in names]\n"
+        "load_scorers(RewardsConfig.model_validate({'scorers': specs}))\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_the_bytes_of_a_scorer_and_a_reference_belong_to_the_request(tmp_path: Path) -> None:
+    shutil.copytree(SCORERS, tmp_path / "scorers")
     config = RewardsConfig(
-        scorers=(ScorerConfig(name="clip", model="sandbox"),), reference="sandbox"
+        scorers=(ScorerConfig(name="clip", model=str(tmp_path / "scorers" / "clip")),),
+        reference=str(tmp_path / "scorers" / "reference.json"),
     )
     names = {path.name for path in reward_files(config)}
     assert {"open_clip_model.safetensors", "reference.json"} <= names
-    assert "model.safetensors" not in names, "of ImageReward, which was not asked for"
-    shutil.copytree(sandbox_directory(), tmp_path / "scorers")
+    assert "model.safetensors" not in names, "of ImageReward, which is not configured"
     before = score.identity(config, {})
-    monkeypatch.setattr("diffagent.rewards.load.sandbox_directory", lambda: tmp_path / "scorers")
-    assert score.identity(config, {}) == before, "where they lie does not matter"
     with (tmp_path / "scorers" / "clip" / "open_clip_model.safetensors").open("ab") as weights:
         weights.write(b"\0")
     assert score.identity(config, {}) != before

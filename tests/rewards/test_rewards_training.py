@@ -11,6 +11,7 @@ import torch
 from diffagent.rewards.clip import ClipScorer
 from diffagent.rewards.image_reward import build_model
 from diffagent.sandbox import world
+from tools.sandbox import drawings
 from tools.sandbox import train_scorers as training
 
 
@@ -68,7 +69,7 @@ def test_a_caption_without_a_style_matches_every_style():
 
 @pytest.mark.parametrize("kind", training.DEGRADATIONS)
 def test_degradations_keep_the_size_and_grow_with_strength(kind):
-    image, _, _ = world.drawing(world.EVALUATION_SEEDS.start)
+    image, _, _ = drawings.drawing(world.EVALUATION_SEEDS.start)
     original = np.asarray(image, dtype=np.float32)
     change = [
         np.abs(np.asarray(training.degrade(image, kind, s, random.Random(0))) - original).mean()
@@ -78,8 +79,8 @@ def test_degradations_keep_the_size_and_grow_with_strength(kind):
 
 
 def test_pixels_are_what_the_scorers_preprocessing_makes():
-    scorer = ClipScorer.load(str(training.sandbox_directory() / "clip"))
-    image, _, _ = world.drawing(world.EVALUATION_SEEDS.start)
+    scorer = ClipScorer.load(str(training.SCORERS / "clip"))
+    image, _, _ = drawings.drawing(world.EVALUATION_SEEDS.start)
     prepared = torch.tensor(scorer.preparation(image))[None]
     torch.testing.assert_close(training.as_pixels([image]), scorer.normalise(prepared))
 
@@ -87,10 +88,10 @@ def test_pixels_are_what_the_scorers_preprocessing_makes():
 def test_blips_encoder_started_from_clip_gives_nearly_the_same_features():
     config = training.IMAGE_REWARD_CONFIG
     model = build_model(replace(config, text={**config.text, "vocab_size": 50}))
-    clip = ClipScorer.load(str(training.sandbox_directory() / "clip")).model.visual
+    clip = ClipScorer.load(str(training.SCORERS / "clip")).model.visual
     training.start_from_clip(model.blip.visual_encoder, clip)
     seeds = world.EVALUATION_SEEDS[:8]
-    pixels = training.as_pixels([world.drawing(seed)[0] for seed in seeds])
+    pixels = training.as_pixels([drawings.drawing(seed)[0] for seed in seeds])
     with torch.no_grad():
         ours = model.blip.visual_encoder(pixels)[:, 0] @ clip.proj
         theirs = clip(pixels)

@@ -6,17 +6,22 @@ import numpy as np
 import pytest
 
 from diffagent.errors import ScoreError
-from diffagent.rewards.load import load_scorers, sandbox_directory
+from diffagent.rewards.load import load_scorers
 from diffagent.rewards.score_config import RewardsConfig
 from diffagent.rewards.unified import Unifier
 from diffagent.sandbox import world
+from diffagent.sandbox.files import SCORERS
+from tools.sandbox import drawings
 
 NAMES = ("clip", "image_reward", "hps_v2")
 CONFIG = RewardsConfig.model_validate(
-    {"scorers": [{"name": n, "model": "sandbox"} for n in NAMES], "reference": "sandbox"}
+    {
+        "scorers": [{"name": n, "model": str(SCORERS / n)} for n in NAMES],
+        "reference": str(SCORERS / "reference.json"),
+    }
 )
 PROMPTS = 60
-# Below what evaluation.json says by more than the chance of 60 prompts; ImageReward's shapes
+# Below the shares in evaluation.json by more than the chance of 60 prompts; ImageReward's shapes
 # are weak (about 70 %), and known to be.
 LOWEST = {
     "colour": {"clip": 0.95, "image_reward": 0.9, "hps_v2": 0.95},
@@ -44,8 +49,8 @@ def drawn(request):
         rng = random.Random(world.EVALUATION_SEEDS.stop - 1 - seed)
         scene = world.sample_scene(rng)
         texts.append(world.caption(scene, rng))
-        matching.append(world.draw(scene, rng))
-        wrong.append(world.draw(vary(scene, [request.param], rng), rng))
+        matching.append(drawings.draw(scene, rng))
+        wrong.append(drawings.draw(vary(scene, [request.param], rng), rng))
     return request.param, texts, matching, wrong
 
 
@@ -87,8 +92,8 @@ def test_the_reference_refuses_other_weights(scorers):
 
 
 def test_scorer_weights_are_small_safetensors_with_their_logs():
-    files = [f for f in sandbox_directory().rglob("*") if f.is_file()]
+    files = [f for f in SCORERS.rglob("*") if f.is_file()]
     assert sum(f.stat().st_size for f in files) < 6_000_000
     assert {f.suffix for f in files} <= {".safetensors", ".json", ".txt", ".gz", ".log"}
     for name in NAMES:
-        assert "seed" in (sandbox_directory() / name / "training.log").read_text()
+        assert "seed" in (SCORERS / name / "training.log").read_text()

@@ -12,27 +12,29 @@ from safetensors.torch import load_file, save_file
 
 from diffagent.errors import ArtifactError, ScoreError
 from diffagent.render.render_config import RenderConfig
-from diffagent.rewards import load
 from diffagent.rewards.judge_config import JudgesConfig
-from diffagent.rewards.load import load_scorers, sandbox_directory
+from diffagent.rewards.load import load_scorers
 from diffagent.rewards.reference import main as measure
 from diffagent.rewards.score_config import RewardsConfig
-from diffagent.rewards.score_stage import Judged, judge, score, score_pictures, to_table
+from diffagent.rewards.score_stage import PictureScores, judge, score, score_pictures, to_table
 from diffagent.rewards.scores import read_definition, read_scores
 from diffagent.rewards.unified import MetricReference, Unifier
 from diffagent.sandbox import world
+from diffagent.sandbox.files import SCORERS
 from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.tables import JUDGEMENTS, RENDERS, SCORES
-from diffagent.store.artifacts import StageContext, StageResult, stage
+from diffagent.store import StageContext, StageResult, stage
 from tests.evaluation.evaluation_run import write_rows
+from tools.sandbox import drawings
 
 NAMES = ("clip", "image_reward", "hps_v2")
 LONG = "a red circle on a plain background " * 9
 
 
-def config(**changes) -> RewardsConfig:
-    scorers = [{"name": name, "model": "sandbox"} for name in NAMES]
-    fields = {"scorers": scorers, "reference": "sandbox", "batch_size": 2, **changes}
+def config(root: Path = SCORERS, **changes) -> RewardsConfig:
+    scorers = [{"name": name, "model": str(root / name)} for name in NAMES]
+    reference = str(SCORERS / "reference.json")
+    fields = {"scorers": scorers, "reference": reference, "batch_size": 2, **changes}
     return RewardsConfig.model_validate(fields)
 
 
@@ -51,7 +53,7 @@ def make_renders(store: Path, seed: int = 0):
             if recipe and number < 4:
                 file = context.out / "images" / f"{recipe}.png"
                 file.parent.mkdir(exist_ok=True)
-                image, _, _ = world.drawing(world.EVALUATION_SEEDS[10 * seed + number])
+                image, _, _ = drawings.drawing(world.EVALUATION_SEEDS[10 * seed + number])
                 image.save(file)
                 if number == 2:
                     file.write_bytes(b"no picture")
@@ -61,8 +63,8 @@ def make_renders(store: Path, seed: int = 0):
         write(context)
         return StageResult()
 
-    made = stage("render", version=1, config=RenderConfig)(body)
-    return made.run(RenderConfig(seeds=(seed,)), {}, RuntimeConfig(store=str(store)))
+    render = stage("render", version=1, config=RenderConfig)(body)
+    return render.run(RenderConfig(seeds=(seed,)), {}, RuntimeConfig(store=str(store)))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +103,7 @@ def test_every_row_has_scores_a_floor_or_a_reason(scored, renders):
 
 def test_definition_reference_and_digests_stand_beside_the_scores(scored):
     definition = read_definition(scored.file("scores.parquet"))
-    reference = json.loads((sandbox_directory() / "reference.json").read_text())
+    reference = json.loads((SCORERS / "reference.json").read_text())
     for name in NAMES:
         digest = reference["metrics"][name]["digest"]
         assert definition["scorers"][name]["digest"] == digest
@@ -119,21 +121,19 @@ def test_truncated_prompts_are_counted_once_each(scored):
     assert [counts[name]["truncated_prompts"] for name in NAMES] == [1, 1, 1]
 
 
-def test_scores_of_different_versions_never_mix(scored, runtime, tmp_path, monkeypatch):
+def test_scores_of_different_versions_never_mix(scored, runtime, tmp_path):
     copied = tmp_path / "scorers"
-    shutil.copytree(sandbox_directory(), copied)
+    shutil.copytree(SCORERS, copied)
     weights = copied / "clip" / "open_clip_model.safetensors"
     state = load_file(weights)
     state["logit_scale"] += 1
     save_file(state, weights)
-    monkeypatch.setattr(load, "sandbox_directory", lambda: copied)
     other = make_renders(Path(runtime.store), seed=1)
     with pytest.raises(ScoreError, match="measured with clip"):
-        score.run(config(), {"renders": [other]}, runtime)
-    changed = score.run(config(unify="chatgen"), {"renders": [other]}, runtime)
+        score.run(config(copied), {"renders": [other]}, runtime)
+    changed = score.run(config(copied, unify="chatgen"), {"renders": [other]}, runtime)
     with pytest.raises(ScoreError, match=r"clip is sandbox-clip-1 .* in one and"):
         read_scores([scored, changed])
-    monkeypatch.undo()
     weighted = score.run(config(unify="chatgen"), {"renders": [other]}, runtime)
     with pytest.raises(ScoreError, match="unified"):
         read_scores([scored, weighted])
@@ -145,13 +145,13 @@ def test_a_reference_is_measured_from_scores_and_used(scored, renders, runtime, 
     raw = score.run(config(unify="chatgen"), {"renders": [renders]}, runtime)
     file = tmp_path / "reference.json"
     measure([str(file), str(raw.path), "--note", "four drawings"])
-    again = score.run(config(reference=str(file)), {"renders": [renders]}, runtime)
-    rows = pl.read_parquet(again.file("scores.parquet")).filter(status="ok")
+    rescored = score.run(config(reference=str(file)), {"renders": [renders]}, runtime)
+    rows = pl.read_parquet(rescored.file("scores.parquet")).filter(status="ok")
     assert rows["unified"].mean() == pytest.approx(0, abs=1e-9)
-    about = read_definition(again.file("scores.parquet"))["unified"]["reference_set"]
+    about = read_definition(rescored.file("scores.parquet"))["unified"]["reference_set"]
     assert about["note"] == "four drawings" and about["pictures"] == rows.height
     with pytest.raises(ScoreError, match="must not be mixed: unified"):
-        read_scores([scored, again])
+        read_scores([scored, rescored])
 
 
 def test_judgements_are_a_table_of_their_own_that_no_training_reads(renders, runtime, tmp_path):
@@ -159,7 +159,7 @@ def test_judgements_are_a_table_of_their_own_that_no_training_reads(renders, run
 
     head = tmp_path / "head.pth"
     torch.save({"layers.0.weight": torch.randn(1, 64), "layers.0.bias": torch.zeros(1)}, head)
-    clip = str(sandbox_directory() / "clip")
+    clip = str(SCORERS / "clip")
     judges = [{"name": "aesthetic", "model": clip, "head": str(head)}]
     judged = judge.run(
         JudgesConfig.model_validate({"judges": judges}), {"renders": [renders]}, runtime
@@ -186,6 +186,6 @@ def test_a_truncated_answer_has_no_score_and_an_invalid_one_the_floor():
     ]
     reference = {"clip": MetricReference(0.0, 1.0, "digest")}
     unifier = Unifier("zscore", {"clip": 1.0}, -10.0, reference)
-    table = to_table(rows, [], Judged({"clip": np.zeros(0)}), SCORES, unifier)
+    table = to_table(rows, [], PictureScores({"clip": np.zeros(0)}), SCORES, unifier)
     assert table.column("unified").to_pylist() == [None, -10.0]
     assert table.column("reason").to_pylist() == ["truncated", "unparsable"]

@@ -16,14 +16,14 @@ from diffagent.sandbox import files, site_records, world
 
 compat.install()
 
-from diffagent.sandbox import tiny_adapters, tiny_networks  # noqa: E402
-from diffagent.sandbox.caption_tokenizer import load_tokenizer  # noqa: E402
-from diffagent.sandbox.single_file import single_file_tensors  # noqa: E402
+from tools.sandbox import tiny_adapters, tiny_networks  # noqa: E402
+from tools.sandbox.caption_tokenizer import load_tokenizer  # noqa: E402
+from tools.sandbox.single_file import single_file_tensors  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return files.materialise(tmp_path_factory.mktemp("sandbox") / "dump")
+def dump(sandbox_site: Path) -> Path:
+    return sandbox_site
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +50,10 @@ def paint(pipeline: Any, **options: Any) -> torch.Tensor:
 
 
 def test_assembling_twice_gives_the_same_bytes(dump: Path, tmp_path: Path) -> None:
-    again = files.materialise(tmp_path / "again")
+    copy = files.materialise(tmp_path / "copy")
     names = sorted(p.relative_to(dump) for p in dump.rglob("*") if p.is_file())
-    assert names == sorted(p.relative_to(again) for p in again.rglob("*") if p.is_file())
-    assert all((dump / name).read_bytes() == (again / name).read_bytes() for name in names)
+    assert names == sorted(p.relative_to(copy) for p in copy.rglob("*") if p.is_file())
+    assert all((dump / name).read_bytes() == (copy / name).read_bytes() for name in names)
 
 
 def test_files_are_named_by_their_hash_and_kept(dump: Path) -> None:
@@ -69,7 +69,7 @@ def test_files_are_named_by_their_hash_and_kept(dump: Path) -> None:
 
 def test_a_foreign_directory_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(ArtifactError, match="not the sandbox's dump"):
+    with pytest.raises(ArtifactError, match="not the sandbox's"):
         files.materialise(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
@@ -107,6 +107,11 @@ def test_a_specialist_is_the_base_with_its_lora(paths: dict[str, Path]) -> None:
     assert all(name.startswith("model.diffusion_model.") for name in changed)
 
 
+def test_the_committed_targets_of_loras_are_those_of_the_network() -> None:
+    targets = json.loads((files.WEIGHTS / "lora_targets.json").read_text())
+    assert targets == tiny_adapters.lora_targets()
+
+
 def test_a_merged_lora_equals_a_loaded_one(paths: dict[str, Path], tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
@@ -116,7 +121,7 @@ def test_a_merged_lora_equals_a_loaded_one(paths: dict[str, Path], tmp_path: Pat
         str(paths["lora-night"].parent), weight_name=paths["lora-night"].name
     )
     loaded = paint(pipeline, cross_attention_kwargs={"scale": 0.8})
-    merged = tiny_adapters.merged(load_file(paths["base"]), load_file(paths["lora-night"]), 0.8)
+    merged = files.merge_lora(load_file(paths["base"]), load_file(paths["lora-night"]), 0.8)
     save_file(merged, tmp_path / "merged.safetensors")
     fused = paint(tiny_networks.build_pipeline(tmp_path / "merged.safetensors"))
     assert (loaded - plain).abs().max() > 0.02
@@ -135,11 +140,11 @@ def test_the_tokenizer_knows_the_world_and_takes_anything() -> None:
 
 def test_every_usable_model_has_the_hashes_of_its_file(dump: Path) -> None:
     by_id = {model["id"]: model for model in lines(dump / "models.jsonl")}
-    known = {file.key: file for file in files.model_files(dump)}
+    assembled = {file.key: file for file in files.model_files(dump)}
     for listing in site_records.USABLE:
         file = by_id[listing.model_id]["modelVersions"][0]["files"][0]
-        assert file["hashes"] == known[listing.key].hashes
-        assert file["sizeKB"] * 1024 == known[listing.key].size
+        assert file["hashes"] == assembled[listing.key].hashes
+        assert file["sizeKB"] * 1024 == assembled[listing.key].size
     assert all(model["name"].startswith("Sandbox") for model in by_id.values())
     assert all(model["creator"]["username"] == site_records.CREATOR for model in by_id.values())
     assert len({json.dumps(m["allowCommercialUse"])[0:2] for m in by_id.values()}) == 3

@@ -67,7 +67,7 @@ def test_meta_is_unwrapped_only_where_it_is_wrapped():
 
 
 def test_drift_names_new_fields_and_new_types():
-    drift = payloads.Drift()
+    drift = payloads.SchemaDrift()
     version = {"id": 1, "files": [{"id": "7"}], "colour": 1}
     drift.model({"id": 1, "name": None, "modelVersions": [version, 5]})
     drift.model({"id": 1, "name": "x", "type": "Hologram", "modelVersions": []})
@@ -86,7 +86,7 @@ def test_drift_names_new_fields_and_new_types():
 
 
 def test_drift_of_a_site_gone_mad_stays_small():
-    drift = payloads.Drift()
+    drift = payloads.SchemaDrift()
     for number in range(3000):
         drift.image({"id": 1, "url": "x", f"field{number}": 1})
     assert len(drift.report()) <= 1001
@@ -118,7 +118,7 @@ def test_ids_may_be_in_quotes(value, number):
 
 @given(JSON)
 def test_no_payload_crashes_a_reader(value):
-    drift = payloads.Drift()
+    drift = payloads.SchemaDrift()
     drift.model(value)
     drift.image(value)
     if isinstance(value, dict):

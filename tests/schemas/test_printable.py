@@ -16,7 +16,7 @@ from diffagent.cli.main import app
 from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.dabench.filter.model_filters import base_model
 from diffagent.render.files.model_cache import ModelCache
-from diffagent.schemas.payloads import Drift
+from diffagent.schemas.payloads import SchemaDrift
 from diffagent.schemas.printable import PrintableFormatter, printable, printable_json
 
 EVIL = "a\x1b[2J\x1b]0;title\x07\r\nerror: \u202egnp.exe\u2066\x9b31m\u2028\x7f\ud800"
@@ -77,7 +77,7 @@ def test_models_list_shows_names_of_strangers_harmlessly(tmp_path: Path) -> None
 
 
 def test_labels_of_funnels_and_drift_are_harmless() -> None:
-    drift = Drift()
+    drift = SchemaDrift()
     drift.model({"id": 1, EVIL: 1, "type": EVIL})
     assert all(map(harmless, drift.report()))
     reason = base_model({}, {"baseModel": EVIL}, FilterConfig())

@@ -1,4 +1,4 @@
-"""The latest artefacts of a store, its list, and what prune may remove."""
+"""The latest artifacts of a store, its list, and what prune may remove."""
 
 from __future__ import annotations
 
@@ -9,27 +9,36 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from diffagent.store import local_copies, inventory, latest
 from diffagent.cli import main
-from diffagent.store.artifacts import Artifact, StageContext, StageResult, artifact_directory, open_artifact, stage
 from diffagent.errors import ArtifactError, ConfigError
-from diffagent.store.lineage import lineage_lines
 from diffagent.schemas.runtime import RuntimeConfig
-from tests.store.test_artifacts import Words
+from diffagent.store import (
+    Artifact,
+    StageContext,
+    StageResult,
+    artifact_directory,
+    inventory,
+    latest,
+    local_copies,
+    open_artifact,
+    stage,
+)
+from diffagent.store.lineage import lineage_lines
+from tests.store.test_stage import Words
 
 site = {"text": "one"}
 
 
 @stage("toy-crawl", version=1, config=Words)
 def crawl(config: Words, context: StageContext) -> StageResult:
-    """Read what the site has now."""
+    """Read the present text of the site."""
     (context.out / "page").write_text(site["text"])
     return StageResult(rows={"pages": 1})
 
 
 @stage("toy-shard", version=1, config=Words)
 def shard(config: Words, context: StageContext) -> StageResult:
-    """Write down what was crawled."""
+    """Copy the text of the snapshot."""
     (context.out / "pairs").write_text(context.one("snapshot").file("page").read_text().upper())
     return StageResult(rows={"pairs": 7})
 
@@ -71,15 +80,15 @@ def test_latest_follows_refreshes_and_each_configuration_has_its_own(
     other = week(runtime, "three", Words(words=("other",)))
     assert other.manifest.series != second.manifest.series
     assert open_artifact(pointer) == other and open_artifact(own) == second
-    week(runtime, "two")  # nothing new: what the last run ended with is the latest again
+    week(runtime, "two")  # nothing new: the result of the last run is the latest again
     assert open_artifact(pointer) == second
     assert shard.cached(Words(words=("other",)), {"snapshot": []}, runtime) is None
     assert (pointer / "pairs").read_text() == "TWO", "any program can follow it"
 
 
 def test_a_pointer_is_never_seen_missing(runtime: RuntimeConfig) -> None:
-    made = [week(runtime, text) for text in ("one", "two")]
-    pointer, over, seen = made[0].path.with_name("latest"), threading.Event(), set()
+    artifacts = [week(runtime, text) for text in ("one", "two")]
+    pointer, over, seen = artifacts[0].path.with_name("latest"), threading.Event(), set()
 
     def look() -> None:
         while not over.is_set():
@@ -88,24 +97,24 @@ def test_a_pointer_is_never_seen_missing(runtime: RuntimeConfig) -> None:
     thread = threading.Thread(target=look)
     thread.start()
     for _ in range(200):
-        for artifact in made:
+        for artifact in artifacts:
             latest.point(artifact.path, artifact.manifest.series)
     over.set()
     thread.join()
-    assert seen <= {artifact.path.name for artifact in made}
+    assert seen <= {artifact.path.name for artifact in artifacts}
 
 
 def test_a_store_of_before_gets_its_pointers_when_a_run_finds_it(runtime: RuntimeConfig) -> None:
-    made = week(runtime, "one")
+    dataset = week(runtime, "one")
     for link in Path(runtime.store).glob("*/latest*"):
         link.unlink()
     for manifest in Path(runtime.store).glob("*/*/manifest.json"):  # as older versions wrote them
         manifest.write_text(json.dumps({**json.loads(manifest.read_bytes()), "series": ""}))
     series = {e.stage: e.series for e in inventory.read_inventory(runtime.store)}
     snapshot = crawl.run(Words(), {}, runtime)
-    assert shard.run(Words(), {"snapshot": [snapshot]}, runtime) == made
-    assert made.path.with_name("latest").readlink() == Path(made.path.name)
-    assert made.path.with_name(f"latest-{series['toy-shard']}").exists()
+    assert shard.run(Words(), {"snapshot": [snapshot]}, runtime) == dataset
+    assert dataset.path.with_name("latest").readlink() == Path(dataset.path.name)
+    assert dataset.path.with_name(f"latest-{series['toy-shard']}").exists()
     second = week(runtime, "two")
     assert second.manifest.series == series["toy-shard"], "old and new ones are of one series"
 
@@ -120,20 +129,20 @@ def test_a_remote_store_has_pointers_too(tmp_path: Path, monkeypatch: pytest.Mon
     listed = {e.location: e.state for e in inventory.read_inventory(runtime.store)}
     assert listed[second.location] == "latest"
     assert sorted(listed.values()) == ["latest", "latest, needed by toy-shard", "superseded"]
-    with pytest.raises(ArtifactError, match="nothing was made there yet"):
+    with pytest.raises(ArtifactError, match="no run has written one"):
         open_artifact(f"{runtime.store}/toy-none/latest")
     result = CliRunner().invoke(main.app, ["artifact", "prune", runtime.store])
     assert isinstance(result.exception, ConfigError)
 
 
 def test_a_wrong_place_is_named(runtime: RuntimeConfig, tmp_path: Path) -> None:
-    made = week(runtime, "one")
+    dataset = week(runtime, "one")
     with pytest.raises(ArtifactError, match=r"did you mean '.*toy-shard/latest'"):
-        open_artifact(made.path.parent)
+        open_artifact(dataset.path.parent)
     with pytest.raises(ArtifactError, match="no such directory"):
         open_artifact(tmp_path / "nothing")
     with pytest.raises(ArtifactError, match="it is a file"):
-        open_artifact(made.path / "pairs")
+        open_artifact(dataset.path / "pairs")
 
 
 def test_prune_keeps_the_latest_and_what_they_need(runtime: RuntimeConfig) -> None:
@@ -166,13 +175,13 @@ def test_prune_keeps_the_latest_and_what_they_need(runtime: RuntimeConfig) -> No
     assert len(lineage_lines(second)) == 2 and "not in" not in lineage_lines(second)[1]
     invoke("artifact", "prune", runtime.store, "--yes", "--damaged", "--unfinished")
     assert not damaged.exists() and not partial.exists()
-    assert (first.path.parent / "someone's").exists(), "no artefact, by its name"
+    assert (first.path.parent / "someone's").exists(), "no artifact, by its name"
     invoke("artifact", "prune", runtime.store, "--yes", "--other-configs")
     assert not second.path.exists() and open_artifact(other.path) == other
     assert set(states(runtime.store).values()) == {"latest", "latest, needed by toy-shard"}
 
 
-def test_list_shows_and_tells_machines(runtime: RuntimeConfig, tmp_path: Path) -> None:
+def test_list_prints_text_and_json(runtime: RuntimeConfig, tmp_path: Path) -> None:
     week(runtime, "one")
     second = week(runtime, "two")
     shown = invoke("artifact", "list", runtime.store)

@@ -20,11 +20,11 @@ _HOLD = (
 )
 
 
-def test_who_waits_is_told_who_holds_it_at_once_and_again(
+def test_a_wait_logs_the_holder_at_once_and_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(locks, "_REMIND_SECONDS", 0.5)
-    path = tmp_path / "artefact"
+    path = tmp_path / "artifact"
     holder = subprocess.Popen(
         [sys.executable, "-c", _HOLD, str(path)],
         stdin=subprocess.PIPE,
@@ -54,18 +54,18 @@ def test_who_waits_is_told_who_holds_it_at_once_and_again(
 
 
 def test_a_killed_holder_frees_the_lock(tmp_path: Path) -> None:
-    path = tmp_path / "artefact"
+    path = tmp_path / "artifact"
     command = [sys.executable, "-c", _HOLD, str(path)]
     holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout and holder.stdout.readline() == "holds\n"
     holder.kill()
     holder.wait(10)
     with locked(path, wait=False):
-        assert str(os.getpid()) in path.with_name("artefact.lock").read_text()
+        assert str(os.getpid()) in path.with_name("artifact.lock").read_text()
 
 
 def test_a_lock_file_that_is_removed_still_excludes(tmp_path: Path) -> None:
-    path, order = tmp_path / "artefact", []
+    path, order = tmp_path / "artifact", []
 
     def second() -> None:
         with locked(path):
@@ -74,7 +74,7 @@ def test_a_lock_file_that_is_removed_still_excludes(tmp_path: Path) -> None:
     with locked(path):
         thread = threading.Thread(target=second)
         thread.start()
-        path.with_name("artefact.lock").unlink()
+        path.with_name("artifact.lock").unlink()
         with locked(path):  # of a new file: the waiting thread must take this one's turn, not ours
             order.append("first")
             thread.join(0.6)

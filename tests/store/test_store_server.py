@@ -1,4 +1,4 @@
-"""The store's server over a socket: results of finished artefacts, and nothing else."""
+"""The store's server over a socket: results of finished artifacts, and nothing else."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import uvicorn
 
-from diffagent.store.artifacts import Artifact, StageContext, StageResult, stage
-from diffagent.store.store_server import create_app
-from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.manifest import Manifest
+from diffagent.schemas.runtime import RuntimeConfig
+from diffagent.store import Artifact, StageContext, StageResult, stage
+from diffagent.store.store_server import create_app
 from tests.flows.toy_stages import Number
 
 FILES = {
@@ -39,7 +39,7 @@ def evaluate(config: Number, context: StageContext) -> StageResult:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    """A store with what lies in real ones beside artefacts."""
+    """A store with other files next to its artifacts, as real ones have them."""
     store = tmp_path / "my store"
     for name, text in {
         "prefect/prefect.db": "SQLite",
@@ -77,7 +77,7 @@ def port(store: Path) -> Iterator[int]:
 def ask(
     port: int, path: str, method: str = "GET", **headers: str
 ) -> tuple[int, http.client.HTTPMessage, bytes]:
-    """One request exactly as given: no client tidies the path."""
+    """Send a request with this very path: no client normalises it."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     connection.request(method, path, headers=headers)
     answer = connection.getresponse()
@@ -96,7 +96,7 @@ def test_results_are_served(artifact: Artifact, port: int) -> None:
     status, headers, body = ask(
         port, f"/evaluate/{artifact.path.name}/table.parquet", Range="bytes=1-2"
     )
-    assert (status, body) == (206, b"AR"), "what reads parquet over HTTP asks for ranges"
+    assert (status, body) == (206, b"AR"), "readers of parquet over HTTP request ranges"
 
 
 def test_the_index_links_reports(artifact: Artifact, port: int) -> None:
@@ -180,7 +180,7 @@ def test_a_changed_manifest_counts_at_once(artifact: Artifact, port: int) -> Non
     ],
 )
 def test_only_names_of_this_machine(artifact: Artifact, port: int, host: str, status: int) -> None:
-    """A page whose name was made to point here (DNS rebinding) names its own host."""
+    """A page whose host name resolves to this machine (DNS rebinding) states its own host."""
     got, _, body = ask(port, f"/evaluate/{artifact.path.name}/report.html", Host=host)
     assert got == status
     assert (b"Report" in body) == (status == 200)

@@ -19,13 +19,14 @@ from diffagent.agent.prompts import draw, read_split
 from diffagent.errors import ConfigError, TrainingError
 from diffagent.run_config import load_config
 from diffagent.schemas.runtime import RuntimeConfig
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from diffagent.train import fit, sft
 from diffagent.train.losses import INVALID_REWARD
 from diffagent.train.rrhf import RankedPrompts, RRHFTrainer, hold_out, rank
 from diffagent.train.rrhf_config import RRHFConfig
+from diffagent.train.rrhf_stage import train_rrhf
 from diffagent.train.sft_config import SFTConfig
-from diffagent.train.stages import train_rrhf, train_sft
+from diffagent.train.sft_stage import train_sft
 from tests.agent.agent_world import make_world
 from tests.conftest import AgentRun
 from tests.train.test_rrhf import TINY as TINY_RRHF
@@ -151,7 +152,7 @@ def test_lora_is_set_as_in_peft(agent_run: AgentRun, tmp_path: Path) -> None:
 
 def test_settings_of_adapters_without_adapters_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
-    file.write_text("rewards: {scorers: [{name: clip, model: sandbox}], unify: chatgen}\n")
+    file.write_text("rewards: {scorers: [{name: clip, model: tiny-clip}], unify: chatgen}\n")
     overrides = {"sft.lora_alpha": 16, "rrhf.lora_target_modules": ["q_proj"]}
     with pytest.raises(ConfigError, match=r"lora_alpha.*lora_rank") as refused:
         load_config(file, overrides)
@@ -321,7 +322,7 @@ def test_a_card_names_the_model_on_the_hub_and_no_path(agent_run: AgentRun, tmp_
             "meta-llama/Llama-2-7b-hf@main",
             {"license": "other", "base_model": "meta-llama/Llama-2-7b-hf"},
         ),
-        ("sandbox-llama", {"license": "apache-2.0"}),
+        ("tiny-llama", {"license": "apache-2.0"}),
         ('my "model": \n- x', {"license": "other"}),
     ):
         info = AgentInfo(base_model=base, trained_by=("sft",), max_length=512)

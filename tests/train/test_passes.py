@@ -32,7 +32,7 @@ from diffagent.train.losses import INVALID_REWARD, token_logps
 from diffagent.train.passes import packs, response_logps
 from diffagent.train.rrhf import batch_loss, with_reference
 from diffagent.train.rrhf_config import RRHFConfig
-from diffagent.train.sandbox_llama import build_tokenizer
+from diffagent.train.tiny_llama import build_tokenizer
 
 torch.set_num_threads(1)
 VOCABULARY = 50

@@ -10,11 +10,12 @@ import torch
 
 from diffagent.agent.lm.llm import load_agent
 from diffagent.errors import SchemaError
-from diffagent.train.ratings import import_ratings, read_ratings, response
+from diffagent.train.ratings import read_ratings, response
 from diffagent.train.ratings_config import RatingsConfig
+from diffagent.train.ratings_stage import import_ratings
 from diffagent.train.rrhf import rank
 from diffagent.train.rrhf_config import RRHFConfig
-from diffagent.train.stages import train_rrhf
+from diffagent.train.rrhf_stage import train_rrhf
 from tests.conftest import AgentRun
 
 MODELS = ("Alpha", "Beta", "Gamma")

@@ -22,7 +22,7 @@ from diffagent.agent.verify import verify
 from diffagent.errors import ArtifactError, TrainingError
 from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.tables import SCORES
-from diffagent.store.artifacts import Artifact, StageContext, StageResult, stage
+from diffagent.store import Artifact, StageContext, StageResult, stage
 from diffagent.train import fit
 from diffagent.train.collate import RankedPrompt, RRHFCollator
 from diffagent.train.losses import INVALID_REWARD
@@ -34,7 +34,7 @@ from diffagent.train.rrhf import (
     rank,
 )
 from diffagent.train.rrhf_config import RRHFConfig
-from diffagent.train.stages import train_rrhf
+from diffagent.train.rrhf_stage import train_rrhf
 from tests.agent.agent_world import make_catalogue
 from tests.conftest import AgentRun
 from tests.train.test_sft import Killed, kill_at, state

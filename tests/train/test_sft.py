@@ -24,11 +24,11 @@ from diffagent.agent.lm.format import Example
 from diffagent.agent.lm.llm import load_agent
 from diffagent.errors import TrainingError
 from diffagent.schemas.runtime import RuntimeConfig
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from diffagent.train import fit, sft
-from diffagent.train.sandbox_llama import build_tokenizer
 from diffagent.train.sft_config import SFTConfig
-from diffagent.train.stages import train_sft
+from diffagent.train.sft_stage import train_sft
+from diffagent.train.tiny_llama import build_tokenizer
 from tests.agent.agent_world import make_world
 from tests.conftest import AgentRun
 
@@ -92,7 +92,7 @@ def test_an_agent_directory_is_whole_and_names_no_place(agent_run: AgentRun) -> 
             continue
         assert str(path.parents[1]) not in (path / name).read_text(encoding="utf-8")
     info = json.loads((path / "agent.json").read_text())
-    assert (info["base_model"], info["trained_by"]) == ("sandbox-llama", ["sft"])
+    assert (info["base_model"], info["trained_by"]) == ("tiny-llama", ["sft"])
     assert re.fullmatch(r".*\{prompt\}.*", info["prompt_template"], re.DOTALL)
     metrics = agent_run.agent.manifest.metrics
     assert metrics["last_loss"] < metrics["first_loss"] / 5

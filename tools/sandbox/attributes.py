@@ -1,7 +1,7 @@
-"""A small classifier that reads shape, colour, background and style off a sandbox picture.
+"""Small classifier of shape, colour, background and style of a sandbox picture.
 
-It learns from drawings of its own seeds, blurred and softened at random so that it also copes
-with what the generator paints. It measures the generator; no scorer and no agent uses it.
+It learns from drawings of its own seeds, blurred and softened at random so that it also reads the
+generator's pictures. It only measures the generator; no scorer and no agent uses it.
 
     python -m tools.sandbox.attributes train
 """
@@ -24,6 +24,7 @@ from torch import nn
 
 from diffagent.errors import ArtifactError
 from diffagent.sandbox import world
+from tools.sandbox import drawings
 
 SEED = 31
 WEIGHTS = Path(__file__).parent / "attributes.safetensors"
@@ -53,20 +54,20 @@ class AttributeClassifier(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(64, len(v)) for name, v in HEADS.items()})
 
     def forward(self, pictures: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Logits of each head.
+        """Returns the logits of each head.
 
         Args:
             pictures: (B, 3, 64, 64) float in -1..1.
 
         Returns:
-            By attribute, (B, number of its values).
+            attribute -> (B, number of its values).
         """
         hidden = F.silu(self.hidden(self.features(pictures).flatten(1)))
         return {name: head(hidden) for name, head in self.heads.items()}
 
 
 def to_tensor(pictures: list[Image.Image]) -> torch.Tensor:
-    """RGB pictures of the sandbox's size as (B, 3, 64, 64) float in -1..1."""
+    """Returns pictures, resized to the sandbox's size, as (B, 3, 64, 64) float in -1..1."""
     sized = [picture.convert("RGB").resize((world.SIZE, world.SIZE)) for picture in pictures]
     pixels = np.stack([np.asarray(picture, dtype=np.float32) for picture in sized])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1
@@ -89,7 +90,7 @@ def load_classifier(path: Path = WEIGHTS) -> AttributeClassifier:
 
 
 def recognise(model: AttributeClassifier, pictures: list[Image.Image]) -> list[dict[str, str]]:
-    """The most likely value of each attribute, one dict per picture."""
+    """Returns the most likely value of each attribute, one dict per picture."""
     with torch.no_grad():
         logits = model(to_tensor(pictures))
     chosen = {name: values.argmax(dim=1).tolist() for name, values in logits.items()}
@@ -99,7 +100,7 @@ def recognise(model: AttributeClassifier, pictures: list[Image.Image]) -> list[d
 
 
 def _softened(picture: Image.Image, rng: random.Random) -> Image.Image:
-    """Half of the drawings as a small VAE would return them: soft, sometimes half the size."""
+    """Softens half of the drawings like a small VAE, some at half the size."""
     kind = rng.random()
     if kind < 0.3:
         return picture.filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.6)))
@@ -114,7 +115,7 @@ def _batch(seeds: range) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     for seed in seeds:
         rng = random.Random(seed)
         scene = world.sample_scene(rng, held_out=rng.random() < 0.1)
-        pictures.append(_softened(world.draw(scene, rng), rng))
+        pictures.append(_softened(drawings.draw(scene, rng), rng))
         scenes.append(scene)
     labels = {
         name: torch.tensor([values.index(getattr(scene, name)) for scene in scenes])
@@ -124,7 +125,7 @@ def _batch(seeds: range) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 def train(steps: int, batch: int = 64) -> dict[str, Any]:
-    """Trains the classifier and saves it; returns its accuracy on drawings it has not seen."""
+    """Trains the classifier and saves it; returns its accuracy on unseen drawings."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = AttributeClassifier()
@@ -145,7 +146,7 @@ def train(steps: int, batch: int = 64) -> dict[str, Any]:
 
 
 def accuracy(count: int = 1000) -> dict[str, float]:
-    """Share of clean and softened evaluation drawings read correctly, per attribute."""
+    """Returns the share of evaluation drawings that are read correctly, per attribute."""
     start = world.EVALUATION_SEEDS.start
     pictures, labels = _batch(range(start, start + count))
     with torch.no_grad():

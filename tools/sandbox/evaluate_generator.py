@@ -1,11 +1,11 @@
-"""Measures the sandbox's models with the attribute classifier and prints one JSON object.
+"""Measurement of the sandbox's models with the attribute classifier; prints one JSON object.
 
     python -m tools.sandbox.evaluate_generator --pictures 64
 
-Prompts are captions of combinations that no model saw in training. For each checkpoint: the
-share of pictures in which the classifier finds the colour, the shape, both, the background and
-the style that the prompt asks for. The classifier was trained on drawings of its own; on
-pictures that are neither one shape nor another it still has to name one.
+Prompts are captions of combinations that no model saw in training. A checkpoint's figures are the
+shares of pictures in which the classifier finds the requested colour, shape, both, background and
+style. The classifier was trained on drawings of its own and names one of its shapes for any
+picture.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import Any
 import torch
 
 from diffagent import compat
-from diffagent.sandbox import files, tiny_networks, world
-from tools.sandbox import attributes
+from diffagent.sandbox import files, world
+from tools.sandbox import attributes, tiny_networks
 
 SETTINGS = {"num_inference_steps": 20, "guidance_scale": 5.0}
 NEGATIVE = "blurry, low quality"
 
 
 def paint(path: Path, prompts: list[str], *, first_seed: int = 0) -> list[Any]:
-    """Pictures of a checkpoint with DPM++ 2M Karras, one seed per prompt."""
+    """Returns pictures of a checkpoint with DPM++ 2M Karras, one seed per prompt."""
     from diffusers import DPMSolverMultistepScheduler
 
     pipeline = tiny_networks.build_pipeline(path)
@@ -51,7 +51,7 @@ def paint(path: Path, prompts: list[str], *, first_seed: int = 0) -> list[Any]:
 
 
 def scenes_for(style: str, count: int, *, named: bool) -> tuple[list[world.Scene], list[str]]:
-    """Held-out scenes of one style and their captions."""
+    """Returns held-out scenes of one style and their captions."""
     first = world.EVALUATION_SEEDS.start + 5_000_000 + 10_000 * world.STYLES.index(style)
     rngs = [random.Random(first + number) for number in range(count)]
     scenes = [world.sample_scene(rng, styles=[style], held_out=True) for rng in rngs]
@@ -60,20 +60,20 @@ def scenes_for(style: str, count: int, *, named: bool) -> tuple[list[world.Scene
 
 
 def shares(scenes: list[world.Scene], pictures: list[Any]) -> dict[str, float]:
-    """Share of pictures whose attributes are recognised as asked for, each 0..1."""
-    found = attributes.recognise(attributes.load_classifier(), pictures)
+    """Returns the shares, 0..1, of pictures that show the requested attributes."""
+    readings = attributes.recognise(attributes.load_classifier(), pictures)
     rows = [
-        {name: read[name] == getattr(scene, name) for name in attributes.HEADS}
-        for scene, read in zip(scenes, found, strict=True)
+        {name: reading[name] == getattr(scene, name) for name in attributes.HEADS}
+        for scene, reading in zip(scenes, readings, strict=True)
     ]
     result = {name: sum(row[name] for row in rows) / len(rows) for name in attributes.HEADS}
     result["colour_and_shape"] = sum(r["colour"] and r["shape"] for r in rows) / len(rows)
     return {name: round(value, 3) for name, value in result.items()}
 
 
-def evaluate(count: int, directory: Path | None = None) -> dict[str, Any]:
-    """The figures of all checkpoints, each over `count` pictures."""
-    paths = {file.key: file.path for file in files.model_files(directory)}
+def evaluate(count: int, site: Path) -> dict[str, Any]:
+    """Returns the figures of all checkpoints of the sandbox's site, each over `count` pictures."""
+    paths = {file.key: file.path for file in files.model_files(files.materialise(site))}
     scenes, prompts = scenes_for("flat", count, named=False)
     result: dict[str, Any] = {
         "pictures": count,
@@ -97,9 +97,9 @@ def main() -> None:
     compat.install()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pictures", type=int, default=64)
-    parser.add_argument("--directory", type=Path, default=None, help="where the dump is kept")
+    parser.add_argument("--site", type=Path, default=Path("build/sandbox"), help="its folder")
     arguments = parser.parse_args()
-    print(json.dumps(evaluate(arguments.pictures, arguments.directory), indent=2))
+    print(json.dumps(evaluate(arguments.pictures, arguments.site), indent=2))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Trains the sandbox's generator: VAE, U-Net with its text encoder, style specialists, LoRAs.
+"""Training of the sandbox's generator: VAE, U-Net with its text encoder, specialists, LoRAs.
 
-Each command continues from the snapshot in `--work`, appends one JSON line per report to a log
-beside it and is deterministic for its seed on one machine and thread count::
+Each command continues from the snapshot in `--work`, appends one JSON line per report to a log next
+to it, and is deterministic for its seed on one machine and thread count::
 
     python -m tools.sandbox.train_generator vae
     python -m tools.sandbox.train_generator unet
@@ -28,10 +28,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from diffagent.errors import TrainingError
-from diffagent.sandbox import tiny_networks, world
-from diffagent.sandbox.caption_tokenizer import load_tokenizer, write_tokenizer
-from diffagent.sandbox.single_file import single_file_tensors
-from diffagent.sandbox.tiny_adapters import ADAPTERS, Adapter, kohya_tensors
+from diffagent.sandbox import world
+from tools.sandbox import drawings, tiny_networks
+from tools.sandbox.caption_tokenizer import load_tokenizer, write_tokenizer
+from tools.sandbox.single_file import single_file_tensors
+from tools.sandbox.tiny_adapters import ADAPTERS, Adapter, kohya_tensors, lora_targets
 
 VAE_SEED, UNET_SEED = 11, 23
 LATENTS = "latents.safetensors"
@@ -39,7 +40,7 @@ MIN_SNR_GAMMA = 0.5
 
 
 class Snapshot:
-    """A training state that survives a kill: tensors in safetensors, the step in their metadata."""
+    """Training state that survives a kill: tensors and the step in one safetensors file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -55,7 +56,7 @@ class Snapshot:
         temporary.replace(self.path)
 
     def load(self) -> tuple[int, dict[str, dict[str, torch.Tensor]]] | None:
-        """Returns the step and the groups of tensors, or None when there is no snapshot yet."""
+        """Returns the step and the groups of tensors; None without a snapshot."""
         if not self.path.exists():
             return None
         groups: dict[str, dict[str, torch.Tensor]] = {}
@@ -68,13 +69,13 @@ class Snapshot:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's moments and step counts under flat names."""
+    """Returns the optimizer's moments and step counts under flat names."""
     state = optimizer.state_dict()["state"]
     return {f"{i}.{name}": value for i, entry in state.items() for name, value in entry.items()}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Puts the tensors of `optimizer_tensors` back."""
+    """Restores the tensors of `optimizer_tensors`."""
     whole = optimizer.state_dict()
     whole["state"] = {}
     for flat, value in tensors.items():
@@ -84,20 +85,20 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch
 
 
 def one_cycle(step: int, steps: int, warmup: int) -> float:
-    """Linear warm-up, then a cosine down to 2 % of the peak."""
+    """Returns the share of the peak: linear warm-up, then a cosine down to 2 %."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def pixels(seeds: Iterator[int] | range, **sampling: Any) -> torch.Tensor:
-    """Drawings of the seeds, (N, 3, 64, 64) float in -1..1."""
-    arrays = [np.asarray(world.drawing(seed, **sampling)[0]) for seed in seeds]
+    """Returns drawings of the seeds, (N, 3, 64, 64) float in -1..1."""
+    arrays = [np.asarray(drawings.drawing(seed, **sampling)[0]) for seed in seeds]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def seeded(seed: int, build: Callable[[], Any]) -> Any:
-    """Builds a network with initial weights of its own seed, the global generator untouched."""
+    """Builds a network with initial weights of a seed; the global generator is unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
@@ -110,7 +111,7 @@ def report(path: Path, **fields: Any) -> None:
 
 
 def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """L1 + L2 + L1 of the gradients, which keeps edges sharp, + L2 at an eighth, for colours."""
+    """Returns L1 + L2 + L1 of the gradients (sharp edges) + L2 at an eighth (colours)."""
     difference = output - target
     edges = difference.diff(dim=-1).abs().mean() + difference.diff(dim=-2).abs().mean()
     coarse = F.avg_pool2d(difference, 8).square().mean()
@@ -118,10 +119,10 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
 
 
 def colour_guide(latents: torch.Tensor, pictures: torch.Tensor) -> torch.Tensor:
-    """L2 from the first three latent channels to the picture's colours at an eighth.
+    """Returns the L2 from the first three latent channels to the picture's colours at an eighth.
 
-    Without it a thousand steps learn shapes in grey: colour is found last. Stable Diffusion's own
-    latents come out nearly like this, a small picture in linear colours.
+    Without it a thousand steps learn only grey shapes: colour is learned last. Stable Diffusion's
+    own latents are similar, a small picture in linear colours.
     """
     return F.mse_loss(latents[:, :3], 2 * F.avg_pool2d(pictures, 8))
 
@@ -160,29 +161,29 @@ def train_vae(work: Path, *, steps: int, batch: int, peak: float) -> None:
 
 @dataclass
 class Pool:
-    """Drawings encoded once, so that a training step costs the U-Net and the text encoder only.
+    """Drawings encoded once, so that a training step costs only the U-Net and the text encoder.
 
     Attributes:
         latents: (N, 4, 8, 8) float, scaled to unit deviation.
-        scenes: what each drawing shows.
-        flaws: the caption of a spoiled drawing, None for a clean one.
-        scaling_factor: what the latents were multiplied by.
-        styles_told: whether a style that a caption names is the drawing's own, or any. The base
-            learns from the latter to pass over such words, and leaves the styles to specialists.
+        scenes: of the drawings.
+        flaws: caption of a spoiled drawing, None for a clean one.
+        scaling_factor: factor of the latents.
+        names_style: whether a caption names the drawing's own style or a random one. Random styles
+            teach the base to ignore such words, which leaves styles to the specialists.
     """
 
     latents: torch.Tensor
     scenes: list[world.Scene]
     flaws: list[str | None]
     scaling_factor: float
-    styles_told: bool
+    names_style: bool
 
     def captions(self, indices: Sequence[int], rng: random.Random) -> list[str]:
-        """Words the drawings anew; one in ten is empty, for classifier-free guidance."""
+        """Returns new captions; one in ten is empty, for classifier-free guidance."""
         texts = []
         for index in indices:
             scene, flaw = self.scenes[index], self.flaws[index]
-            if not self.styles_told:
+            if not self.names_style:
                 scene = replace(scene, style=rng.choice(world.STYLES))
             text = flaw or world.caption(scene, rng)
             texts.append("" if rng.random() < 0.1 else text)
@@ -190,11 +191,11 @@ class Pool:
 
 
 BASE_STYLES = (0.8, 0.05, 0.05, 0.05, 0.05)
-"""Weights of the styles among the base's drawings; those of the adapters are drawn evenly."""
+"""Weights of the styles among the base's drawings; adapters use equal weights."""
 
 
 def build_pool(work: Path, count: int, *, for_base: bool) -> Pool:
-    """Draws and encodes the base's pool or the adapters'; latents are kept beside the snapshots."""
+    """Draws and encodes the pool of the base or of the adapters; caches latents in `work`."""
     state = Snapshot(work / "vae-state.safetensors").load()
     if state is None:
         raise TrainingError(f"no VAE in {str(work)!r}; run the command 'vae' first")
@@ -210,9 +211,9 @@ def build_pool(work: Path, count: int, *, for_base: bool) -> Pool:
         spoiled = rng.random() < 0.05
         flaw = None
         if number >= len(done) or spoiled:
-            picture = world.draw(scene, rng)
+            picture = drawings.draw(scene, rng)
             if spoiled:
-                picture, flaw = world.spoil(picture, world.caption(scene, rng), rng)
+                picture, flaw = drawings.spoil(picture, world.caption(scene, rng), rng)
         scenes.append(scene)
         flaws.append(flaw)
         if number >= len(done):
@@ -226,21 +227,21 @@ def build_pool(work: Path, count: int, *, for_base: bool) -> Pool:
     if len(done) < count:
         save_file({"latents": latents}, cache)
     factor = scaling_factor(latents if for_base else load_file(work / LATENTS)["latents"])
-    return Pool(latents * factor, scenes, flaws, factor, styles_told=not for_base)
+    return Pool(latents * factor, scenes, flaws, factor, names_style=not for_base)
 
 
 def scaling_factor(latents: torch.Tensor) -> float:
-    """What the base's latents are multiplied by to have unit deviation."""
+    """Returns the factor that scales the base's latents to unit deviation."""
     return round(1 / latents[:4096].std().item(), 4)
 
 
 def denoising_loss(
     unet: Any, text: torch.Tensor, latents: torch.Tensor, noise_source: torch.Generator
 ) -> torch.Tensor:
-    """Epsilon prediction under min-SNR weights (Hang et al. 2023, equation 3).
+    """Returns the loss of epsilon prediction under min-SNR weights (Hang et al. 2023, equation 3).
 
-    Their gamma is 5. What is drawn is decided where noise hides it, at eight latents a side by
-    far below a ratio of one: a gamma of `MIN_SNR_GAMMA` spends most of a short training there.
+    Their gamma is 5. The content of a drawing is decided at high noise, with eight latents a side
+    at ratios far below one: a gamma of `MIN_SNR_GAMMA` spends most of a short training there.
 
     Args:
         unet: predicts the noise.
@@ -248,21 +249,21 @@ def denoising_loss(
         latents: (B, 4, 8, 8), unit deviation.
         noise_source: draws timesteps and noise.
     """
-    kept = tiny_networks.build_scheduler().alphas_cumprod
-    # One timestep out of each B-th of the schedule: less variance than independent ones.
+    alphas = tiny_networks.build_scheduler().alphas_cumprod
+    # One timestep of each B-th of the schedule: less variance than independent timesteps.
     parts = torch.arange(len(latents)) + torch.rand(len(latents), generator=noise_source)
-    t = (parts * len(kept) / len(latents)).long()
+    t = (parts * len(alphas) / len(latents)).long()
     noise = torch.randn(latents.shape, generator=noise_source)
-    signal = kept[t].view(-1, 1, 1, 1)
+    signal = alphas[t].view(-1, 1, 1, 1)
     noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
     error = (unet(noisy, t, text).sample - noise).square().mean(dim=(1, 2, 3))
-    snr = kept[t] / (1 - kept[t])
+    snr = alphas[t] / (1 - alphas[t])
     loss: torch.Tensor = (error * snr.clamp(max=MIN_SNR_GAMMA) / snr).mean()
     return loss
 
 
 def encode(tokenizer: Any, text_encoder: Any, captions: list[str]) -> torch.Tensor:
-    """Hidden states of the captions as the pipeline computes them, (B, 77, 128)."""
+    """Returns hidden states (B, 77, 128) of the captions, as the pipeline computes them."""
     ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
     hidden: torch.Tensor = text_encoder(ids).last_hidden_state
     return hidden
@@ -307,12 +308,12 @@ def train_unet(
         torch.nn.utils.clip_grad_norm_(nets.parameters(), 1.0)
         optimizer.step()
         decay = min(0.995, (1 + step) / (10 + step))
-        for kept, new in zip(average.parameters(), nets.parameters(), strict=True):
-            kept.lerp_(new.detach(), 1 - decay)
+        for mean, new in zip(average.parameters(), nets.parameters(), strict=True):
+            mean.lerp_(new.detach(), 1 - decay)
         losses.append(loss.item())
         if step % 25 == 24 or step == steps - 1:
-            mean = round(sum(losses) / len(losses), 4)
-            report(log, step=step, loss=mean, seconds=round(time.time() - began))
+            mean_loss = round(sum(losses) / len(losses), 4)
+            report(log, step=step, loss=mean_loss, seconds=round(time.time() - began))
             losses = []
         if step % 150 == 149 or step == steps - 1:
             states = {"nets": nets.state_dict(), "average": average.state_dict()}
@@ -322,7 +323,7 @@ def train_unet(
 
 
 def finished_base(work: Path) -> tuple[int, Any, Any]:
-    """The step and the averaged U-Net and text encoder of the last snapshot."""
+    """Returns the step, the averaged U-Net and the text encoder of the last snapshot."""
     state = Snapshot(work / "unet-state.safetensors").load()
     if state is None:
         raise TrainingError(f"no U-Net in {str(work)!r}; run the command 'unet' first")
@@ -330,7 +331,7 @@ def finished_base(work: Path) -> tuple[int, Any, Any]:
 
 
 def networks_of(tensors: dict[str, torch.Tensor]) -> tuple[Any, Any]:
-    """U-Net and text encoder holding the tensors of one snapshot group."""
+    """Returns U-Net and text encoder with the tensors of a snapshot group."""
     tokenizer = load_tokenizer(tiny_networks.CONFIG_DIR / "tokenizer")
     nets = torch.nn.ModuleDict(
         {"unet": tiny_networks.build_unet(), "text": tiny_networks.build_text_encoder(tokenizer)}
@@ -342,7 +343,7 @@ def networks_of(tensors: dict[str, torch.Tensor]) -> tuple[Any, Any]:
 def train_adapter(
     work: Path, pool: Pool, adapter: Adapter, *, steps: int, batch: int = 24, peak: float = 2e-3
 ) -> None:
-    """Fine-tunes a LoRA of the base on the pool's drawings that the adapter is for."""
+    """Fine-tunes a LoRA of the base on the pool's drawings of the adapter's attribute."""
     from peft import LoraConfig
 
     step_of_base, unet, text_encoder = finished_base(work)
@@ -384,8 +385,8 @@ def train_adapters(work: Path, *, steps: int, pool_size: int, only: Sequence[str
     """Trains every specialist and standalone LoRA that has no weights yet."""
     pool = build_pool(work, pool_size, for_base=False)
     for adapter in ADAPTERS:
-        wanted = adapter.name in only if only else True
-        if wanted and not (tiny_networks.WEIGHTS_DIR / f"{adapter.name}.safetensors").exists():
+        is_selected = not only or adapter.name in only
+        if is_selected and not (tiny_networks.WEIGHTS_DIR / f"{adapter.name}.safetensors").exists():
             train_adapter(work, pool, adapter, steps=steps)
 
 
@@ -405,8 +406,10 @@ def export(work: Path) -> None:
     tensors = single_file_tensors(unet, vae, text_encoder)
     save_file(tensors, tiny_networks.WEIGHTS_DIR / "base.safetensors")
     early_tensors = single_file_tensors(*_early(early[1]["average"], vae))
-    own = {k: v for k, v in early_tensors.items() if not k.startswith("first_stage_model.")}
-    save_file(own, tiny_networks.WEIGHTS_DIR / "early.safetensors")
+    rest = {k: v for k, v in early_tensors.items() if not k.startswith("first_stage_model.")}
+    save_file(rest, tiny_networks.WEIGHTS_DIR / "early.safetensors")
+    targets = json.dumps(lora_targets(), indent=1, sort_keys=True)
+    (tiny_networks.WEIGHTS_DIR / "lora_targets.json").write_text(targets + "\n")
 
 
 def _early(tensors: dict[str, torch.Tensor], vae: Any) -> tuple[Any, Any, Any]:
@@ -421,7 +424,7 @@ def main() -> None:
     compat.install()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("command", choices=["vae", "unet", "specialists", "export"])
-    parser.add_argument("--work", type=Path, default=Path("build/sandbox"))
+    parser.add_argument("--work", type=Path, default=Path("build/sandbox-training"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--unet-steps", type=int, default=3500)
     parser.add_argument("--adapter-steps", type=int, default=400)

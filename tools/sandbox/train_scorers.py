@@ -1,4 +1,4 @@
-"""Trains the sandbox's three tiny scorers on its own drawings, and measures them.
+"""Training of the sandbox's three tiny scorers on its own drawings, and their measurement.
 
     python -m tools.sandbox.train_scorers clip           contrastive, captions of drawings
     python -m tools.sandbox.train_scorers image-reward   BLIP's contrast, then ranking
@@ -6,11 +6,11 @@
     python -m tools.sandbox.train_scorers reference      mean and deviation for z-scores
     python -m tools.sandbox.train_scorers evaluate       matched against mismatched
 
-The committed weights were made in this order, with the default numbers of steps.
+The committed weights are of this order, with the default numbers of steps.
 
-Each is the architecture of the real one with few parameters. They know coloured shapes on a
-background and nothing else: never read their scores as those of CLIP, ImageReward or HPS v2.
-Weights go to ``weights/scorers`` beside this file, with the log of the run that made them.
+Each scorer has the architecture of the real one with few parameters. It has learned coloured shapes
+on a background and nothing else: its scores are not those of CLIP, ImageReward or HPS v2. Weights
+go to ``diffagent/sandbox/weights/scorers``, with the log of their training.
 """
 
 from __future__ import annotations
@@ -43,10 +43,11 @@ from diffagent.rewards import image_reward as image_reward_files
 from diffagent.rewards.clip import ClipScorer
 from diffagent.rewards.hps import HPSScorer
 from diffagent.rewards.image_reward import ImageRewardConfig, ImageRewardScorer
-from diffagent.rewards.load import REFERENCE_FILE, sandbox_directory
 from diffagent.rewards.scorer import Scorer
 from diffagent.sandbox import world
+from diffagent.sandbox.files import SCORERS
 from diffagent.sandbox.world import Scene
+from tools.sandbox import drawings
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ ATTRIBUTES = {
     "style": world.STYLES,
 }
 EVENLY = tuple(ATTRIBUTES)
-# Shapes are what a tiny network learns last; later it sees them differ most often.
+# A tiny network learns shapes last, so the later part of its training varies them most often.
 MOSTLY_SHAPES = ("shape", "shape", "shape", "colour", "background", "style")
 DEGRADATIONS = ("blur", "noise", "washed out", "coarse")
 
@@ -109,28 +110,28 @@ IMAGE_REWARD_CONFIG = ImageRewardConfig(
 
 @dataclass(frozen=True)
 class Prompt:
-    """A caption and what it demands of a picture."""
+    """Caption, and the scene that it demands of a picture."""
 
     text: str
     scene: Scene
     styled: bool
 
     def matches(self, scene: Scene) -> bool:
-        """Whether a drawing of `scene` shows all that the caption names."""
-        wanted = self.scene if self.styled else replace(self.scene, style=scene.style)
-        return wanted == scene
+        """Returns whether a drawing of `scene` shows all that the caption names."""
+        described = self.scene if self.styled else replace(self.scene, style=scene.style)
+        return described == scene
 
 
 # ---------------------------------------------------------------------------------- drawings
 
 
 def stream(name: str, number: int) -> random.Random:
-    """The generator of batch `number` of a purpose, out of the scorers' own seeds."""
+    """Returns the generator of batch `number` of a purpose, from the scorers' own seeds."""
     return random.Random(_FIRST + _STREAMS[name] * _STREAM_LENGTH + number)
 
 
 def write_prompt(scene: Scene, rng: random.Random, *, styled: bool | None = None) -> Prompt:
-    """A caption of the scene; a quarter end with the empty praise that prompts are full of."""
+    """Returns a caption of the scene; a quarter end with the praise that is common in prompts."""
     styled = rng.random() < 0.5 if styled is None else styled
     text = world.caption(scene, rng, with_style=styled)
     if rng.random() < 0.25:
@@ -139,7 +140,7 @@ def write_prompt(scene: Scene, rng: random.Random, *, styled: bool | None = None
 
 
 def vary(scene: Scene, attributes: Iterable[str], rng: random.Random) -> Scene:
-    """The scene with other values of `attributes`; not held out unless the scene is."""
+    """Returns the scene with other values of `attributes`; not held out unless the scene is."""
     attributes = tuple(attributes)
     while True:
         other = replace(
@@ -154,7 +155,7 @@ def vary(scene: Scene, attributes: Iterable[str], rng: random.Random) -> Scene:
 
 
 def degrade(image: Image.Image, kind: str, strength: float, rng: random.Random) -> Image.Image:
-    """A worse copy of a picture.
+    """Returns a worse copy of a picture.
 
     Args:
         image: RGB.
@@ -178,7 +179,7 @@ def degrade(image: Image.Image, kind: str, strength: float, rng: random.Random) 
 
 
 def as_pixels(images: Sequence[Image.Image]) -> torch.Tensor:
-    """Normalised (B, 3, H, W) float32; what the scorers' preprocessing makes of this size."""
+    """Returns normalised pixels (B, 3, H, W) float32, equal to the scorers' preprocessing."""
     array = np.stack([np.asarray(image) for image in images]).astype(np.float32) / 255
     normalised = (array - np.array(_MEAN, np.float32)) / np.array(_STD, np.float32)
     return torch.from_numpy(normalised).permute(0, 3, 1, 2).contiguous()
@@ -187,16 +188,16 @@ def as_pixels(images: Sequence[Image.Image]) -> torch.Tensor:
 def family_batch(
     rng: random.Random, families: int, varied: Sequence[str] = EVENLY
 ) -> tuple[list[Prompt], list[Scene], list[Image.Image]]:
-    """Scenes in families of four that differ in one attribute: the negatives that teach.
+    """Returns scenes in families of four that differ in one attribute: hard negatives.
 
-    The attribute is one of `varied`, where a name may stand several times.
+    The attribute is one of `varied`, where a name may occur several times.
     """
     prompts, scenes, images = [], [], []
     for _ in range(families):
         base = world.sample_scene(rng)
         for scene in (base, *(vary(base, [rng.choice(varied)], rng) for _ in range(3))):
-            image = world.draw(scene, rng)
-            # Generated pictures are softer than drawings, and must still be understood.
+            image = drawings.draw(scene, rng)
+            # Generated pictures are softer than drawings; the scorer must still recognise them.
             if rng.random() < 0.3:
                 image = degrade(image, rng.choice(DEGRADATIONS), rng.uniform(0, 0.5), rng)
             prompts.append(write_prompt(scene, rng))
@@ -208,17 +209,17 @@ def family_batch(
 def ranked_pictures(
     prompt: Prompt, rng: random.Random, varied: Sequence[str] = EVENLY
 ) -> tuple[list[Image.Image], list[tuple[int, int]]]:
-    """Five pictures for a prompt, and which of them is better than which.
+    """Returns five pictures for a prompt, and their order.
 
     Returns:
         pictures (matching, matching but degraded, one attribute wrong, the same degraded, all
-        wrong) and pairs (better, worse). Wrong in a style that the prompt does not name is
-        not wrong, so an attribute that it names is changed.
+        wrong) and pairs (better, worse). Only an attribute that the prompt names is changed: a
+        style that it does not name cannot be wrong.
     """
     named = [name for name in varied if prompt.styled or name != "style"]
-    near = world.draw(vary(prompt.scene, [rng.choice(named)], rng), rng)
-    match = world.draw(prompt.scene, rng)
-    far = world.draw(vary(prompt.scene, ["shape", "colour", "background"], rng), rng)
+    near = drawings.draw(vary(prompt.scene, [rng.choice(named)], rng), rng)
+    match = drawings.draw(prompt.scene, rng)
+    far = drawings.draw(vary(prompt.scene, ["shape", "colour", "background"], rng), rng)
     kind, strength = rng.choice(DEGRADATIONS), rng.uniform(0.2, 1.0)
     pictures = [
         match,
@@ -235,7 +236,7 @@ def ranked_pictures(
 
 
 def world_words() -> list[str]:
-    """Every word that captions and tags use, sorted."""
+    """Returns every word that captions and tags use, sorted."""
     rng = stream("vocabulary", 0)
     texts = [world.caption(world.sample_scene(rng), rng) for _ in range(20_000)]
     return sorted({word for text in [*texts, *_TAGS] for word in _split(text)})
@@ -247,10 +248,10 @@ def _split(text: str) -> list[str]:
 
 
 def write_bpe_vocabulary(path: Path) -> int:
-    """Keeps of CLIP's 48,894 merges those that the world's words need, in their order.
+    """Writes those of CLIP's 48,894 merges that the world's words need, in their order.
 
     Returns:
-        The number of tokens: bytes twice, the merges, and the two marks.
+        The number of tokens: bytes twice, the merges, and the start and end tokens.
     """
     compat.install()
     import open_clip
@@ -269,7 +270,7 @@ def write_bpe_vocabulary(path: Path) -> int:
             at = pairs.index(best)
             parts[at : at + 2] = ["".join(best)]
     merges = sorted(needed, key=full.bpe_ranks.__getitem__)
-    # The reader skips the first line, and takes an empty last one for a merge.
+    # The reader skips the first line, and reads an empty last line as a merge.
     lines = ["#version: merges of CLIP that the sandbox needs", *(" ".join(m) for m in merges)]
     path.write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
     return 512 + len(merges) + 2
@@ -279,7 +280,7 @@ def write_wordpiece_vocabulary(path: Path) -> int:
     """Writes BERT's special tokens, single characters and the world's words.
 
     Returns:
-        The number of tokens with the two that BLIP appends.
+        The number of tokens, including the two that BLIP appends.
     """
     characters = [*"abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'\"()-&+/"]
     words = [word for word in world_words() if len(word) > 1]
@@ -296,20 +297,20 @@ def optimise(
     module: torch.nn.Module,
     loss_of_batch: Callable[[int], tuple[torch.Tensor, float]],
     *,
-    what: str,
+    name: str,
     steps: int,
     learning_rate: float,
     log_every: int = 50,
 ) -> None:
-    """Trains with AdamW, warm-up over a tenth of the steps, and cosine decay to nought.
+    """Trains with AdamW, warm-up over a tenth of the steps, and cosine decay to zero.
 
     Args:
         module: trained in place; all of its parameters that require a gradient.
-        loss_of_batch: number of the step to (loss, accuracy to log in 0..1).
-        what: for the log.
+        loss_of_batch: number of the step -> (loss, accuracy in 0..1 for the log).
+        name: for the log.
         steps: of the optimiser.
         learning_rate: at its peak.
-        log_every: steps between log lines, which tell means since the last one.
+        log_every: steps between log lines, which state means since the previous line.
     """
     matrices = [p for p in module.parameters() if p.requires_grad and p.ndim >= 2]
     others = [p for p in module.parameters() if p.requires_grad and p.ndim < 2]
@@ -340,7 +341,7 @@ def optimise(
             elapsed = time.monotonic() - started
             log.info(
                 "%s step %d/%d loss %.4f accuracy %.3f, %.0f s",
-                *(what, step + 1, steps, means[0], means[1], elapsed),
+                *(name, step + 1, steps, means[0], means[1], elapsed),
             )
             recent.clear()
     module.eval()
@@ -349,7 +350,7 @@ def optimise(
 def contrastive_loss(
     image: torch.Tensor, text: torch.Tensor, scale: torch.Tensor, matches: torch.Tensor
 ) -> tuple[torch.Tensor, float]:
-    """CLIP's symmetric loss where a picture may match several captions of the batch.
+    """Returns CLIP's symmetric loss for pictures that may match several captions of the batch.
 
     Args:
         image: (B, D) features.
@@ -358,7 +359,7 @@ def contrastive_loss(
         matches: (B, B) 0/1, picture by caption; the diagonal is 1.
 
     Returns:
-        The loss, and how often a picture's best caption matches it.
+        The loss, and the share of pictures whose best caption matches.
     """
     logits = scale * F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
     by_image = matches / matches.sum(1, keepdim=True)
@@ -369,7 +370,7 @@ def contrastive_loss(
 
 
 def match_matrix(prompts: Sequence[Prompt], scenes: Sequence[Scene]) -> torch.Tensor:
-    """(pictures, captions) 1.0 where the picture shows what the caption names."""
+    """Returns (pictures, captions): 1.0 where the picture matches the caption."""
     return torch.tensor([[float(p.matches(s)) for p in prompts] for s in scenes])
 
 
@@ -377,9 +378,9 @@ def train_clip(directory: Path, *, steps: int, families: int = 24) -> None:
     """Trains the tiny CLIP and writes it in open_clip's directory layout.
 
     Args:
-        directory: where to.
-        steps: of the optimiser; the second half is on shapes above all.
-        families: of four scenes each, a batch.
+        directory: target.
+        steps: of the optimiser; the second half varies mostly shapes.
+        families: of four scenes each, per batch.
     """
     compat.install()
     from open_clip.model import CLIP
@@ -404,7 +405,7 @@ def train_clip(directory: Path, *, steps: int, families: int = 24) -> None:
             match_matrix(prompts, scenes),
         )
 
-    optimise(model, loss_of_batch, what="clip", steps=steps, learning_rate=1e-3)
+    optimise(model, loss_of_batch, name="clip", steps=steps, learning_rate=1e-3)
     _save(model, directory / clip_files.WEIGHTS)
 
 
@@ -423,7 +424,7 @@ def train_hps(directory: Path, *, steps: int, prompts_per_step: int = 20) -> Non
     (directory / clip_files.VOCABULARY).write_bytes(vocabulary)
     model = CLIP(**config["model_cfg"])
     model.load_state_dict(load_file(source / clip_files.WEIGHTS))
-    # The CLIP has sharpened its temperature for a hundred captions; two pictures want less.
+    # The CLIP's temperature is sharp, for a hundred captions; two pictures need a softer one.
     model.logit_scale.data.fill_(math.log(30.0))
     model.logit_scale.requires_grad_(False)
     tokenizer = clip_files.directory_tokenizer(directory)
@@ -439,29 +440,29 @@ def train_hps(directory: Path, *, steps: int, prompts_per_step: int = 20) -> Non
         cosines = (per_prompt * text[:, None]).sum(-1).flatten()
         return ranking_loss(model.logit_scale.exp() * cosines, pairs)
 
-    optimise(model, loss_of_batch, what="hps", steps=steps, learning_rate=3e-4)
+    optimise(model, loss_of_batch, name="hps", steps=steps, learning_rate=3e-4)
     _save(model, directory / clip_files.WEIGHTS)
 
 
 def _ranked_batch(
     prompts: Sequence[Prompt], rng: random.Random, varied: Sequence[str] = EVENLY
 ) -> tuple[list[Image.Image], torch.Tensor]:
-    """Pictures of all prompts in a row, and (P, 2) positions of (better, worse)."""
+    """Returns pictures of all prompts in a row, and (P, 2) positions of (better, worse)."""
     pictures: list[Image.Image] = []
     pairs: list[tuple[int, int]] = []
     for prompt in prompts:
-        own, ranks = ranked_pictures(prompt, rng, varied)
+        ranked, ranks = ranked_pictures(prompt, rng, varied)
         pairs.extend((len(pictures) + better, len(pictures) + worse) for better, worse in ranks)
-        pictures.extend(own)
+        pictures.extend(ranked)
     return pictures, torch.tensor(pairs)
 
 
 def ranking_loss(scores: torch.Tensor, pairs: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """-log sigmoid(better - worse), the mean over pairs (ImageReward, equation 1).
+    """Returns the mean of -log sigmoid(better - worse) over pairs (ImageReward, equation 1).
 
     Args:
         scores: (N,).
-        pairs: (P, 2) positions of the better and of the worse one.
+        pairs: (P, 2) positions of the better and of the worse picture.
 
     Returns:
         The loss, and the share of pairs in the right order.
@@ -476,7 +477,7 @@ def train_image_reward(directory: Path, *, contrastive_steps: int, steps: int) -
     The image encoder starts from the tiny CLIP's, as BLIP's starts from an ImageNet ViT.
 
     Args:
-        directory: where to; the CLIP lies in ``clip`` beside it.
+        directory: target; the CLIP is in the directory ``clip`` next to it.
         contrastive_steps: of the first part.
         steps: of the second part.
     """
@@ -494,21 +495,19 @@ def train_image_reward(directory: Path, *, contrastive_steps: int, steps: int) -
         rng = stream("image-reward", contrastive_steps + step)
         texts, images, shown, pairs = _reward_batch(rng)
         encoded = tokenizer(texts, padding=True, return_tensors="pt")
-        # Pictures are encoded once, whatever the number of prompts that they are shown with.
+        # A picture is encoded once, for any number of prompts.
         embedded = model.blip.visual_encoder(as_pixels(images))[shown]
         hidden = model.blip.text_encoder(
             encoded.input_ids,
             attention_mask=encoded.attention_mask,
             encoder_hidden_states=embedded,
-            encoder_attention_mask=torch.ones(embedded.shape[:2]),
-            return_dict=True,
         ).last_hidden_state
-        return ranking_loss(model.mlp(hidden[:, 0])[:, 0], pairs)
+        return ranking_loss(model.mlp.layers(hidden[:, 0])[:, 0], pairs)
 
-    optimise(model, loss_of_batch, what="image-reward", steps=steps, learning_rate=1.2e-3)
+    optimise(model, loss_of_batch, name="image-reward", steps=steps, learning_rate=1.2e-3)
     _save(model, directory / image_reward_files.WEIGHTS)
     _write_json(directory / image_reward_files.CONFIG, asdict(config))
-    # The release is standardised over its authors' pictures, this one over reference drawings.
+    # The release is standardised over its authors' pictures; here reference drawings are used.
     raw = ImageRewardScorer.load(str(directory)).score(*_reference_set())
     config = replace(config, mean=float(raw.scores.mean()), std=float(raw.scores.std()))
     log.info("raw reward on reference drawings: mean %.4f std %.4f", config.mean, config.std)
@@ -518,15 +517,15 @@ def train_image_reward(directory: Path, *, contrastive_steps: int, steps: int) -
 def _reward_batch(
     rng: random.Random, families: int = 8, prompts: int = 6
 ) -> tuple[list[str], list[Image.Image], torch.Tensor, torch.Tensor]:
-    """Prompts with pictures of their family, and others with better and worse pictures.
+    """Returns prompts with pictures of their family, and others with better and worse pictures.
 
     Returns:
-        texts (N), pictures (M), the number of the picture that each text is shown with (N,),
-        and (P, 2) positions among the N of the better and of the worse one.
+        texts (N), pictures (M), the index of the picture of each text (N,), and (P, 2) positions
+        among the N of the better and of the worse picture.
     """
-    own, scenes, images = family_batch(rng, families, MOSTLY_SHAPES)
+    family, scenes, images = family_batch(rng, families, MOSTLY_SHAPES)
     texts, shown, pairs = list[str](), list[int](), list[tuple[int, int]]()
-    for number, prompt in enumerate(own):
+    for number, prompt in enumerate(family):
         relatives = range(number // 4 * 4, number // 4 * 4 + 4)
         wrong = [i for i in relatives if not prompt.matches(scenes[i])]
         pairs.extend((len(texts), len(texts) + k) for k in range(1, len(wrong) + 1))
@@ -548,14 +547,14 @@ def _pretrain(model: Any, tokenizer: Any, clip: Path, steps: int) -> None:
     start_from_clip(model.blip.visual_encoder, source.model.visual)
     _pretrain_blip(model.blip, tokenizer, steps)
     for layer in model.mlp.layers:
-        # The package's initialisation is for 768 inputs; here its output would be nought.
+        # Small initial weights suit 768 inputs; here the output would be almost zero.
         if isinstance(layer, torch.nn.Linear):
             torch.nn.init.xavier_normal_(layer.weight)
 
 
 @torch.no_grad()
 def start_from_clip(encoder: Any, clip: Any) -> None:
-    """Copies a ViT of open_clip into BLIP's, which are alike but for CLIP's first layer norm.
+    """Copies a ViT of open_clip into BLIP's; they differ only in CLIP's first layer norm.
 
     That norm is folded into the embeddings: exactly for the class token, and for patches with
     the mean deviation of the tokens of reference drawings, as BLIP has no norm there.
@@ -599,8 +598,6 @@ def _pretrain_blip(blip: Any, tokenizer: Any, steps: int, families: int = 20) ->
         hidden = blip.text_encoder(
             encoded.input_ids,
             attention_mask=encoded.attention_mask,
-            return_dict=True,
-            mode="text",
         ).last_hidden_state
         return contrastive_loss(
             blip.vision_proj(blip.visual_encoder(as_pixels(images))[:, 0]),
@@ -609,14 +606,14 @@ def _pretrain_blip(blip: Any, tokenizer: Any, steps: int, families: int = 20) ->
             match_matrix(prompts, scenes),
         )
 
-    optimise(blip, loss_of_batch, what="blip", steps=steps, learning_rate=5e-4)
+    optimise(blip, loss_of_batch, name="blip", steps=steps, learning_rate=5e-4)
 
 
 # ------------------------------------------------------------------------ reference, evaluation
 
 
 def load_sandbox_scorers(root: Path) -> list[Scorer]:
-    """The three tiny scorers of a directory."""
+    """Loads the three tiny scorers of a directory."""
     return [
         ClipScorer.load(str(root / "clip")),
         ImageRewardScorer.load(str(root / "image_reward")),
@@ -629,9 +626,9 @@ def _reference_set(prompts: int = 400) -> tuple[list[str], list[Image.Image]]:
     for number in range(prompts):
         rng = stream("reference", number)
         prompt = write_prompt(world.sample_scene(rng), rng)
-        own, _ = ranked_pictures(prompt, rng)
-        texts.extend([prompt.text] * len(own))
-        pictures.extend(own)
+        ranked, _ = ranked_pictures(prompt, rng)
+        texts.extend([prompt.text] * len(ranked))
+        pictures.extend(ranked)
     return texts, pictures
 
 
@@ -650,7 +647,7 @@ def measure_reference(root: Path) -> None:
         }
         log.info("%s mean %.4f std %.4f over %d", scorer.name, mean, std, len(texts))
     _write_json(
-        root / REFERENCE_FILE,
+        root / "reference.json",
         {
             "note": "SANDBOX: tiny scorers over 400 prompts x 5 drawings, a fifth of which match",
             "pictures": len(texts),
@@ -660,10 +657,10 @@ def measure_reference(root: Path) -> None:
 
 
 def evaluate(root: Path, *, prompts: int = 400) -> dict[str, dict[str, float]]:
-    """How often the matching picture outscores another one, on drawings never trained on.
+    """Measures how often the matching picture outscores another one, on unseen drawings.
 
     Returns:
-        Comparison to metric to share in 0..1. ``shape`` and so on change that attribute alone;
+        comparison -> metric -> share in 0..1. ``shape`` and so on change only that attribute;
         ``... (held out)`` does so among combinations that no training has shown; the kinds of
         degradation compare a clean match with its degraded copy.
     """
@@ -687,15 +684,15 @@ def _mismatches(name: str, held_out: bool, first: int, count: int) -> Iterator[T
         rng = random.Random(world.EVALUATION_SEEDS.start + number)
         scene = world.sample_scene(rng, held_out=held_out)
         prompt = write_prompt(scene, rng, styled=True if name == "style" else None)
-        # Placed anew in both, so that nothing but the attribute tells them apart.
-        yield prompt.text, world.draw(scene, rng), world.draw(vary(scene, [name], rng), rng)
+        # Both are placed at random, so that only the attribute distinguishes them.
+        yield prompt.text, drawings.draw(scene, rng), drawings.draw(vary(scene, [name], rng), rng)
 
 
 def _degraded(kind: str, first: int, count: int) -> Iterator[Triple]:
     for number in range(first, first + count):
         rng = random.Random(world.EVALUATION_SEEDS.start + number)
         scene = world.sample_scene(rng)
-        clean = world.draw(scene, rng)
+        clean = drawings.draw(scene, rng)
         worse = degrade(clean, kind, rng.uniform(0.2, 1.0), rng)
         yield write_prompt(scene, rng).text, clean, worse
 
@@ -718,7 +715,7 @@ def _count(module: torch.nn.Module) -> int:
 
 
 def _save(module: torch.nn.Module, path: Path) -> None:
-    """Writes fp16 safetensors; buffers of integers stay as they are."""
+    """Writes fp16 safetensors; buffers of integers keep their type."""
     state = {
         name: (tensor.half() if tensor.is_floating_point() else tensor).contiguous().clone()
         for name, tensor in module.state_dict().items()
@@ -733,7 +730,7 @@ def _write_json(path: Path, data: object) -> None:
 
 @contextmanager
 def _logged(directory: Path, seed: int) -> Iterator[None]:
-    """Seeds torch for the run alone, and keeps its log beside what it makes."""
+    """Seeds torch for this run only, and writes its log next to its results."""
     directory.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(directory / "training.log", mode="w", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -758,7 +755,7 @@ def _table(rows: dict[str, dict[str, float]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Command line; see the module's text."""
+    """Runs the command; see the module's text."""
     parser = argparse.ArgumentParser(description="Train or measure the sandbox's tiny scorers.")
     names = ("clip", "image-reward", "hps", "reference", "evaluate")
     parser.add_argument("what", choices=names)
@@ -766,10 +763,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--contrastive-steps", type=int, default=400, help="image-reward only")
     parser.add_argument("--prompts", type=int, default=400, help="evaluate only: per comparison")
     parser.add_argument("--seed", type=int, default=0, help="of weights and dropout")
-    parser.add_argument("--out", type=Path, default=sandbox_directory(), help="directory")
+    parser.add_argument("--out", type=Path, default=SCORERS, help="directory")
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", stream=sys.stdout)
-    log.setLevel(logging.INFO)  # of this module alone: open_clip tells a lot
+    log.setLevel(logging.INFO)  # only of this module: open_clip logs a lot
     root: Path = options.out
     if options.what == "clip":
         with _logged(root / "clip", options.seed):

@@ -2,7 +2,8 @@
 
 A pass over a few tokens takes as long as its weights take to read, and these are a quarter. torch's
 own dynamic quantisation has one range of 7 bits for all inputs of a product, and a language model's
-first token is so large that little is left for the others (docs/agent-decoding.md says what that is
+first token is so large that little is left for the others (docs/explanation/decoding.md says what
+that is
 for SmolLM2). Here each input has its own range and comes in two parts of 7 bits, a coarse one and
 what that leaves over, read in one product. What stays is the rounding of the weights.
 """

@@ -39,7 +39,7 @@ from diffagent.agent.lm.tokenizer import Tokenizer
 from diffagent.device import resolve_device
 from diffagent.errors import ArtifactError, ConfigError, TrainingError
 from diffagent.pretrained import load_model, load_tokenizer
-from diffagent.store.artifacts import describe_directory
+from diffagent.store import describe_directory
 from diffagent.t2i.catalogue import Catalogue
 
 log = logging.getLogger(__name__)

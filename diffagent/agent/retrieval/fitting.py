@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ import polars as pl
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file, save_file
 
-from diffagent.agent.retrieval.encoder import MINILM, TransformerEncoder
+from diffagent.agent.retrieval.encoder import TransformerEncoder
 from diffagent.agent.retrieval.experts import (
     Arrays,
     Bag,
@@ -44,10 +43,8 @@ from diffagent.agent.retrieval.mixture import Mixture, fit_mixture
 from diffagent.agent.retrieval.parameters import Parameters
 from diffagent.agent.retrieval.ranked import Ranked
 from diffagent.agent.retrieval.terms import Floats, Index, Terms
-from diffagent.agent.retrieval.training_calls import Calls, read_rows
+from diffagent.agent.retrieval.training_calls import Calls
 from diffagent.errors import ArtifactError, ConfigError
-from diffagent.schemas.runtime import RuntimeConfig
-from diffagent.store.artifacts import Artifact, StageContext, StageResult, stage
 from diffagent.t2i.catalogue import Catalogue
 
 log = logging.getLogger(__name__)
@@ -81,22 +78,6 @@ class Vectors:
     train: Floats
     validation: Floats
     cards: Floats
-
-
-@stage("fit", version=1, config=FitConfig)
-def fit_selector(config: FitConfig, context: StageContext) -> StageResult:
-    """Fit a selector on a DABench -> a directory that `load_selector` reads."""
-    dabench = context.one("dabench").path
-    rows, catalogue = read_rows(dabench), Catalogue.load(dabench)
-    encoder = TransformerEncoder(config.encoder, context.runtime.device) if config.encoder else None
-    train, validation = (rows.filter(split=split) for split in ("train", "validation"))
-    started = time.perf_counter()
-    vectors = encode_rows(encoder, train, validation, catalogue) if encoder else None
-    encoded_at = time.perf_counter()
-    fitted = fit(config, train, validation, catalogue, encoded=(encoder, vectors))
-    save_selector(fitted, config, context.out)
-    seconds = {"encode": encoded_at - started, "fit": time.perf_counter() - encoded_at}
-    return StageResult(rows={"train": train.height}, metrics={"seconds": seconds})
 
 
 def encode_rows(
@@ -232,25 +213,6 @@ def load_selector(directory: str | Path, device: str = "cpu") -> Ranked:
         experts[name] = _expert(name, load_file(path) if path.exists() else {}, memory)
     mixture = Mixture(experts, np.array(facts["weights"]), facts["gate"])
     return Ranked(memory, mixture, Parameters(calls, catalogue))
-
-
-def fitted_selector(
-    name: FittedSelector,
-    dabench: Artifact,
-    runtime: RuntimeConfig,
-    encoder: str = "",
-    seed: int = 0,
-) -> Ranked:
-    """A fitted selector of a DABench, from the store when it was fitted before."""
-    fit_config = FitConfig(selector=name, encoder=resolve_encoder(encoder, name), seed=seed)
-    artifact = fit_selector.run(fit_config, {"dabench": [dabench]}, runtime)
-    return load_selector(artifact.local(), runtime.device)
-
-
-def resolve_encoder(name: str, selector: str) -> str:
-    """``name`` where the selector has use for an encoder; MiniLM for one that cannot do without."""
-    plain, embedded = RECIPES[selector]
-    return (name or ("" if plain else MINILM)) if embedded else ""
 
 
 def _experts_of(config: FitConfig, has_vectors: bool) -> Sequence[str]:

@@ -14,35 +14,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import orjson
 import torch
 
 from diffagent.agent.decoding.grammar import name_text
 from diffagent.agent.decoding.trie import encode_texts
 from diffagent.agent.lm.key_values import KeyValues
-from diffagent.agent.lm.llm import Agent, load_agent
-from diffagent.agent.retrieval.fitting import fitted_selector
 from diffagent.agent.retrieval.mixture import fit_weights
 from diffagent.agent.retrieval.ranked import Ranked
-from diffagent.agent.retrieval.rerank_config import RerankConfig
-from diffagent.agent.retrieval.training_calls import read_rows
 from diffagent.agent.selector import Choice
-from diffagent.errors import ArtifactError
-from diffagent.schemas.runtime import RuntimeConfig
-from diffagent.store.artifacts import Artifact, StageContext, StageResult, stage
 from diffagent.t2i.catalogue import Catalogue
 
 if TYPE_CHECKING:
-    from diffagent.agent.lm.llm import Quantization
+    from diffagent.agent.lm.llm import Agent
     from diffagent.agent.retrieval.terms import Floats
 
 log = logging.getLogger(__name__)
 
-_FILE = "reranker.json"
 _BATCH = 8  # prompts at a time: (8 x 20 names, 15 tokens, 50,000 words) logits are 500 MB
 _EQUAL = (0.5, 0.5)  # the geometric mean
 
@@ -162,52 +152,6 @@ def fit_reranked(
     a, b = weights[0].tolist()
     log.info("weights of retrieval and agent: %.2f, %.2f (n = %d)", a, b, len(rows))
     return Reranked(retrieval, agent, (a, b), candidates), len(rows)
-
-
-@stage("rerank", version=2, config=RerankConfig)
-def fit_reranker(config: RerankConfig, context: StageContext) -> StageResult:
-    """Weigh retrieval and agent against each other on validation prompts -> reranker.json."""
-    dabench = context.one("dabench")
-    rows = read_rows(dabench.path).filter(split="validation")
-    rows = rows.sample(min(config.num_prompts, rows.height), seed=config.seed, shuffle=True)
-    reranked, used = fit_reranked(
-        _retrieval(config, dabench, context.runtime),
-        load_agent(context.one("agent").path, context.runtime.device, generates=False),
-        rows["prompt"].to_list(),
-        [orjson.loads(api)["model"] for api in rows["api"]],
-        config.candidates,
-    )
-    weights = dict(zip(("retrieval", "agent"), reranked.weights, strict=True))
-    (context.out / _FILE).write_bytes(orjson.dumps(weights, option=orjson.OPT_INDENT_2))
-    return StageResult(rows={"validation": rows.height, "used": used}, metrics=weights)
-
-
-def reranked_selector(
-    config: RerankConfig,
-    dabench: Artifact,
-    agent: Artifact,
-    runtime: RuntimeConfig,
-    quantization: Quantization = "none",
-) -> Reranked:
-    """The agent of a store as judge of what is fitted on a DABench; both weighed once.
-
-    Raises:
-        ArtifactError: the agent was trained on another catalogue.
-    """
-    judge = load_agent(agent.local(), runtime.device, quantization, generates=False)
-    if judge.catalogue.entries != Catalogue.load(dabench.local()).entries:
-        raise ArtifactError(
-            f"the agent in {agent.location!r} was trained on another catalogue than that of "
-            f"{dabench.location!r}; give the DABench that it was trained on"
-        )
-    fitted = fit_reranker.run(config, {"dabench": [dabench], "agent": [agent]}, runtime)
-    facts = orjson.loads(Path(fitted.local(), _FILE).read_bytes())
-    retrieval = _retrieval(config, dabench, runtime)
-    return Reranked(retrieval, judge, (facts["retrieval"], facts["agent"]), config.candidates)
-
-
-def _retrieval(config: RerankConfig, dabench: Artifact, runtime: RuntimeConfig) -> Ranked:
-    return fitted_selector(config.retrieval, dabench, runtime, config.encoder, config.seed)
 
 
 def _name(choice: Choice) -> tuple[str, str]:

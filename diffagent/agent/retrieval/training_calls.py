@@ -14,7 +14,7 @@ import polars as pl
 
 from diffagent.errors import ArtifactError
 from diffagent.failures import reading
-from diffagent.store.artifacts import describe_directory
+from diffagent.store import describe_directory
 from diffagent.t2i.catalogue import Catalogue
 
 Ints = npt.NDArray[np.int64]

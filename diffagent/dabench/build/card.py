@@ -19,18 +19,17 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 import yaml
 
-from diffagent.localcivitai.sources import SOURCES
-from diffagent.t2i.catalogue import SYNTHETIC
 from diffagent.dabench import columns
-from diffagent.t2i.base_models import base_model_of
-from diffagent.t2i.catalogue import Catalogue
-from diffagent.dabench.tools.layout import one_line
 from diffagent.dabench.build.shard_config import DABenchConfig
-from diffagent.schemas.tables import CATALOGUE, DABENCH
+from diffagent.dabench.tools.layout import one_line
+from diffagent.localcivitai.sources import SOURCES
 from diffagent.schemas.manifest import Funnel
+from diffagent.schemas.tables import CATALOGUE, DABENCH
+from diffagent.t2i.base_models import base_model_of
+from diffagent.t2i.catalogue import SYNTHETIC, Catalogue
 
 #: Kinds of sites. ``api``: an address that is not Civitai's.
-Source = Literal["civitai", "api", "dump", "local", "release", "sandbox", "unknown"]
+Source = Literal["civitai", "api", "dump", "local", "release", "unknown"]
 
 _FROM: Mapping[Source, str] = {
     "civitai": "built from answers of Civitai's public API",
@@ -38,7 +37,6 @@ _FROM: Mapping[Source, str] = {
     "dump": "built from a dump of records in the shape of Civitai's public API",
     "local": "built from a folder of model files, their sidecars and the pictures next to them",
     "release": "built from instruction-API pairs in the layout of the authors' release",
-    "sandbox": "built from the embedded sandbox: an invented site with toy models that draw shapes",
     "unknown": "built from records in the shape of Civitai's public API",
 }
 #: Limits that hold for some sources.
@@ -58,7 +56,6 @@ _LIMITS_OF: Mapping[Source, tuple[str, ...]] = {
         "model's flag states otherwise.",
     ),
     "release": ("A release states no levels, scans or licences.",),
-    "sandbox": ("Models, users and prompts are invented; numbers mean nothing outside the demo.",),
     "unknown": (_RATED,),
 }
 _CIVITAI = re.compile(r"(.+\.)?civitai\.(com|green|red)")
@@ -83,6 +80,7 @@ _MAX_LABEL = 40
 class CardFacts:
     """What the card reports beside the catalogue.
 
+    ``about``: note of the source about itself, with its own ``source`` and ``limits``; or empty.
     ``random_rows`` and ``exposed``: rows of each random split, and how many of its test rows have
     a near-duplicate, post- or series-mate in its train split. ``base_models``: rows of each base
     model in each split.
@@ -91,6 +89,7 @@ class CardFacts:
     rows: Mapping[str, int]
     models_used: int
     source: Source
+    about: Mapping[str, Any]
     groups: int
     largest_group: int
     random_rows: Mapping[str, int]
@@ -115,7 +114,7 @@ def write_card(out: Path, facts: CardFacts, catalogue: Catalogue) -> None:
         _source(facts),
         _splits(facts),
         _licences(catalogue),
-        _LIMITS + "".join(f"\n- {limit}" for limit in _LIMITS_OF[facts.source]),
+        _LIMITS + "".join(f"\n- {limit}" for limit in _source_limits(facts)),
         CITATION,
     ]
     (out / "README.md").write_text("\n\n".join(sections) + "\n", encoding="utf-8")
@@ -127,10 +126,19 @@ def source_of(site: str | None) -> Source:
     if site is None:
         return "unknown"
     kind = site.partition(":")[0]
-    if kind == "sandbox" or kind in SOURCES:
+    if kind in SOURCES:
         return kind  # type: ignore[return-value]
     host = urlsplit(site).hostname or ""
     return "civitai" if _CIVITAI.fullmatch(host) else "api"
+
+
+def _built_from(facts: CardFacts) -> str:
+    return literal(facts.about["source"]) if facts.about else _FROM[facts.source]
+
+
+def _source_limits(facts: CardFacts) -> Sequence[str]:
+    about = facts.about
+    return [literal(text) for text in about["limits"]] if about else _LIMITS_OF[facts.source]
 
 
 def literal(value: object) -> str:
@@ -216,7 +224,7 @@ came from is served."""
     return f"""# DABench
 
 (instruction, API) pairs for learning which text-to-image model to call, and how, for a prompt: \
-after DiffAgent (CVPR 2024, arXiv 2404.01342), {_FROM[facts.source]}. The \
+after DiffAgent (CVPR 2024, arXiv 2404.01342), {_built_from(facts)}. The \
 instruction is a user's prompt; the API names a checkpoint and its version, LoRAs and embeddings \
 with weights, sampler, steps, CFG scale, size, CLIP skip, seed and negative prompt.
 

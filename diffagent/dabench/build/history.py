@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -28,18 +28,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from diffagent.store import latest, wholeness
-from diffagent.store.artifacts import PREVIOUS, Artifact, Inputs, canonical_json, read_manifest
-from diffagent.dabench.dataset import open_dataset
 from diffagent.dabench.build.neighbours import Ints
+from diffagent.dabench.build.shard_config import DABenchConfig
 from diffagent.dabench.build.splits import NO_SPLIT, SPLITS, Assignment, Codes, Decisions, Prints
+from diffagent.dabench.dataset import open_dataset
 from diffagent.dabench.parquet_tables import write_table
 from diffagent.errors import ArtifactError
-from diffagent.store.object_store import list_remote, read_remote
-from diffagent.dabench.build.shard_config import DABenchConfig
+from diffagent.schemas.manifest import SCHEMA_VERSION, InputRef, Manifest
 from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.tables import DECISIONS
-from diffagent.schemas.manifest import SCHEMA_VERSION, InputRef, Manifest
+from diffagent.store import (
+    PREVIOUS,
+    Artifact,
+    Inputs,
+    canonical_json,
+    integrity,
+    latest,
+    read_manifest,
+)
+from diffagent.store.object_store import list_remote, read_remote
 
 log = logging.getLogger(__name__)
 
@@ -307,11 +314,24 @@ def _history_of_version(manifest: Manifest, store: str) -> str | None:
 
 def site_of(filtered: Manifest, store: str) -> str | None:
     """The site whose records were filtered; None when the crawl is there no more."""
-    for ref in filtered.inputs.get("snapshot", ()):
-        crawl = _manifest(f"{store}/{ref.stage}/{ref.identity[:16]}")
-        if crawl and (site := crawl.config.get("site")):
+    for crawl in _crawls(filtered, store):
+        if site := crawl.config.get("site"):
             return str(site).rstrip("/")
     return None
+
+
+def about_of(filtered: Manifest, store: str) -> dict[str, Any]:
+    """Returns the note of the dump whose records were filtered; empty when it has none."""
+    for crawl in _crawls(filtered, store):
+        if about := crawl.metrics.get("about"):
+            return dict(about)
+    return {}
+
+
+def _crawls(filtered: Manifest, store: str) -> Iterator[Manifest]:
+    for ref in filtered.inputs.get("snapshot", ()):
+        if crawl := _manifest(f"{store}/{ref.stage}/{ref.identity[:16]}"):
+            yield crawl
 
 
 @dataclass(frozen=True)
@@ -329,7 +349,7 @@ class _Place:
     @property
     def is_damaged(self) -> bool:
         """Whether it was set aside because it is damaged."""
-        return wholeness.is_aside(self.path)
+        return integrity.is_set_aside(self.path)
 
 
 _Version = tuple[Manifest, _Place]
@@ -393,13 +413,7 @@ def _manifest(location: str) -> Manifest | None:
 
 
 def _artifact(manifest: Manifest, place: _Place) -> Artifact:
-    return Artifact(
-        stage=manifest.stage,
-        identity=manifest.identity,
-        content_digest=manifest.content_digest,
-        path=place.path,
-        remote=place.remote,
-    )
+    return Artifact.of(manifest, place.path, place.remote)
 
 
 def _ref(manifest: Manifest) -> InputRef:

@@ -15,19 +15,36 @@ import numpy.typing as npt
 import orjson
 import pyarrow as pa
 
-from diffagent.store.artifacts import PREVIOUS, Artifact, StageContext, StageResult, stage
 from diffagent.dabench.build.card import CardFacts, source_of, write_card
-from diffagent.t2i.catalogue import Catalogue, Entry, renderable_samplers
+from diffagent.dabench.build.history import (
+    SPLITS_FILE,
+    VERSION,
+    about_of,
+    check_kept,
+    find_previous,
+    history_of,
+    read_decisions,
+    site_of,
+    store_of,
+    write_decisions,
+)
+from diffagent.dabench.build.neighbours import Flags, Ints
+from diffagent.dabench.build.shard_config import DABenchConfig
+from diffagent.dabench.build.splits import NO_SPLIT, SPLITS, Codes, Prints, Split, random_splits
 from diffagent.dabench.dataset import DISTRIBUTIONS, damaged
 from diffagent.dabench.filter.funnel import FunnelCounter
-from diffagent.dabench.build.history import SPLITS_FILE, VERSION, check_kept, find_previous, history_of, read_decisions, site_of, store_of, write_decisions
-from diffagent.dabench.build.neighbours import Flags, Ints
-from diffagent.dabench.build.splits import NO_SPLIT, SPLITS, Codes, Prints, Split, random_splits
-from diffagent.dabench.parquet_tables import TableWriter, read_batches, read_rows, table_writer, write_table
+from diffagent.dabench.parquet_tables import (
+    TableWriter,
+    read_batches,
+    read_rows,
+    table_writer,
+    write_table,
+)
 from diffagent.errors import ArtifactError
-from diffagent.dabench.build.shard_config import DABenchConfig
-from diffagent.schemas.tables import DABENCH, RECORDS
 from diffagent.schemas.manifest import Funnel
+from diffagent.schemas.tables import DABENCH, RECORDS
+from diffagent.store import PREVIOUS, Artifact, StageContext, StageResult, stage
+from diffagent.t2i.catalogue import Catalogue, Entry, renderable_samplers
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +115,7 @@ def build_dabench(config: DABenchConfig, context: StageContext) -> StageResult:
         rows=rows,
         models_used=models,
         source=source_of(site_of(filtered.manifest, store_of(filtered))),
+        about=about_of(filtered.manifest, store_of(filtered)),
         groups=len(sizes),
         largest_group=int(sizes.max(initial=0)),
         random_rows=_count(np.where(plan.inside, plan.by_chance, np.int8(NO_SPLIT))),

@@ -4,13 +4,15 @@ With a random split a nearest neighbour answers held-out prompts by having seen 
 ones: people post series, and copy each other. So three things tie pictures together:
 
 * near-duplicates: the Jaccard similarity of the sets of word pairs of their prompts is at least
-  ``near_duplicate_jaccard``; all such pairs count, not a sample (`diffagent.dabench.build.neighbours`);
+  ``near_duplicate_jaccard``; all such pairs count, not a sample
+  (`diffagent.dabench.build.neighbours`);
 * the pictures of one post;
 * an author's series: the same creator, and a similarity of at least ``series_jaccard``.
 
 Splits are decided from the prints of *all* records whose checkpoint is known, whether the filters
 keep them or not. A dataset carries what was decided (`Decisions`), and the next one begins with it
-(`diffagent.dabench.build.history` finds it): a decided record keeps its split, or is left out where it
+(`diffagent.dabench.build.history` finds it): a decided record keeps its split, or is left out
+where it
 would leak, whatever resolves later, changes, goes, comes back or is filtered in another way. What
 is new is decided generation by generation.
 """
@@ -30,10 +32,20 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from diffagent.dabench.build.neighbours import Flags, Groups, Int32s, Ints, Join, SetStore, Words, mix, ranges
+from diffagent.dabench.build.neighbours import (
+    Flags,
+    Groups,
+    Int32s,
+    Ints,
+    Join,
+    SetStore,
+    Words,
+    mix,
+    ranges,
+)
+from diffagent.dabench.build.shard_config import DABenchConfig
 from diffagent.dabench.parquet_tables import read_batches
 from diffagent.errors import ArtifactError
-from diffagent.dabench.build.shard_config import DABenchConfig
 from diffagent.schemas.tables import PRINTS
 
 Split = Literal["train", "validation", "test"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import orjson
@@ -21,7 +22,7 @@ from diffagent.dabench.parquet_tables import table_writer, write_table
 from diffagent.errors import ArtifactError
 from diffagent.parallel import ordered_map
 from diffagent.schemas.tables import PRINTS, RECORDS
-from diffagent.store.artifacts import StageContext, StageResult, stage
+from diffagent.store import StageContext, StageResult, stage
 from diffagent.t2i.catalogue import Catalogue, rename
 
 log = logging.getLogger(__name__)
@@ -41,8 +42,12 @@ def filter_records(config: FilterConfig, context: StageContext) -> StageResult:
     Raises:
         ArtifactError: the snapshot is damaged, or no model passes the filters.
     """
+    with _site_lookup(config, context) as lookup:
+        return _filter(config, context, Resolver(lookup))
+
+
+def _filter(config: FilterConfig, context: StageContext, resolver: Resolver) -> StageResult:
     snapshot = context.one("snapshot")
-    resolver = Resolver(_site_lookup(config, context))
     dates = read_generations(snapshot)
     models = ModelSift(config, resolver, read_gone(snapshot), dates)
     for model in read_items(snapshot, "models"):
@@ -85,14 +90,16 @@ def _workers(config: FilterConfig, context: StageContext) -> int:
     return 1 if size < _SMALL or config.max_hash_lookups else context.runtime.tasks.workers
 
 
-def _site_lookup(config: FilterConfig, context: StageContext) -> Lookup | None:
+@contextmanager
+def _site_lookup(config: FilterConfig, context: StageContext) -> Iterator[Lookup | None]:
     if not config.max_hash_lookups:
-        return None
-    from diffagent.civitai.client import client_for
+        yield None
+        return
     from diffagent.dabench.filter.lookup import SiteLookup
+    from diffagent.localcivitai.site import open_site
 
-    client = client_for(context.site_url, context.runtime.site.requests_per_second)
-    return SiteLookup(context.out / "by-hash.jsonl", client, config.max_hash_lookups)
+    with open_site(context.site_url, context.runtime) as site:
+        yield SiteLookup(context.out / "by-hash.jsonl", site, config.max_hash_lookups)
 
 
 def _write_distributions(path: Path, distributions: Mapping[str, Counter[str]]) -> None:

@@ -6,7 +6,7 @@ import json
 import logging
 from pathlib import Path
 
-from diffagent.civitai.client import CivitaiClient
+from diffagent.civitai.site import Site
 from diffagent.errors import NotFound
 from diffagent.schemas.payloads import whole_number
 
@@ -21,8 +21,8 @@ class SiteLookup:
     records; the others stay unknown.
     """
 
-    def __init__(self, path: Path, client: CivitaiClient, limit: int) -> None:
-        self._path, self._client, self._limit = path, client, limit
+    def __init__(self, path: Path, site: Site, limit: int) -> None:
+        self._path, self._site, self._limit = path, site, limit
         self._answers = _read(path)
         path.write_text("".join(map(_line, self._answers.items())), encoding="utf-8")
 
@@ -31,7 +31,7 @@ class SiteLookup:
         if digest in self._answers or len(self._answers) >= self._limit:
             return self._answers.get(digest)
         try:
-            answer = whole_number(self._client.get_by_hash(digest).get("id"))
+            answer = whole_number(self._site.get_by_hash(digest).get("id"))
         except NotFound:
             answer = None
         self._answers[digest] = answer

@@ -10,7 +10,7 @@ import orjson
 from diffagent.crawl import snapshot as civitai_snapshot
 from diffagent.errors import ArtifactError
 from diffagent.schemas.payloads import GONE
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 
 Item = dict[str, Any]
 

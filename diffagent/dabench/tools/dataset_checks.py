@@ -34,7 +34,7 @@ from diffagent.schemas.api import T2IAPI, ApiError, parse_api
 from diffagent.schemas.manifest import Manifest
 from diffagent.schemas.printable import printable
 from diffagent.schemas.tables import CATALOGUE, DABENCH
-from diffagent.store.artifacts import MANIFEST, PREVIOUS, Artifact, read_manifest, sha256_file
+from diffagent.store import MANIFEST, PREVIOUS, Artifact, read_manifest, sha256_file
 from diffagent.t2i.base_models import ecosystem
 from diffagent.t2i.catalogue import AIR_TYPES, Catalogue, Entry, air_of
 

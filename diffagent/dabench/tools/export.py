@@ -27,7 +27,7 @@ from diffagent.dabench.dataset import DISTRIBUTIONS, Dataset, read_file
 from diffagent.dabench.pairs import API_KEYS, PAIR_KEYS, api_mapping, to_pair
 from diffagent.errors import ArtifactError, ConfigError
 from diffagent.schemas.manifest import FileEntry, InputRef, Manifest
-from diffagent.store.artifacts import (
+from diffagent.store import (
     MANIFEST,
     canonical_json,
     files_digest,

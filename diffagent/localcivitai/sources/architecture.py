@@ -1,7 +1,7 @@
-"""What a safetensors file is, from the names and shapes of its tensors and from its header's notes.
+"""Architecture of a safetensors file, from the names and shapes of its tensors and its header.
 
-Names of base models are Civitai's. Tensors tell an architecture, not a lineage: what was trained
-from Pony or Illustrious is an SDXL to them, and any SD 1.x is "SD 1.5".
+Names of base models are Civitai's. Tensors show an architecture, not a lineage: a model trained
+from Pony or Illustrious counts as "SDXL 1.0", and any SD 1.x as "SD 1.5".
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from diffagent.t2i.weights import Tensor
 
 #: Width of the text encoder that the U-Net's cross-attention reads -> base model.
 _BY_CONTEXT = {768: "SD 1.5", 1024: "SD 2.1", 2048: "SDXL 1.0"}
-#: Input channels of the U-Net -> what it is for; 4 is text to image.
+#: Input channels of the U-Net -> its task; 4 is text to image.
 _FORMS = {9: "Inpainting", 8: "Pix2Pix"}
 _CONTEXT = re.compile(
     r"attn2[._]to_k\.(?:weight|lora_down\.weight|lora_A(?:\.default)?\.weight|lora\.down\.weight"
@@ -47,7 +47,7 @@ _NETWORKS = (
 
 @dataclass(frozen=True)
 class Architecture:
-    """Civitai's names; ``base_model`` is None when neither tensors nor notes tell it."""
+    """Type and base model in Civitai's names; ``base_model`` is None when the file shows none."""
 
     type: str
     base_model: str | None
@@ -58,7 +58,7 @@ UNKNOWN = Architecture("Other", None)
 
 
 def describe(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> Architecture:
-    """What a file is; the tensors' evidence counts for more than what the notes say."""
+    """Return the architecture of a file; tensors outweigh the notes of its header."""
     kind = _kind(tensors)
     base = _base_model(tensors, kind) or stated_base_model(notes)
     channels = tensors.get("model.diffusion_model.input_blocks.0.0.weight")
@@ -69,11 +69,11 @@ def describe(tensors: Mapping[str, Tensor], notes: Mapping[str, str]) -> Archite
 
 
 def stated_base_model(notes: Mapping[str, str]) -> str | None:
-    """The base model that the notes of a header name."""
+    """Return the base model that the notes of a header name."""
     for key in ("ss_base_model_version", "modelspec.architecture"):
-        said = notes.get(key, "").lower()
+        text = notes.get(key, "").lower()
         for start, name in _STATED:
-            if said.startswith(start):
+            if text.startswith(start):
                 return name
     return None
 
@@ -81,7 +81,7 @@ def stated_base_model(notes: Mapping[str, str]) -> str | None:
 def _kind(tensors: Mapping[str, Tensor]) -> str:
     for kind, pattern in _NETWORKS:
         if any(pattern.search(name) for name in tensors):
-            # A LoRA of convolutions wider than a pixel is what Civitai calls LoCon.
+            # Civitai calls a LoRA of convolutions wider than a pixel LoCon.
             down = (t.shape for name, t in tensors.items() if "lora_down" in name)
             wide = kind == "LORA" and any(max(shape[2:], default=1) > 1 for shape in down)
             return "LoCon" if wide else kind

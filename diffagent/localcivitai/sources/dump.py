@@ -6,10 +6,10 @@ model files. Files with 'redacted' in their name are left out. In a snapshot, wh
 is not on the site.
 
 In parquet a record is a row and its columns are the API's fields; nested ones are nested columns,
-or text with JSON, as they may be in JSON lines. An empty cell says nothing, as a missing key in
-JSON; a cell of a type that JSON has not (bytes) is left out.
+or text with JSON, as they may be in JSON lines. An empty cell means the same as a missing key in
+JSON; a cell of a type that JSON lacks (bytes) is left out.
 
-A dump is read as leniently as the site: what is no record is left out and counted.
+A dump is read as leniently as the site: values that are no records are left out and counted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 
 from diffagent.civitai.lenient_json import loads
 from diffagent.errors import ConfigError
-from diffagent.localcivitai.sources import Records, Unreadable
+from diffagent.localcivitai.sources import SourceRecords, UnreadableRecord
 from diffagent.schemas.payloads import (
     FILE_FIELDS,
     GONE,
@@ -52,15 +52,15 @@ _FIELDS = {"models": MODEL_FIELDS, "images": IMAGE_FIELDS}
 _NESTED = {"modelVersions": VERSION_FIELDS, "files": FILE_FIELDS}
 _BATCH = 1_000
 _MAX_LINE = 2 * MAX_RECORD_BYTES  # escapes make a record longer
-_TOLD = 10  # bad records of a file that are named one by one
+_LOGGED = 10  # bad records of a file that are logged one by one
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 
-def open_dump(directory: Path, cache: Path | None = None) -> Records:
-    """A dump. What is no record in it is yielded all the same, for the server to count.
+def open_dump(directory: Path, cache: Path | None = None) -> SourceRecords:
+    """Read a dump, including values that are no records, for ``Replay`` to count.
 
     Raises:
-        ConfigError: there is none; while it is read: a file is damaged.
+        ConfigError: there is no dump; later, while records are read: a file is damaged.
     """
     if not _parts(directory, "models"):
         raise ConfigError(
@@ -71,7 +71,7 @@ def open_dump(directory: Path, cache: Path | None = None) -> Records:
     tombstones = (row for row in read_records(directory, GONE) if isinstance(row, dict))
     gone = {(str(row.get("kind")), whole_number(row.get("id"))) for row in tombstones}
     images = (i for i in read_records(directory, "images") if not _is_gone("images", i, gone))
-    return Records(_models(directory, gone), images, files)
+    return SourceRecords(_models(directory, gone), images, files)
 
 
 def _is_gone(kind: str, record: Any, gone: Gone) -> bool:
@@ -89,9 +89,9 @@ def _models(directory: Path, gone: Gone) -> Iterator[Any]:
 
 
 def read_records(directory: Path, kind: str) -> Iterator[Any]:
-    """Values of a kind ('models', 'images') of a dump, in the order of files and rows.
+    """Yield the values of a kind ('models', 'images') of a dump, in the order of files and rows.
 
-    They are records, and whatever else is there: ``Unreadable`` where it is no JSON.
+    They are records and any other JSON; ``UnreadableRecord`` replaces a line that is no JSON.
 
     Raises:
         ConfigError: a file is damaged.
@@ -101,19 +101,19 @@ def read_records(directory: Path, kind: str) -> Iterator[Any]:
         rows, bad = _parquet(path) if path.suffix == ".parquet" else _lines(path), 0
         for where, value in rows:
             record = _opened(value, fields) if isinstance(value, dict) else value
-            reason = record.reason if isinstance(record, Unreadable) else flaw(record)
+            reason = record.reason if isinstance(record, UnreadableRecord) else flaw(record)
             bad += bool(reason) and kind in _FIELDS
-            if reason and bad <= _TOLD:
-                more = "; further ones of this file are counted alone" if bad == _TOLD else ""
+            if reason and bad <= _LOGGED:
+                more = "; further ones of this file are only counted" if bad == _LOGGED else ""
                 log.warning("%s: %s is left out: %s%s", path, where, printable(reason), more)
             yield record
 
 
 def _parts(directory: Path, kind: str) -> list[Path]:
-    found = [*directory.glob(f"{kind}*"), *directory.glob(f"{kind}/*")]
+    paths = [*directory.glob(f"{kind}*"), *directory.glob(f"{kind}/*")]
     return sorted(
         path
-        for path in found
+        for path in paths
         if path.is_file() and path.name.endswith(_FORMATS) and "redacted" not in path.name
     )
 
@@ -128,13 +128,16 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
                 while len(line) == _MAX_LINE and not line.endswith(b"\n"):
                     line = stream.readline(_MAX_LINE)
                 if is_long:
-                    yield f"line {number}", Unreadable(f"a line of more than {_MAX_LINE} bytes")
+                    yield (
+                        f"line {number}",
+                        UnreadableRecord(f"a line of more than {_MAX_LINE} bytes"),
+                    )
                 elif line.strip():
                     yield f"line {number}", _value(line)
     except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(
-            f"{path} is damaged behind line {number} ({error}); put it back from a copy, or cut it "
-            "there to use what is before"
+            f"{path} is damaged behind line {number} ({error}); restore it from a copy, or cut it "
+            "there to use the lines before"
         ) from None
 
 
@@ -142,7 +145,7 @@ def _value(line: bytes) -> Any:
     try:
         return loads(line)
     except ValueError:
-        return Unreadable("no JSON")
+        return UnreadableRecord("no JSON")
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -155,14 +158,14 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
             for batch in file.iter_batches(_BATCH):
                 for row in batch.to_pylist():
                     number += 1
-                    # An empty cell of a table says nothing; in JSON null says that.
+                    # An empty cell of a table means a missing key.
                     yield f"row {number}", {k: v for k, v in _plain(row).items() if v is not None}
     except (OSError, pa.ArrowInvalid) as error:
-        raise ConfigError(f"{path} is no whole parquet file ({error}): make it again") from None
+        raise ConfigError(f"{path} is no whole parquet file ({error}): create it again") from None
 
 
 def _opened(record: Row, fields: Fields) -> Row:
-    """A record whose nested values may have been text with JSON, at any depth that the API has."""
+    """Return a record with its nested values parsed where they were text with JSON."""
     for key, value in record.items():
         kinds = fields.get(key, ())
         if isinstance(value, str) and value[:1] in ("{", "[") and {dict, list} & set(kinds):
@@ -177,7 +180,7 @@ def _opened(record: Row, fields: Fields) -> Row:
 
 
 def _plain(value: Any) -> Any:
-    """A cell as JSON has it; what JSON has not, and empty cells within it, are left out."""
+    """Return a cell as JSON; values that JSON lacks, and empty cells within it, are left out."""
     if isinstance(value, dict):
         cells = {str(key): _plain(cell) for key, cell in value.items()}
         return {key: cell for key, cell in cells.items() if cell is not None}
@@ -191,7 +194,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, date):
         return value.isoformat()
     if isinstance(value, Decimal | float) and not math.isfinite(value):
-        return None  # how a table without empty cells has them
+        return None  # the empty cell of a table that has no others
     if isinstance(value, Decimal):
         return int(value) if value == value.to_integral_value() else float(value)
     return value if isinstance(value, str | int | float) else None

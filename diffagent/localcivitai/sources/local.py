@@ -1,28 +1,26 @@
 """A folder of model files as users of A1111 and ComfyUI have it, at any depth.
 
-What a file is comes from the sidecars beside it, and where these say nothing from its header:
+Sidecars next to a file describe it; its header supplies the facts that they lack:
 
 * ``NAME.civitai.info`` (Civitai Helper): the answer of /model-versions/by-hash;
-* ``NAME.metadata.json`` (ComfyUI-Lora-Manager): ``civitai`` in it is such an answer, and it has a
-  name, base model and tags of its own for what Civitai does not know;
-* ``NAME.cm-info.json`` (StabilityMatrix): the same facts under names of its own;
+* ``NAME.metadata.json`` (ComfyUI-Lora-Manager): ``civitai`` in it is such an answer; its own name,
+  base model and tags describe files that Civitai does not have;
+* ``NAME.cm-info.json`` (StabilityMatrix): the same facts under other names;
 * ``NAME.json`` (A1111): description, "sd version", "activation text", notes;
 * the header of a safetensors file: kohya's ``ss_*``, ``modelspec.*``, tensor names and shapes.
 
-An answer of the site counts only for the file whose SHA256 it names. What the site does not know
-gets ids of its own from that SHA256 (``sources.synthetic_id``). Pictures beside a model
-(``NAME.png``, ``NAME.preview.png``, ...) that say how they were made become records of pictures;
-nobody has rated them, so they count as PG unless the Lora Manager's notes or the model's nsfw flag
-say otherwise.
+An answer of the site counts only for the file whose SHA256 it names. A file that the site does not
+have gets ids from its SHA256 (``sources.synthetic_id``). Pictures next to a model (``NAME.png``,
+``NAME.preview.png``, ...) with generation metadata become records of pictures. They have no rating,
+so they count as PG unless the Lora Manager's notes or the model's nsfw flag state another level.
 
 Symbolic links are followed, since A1111 and ComfyUI are set up with them; each file counts once,
-and links that lead around the folder or nowhere are skipped with a word. A ComfyUI's
+and links that lead around the folder or nowhere are skipped with a warning. A ComfyUI's
 ``extra_model_paths.yaml`` is read. Parts of a diffusers pipeline and shards are no checkpoints.
 
 Files are not trusted: headers are bounded and checked, pickles are hashed and never opened. A
-refused file is listed all the same, with the reason where the site has the result of its scan and
-without a way to download it. Nothing is written beside the files; hashes are kept in a file of the
-store, by size and time.
+refused file is listed as well, with the reason as the result of its scan and without a download
+link. Nothing is written next to the files: the store has a file of their hashes, by size and time.
 """
 
 from __future__ import annotations
@@ -43,9 +41,9 @@ from typing import Any
 import orjson
 from filelock import FileLock
 
-from diffagent.civitai.client import parse_json
+from diffagent.civitai.lenient_json import parse_json
 from diffagent.errors import CivitaiError, ConfigError, RenderError
-from diffagent.localcivitai.sources import Records, synthetic_id
+from diffagent.localcivitai.sources import SourceRecords, synthetic_id
 from diffagent.localcivitai.sources.architecture import UNKNOWN, Architecture, describe
 from diffagent.schemas.payloads import (
     FILE_FIELDS,
@@ -54,11 +52,14 @@ from diffagent.schemas.payloads import (
     PG,
     VERSION_FIELDS,
     X,
+    as_dict,
+    as_list,
     json_flaw,
     level_of,
+    objects_in,
     whole_number,
 )
-from diffagent.store.artifacts import atomic_file
+from diffagent.store import atomic_file
 from diffagent.t2i.catalogue import SYNTHETIC
 from diffagent.t2i.quantised import check_quantisation
 from diffagent.t2i.weights import Tensor, check_weights, read_header, read_metadata, reading
@@ -87,7 +88,7 @@ _SD_VERSIONS = {
 }  # fmt: skip
 #: A folder with ``models`` and one of these is an installation: A1111, Forge, SD.Next, ComfyUI.
 _PROGRAMS = ("webui.py", "launch.py", "main.py")
-#: What the folders of A1111 and ComfyUI hold, in lower case: for files whose tensors do not tell.
+#: Types of the folders of A1111 and ComfyUI, in lower case: for files whose tensors show none.
 _TYPES_BY_FOLDER = {
     **dict.fromkeys(("stable-diffusion", "checkpoints", "diffusion_models", "unet"), CHECKPOINT),
     **dict.fromkeys(("lora", "loras"), "LORA"),
@@ -109,9 +110,13 @@ _TENSORS_ONLY = "a checked safetensors file holds tensors alone"
 
 @dataclass
 class LocalFile:
-    """One model file: its hashes, and what its header says or why it is refused.
+    """One model file.
 
-    ``undrawable``: why a sound file cannot be drawn with; '' when nothing is known against it.
+    Attributes:
+        hashes: Civitai's, in upper case.
+        notes: metadata of its header.
+        refused: why the file is not used; ''.
+        undrawable: why a sound file cannot render pictures; '' without a known reason.
     """
 
     path: Path
@@ -131,25 +136,25 @@ class LocalFile:
         return self.path.with_suffix("")
 
 
-def open_folder(directory: Path, cache: Path | None = None) -> Records:
-    """The models and pictures of a folder.
+def open_folder(directory: Path, cache: Path | None = None) -> SourceRecords:
+    """Read the models and pictures of a folder.
 
     Raises:
-        ConfigError: there is no model file in it.
+        ConfigError: it holds no model file.
     """
-    hashes = Hashes(cache)
+    hashes = FileHashes(cache)
     models: dict[int, Row] = {}
     images: dict[int, Row] = {}
     files: dict[str, LocalFile] = {}
     for path in model_files(directory):
         try:
-            file = look(path, hashes)
+            file = inspect_file(path, hashes)
             if twin := files.get(file.sha256):
-                log.warning("%r holds the same as %r; left out", str(path), str(twin.path))
+                log.warning("%r has the same content as %r; left out", str(path), str(twin.path))
                 continue
             model, version = record_of(file)
             pictures = list(pictures_of(file, version, model))
-        except Exception as error:  # one file, whatever is in it, does not stop the others
+        except Exception as error:  # no file stops the others
             kind = type(error).__name__
             log.warning("%r cannot be read (%s: %s); left out", str(path), kind, error)
             continue
@@ -164,15 +169,15 @@ def open_folder(directory: Path, cache: Path | None = None) -> Records:
         kinds = ", ".join(_WEIGHTS)
         raise ConfigError(f"{str(directory)!r} holds no model file ({kinds}) at any depth")
     served = {sha: file.path for sha, file in files.items() if not file.refused}
-    return Records(list(models.values()), list(images.values()), served)
+    return SourceRecords(list(models.values()), list(images.values()), served)
 
 
 def model_files(*directories: Path) -> Iterator[Path]:
-    """Find model files at any depth in a stable order; of an installation its model folders.
+    """Yield model files at any depth in a stable order; of an installation those of its models.
 
     Symbolic links are followed. Each folder and each file counts once, however many links lead to
-    it, so that links that go in circles end. A link to a folder around the one that is searched,
-    and one that leads nowhere, is skipped with a warning.
+    it, so that circles of links end. A link to a folder around the searched one, or to nothing, is
+    skipped with a warning.
     """
     seen: set[tuple[int, int]] = set()
     for directory in directories:
@@ -189,7 +194,7 @@ def _warn_unreadable(error: OSError) -> None:
 
 
 def _is_new(status: os.stat_result, seen: set[tuple[int, int]]) -> bool:
-    """Whether a file or folder was not seen before; it is from now on."""
+    """Whether a file or folder is new; add it to ``seen``."""
     key = (status.st_dev, status.st_ino)
     is_new = key not in seen
     seen.add(key)
@@ -197,7 +202,7 @@ def _is_new(status: os.stat_result, seen: set[tuple[int, int]]) -> bool:
 
 
 def _is_to_enter(path: Path, top: Path, seen: set[tuple[int, int]]) -> bool:
-    """Whether a folder below ``top`` was not seen yet; a link to one around ``top`` is not new."""
+    """Whether a folder below ``top`` is new; a link to one around ``top`` is not."""
     try:
         if path.is_symlink() and top.resolve().is_relative_to(path.resolve()):
             log.warning("%r is a link to a folder around it; not followed", str(path))
@@ -223,7 +228,7 @@ def _is_model(path: Path, seen: set[tuple[int, int]]) -> bool:
 
 
 def _tops(directory: Path) -> list[Path]:
-    """The folders to search: of an installation those with models, else the directory itself."""
+    """Return the folders to search: those of an installation with models, else the directory."""
     is_installation = any((directory / name).exists() for name in _PROGRAMS)
     if not ((directory / "models").is_dir() and is_installation):
         return [directory]
@@ -232,7 +237,7 @@ def _tops(directory: Path) -> list[Path]:
 
 
 def _extra_paths(directory: Path) -> Iterator[Path]:
-    """The folders that a ComfyUI's extra_model_paths.yaml adds."""
+    """Yield the folders that a ComfyUI's extra_model_paths.yaml adds."""
     import yaml
 
     path = directory / _EXTRA_PATHS
@@ -244,9 +249,9 @@ def _extra_paths(directory: Path) -> Iterator[Path]:
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         log.warning("%r is left out: %s", str(path), error)
         return
-    for section in _dict(sections).values():
-        base = directory / Path(_text(_dict(section).get("base_path"))).expanduser()
-        for kind, names in _dict(section).items():
+    for section in as_dict(sections).values():
+        base = directory / Path(_text(as_dict(section).get("base_path"))).expanduser()
+        for kind, names in as_dict(section).items():
             if str(kind).lower() not in _TYPES_BY_FOLDER:
                 continue
             for name in _text(names).splitlines():
@@ -256,43 +261,43 @@ def _extra_paths(directory: Path) -> Iterator[Path]:
 
 
 def _put(models: dict[int, Row], model: Row, version: Row) -> None:
-    """Add a version's file to the models that are there already."""
-    known = models.setdefault(model["id"], model)
-    for other in known["modelVersions"]:
+    """Add a version's file to the models so far."""
+    listed = models.setdefault(model["id"], model)
+    for other in listed["modelVersions"]:
         if other["id"] == version["id"]:
             other["files"] += version["files"]
             return
-    known["modelVersions"].append(version)
+    listed["modelVersions"].append(version)
 
 
 # --- one file -------------------------------------------------------------------------------
 
 
-class Hashes:
-    """Hashes of files, each computed once as long as its size and time stay.
+class FileHashes:
+    """Hashes of files, each computed once while its size and time stay.
 
-    Threads may share it, and processes its file: what each has found out is merged.
+    Threads may share it, and processes its cache, into which ``save`` merges.
 
     Args:
-        cache: the file that keeps them; None: they are forgotten.
+        cache: file that stores the hashes; None: they stay in memory.
     """
 
     def __init__(self, cache: Path | None) -> None:
         self._cache, self._saved, self._changed = cache, time.monotonic(), False
         self._lock = threading.RLock()
-        self._known = self._read()
+        self._entries = self._read()
 
     def of(self, path: Path) -> dict[str, str]:
-        """Civitai's hashes of a file, in upper case."""
+        """Return Civitai's hashes of a file, in upper case."""
         return dict(self._entry(path)[2])
 
-    def know(self, path: Path) -> bool:
-        """Whether a file need not be read."""
+    def has(self, path: Path) -> bool:
+        """Whether the hashes of a file are stored, so that it need not be read."""
         stat, key = path.stat(), _key(path)
-        return self._known.get(key, [])[:2] == [stat.st_size, stat.st_mtime_ns]
+        return self._entries.get(key, [])[:2] == [stat.st_size, stat.st_mtime_ns]
 
     def flaw(self, path: Path) -> str:
-        """Why a safetensors file must not be loaded, every weight looked at; '' when it may."""
+        """Return why a safetensors file must not be loaded; checks every weight once; or ''."""
         with self._lock:
             entry = self._entry(path)
             if len(entry) < 4:
@@ -305,7 +310,7 @@ class Hashes:
             return str(entry[3])
 
     def save(self) -> None:
-        """Keep what is new for the next time."""
+        """Store new hashes in the cache."""
         with self._lock:
             self._saved = time.monotonic()
             if not self._cache or not self._changed:
@@ -314,11 +319,11 @@ class Hashes:
             try:
                 self._cache.parent.mkdir(parents=True, exist_ok=True)
                 with FileLock(f"{self._cache}.lock"), atomic_file(self._cache) as file:
-                    self._known = {**self._read(), **self._known}
-                    file.write_bytes(orjson.dumps(self._known))
+                    self._entries = {**self._read(), **self._entries}
+                    file.write_bytes(orjson.dumps(self._entries))
             except OSError as error:
                 log.warning(
-                    "hashes cannot be kept in %r (%s): the next run computes them again",
+                    "hashes cannot be stored in %r (%s): the next run computes them again",
                     str(self._cache), error.strerror or error,
                 )  # fmt: skip
 
@@ -331,15 +336,15 @@ class Hashes:
         return {}
 
     def _entry(self, path: Path) -> list[Any]:
-        """[size, time, hashes], and at the end the flaw once it was looked for."""
+        """Return [size, time, hashes], and at the end the flaw of a checked file."""
         with self._lock:
-            if not self.know(path):
+            if not self.has(path):
                 stat = path.stat()
-                self._known[_key(path)] = [stat.st_size, stat.st_mtime_ns, hash_file(path)]
+                self._entries[_key(path)] = [stat.st_size, stat.st_mtime_ns, hash_file(path)]
                 self._changed = True
                 if time.monotonic() - self._saved > _SAVE_SECONDS:
                     self.save()
-            return self._known[_key(path)]
+            return self._entries[_key(path)]
 
 
 def _key(path: Path) -> str:
@@ -347,7 +352,7 @@ def _key(path: Path) -> str:
 
 
 def hash_file(path: Path) -> dict[str, str]:
-    """SHA256, AutoV1, AutoV2, CRC32, and of safetensors AutoV3, in one pass."""
+    """Compute SHA256, AutoV1, AutoV2, CRC32, and of safetensors AutoV3, in one pass."""
     whole, payload, window, crc, at = hashlib.sha256(), hashlib.sha256(), b"", 0, 0
     start = 0
     with path.open("rb") as stream:
@@ -361,16 +366,16 @@ def hash_file(path: Path) -> dict[str, str]:
             if at == 0x100000:
                 window = data[:0x10000]
             at += len(data)
-    found = {"SHA256": whole.hexdigest(), "AutoV2": whole.hexdigest()[:10], "CRC32": f"{crc:08x}"}
+    digests = {"SHA256": whole.hexdigest(), "AutoV2": whole.hexdigest()[:10], "CRC32": f"{crc:08x}"}
     if start:
-        found["AutoV3"] = payload.hexdigest()[:12]
+        digests["AutoV3"] = payload.hexdigest()[:12]
     if window:
-        found["AutoV1"] = hashlib.sha256(window).hexdigest()[:8]
-    return {name: value.upper() for name, value in found.items()}
+        digests["AutoV1"] = hashlib.sha256(window).hexdigest()[:8]
+    return {name: value.upper() for name, value in digests.items()}
 
 
-def look(path: Path, hashes: Hashes) -> LocalFile:
-    """What a file is; the header of a safetensors file is checked, nothing else is opened."""
+def inspect_file(path: Path, hashes: FileHashes) -> LocalFile:
+    """Describe a file; only the header of a safetensors file is opened, and checked."""
     file = LocalFile(path, hashes.of(path), Architecture(_type_by_folder(path), None))
     if path.suffix.lower() != ".safetensors":
         file.refused = f"{_WEIGHTS[path.suffix.lower()]}: only safetensors are used"
@@ -395,7 +400,7 @@ def look(path: Path, hashes: Hashes) -> LocalFile:
 
 
 def undrawable(path: Path) -> str:
-    """Why the weights of a sound file cannot be drawn with; '' when nothing is against them."""
+    """Return why the weights of a sound file cannot render pictures; '' when they can."""
     try:
         check_quantisation(path)
     except RenderError as error:
@@ -404,7 +409,7 @@ def undrawable(path: Path) -> str:
 
 
 def _part(path: Path, tensors: Mapping[str, Tensor], kind: str) -> str:
-    """Why a file is no whole checkpoint but a part of one, by its name, place or tensors; or ''.
+    """Return why a file is only a part of a checkpoint, by its name, place or tensors; or ''.
 
     Args:
         path: of the file.
@@ -424,10 +429,10 @@ def _part(path: Path, tensors: Mapping[str, Tensor], kind: str) -> str:
 
 
 def _type_by_folder(path: Path) -> str:
-    """The type of what the nearest known folder holds, in Civitai's words."""
+    """Return Civitai's type for the nearest folder that has one."""
     for name in reversed(path.parent.parts):
-        if known := _TYPES_BY_FOLDER.get(name.lower()):
-            return known
+        if kind := _TYPES_BY_FOLDER.get(name.lower()):
+            return kind
     return UNKNOWN.type
 
 
@@ -435,22 +440,22 @@ def _type_by_folder(path: Path) -> str:
 
 
 def record_of(file: LocalFile) -> tuple[Row, Row]:
-    """The model without versions, and its version with this file, in the API's shape."""
+    """Return the model without versions, and its version with this file, in the API's form."""
     managed = _read_json(Path(f"{file.stem}.metadata.json"))
     answers = (
         _read_json(Path(f"{file.stem}.civitai.info")),
-        _dict(managed.get("civitai")),
+        as_dict(managed.get("civitai")),
         _of_stability_matrix(_read_json(Path(f"{file.stem}.cm-info.json"))),
     )
     for answer in answers:
-        known = _known_file(answer, file)
-        if known is not None:
-            return _of_answer(answer, known, file)
+        entry = _file_entry(answer, file)
+        if entry is not None:
+            return _of_answer(answer, entry, file)
     return _of_header(file, managed, _read_json(Path(f"{file.stem}.json")))
 
 
 def _of_stability_matrix(info: Row) -> Row:
-    """StabilityMatrix' notes in the shape of the site's answer."""
+    """Convert StabilityMatrix' notes to the form of the site's answer."""
     names = {"id": "VersionId", "modelId": "ModelId", "name": "VersionName",
              "baseModel": "BaseModel", "trainedWords": "TrainedWords"}  # fmt: skip
     answer = {name: info[key] for name, key in names.items() if key in info}
@@ -459,13 +464,13 @@ def _of_stability_matrix(info: Row) -> Row:
         for name, key in {"name": "ModelName", "type": "ModelType", "nsfw": "Nsfw"}.items()
         if key in info
     }
-    if hashes := _dict(info.get("Hashes")):
+    if hashes := as_dict(info.get("Hashes")):
         answer["files"] = [{"hashes": hashes}]
     return answer
 
 
 def _read_json(path: Path) -> Row:
-    """A sidecar's object; {} when there is none."""
+    """Read a sidecar's object; {} without one."""
     if not path.is_file():
         return {}
     try:
@@ -481,17 +486,17 @@ def _read_json(path: Path) -> Row:
 
 
 def _site_id(value: Any) -> int | None:
-    """An id that the site can have given; None for anything else."""
+    """Read an id of the site; None for any other value."""
     number = whole_number(value)
     return number if number is not None and 0 < number < SYNTHETIC else None
 
 
-def _known_file(answer: Row, file: LocalFile) -> Row | None:
-    """The entry of an answer's ``files`` that is this file; {} when none of them has a hash."""
+def _file_entry(answer: Row, file: LocalFile) -> Row | None:
+    """Return the entry of an answer's ``files`` that is this file; {} when none has a hash."""
     if _site_id(answer.get("id")) is None or _site_id(answer.get("modelId")) is None:
-        return None  # what a tool writes for a file that the site does not know
-    files = [f for f in _list(answer.get("files")) if isinstance(f, dict)]
-    hashes = [str(_dict(f.get("hashes")).get("SHA256") or "").lower() for f in files]
+        return None  # a tool's answer for a file that the site does not have
+    files = objects_in(answer.get("files"))
+    hashes = [str(as_dict(f.get("hashes")).get("SHA256") or "").lower() for f in files]
     if file.sha256 in hashes:
         return files[hashes.index(file.sha256)]
     if any(hashes):
@@ -500,8 +505,8 @@ def _known_file(answer: Row, file: LocalFile) -> Row | None:
     return {}
 
 
-def _of_answer(answer: Row, known: Row, file: LocalFile) -> tuple[Row, Row]:
-    about = _typed(_dict(answer.get("model")), MODEL_FIELDS)
+def _of_answer(answer: Row, entry: Row, file: LocalFile) -> tuple[Row, Row]:
+    about = _typed(as_dict(answer.get("model")), MODEL_FIELDS)
     model = {
         **about,
         "id": _site_id(answer["modelId"]),
@@ -513,14 +518,14 @@ def _of_answer(answer: Row, known: Row, file: LocalFile) -> tuple[Row, Row]:
         model["creator"] = answer["creator"]
     ident = _site_id(answer["id"])
     version = _typed(answer, VERSION_FIELDS)
-    images = [_typed(i, IMAGE_FIELDS) for i in _list(answer.get("images")) if isinstance(i, dict)]
-    version |= {"id": ident, "files": [_file_record(file, ident, known)], "images": images}
+    images = [_typed(image, IMAGE_FIELDS) for image in objects_in(answer.get("images"))]
+    version |= {"id": ident, "files": [_file_record(file, ident, entry)], "images": images}
     version["downloadUrl"] = version["files"][0].get("downloadUrl")
     return model, version
 
 
 def _of_header(file: LocalFile, managed: Row, user: Row) -> tuple[Row, Row]:
-    """What the site does not know, from the tools' own notes and the file's header."""
+    """Describe a file that the site does not have, by the tools' notes and its header."""
     ident, notes = synthetic_id(file.sha256), file.notes
     base = file.architecture.base_model or _text(managed.get("base_model"))
     base = base or _SD_VERSIONS.get(_text(user.get("sd version")), "")
@@ -533,7 +538,7 @@ def _of_header(file: LocalFile, managed: Row, user: Row) -> tuple[Row, Row]:
         "description": _text(managed.get("modelDescription"))
         or _text(user.get("description"))
         or notes.get("modelspec.description", ""),
-        "tags": [tag for tag in _list(managed.get("tags")) if isinstance(tag, str)],
+        "tags": [tag for tag in as_list(managed.get("tags")) if isinstance(tag, str)],
         "modelVersions": [],
     }
     if author := notes.get("modelspec.author"):
@@ -552,9 +557,9 @@ def _of_header(file: LocalFile, managed: Row, user: Row) -> tuple[Row, Row]:
     return model, version
 
 
-def _file_record(file: LocalFile, version: int | None, known: Row) -> Row:
-    """The record of this file; ``known`` is what the site says of it."""
-    ident = _site_id(known.get("id")) or synthetic_id(file.sha256)
+def _file_record(file: LocalFile, version: int | None, entry: Row) -> Row:
+    """Return the record of this file; ``entry`` is the site's."""
+    ident = _site_id(entry.get("id")) or synthetic_id(file.sha256)
     form = _WEIGHTS[file.path.suffix.lower()]
     record = {
         "type": "Model",
@@ -562,12 +567,12 @@ def _file_record(file: LocalFile, version: int | None, known: Row) -> Row:
         "pickleScanMessage": _TENSORS_ONLY,
         "virusScanResult": "Success",
         "virusScanMessage": _TENSORS_ONLY,
-        **_typed(known, FILE_FIELDS),
+        **_typed(entry, FILE_FIELDS),
         "id": ident,
         "name": _clean(file.path.name),
         "sizeKB": file.path.stat().st_size / 1024,
-        "metadata": {**_dict(known.get("metadata")), "format": form},
-        "hashes": {**_dict(known.get("hashes")), **file.hashes},
+        "metadata": {**as_dict(entry.get("metadata")), "format": form},
+        "hashes": {**as_dict(entry.get("hashes")), **file.hashes},
         "primary": True,
     }
     record.pop("downloadUrl", None)
@@ -579,7 +584,7 @@ def _file_record(file: LocalFile, version: int | None, known: Row) -> Row:
 
 
 def _typed(row: Row, fields: Mapping[str, tuple[type, ...]]) -> Row:
-    """What of a record is known to the API and has a type that it has there."""
+    """Select the fields of a record that the API has, with a type that it has there."""
     return {key: value for key, value in row.items() if type(value) in fields.get(key, ())}
 
 
@@ -591,7 +596,7 @@ def _name(file: LocalFile) -> str:
 
 
 def _clean(name: str) -> str:
-    """A file's name as text, whatever its bytes are."""
+    """Return a file's name as text, whatever its bytes."""
     return os.fsencode(name).decode("utf-8", "replace")
 
 
@@ -599,43 +604,35 @@ def _text(value: object) -> str:
     return value.strip() if isinstance(value, str) else ""
 
 
-def _list(value: object) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _dict(value: object) -> Row:
-    return value if isinstance(value, dict) else {}
-
-
 # --- pictures -------------------------------------------------------------------------------
 
 
 def pictures_of(file: LocalFile, version: Row, model: Row) -> Iterator[Row]:
-    """Pictures of the version that say how they were made: its sidecar's, and those beside it."""
+    """Yield pictures of the version with generation metadata: its sidecar's, and picture files."""
     base: Row = {"modelVersionIds": [version["id"]], "type": "image"}
     if version.get("baseModel"):
         base["baseModel"] = version["baseModel"]
-    if username := _text(_dict(model.get("creator")).get("username")):
+    if username := _text(as_dict(model.get("creator")).get("username")):
         base["username"] = username
     for image in version["images"]:
         if image.get("meta"):
             url = _text(image.get("url"))
-            number = _site_id(image.get("id")) or _site_id(Path(url).stem)
-            made = number or synthetic_id(hashlib.sha256(url.encode()).hexdigest())
-            yield {**base, **image, "id": made}
-    rated = _read_json(Path(f"{file.stem}.metadata.json")).get("preview_nsfw_level")
-    base["nsfwLevel"] = level_of(rated) or (X if model.get("nsfw") else PG)
-    for path in _beside(file):
+            ident = _site_id(image.get("id")) or _site_id(Path(url).stem)
+            ident = ident or synthetic_id(hashlib.sha256(url.encode()).hexdigest())
+            yield {**base, **image, "id": ident}
+    level = _read_json(Path(f"{file.stem}.metadata.json")).get("preview_nsfw_level")
+    base["nsfwLevel"] = level_of(level) or (X if model.get("nsfw") else PG)
+    for path in _picture_files(file):
         try:
             picture = _picture(path, base)
-        except Exception as error:  # a picture that claims more pixels than memory, for example
+        except Exception as error:  # e.g. a picture that claims more pixels than memory
             kind = type(error).__name__
             log.warning("%r cannot be read (%s: %s); left out", str(path), kind, error)
         else:
             yield from [picture] if picture else []
 
 
-def _beside(file: LocalFile) -> Iterator[Path]:
+def _picture_files(file: LocalFile) -> Iterator[Path]:
     for end in _PICTURES:
         path = Path(f"{file.stem}{end}")
         if path.is_file():
@@ -643,7 +640,7 @@ def _beside(file: LocalFile) -> Iterator[Path]:
 
 
 def _picture(path: Path, base: Row) -> Row | None:
-    """The record of a picture file; None when that lacks how it was made."""
+    """Return the record of a picture file; None without generation metadata."""
     from PIL import Image
 
     from diffagent.t2i.metadata import read_image_metadata, write_parameters

@@ -1,20 +1,20 @@
-"""The authors' DABench release, or anything in its manner: instruction-API pairs as JSON.
+"""The authors' DABench release, or another in its form: instruction-API pairs as JSON.
 
-What is known of that release (DiffAgent, arXiv 2404.01342, and the README of its repository): it is
+Known facts of that release (DiffAgent, arXiv 2404.01342, and the README of its repository): it is
 one archive on Google Drive with 50,482 "Instruction-API pairs" and "mapping dictionaries to
 facilitate subsequent model downloads or API information reconstruction"; a third party names the
-keys of an API: Model, Type, Base Model, Params, Description. How its files, the keys inside Params
-and those of the dictionaries are called is not known. So the layout read here is the one that
+keys of an API: Model, Type, Base Model, Params, Description. The names of its files, of the keys
+inside Params and of those of the dictionaries are unknown. So this module reads the layout that
 ``diffagent dabench export --format instruction-api`` writes, which has those five keys: JSON arrays
 of pairs, and ``mapping/models.json``.
 
-A release whose names differ is read with a file ``names.json`` beside it, which says how each of
-the ``NAMES`` is called there. Nothing is guessed: a key that is missing, unknown or of another type
-stops with the file, the record and what was expected.
+A release with other names is read with a file ``names.json`` in its directory, which states the
+release's name for each of the ``NAMES``. Nothing is guessed: a key that is missing, unknown or of
+another type raises an error with the file, the record and the expected type.
 
 Pairs become pictures' records that name their models by version ids, and the dictionary becomes the
-models, so that everything after the crawl is as for any site. What a release does not say, such as
-the results of scans, is left out; set ``filters.require_scans=false``.
+models, so that all stages after the crawl run as for any site. Facts that a release lacks, such as
+the results of scans, are left out; set ``filters.require_scans=false``.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from typing import Any
 import orjson
 
 from diffagent.errors import ConfigError, SchemaError
-from diffagent.localcivitai.sources import Records, synthetic_id
+from diffagent.localcivitai.sources import SourceRecords, synthetic_id
 
 Row = dict[str, Any]
 _TEXT, _NUMBER, _WHOLE, _MAP, _LIST = (str,), (int, float), (int,), (dict,), (list,)
 _MAYBE = type(None)
 
-#: What is read -> the key that it has where ``names.json`` says nothing else.
+#: Field -> its key, unless ``names.json`` states another.
 NAMES: Mapping[str, str] = MappingProxyType(
     {
         **{"pairs": "*.json", "mapping": "mapping/models.json"},
@@ -76,15 +76,15 @@ _NO_PAIRS = ("names.json", "manifest.json", "distributions.json")
 Fields = Mapping[str, tuple[type, ...]]
 
 
-def open_release(directory: Path, cache: Path | None = None) -> Records:
-    """A release.
+def open_release(directory: Path, cache: Path | None = None) -> SourceRecords:
+    """Read a release.
 
     Raises:
-        ConfigError: a file is missing, or ``names.json`` names what is not known here.
-        SchemaError: while it is read: a record is not as documented; says which, and the remedy.
+        ConfigError: a file is missing, or ``names.json`` has an unknown field.
+        SchemaError: later, while records are read: a record is not as documented.
     """
     release = Release(directory)
-    return Records(release.models(), release.images())
+    return SourceRecords(release.models(), release.images())
 
 
 class Release:
@@ -107,7 +107,7 @@ class Release:
             raise ConfigError(f"{str(directory)!r} holds no pairs ({self.names['pairs']}); {_HELP}")
 
     def models(self) -> Iterator[Row]:
-        """The dictionary as models of the API."""
+        """Yield the dictionary as models of the API."""
         for name, entry in self.mapping.items():
             yield {
                 "id": entry["model_id"],
@@ -118,7 +118,7 @@ class Release:
             }
 
     def images(self) -> Iterator[Row]:
-        """The pairs as pictures of the API."""
+        """Yield the pairs as pictures of the API."""
         for path in self.pairs:
             pairs = _read_json(path)
             if not isinstance(pairs, list):
@@ -129,13 +129,13 @@ class Release:
                 yield self._image(pair, f"{path}: record {number}")
 
     def _image(self, pair: Any, where: str) -> Row:
-        found = self._check(pair, where, _PAIR, _PAIR_MAYBE)
-        api = self._check(found["API"], f"{where}, API", _API, _API_MAYBE)
+        fields = self._check(pair, where, _PAIR, _PAIR_MAYBE)
+        api = self._check(fields["API"], f"{where}, API", _API, _API_MAYBE)
         params = self._check(api["Params"], f"{where}, Params", _PARAMS, _PARAMS_MAYBE)
         version = self._resolve(api["Model"], api.get("Version"), where)
         if version["base_model"] != api["Base Model"]:
             raise SchemaError(
-                f"{where}: base model {api['Base Model']!r}, but {self.mapping_file} says "
+                f"{where}: base model {api['Base Model']!r}, but {self.mapping_file} states "
                 f"{version['base_model']!r} of that model; {_HELP}"
             )
         resources: list[Row] = [{"type": "checkpoint", "modelVersionId": version["version_id"]}]
@@ -145,7 +145,7 @@ class Release:
             resources.append({"type": "lora", "modelVersionId": used["version_id"]})
             resources[-1]["weight"] = lora["weight"]
         meta = {
-            "prompt": found["instruction"],
+            "prompt": fields["instruction"],
             "negativePrompt": api.get("Negative Prompt", ""),
             "sampler": params["sampler"],
             "steps": params["steps"],
@@ -158,7 +158,7 @@ class Release:
             meta["seed"] = params["seed"]
         digest = hashlib.sha256(orjson.dumps(meta, option=orjson.OPT_SORT_KEYS)).hexdigest()
         return {
-            "id": found.get("id", synthetic_id(digest)),
+            "id": fields.get("id", synthetic_id(digest)),
             "type": "image",
             "url": None,
             "nsfwLevel": "None",  # a release has passed its makers' NSFW filter
@@ -170,7 +170,7 @@ class Release:
         }
 
     def _resolve(self, model: str, version: str | None, where: str) -> Row:
-        """What the dictionary says of a model's version; of its only one when none is named."""
+        """Return the dictionary's facts of a version; of the only one when none is named."""
         versions = self.mapping.get(model, {}).get("versions", {})
         if version is None and len(versions) == 1:
             (version,) = versions
@@ -179,43 +179,47 @@ class Release:
                 f"{where}: {self.mapping_file} has no version {version!r} of model {model!r}"
                 f"{f', but {sorted(versions)}' if versions else ''}; {_HELP}"
             )
-        found: Row = versions[version]
-        return found
+        facts: Row = versions[version]
+        return facts
 
     def _check(
         self, value: Any, where: str, fields: Fields, maybe: Fields, *, named: bool = True
     ) -> Row:
-        """An object with all of ``fields``, some of ``maybe`` and nothing else, by our names."""
-        found = self._object(value, where, "an object")
-        known = {**fields, **maybe}
-        keys = {self.names[field] if named else field: field for field in known}
-        if unknown := sorted(found.keys() - keys.keys()):
+        """Return an object with all of ``fields`` and some of ``maybe``, by our names.
+
+        Raises:
+            SchemaError: it is no object, or a key is missing, unknown or of another type.
+        """
+        record = self._object(value, where, "an object")
+        types = {**fields, **maybe}
+        keys = {self.names[field] if named else field: field for field in types}
+        if unknown := sorted(record.keys() - keys.keys()):
             raise SchemaError(
                 f"{where}: unknown key {unknown[0]!r}; known are {sorted(keys)}; {_HELP}",
                 field=unknown[0],
             )
         for key, field in keys.items():
-            if key not in found and field in fields:
+            if key not in record and field in fields:
                 raise SchemaError(f"{where}: no key {key!r}; {_HELP}", field=key)
-            if key in found and type(found[key]) not in known[field]:
-                kinds = " or ".join(kind.__name__ for kind in known[field])
+            if key in record and type(record[key]) not in types[field]:
+                kinds = " or ".join(kind.__name__ for kind in types[field])
                 raise SchemaError(
-                    f"{where}: {key!r} is {_kind(found[key])} {str(found[key])[:60]!r}, expected "
+                    f"{where}: {key!r} is {_kind(record[key])} {str(record[key])[:60]!r}, expected "
                     f"{kinds}; {_HELP}",
                     field=key,
                 )
-        return {field: found[key] for key, field in keys.items() if key in found}
+        return {field: record[key] for key, field in keys.items() if key in record}
 
     @staticmethod
-    def _object(value: Any, where: str, what: str) -> Row:
+    def _object(value: Any, where: str, expected: str) -> Row:
         if not isinstance(value, dict):
-            raise SchemaError(f"{where}: {_kind(value)} where {what} should be; {_HELP}")
+            raise SchemaError(f"{where}: {_kind(value)} where {expected} should be; {_HELP}")
         return value
 
 
 _HELP = (
-    "see docs/crawl.md for the layout; where only names differ, say how they are called in a file "
-    "names.json beside the pairs"
+    "see docs/explanation/crawling.md for the layout; where only names differ, state them in a "
+    "file names.json in the directory of the pairs"
 )
 
 
@@ -243,16 +247,16 @@ def _version(name: str, facts: Row) -> Row:
 
 
 def _names(directory: Path) -> dict[str, str]:
-    """``NAMES``, with what ``names.json`` says of them."""
+    """Return ``NAMES`` with the changes of ``names.json``."""
     path = directory / "names.json"
     if not path.exists():
         return dict(NAMES)
-    said = _read_json(path)
-    texts = isinstance(said, dict) and all(isinstance(value, str) for value in said.values())
-    if not texts or (unknown := sorted(said.keys() - NAMES.keys())):
-        problem = f"unknown is {unknown[0]!r}" if texts else "it is no object of texts"
-        raise ConfigError(f"{path}: {problem}; it says for any of {sorted(NAMES)} how it is called")
-    return {**NAMES, **said}
+    names = _read_json(path)
+    is_texts = isinstance(names, dict) and all(isinstance(value, str) for value in names.values())
+    if not is_texts or (unknown := sorted(names.keys() - NAMES.keys())):
+        problem = f"unknown field {unknown[0]!r}" if is_texts else "it is no object of texts"
+        raise ConfigError(f"{path}: {problem}; it states the release's names of {sorted(NAMES)}")
+    return {**NAMES, **names}
 
 
 def _read_json(path: Path) -> Any:

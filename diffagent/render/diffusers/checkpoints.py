@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -55,14 +55,14 @@ class Checkpoint:
 
 
 def shipped_configs() -> list[Path]:
-    """Pipeline configurations in the package: Stable Diffusion 1.x, 2.x, XL and the sandbox's."""
-    roots = (resources.files("diffagent.render.diffusers"), resources.files("diffagent.sandbox"))
-    return [path for root in roots for path in _pipelines_below(Path(str(root)) / "config")]
+    """Returns the pipeline configurations in the package: Stable Diffusion 1.x, 2.x and XL."""
+    return _pipelines_below(Path(str(resources.files("diffagent.render.diffusers"))) / "config")
 
 
-def local_configs(directory: Path) -> list[Path]:
-    """Pipeline configurations below ``directory``, then the package's."""
-    return [*_pipelines_below(directory), *shipped_configs()]
+def local_configs(directories: Iterable[Path]) -> list[Path]:
+    """Returns the pipeline configurations below ``directories``, then the package's."""
+    local = [path for directory in directories for path in _pipelines_below(directory)]
+    return [*local, *shipped_configs()]
 
 
 def _pipelines_below(root: Path) -> list[Path]:
@@ -323,15 +323,12 @@ def _tokenizers(config: Path) -> dict[str, Any]:
 @cache
 def _clip_vocabulary() -> tuple[Mapping[str, int], Sequence[tuple[str, str]]]:
     """CLIP's vocabulary and merges, from the copy that open_clip ships."""
-    from diffagent.sandbox.caption_tokenizer import byte_characters
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     file = resources.files("open_clip") / "bpe_simple_vocab_16e6.txt.gz"
     lines = gzip.decompress(file.read_bytes()).decode("utf-8").split("\n")[1 : _MERGES + 1]
     merges = [(first, second) for first, second in (line.split() for line in lines)]
-    by_byte = byte_characters()
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # come first in CLIP's
-    order = [*printable, *(byte for byte in range(256) if byte not in printable)]
-    characters = [by_byte[byte] for byte in order]
+    characters = list(bytes_to_unicode().values())  # in CLIP's order: printable bytes first
     tokens = [
         *characters,
         *(f"{character}</w>" for character in characters),

@@ -9,7 +9,7 @@ passes have the fewest rows missing (McNaughton 1959: the least makespan with pr
 
 A pass always has the same number of rows; missing ones are filled up. With that, and only with
 that, a row's result does not depend on the others or on its place (measured bit by bit on the CPU,
-see docs/rendering.md): in batches of another size the same row differs by some 1e-6.
+see docs/explanation/rendering.md): in batches of another size the same row differs by some 1e-6.
 """
 
 from __future__ import annotations

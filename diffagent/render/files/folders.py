@@ -9,7 +9,7 @@ from pathlib import Path
 
 from diffagent.crawl.meter import meter
 from diffagent.errors import ConfigError, RenderError
-from diffagent.localcivitai.sources.local import Hashes, LocalFile, look, model_files
+from diffagent.localcivitai.sources.local import FileHashes, LocalFile, inspect_file, model_files
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class ModelFolders:
             if not folder.is_dir():
                 why = "is a file, not a folder" if folder.exists() else "is not there"
                 raise ConfigError(f"model folder {str(folder)!r} {why}; see runtime.models.folders")
-        self._hashes = Hashes(index)
+        self._hashes = FileHashes(index)
         self._lock = threading.Lock()
         self._sizes: dict[Path, int] | None = None
 
@@ -65,7 +65,7 @@ class ModelFolders:
             with meter(lambda *_: None, "model files", len(paths)) as more:
                 for path in paths:
                     try:
-                        yield look(path, self._hashes)
+                        yield inspect_file(path, self._hashes)
                     except OSError as error:
                         log.warning("%r is left out: %s", str(path), error.strerror)
                     more(1)
@@ -85,7 +85,7 @@ class ModelFolders:
             for path, size in self._sizes.items()
             if (size_bytes is None or abs(size - size_bytes) <= _SIZE_SLACK) and path.is_file()
         ]
-        return sorted(there, key=lambda path: not self._hashes.know(path))
+        return sorted(there, key=lambda path: not self._hashes.has(path))
 
     def _is(self, path: Path, sha256: str) -> bool:
         try:

@@ -34,7 +34,7 @@ from typing import IO, Any
 from filelock import FileLock
 
 from diffagent.errors import ConfigError, RenderError
-from diffagent.store.artifacts import atomic_file, sha256_file
+from diffagent.store import atomic_file, sha256_file
 from diffagent.t2i.weights import check_weights, reading
 
 log = logging.getLogger(__name__)

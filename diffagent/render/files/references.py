@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from diffagent.civitai.site import Site
 from diffagent.errors import ConfigError, NotFound, RenderError
 from diffagent.schemas.payloads import whole_number
 from diffagent.t2i.catalogue import WEIGHT_TYPES, Entry, choose_file, make_entry
@@ -25,14 +26,6 @@ _FORMS = (
     "(.../models/MODEL?modelVersionId=VERSION) or a hash (AutoV1, AutoV2, AutoV3, SHA256, ...; "
     "hash:DIGITS when it has digits alone)"
 )
-
-
-class Site(Protocol):
-    """The part of the Civitai client that finds models."""
-
-    def get_model(self, model_id: int) -> dict[str, Any]: ...
-    def get_version(self, version_id: int) -> dict[str, Any]: ...
-    def get_by_hash(self, digest: str) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ ComfyUI knows models by their names in its folders alone. A model is taken by th
 or by the name that the configuration gives; where the same file lies here as well, what the headers
 of both say is compared. The answer's graph has to be the one that was sent.
 
-docs/rendering-http.md has what was read where.
+docs/how-to/render-on-a-server.md has what was read where.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from diffagent.render.http.remote import (
 from diffagent.render.http.server_renderer import ServerRenderer
 from diffagent.render.recipe import Recipe
 from diffagent.render.renderer import Files, ModelRef
-from diffagent.store.artifacts import canonical_json
+from diffagent.store import canonical_json
 from diffagent.t2i.base_models import ecosystem
 from diffagent.t2i.metadata.a1111 import shortest
 from diffagent.t2i.samplers import SAMPLERS, normalise

@@ -13,9 +13,7 @@ import io
 import json
 import logging
 import os
-import random
 import re
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -26,8 +24,9 @@ from urllib.parse import urlsplit
 import requests
 from requests.auth import AuthBase
 
-from diffagent.civitai.client import Patience, is_loopback, origin_of
-from diffagent.errors import ConfigError, RenderError, RenderServerError
+from diffagent.civitai.address import is_loopback, origin_of
+from diffagent.errors import ConfigError, DiffAgentError, RenderError, RenderServerError
+from diffagent.retries import Patience, Retries
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -101,8 +100,7 @@ class Remote:
             usual, read_timeout=seconds_per_picture, budget=usual.budget + seconds_per_picture
         )
         self.requests = 0
-        self._rng = random.Random(0)
-        self._stopped = threading.Event()
+        self._retries = Retries(self.patience)
         self._session = requests.Session()
         self._session.trust_env = not is_loopback(url)  # else a proxy may get the credentials
         self._session.auth = _Credentials(
@@ -111,7 +109,7 @@ class Remote:
 
     def close(self) -> None:
         """Close the connection; a call that waits gives up."""
-        self._stopped.set()
+        self._retries.stop()
         self._session.close()
 
     def get(self, path: str, **params: Any) -> Any:
@@ -163,29 +161,32 @@ class Remote:
             abandon: what to do before each new try: the server may still be at the last one.
         """
         deadline = time.monotonic() + self.patience.budget
-        failures = faults = 0
-        while True:
-            try:
-                return call()
-            except RenderServerError as error:
-                problem: RenderError = error
-            except RenderError as error:
+        faults = 0
+
+        def can_retry(error: DiffAgentError) -> bool:
+            nonlocal faults
+            if not isinstance(error, RenderError):
+                return False
+            if not isinstance(error, RenderServerError):
                 faults += 1
                 if error.reason not in _FAULTS or faults == _TRIES:
-                    raise
-                problem = error
+                    return False
             abandon()
-            told = getattr(problem, "retry_after", None) or 0.0
-            pause = max(self.patience.pause(failures, self._rng), told)
-            failures += 1
-            if time.monotonic() + pause > deadline:
-                raise RenderServerError(
-                    f"gave up after {failures} tries in {self.patience.budget:.0f} s: {problem}; "
-                    "run it again when the server is well, and it goes on from here"
-                ) from None
-            log.debug("try %d failed (%s); again in %.2f s", failures, problem, pause)
-            if self._stopped.wait(pause):
-                raise problem
+            return True
+
+        return self._retries.run(
+            call,
+            seconds_left=lambda: deadline - time.monotonic(),
+            can_retry=can_retry,
+            give_up=lambda failure: RenderServerError(
+                f"gave up after {failure.failures} tries in {self.patience.budget:.0f} s: "
+                f"{failure.error}; run it again when the server is well, and it goes on from here"
+            ),
+            on_failure=lambda failure: log.debug(
+                "try %d failed (%s); again in %.2f s",
+                *(failure.failures, failure.error, failure.pause),
+            ),
+        )
 
     def _failure(self, path: str, response: requests.Response, data: bytes) -> Exception:
         status = response.status_code

@@ -6,7 +6,7 @@ checkpoint's hash, the seed, the sampler and the networks that were laid over it
 whose text is not the recipe's is refused. (The server itself falls back to another checkpoint or
 sampler without a word, and leaves out LoRAs that it does not find.)
 
-docs/rendering-http.md has what was read where, and what the two servers do differently.
+docs/how-to/render-on-a-server.md has what was read where, and what the two servers do differently.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from diffagent.render.http.server_renderer import ServerRenderer
 from diffagent.render.pnginfo import payload_hash
 from diffagent.render.recipe import Recipe
 from diffagent.render.renderer import Files, ModelRef
-from diffagent.store.artifacts import canonical_json
+from diffagent.store import canonical_json
 from diffagent.t2i.metadata import Generation, read_parameters
 from diffagent.t2i.metadata.a1111 import read_fields, shortest, split_parameters
 from diffagent.t2i.samplers import SAMPLERS, WEBUI_LABELS, normalise

@@ -24,7 +24,7 @@ from diffagent.agent.verify import verify
 from diffagent.errors import ArtifactError
 from diffagent.schemas.api import T2IAPI, Embedding, LoRA, Params
 from diffagent.t2i.catalogue import Catalogue, Entry
-from diffagent.train.sandbox_llama import build_tokenizer
+from diffagent.train.tiny_llama import build_tokenizer
 from tests.agent.agent_world import entry, make_rows
 
 CATALOGUE = ugly_catalogue(120, networks=40)

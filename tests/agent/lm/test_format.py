@@ -17,7 +17,7 @@ from diffagent.agent.lm.format import (
 )
 from diffagent.errors import ConfigError
 from diffagent.schemas.api import parse_api
-from diffagent.train.sandbox_llama import build_tokenizer
+from diffagent.train.tiny_llama import build_tokenizer
 from tests.agent.agent_world import make_rows
 
 ROWS = make_rows(40, seed=3)

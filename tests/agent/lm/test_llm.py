@@ -18,7 +18,7 @@ from diffagent.agent.lm.llm import Agent, align_special_tokens, load_agent, read
 from diffagent.agent.verify import verify
 from diffagent.errors import ArtifactError, TrainingError
 from diffagent.schemas.tables import TRUNCATED
-from diffagent.train.sandbox_llama import build_tokenizer
+from diffagent.train.tiny_llama import build_tokenizer
 from tests.conftest import AgentRun
 
 PROMPTS = ["a red star on white, flat design", "pencil sketch of a blue ring in a meadow", "a moon"]

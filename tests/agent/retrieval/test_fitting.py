@@ -14,21 +14,15 @@ from benchmarks.hostile import hostile_prompts
 from diffagent.agent.retrieval import fitting, mixture
 from diffagent.agent.retrieval.experts import card_texts
 from diffagent.agent.retrieval.fit_config import FitConfig, FittedSelector
-from diffagent.agent.retrieval.fitting import (
-    RECIPES,
-    fit,
-    load_selector,
-    resolve_encoder,
-    save_selector,
-)
+from diffagent.agent.retrieval.fit_stage import fitted_selector, resolve_encoder
+from diffagent.agent.retrieval.fitting import RECIPES, fit, load_selector, save_selector
 from diffagent.agent.retrieval.heads import fit_model_token
 from diffagent.agent.retrieval.ranked import Ranked
 from diffagent.agent.retrieval.terms import Floats
-from diffagent.agent.select_stage import fitted_selector
 from diffagent.errors import ArtifactError, ConfigError
 from diffagent.schemas.api import parse_api
 from diffagent.schemas.runtime import RuntimeConfig
-from diffagent.store.artifacts import open_artifact
+from diffagent.store import open_artifact
 from tests.agent.agent_world import make_catalogue, make_rows, make_world
 from tests.conftest import AgentRun
 

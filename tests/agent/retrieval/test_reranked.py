@@ -14,12 +14,8 @@ from diffagent.agent.decoding.trie import encode_texts
 from diffagent.agent.lm.llm import Agent, load_agent
 from diffagent.agent.opening import open_selector
 from diffagent.agent.retrieval.rerank_config import RerankConfig
-from diffagent.agent.retrieval.reranked import (
-    Reranked,
-    fit_reranker,
-    name_logprobs,
-    reranked_selector,
-)
+from diffagent.agent.retrieval.rerank_stage import fit_reranker, reranked_selector
+from diffagent.agent.retrieval.reranked import Reranked, name_logprobs
 from diffagent.agent.selector import Choice
 from diffagent.errors import ArtifactError, ConfigError
 from tests.agent.agent_world import NAMES, make_world

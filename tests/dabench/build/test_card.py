@@ -15,22 +15,22 @@ import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
-from diffagent.store.artifacts import Artifact, open_artifact
-from diffagent.t2i.catalogue import SYNTHETIC
 from diffagent.dabench import columns
-from diffagent.t2i.base_models import base_model_of, families
 from diffagent.dabench.build.card import Source, literal, size_category, source_of
-from diffagent.dabench.filter.filter_stage import filter_records
-from diffagent.dabench.tools.layout import one_line
+from diffagent.dabench.build.shard_config import DABenchConfig
 from diffagent.dabench.build.shard_stage import build_dabench
 from diffagent.dabench.build.splits import SPLITS
-from diffagent.dabench.tools.dataset_checks import verify_dabench
-from diffagent.dabench.build.shard_config import DABenchConfig
 from diffagent.dabench.filter.filter_config import FilterConfig
+from diffagent.dabench.filter.filter_stage import filter_records
+from diffagent.dabench.tools.dataset_checks import verify_dabench
+from diffagent.dabench.tools.layout import one_line
 from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.tables import CATALOGUE, DABENCH
-from tests.dabench.dabench_records import hashes, image, model, snapshot, version
+from diffagent.store import Artifact, open_artifact
+from diffagent.t2i.base_models import base_model_of, families
+from diffagent.t2i.catalogue import SYNTHETIC
 from tests.dabench.build.test_history import edit_manifest
+from tests.dabench.dabench_records import hashes, image, model, snapshot, version
 
 #: Names that would be a formula, a heading, a picture, a link, HTML, a cell, a control sequence.
 HOSTILE = (
@@ -215,7 +215,6 @@ def test_licences_are_those_of_the_one_table(tmp_path: Path) -> None:
         ("dump:/data/x", "dump", "a dump of records"),
         ("local:/srv/models", "local", "a folder of model files"),
         ("release:/r", "release", "the layout of the authors' release"),
-        ("sandbox", "sandbox", "the embedded sandbox"),
         (None, "unknown", "records in the shape of Civitai's public API"),
     ],
 )
@@ -234,9 +233,22 @@ def test_the_text_is_that_of_the_source(
     card = card_of(build_dabench.run(DABenchConfig(), {"filtered": [filtered]}, runtime))
     assert text in " ".join(card.split())
     assert ("portraits of women" in card) == (source in ("civitai", "dump"))
-    assert ("toy models" in card) == (source == "sandbox")
     for private in ("/srv", "/data", "127.0.0.1", "evil"):
         assert private not in card
+
+
+def test_the_card_quotes_what_a_dump_states_of_itself(tmp_path: Path) -> None:
+    note = {"source": "built from drawings", "limits": ["Means *nothing*."]}
+    crawl = snapshot(tmp_path / "snapshot", [model(1)], pictures(10))
+    folder = tmp_path / "store" / "crawl" / ("0" * 16)
+    folder.parent.mkdir(parents=True)
+    edit_manifest(crawl.path, lambda manifest: manifest["metrics"].update(about=note))
+    crawl = open_artifact(crawl.path.rename(folder))
+    runtime = RuntimeConfig(store=str(tmp_path / "store"))
+    filtered = filter_records.run(FilterConfig(), {"snapshot": [crawl]}, runtime)
+    card = card_of(build_dabench.run(DABenchConfig(), {"filtered": [filtered]}, runtime))
+    assert "2404.01342), built from drawings. The" in " ".join(card.split())
+    assert "- Means \\*nothing\\*." in card and "portraits of women" not in card
 
 
 def test_a_model_of_ones_own_claims_no_civitai_air(tmp_path: Path) -> None:

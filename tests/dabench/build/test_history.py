@@ -19,25 +19,25 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from diffagent.store.artifacts import MANIFEST, PREVIOUS, Artifact, open_artifact
 from diffagent.cli.main import app
 from diffagent.dabench.build import card
-from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.dabench.build.history import SPLITS_FILE, read_decisions, write_decisions
+from diffagent.dabench.build.shard_config import DABenchConfig
 from diffagent.dabench.build.shard_stage import KNOWN_APART, NEW_APART, build_dabench, read_split
 from diffagent.dabench.build.splits import ENOUGH_GROUPS, NO_SPLIT, SPLITS, Decisions, Prints
+from diffagent.dabench.filter.filter_config import FilterConfig
+from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.dabench.parquet_tables import write_table
 from diffagent.dabench.tools.dataset_checks import verify_dabench
 from diffagent.errors import ArtifactError
-from diffagent.store.inventory import read_inventory, superseded
-from diffagent.store.lineage import ancestors, lineage_lines
-from diffagent.dabench.build.shard_config import DABenchConfig
-from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.tables import DECISIONS
+from diffagent.store import MANIFEST, PREVIOUS, Artifact, open_artifact
+from diffagent.store.inventory import read_inventory, superseded
+from diffagent.store.lineage import ancestors, lineage_lines
+from tests.dabench.build.test_splits import CONFIG, ROW, Row, row, tied, write_prints
 from tests.dabench.dabench_records import image, model, snapshot
 from tests.dabench.dabench_sets import sign
-from tests.dabench.build.test_splits import CONFIG, ROW, Row, row, tied, write_prints
 
 #: Growth: after each crawl what is there. A record that comes again may have changed altogether.
 CRAWLS = st.lists(

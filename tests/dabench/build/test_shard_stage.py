@@ -13,21 +13,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffagent.store.artifacts import Artifact
 from diffagent.civitai.client import CivitaiClient
 from diffagent.dabench.build.card import table
-from diffagent.t2i.catalogue import Catalogue
-from diffagent.dabench.filter.filter_stage import filter_records
 from diffagent.dabench.build.leaks import chunk, find_leaks
-from diffagent.dabench.filter.lookup import SiteLookup
+from diffagent.dabench.build.shard_config import DABenchConfig
 from diffagent.dabench.build.shard_stage import KNOWN_APART, build_dabench, read_split
 from diffagent.dabench.build.splits import SPLITS
+from diffagent.dabench.filter.filter_config import FilterConfig
+from diffagent.dabench.filter.filter_stage import filter_records
+from diffagent.dabench.filter.lookup import SiteLookup
 from diffagent.dabench.parquet_tables import read_rows, table_writer, write_table
 from diffagent.errors import ArtifactError, NotFound
-from diffagent.dabench.build.shard_config import DABenchConfig
-from diffagent.dabench.filter.filter_config import FilterConfig
 from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.tables import DABENCH, PRINTS
+from diffagent.store import Artifact
+from diffagent.t2i.catalogue import Catalogue
 from tests.conftest import reseal
 from tests.dabench.dabench_records import image, model, snapshot, version
 

@@ -18,10 +18,19 @@ from hypothesis import strategies as st
 from diffagent.dabench.build import neighbours, splits
 from diffagent.dabench.build.leaks import chunk, find_leaks
 from diffagent.dabench.build.neighbours import Groups
-from diffagent.dabench.build.splits import NO_SPLIT, SPLITS, TEST, TRAIN, Prints, random_splits, shingles, words
+from diffagent.dabench.build.shard_config import DABenchConfig
+from diffagent.dabench.build.splits import (
+    NO_SPLIT,
+    SPLITS,
+    TEST,
+    TRAIN,
+    Prints,
+    random_splits,
+    shingles,
+    words,
+)
 from diffagent.dabench.parquet_tables import table_writer
 from diffagent.errors import ArtifactError
-from diffagent.dabench.build.shard_config import DABenchConfig
 from diffagent.schemas.tables import PRINTS
 
 WORDS = ("red", "blue", "green", "square", "circle", "star", "on", "in", "sand", "sea")

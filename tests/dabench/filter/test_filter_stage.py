@@ -23,7 +23,7 @@ from diffagent.schemas.api import parse_api
 from diffagent.schemas.manifest import Funnel
 from diffagent.schemas.runtime import RuntimeConfig
 from diffagent.schemas.tables import CATALOGUE, PRINTS, RECORDS
-from diffagent.store.artifacts import Artifact
+from diffagent.store import Artifact
 from diffagent.t2i.catalogue import Catalogue, rename
 from diffagent.t2i.metadata import PARSER_VERSION
 from tests.conftest import reseal

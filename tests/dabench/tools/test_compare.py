@@ -15,7 +15,7 @@ from diffagent.dabench.dataset import open_dataset
 from diffagent.dabench.tools import compare as compare_module
 from diffagent.dabench.tools.compare import compare, comparison_text
 from diffagent.errors import ArtifactError, SchemaError
-from diffagent.store.artifacts import MANIFEST, Artifact
+from diffagent.store import MANIFEST, Artifact
 from tests.dabench.dabench_records import hashes, model, version
 from tests.dabench.dabench_sets import (
     CONFIG,

@@ -14,7 +14,7 @@ import pytest
 from diffagent.dabench.parquet_tables import write_table
 from diffagent.dabench.tools.dataset_checks import REMEDIES, verdict_text, verify_dabench
 from diffagent.errors import ArtifactError
-from diffagent.store.artifacts import MANIFEST, Artifact
+from diffagent.store import MANIFEST, Artifact
 from tests.dabench.dabench_sets import (
     copy_dabench,
     edit_api,

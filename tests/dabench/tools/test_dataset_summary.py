@@ -24,7 +24,7 @@ from diffagent.dabench.tools.dataset_checks import verdict_text, verify_dabench
 from diffagent.dabench.tools.dataset_summary import PERCENTILES, Lengths, summarise, summary_text
 from diffagent.dabench.tools.layout import aligned, one_line
 from diffagent.errors import ArtifactError, SchemaError
-from diffagent.store.artifacts import MANIFEST, Artifact
+from diffagent.store import MANIFEST, Artifact
 from diffagent.t2i.catalogue import renderable_samplers
 from tests.dabench.dabench_sets import copy_dabench, edit_json, edit_row, make_dabench, shards
 

@@ -25,7 +25,7 @@ from diffagent.errors import ArtifactError, ConfigError, SchemaError
 from diffagent.schemas.api import T2IAPI
 from diffagent.schemas.manifest import Manifest
 from diffagent.schemas.tables import CATALOGUE, DABENCH
-from diffagent.store.artifacts import Artifact, open_artifact
+from diffagent.store import Artifact, open_artifact
 from diffagent.t2i.catalogue import Catalogue
 from tests.dabench.dabench_sets import copy_dabench, edit_row, make_dabench, shards
 

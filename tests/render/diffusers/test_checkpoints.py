@@ -26,9 +26,9 @@ from diffagent.render.diffusers.checkpoints import (
 from diffagent.render.diffusers.pipelines import DiffusersRenderer
 from diffagent.render.recipe import LoRAUse, Recipe
 from diffagent.render.renderer import Files, ModelRef
-from diffagent.sandbox.single_file import Tensors, single_file_tensors
 from diffagent.t2i.weights import read_header
 from tests.render import tiny_sd
+from tools.sandbox.single_file import Tensors, single_file_tensors
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 #: Parameters of the released models, in the order U-Net, VAE, text encoder(s).

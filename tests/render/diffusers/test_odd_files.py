@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from diffagent.cli import main
 from diffagent.errors import ConfigError, RenderError
-from diffagent.localcivitai.sources.local import Hashes, look
+from diffagent.localcivitai.sources.local import FileHashes, inspect_file
 from diffagent.render.diffusers.pipelines import DiffusersRenderer
 from diffagent.render.recipe import LoRAUse
 from diffagent.render.render_stage import REASONS
@@ -25,6 +25,7 @@ from diffagent.sandbox import files as sandbox_files
 from diffagent.sheet.prompts_file import folder_entries
 from tests.render import tiny_sd
 from tests.render.diffusers.test_pipelines import RECIPE
+from tools.sandbox.tiny_networks import CONFIG_DIR
 
 
 def with_notes(content: bytes, notes: Any) -> bytes:
@@ -36,9 +37,9 @@ def with_notes(content: bytes, notes: Any) -> bytes:
 
 
 @pytest.fixture
-def models(tmp_path: Path) -> Path:
+def models(tmp_path: Path, sandbox_site: Path) -> Path:
     """A folder of the WebUI with the sandbox's base and LoRA, and broken copies of both."""
-    sources = {file.key: file.path for file in sandbox_files.model_files()}
+    sources = {file.key: file.path for file in sandbox_files.model_files(sandbox_site)}
     folder = tmp_path / "models"
     checkpoints, loras = folder / "Stable-diffusion", folder / "Lora"
     checkpoints.mkdir(parents=True), loras.mkdir()
@@ -87,6 +88,8 @@ def test_pictures_that_need_a_broken_file_fail_alone(tmp_path: Path, models: Pat
         "--no-score",
         "--set",
         f"runtime.store={tmp_path / 'store'}",
+        "--set",
+        f"runtime.models.configs=[{CONFIG_DIR.parent}]",
         *("-p", "steps=2", "-p", "width=64", "-p", "height=64"),
     ]
     for name in ("good", "odd", "cut", "page"):
@@ -121,7 +124,7 @@ def test_sidecars_tell_what_headers_do_not(
     for number, name in enumerate(names):
         save_file({"w": torch.full((2,), float(number))}, folder / f"flat/{name}.safetensors")
     entries = {name: folder / "flat" / name for name in names}
-    from diffagent.store.artifacts import sha256_file
+    from diffagent.store import sha256_file
 
     sha256 = sha256_file(entries["a"].with_suffix(".safetensors"))
     answer = {"id": 77, "modelId": 7, "name": "v2", "baseModel": "Pony",
@@ -232,7 +235,7 @@ def test_whatever_a_file_holds_is_drawn_or_refused(tmp_path: Path, kind: str) ->
             "lora": Files(base, loras=(odd,)),
             "embedding": Files(base, embeddings=(odd,)),
         }[kind]
-        assert look(path, Hashes(None)).sha256
+        assert inspect_file(path, FileHashes(None)).sha256
         try:
             renderer.prepare(files)
         except RenderError as error:

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffagent.errors import RenderError
-from diffagent.render.diffusers.prompt_encoder import PromptEncoder, parse
+from diffagent.render.diffusers.prompt_encoder import PromptEncoder
+from diffagent.render.prompt_syntax import parse
 from tests.render import tiny_sd
 
 
