@@ -1,4 +1,4 @@
-"""Code that the flows share: run the nodes of a group as tasks."""
+"""Functions that the flows share: run the nodes of a group as tasks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tasks.stages import task_of
 
 
 def configure(config: str, overrides: Mapping[str, Any] | None) -> RunConfig:
-    """The run's configuration from the flow's parameters; other processes find its store."""
+    """Return the configuration of a flow's parameters, with a store that other processes find."""
     settings = load_config(config, dict(overrides or {}))
     runtime = settings.runtime
     if runtime.tasks.runner == "threads" or runtime.remote:
@@ -35,21 +35,23 @@ def configure(config: str, overrides: Mapping[str, Any] | None) -> RunConfig:
 
 
 def run_group(config: RunConfig, group: Group, *, refresh: bool = False) -> dict[str, Artifact]:
-    """Run every node of ``group`` as a task; what it needs of other groups must be there.
+    """Run every node of ``group`` as a task; the store must have its inputs of other groups.
 
     Raises:
         ArtifactError: another group has to run first, or tasks failed (all are named).
     """
     nodes = pipeline.plan(config)
-    mine = {key: node for key, node in nodes.items() if node.group == group}
-    nodes = pipeline.upstream(nodes, mine)  # to look for more would import what it takes to train
-    found = find_cached(nodes, config)
-    done = {key: found[key] for key in _needed(nodes, mine, found)}
-    spread = config.runtime.tasks.runner != "threads" and any(node.spread for node in mine.values())
-    with _runner(config.runtime, len(mine), spread=spread) as runner:
+    group_nodes = {key: node for key, node in nodes.items() if node.group == group}
+    nodes = pipeline.upstream(nodes, group_nodes)  # other stages would import torch
+    existing = find_cached(nodes, config)
+    done = {key: existing[key] for key in _inputs_of(nodes, group_nodes, existing)}
+    spread = config.runtime.tasks.runner != "threads" and any(
+        node.spread for node in group_nodes.values()
+    )
+    with _task_runner(config.runtime, len(group_nodes), spread=spread) as runner:
         futures: dict[str, PrefectFuture[Artifact]] = {}
-        for key in sorted(mine, key=lambda k: _depth(mine, k)):
-            node = mine[key]
+        for key in sorted(group_nodes, key=lambda k: _depth(group_nodes, k)):
+            node = group_nodes[key]
             parameters = {
                 "key": key,
                 "config": config,
@@ -65,24 +67,24 @@ def run_group(config: RunConfig, group: Group, *, refresh: bool = False) -> dict
             with _resources(node, config.runtime):
                 futures[key] = runner.submit(step, parameters=parameters)
         states = _wait(group, futures)
-    made = {key: future.result() for key, future in futures.items()}
-    report_stages(group, {key: (states[key], made[key]) for key in mine})
-    return done | made
+    results = {key: future.result() for key, future in futures.items()}
+    report_stages(group, {key: (states[key], results[key]) for key in group_nodes})
+    return done | results
 
 
 def run_one(config: RunConfig, key: str) -> Artifact:
-    """Run the node ``key`` as a task of the current flow; what it reads must be in the store.
+    """Run the node ``key`` as a task of the current flow.
 
     Raises:
-        ArtifactError: something that it reads is not in the store.
+        ArtifactError: the store lacks an input of the node.
     """
     nodes = pipeline.plan(config)
     inputs = pipeline.node_inputs(nodes[key], pipeline.find_inputs(nodes, [key], config))
     return task_of(key)(key=key, config=config, inputs=inputs)
 
 
-def _runner(runtime: RuntimeConfig, nodes: int, *, spread: bool) -> TaskRunner[Any]:
-    """What runs the tasks of a group: threads, which may wait for Prefect workers, or Ray."""
+def _task_runner(runtime: RuntimeConfig, nodes: int, *, spread: bool) -> TaskRunner[Any]:
+    """Return the task runner of a group: threads, which may wait for Prefect workers, or Ray."""
     if not spread or runtime.tasks.runner == "workers":
         return ThreadPoolTaskRunner[Artifact](
             max_workers=nodes if spread else runtime.tasks.workers
@@ -92,14 +94,14 @@ def _runner(runtime: RuntimeConfig, nodes: int, *, spread: bool) -> TaskRunner[A
         from prefect_ray import RayTaskRunner
     except ImportError:
         raise ConfigError(
-            "runtime.tasks.runner: ray needs the extra: pip install 'diffagent[ray]'"
+            "runtime.tasks.runner 'ray' needs the extra: pip install 'diffagent[ray]'"
         ) from None
     runner: TaskRunner[Any] = RayTaskRunner()
     return runner
 
 
 def _resources(node: Node, runtime: RuntimeConfig) -> contextlib.AbstractContextManager[Any]:
-    """What Ray reserves for a node."""
+    """Return a context in which Ray reserves GPUs for a node."""
     if runtime.tasks.runner != "ray" or node.queue != "gpu" or not runtime.tasks.ray_gpus:
         return contextlib.nullcontext()
     from prefect_ray.context import remote_options
@@ -110,29 +112,34 @@ def _resources(node: Node, runtime: RuntimeConfig) -> contextlib.AbstractContext
     return options
 
 
-def _needed(
-    nodes: Mapping[str, Node], mine: Mapping[str, Node], found: Mapping[str, Artifact]
+def _inputs_of(
+    nodes: Mapping[str, Node], group_nodes: Mapping[str, Node], existing: Mapping[str, Artifact]
 ) -> set[str]:
-    """Keys of other groups that this one reads; all of them have to be there."""
-    needed = {parent for node in mine.values() for parent in node.parents} - mine.keys()
-    for key in needed - found.keys():
+    """Return the keys of other groups that a group reads.
+
+    Raises:
+        ArtifactError: the store lacks one of them.
+    """
+    parents = {parent for node in group_nodes.values() for parent in node.parents}
+    inputs = parents - group_nodes.keys()
+    for key in inputs - existing.keys():
         raise ArtifactError(
             f"{key!r} is not in the store for this configuration; run the deployment "
             f"{nodes[key].group!r} with the same configuration first"
         )
-    return needed
+    return inputs
 
 
 def _depth(nodes: Mapping[str, Node], key: str) -> int:
-    """Longest way from the group's start: shards of one stage run before the next stage."""
+    """Return the longest path to a node: all shards of a stage have the same."""
     return 1 + max((_depth(nodes, p) for p in nodes[key].parents if p in nodes), default=0)
 
 
 def _wait(group: Group, futures: Mapping[str, PrefectFuture[Artifact]]) -> dict[str, str]:
-    """Wait for all tasks with a progress artifact; returns the names of their states.
+    """Wait for all tasks with a progress artifact; return the names of their states.
 
     Raises:
-        ArtifactError: tasks failed; each is named.
+        ArtifactError: tasks failed (all are named).
     """
     progress = cast(UUID, create_progress_artifact(0.0, key=f"{group}-progress", description=group))
     names = {future.task_run_id: key for key, future in futures.items()}
@@ -159,7 +166,7 @@ def _wait(group: Group, futures: Mapping[str, PrefectFuture[Artifact]]) -> dict[
 
 
 def locate(config: RunConfig, keys: Iterable[str]) -> dict[str, Artifact]:
-    """Those of the artefacts ``keys`` that are on disk, whole; nothing is run."""
+    """Return the artifacts of the nodes ``keys`` that the store has; run nothing."""
     keys = tuple(keys)
-    found = find_cached(pipeline.upstream(pipeline.plan(config), keys), config)
-    return {key: found[key] for key in keys if key in found}
+    existing = find_cached(pipeline.upstream(pipeline.plan(config), keys), config)
+    return {key: existing[key] for key in keys if key in existing}

@@ -1,10 +1,10 @@
-"""How runs of the flows are named, tagged and kept from running twice at once.
+"""Names and tags of flow runs, and the limit of one run of a deployment at a time.
 
-Prefect's own concurrency limit of a deployment would do the last with two faults: the run that it
-cancels does not say what is in its way, and the slot of a run whose machine died is free again only
-when a lease of five minutes, which its client does not let one shorten, is over. So a run looks
-itself for earlier runs of its deployment. One that shows a heartbeat (``tasks._workers``) goes
-first; one that shows none for ``runtime.tasks.lost_after_seconds`` is marked Crashed.
+Prefect's concurrency limit of a deployment has two faults: the run that it cancels does not state
+which run was in its way, and the slot of a run whose machine died stays taken for a lease of five
+minutes, which the client cannot shorten. So a run itself looks for earlier runs of its deployment.
+An earlier run with a heartbeat (``tasks._workers``) takes precedence; one without a heartbeat for
+``runtime.tasks.lost_after_seconds`` is marked Crashed.
 """
 
 from __future__ import annotations
@@ -37,8 +37,11 @@ Body = Callable[..., State[None]]
 def pipeline_flow(name: str, description: str) -> Callable[[Body], Flow[..., State[None]]]:
     """Make a flow of ``body(config, overrides, ...)``.
 
-    Its runs are named by what they do, tagged with their configuration, and of one deployment only
-    one runs at a time.
+    Its runs are named and tagged with their configuration. One run of a deployment runs at a time.
+
+    Args:
+        name: of the flow.
+        description: of the flow, one sentence.
     """
 
     def wrap(body: Body) -> Flow[..., State[None]]:
@@ -50,7 +53,7 @@ def pipeline_flow(name: str, description: str) -> Callable[[Body], Flow[..., Sta
             with get_client(sync_client=True) as client:
                 current = client.read_flow_run(ident)
                 client.update_flow_run(ident, tags={*current.tags, *_tags()})
-                if current.deployment_id is None:  # by hand, or a part of another flow
+                if current.deployment_id is None:  # without a deployment, or a part of another flow
                     return body(*call.args)
                 settings = configure(call.arguments["config"], call.arguments["overrides"])
                 lost_after = settings.runtime.tasks.lost_after_seconds
@@ -66,14 +69,14 @@ def pipeline_flow(name: str, description: str) -> Callable[[Body], Flow[..., Sta
 
 
 def run_name() -> str:
-    """Name of the current run: configuration, what is special, and when: 'sandbox refresh ...'."""
+    """Return the name of the current run: configuration, tags and time, 'sandbox refresh ...'."""
     started = flow_run.scheduled_start_time
     return " ".join([*_tags(), f"{started:%Y-%m-%d %H:%M}"])
 
 
 def _tags() -> list[str]:
-    """The configuration of the current run, and 'refresh' where it asks the site for news."""
-    parameters = flow_run.parameters  # without what the flow's signature has by default
+    """Return the name of the current run's configuration, and 'refresh' if it crawls again."""
+    parameters = flow_run.parameters  # without the defaults of the flow's signature
     config = [Path(parameters["config"]).stem] if "config" in parameters else []
     return config + ["refresh"] * bool(parameters.get("refresh"))
 
@@ -81,13 +84,13 @@ def _tags() -> list[str]:
 def _blocked(
     client: SyncPrefectClient, current: FlowRun, lost_after_seconds: float
 ) -> State[None] | None:
-    """The end of this run when an earlier one of its deployment lives; None when it may go on."""
+    """Return the final state of this run if an earlier run of its deployment lives, else None."""
     log = get_run_logger()
     for other in _earlier_runs(client, current):
         since = f"{other.start_time:%Y-%m-%d %H:%M:%S} UTC"
         log.warning(
-            "%r of this deployment has been running since %s; waiting up to %.0f s to see whether "
-            "it still lives",
+            "%r of this deployment has been running since %s; waiting up to %.0f s for its "
+            "heartbeat",
             *(other.name, since, lost_after_seconds),
         )
         end = end_of(client, other, lost_after_seconds)
@@ -96,12 +99,12 @@ def _blocked(
                 message=f"Not run: {other.name!r} of this deployment has been running since "
                 f"{since}. Wait for its end, or stop it: prefect flow-run cancel {other.id}"
             )
-        log.warning("%r is %s (%s); this run goes on", other.name, end.name, end.message)
+        log.warning("%r is %s (%s); this run continues", other.name, end.name, end.message)
     return None
 
 
 def _earlier_runs(client: SyncPrefectClient, current: FlowRun) -> list[FlowRun]:
-    """Runs of the deployment of ``current`` that are running and began before it."""
+    """Return the running runs of the deployment of ``current`` that began before it."""
     runs = client.read_flow_runs(
         flow_run_filter=FlowRunFilter(
             deployment_id=FlowRunFilterDeploymentId(any_=[current.deployment_id]),

@@ -1,4 +1,4 @@
-"""The whole DAG: from a crawl to an evaluated agent."""
+"""The flow ``run-pipeline``: the four groups of the plan one after the other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flows._runs import pipeline_flow
 from flows.group_flows import build_dabench, evaluate_agent, train_rrhf, train_sft
 from tasks._report import link_result
 
-#: Stages whose artefacts a person looks for: dataset, agent, report.
+#: Nodes of the results of a run: dataset, agent, report.
 RESULTS = ("shard", "rrhf", "evaluate")
 
 
@@ -23,12 +23,12 @@ def run_pipeline(
     overrides: dict[str, Any] | None = None,
     refresh: bool = False,
 ) -> State[None]:
-    """Run the four flows one after the other, each from cache where it can.
+    """Run the four flows one after the other; stages in the store are not run again.
 
     Args:
-        config: YAML file of ``diffagent.run_config.RunConfig``.
+        config: YAML file of a run; 'diffagent config' prints its settings.
         overrides: dotted keys to values, such as {"runtime.store": "store"}.
-        refresh: crawl again; when the site has nothing new, all else is Cached.
+        refresh: crawl again; if the site has not changed, all other stages are Cached.
     """
     build_dabench(config, overrides, refresh)
     train_sft(config, overrides)
@@ -41,7 +41,12 @@ def run_pipeline(
 
 
 def main(config: str, store: str | None = None) -> None:
-    """Run the whole pipeline (``store``: instead of the config's) and say where its results are."""
+    """Run the whole pipeline and print where its results are.
+
+    Args:
+        config: YAML file of a run.
+        store: store to use instead of that of the configuration.
+    """
     overrides = {"runtime.store": store} if store else {}
     run_pipeline(config, overrides)
     settings = configure(config, overrides)
@@ -51,7 +56,7 @@ def main(config: str, store: str | None = None) -> None:
         f"Agent    {results['rrhf'].location}\n"
         f"Report   {results['evaluate'].file('report.html')}\n"
         "\nThe runs, stage by stage: make serve-dashboard, then http://127.0.0.1:4200\n"
-        f'Ask the agent: diffagent select "a red star" --agent {results["rrhf"].location}'
+        f'Try the agent: diffagent select "a red star" --agent {results["rrhf"].location}'
     )
 
 

@@ -16,11 +16,11 @@ from tasks._workers import heartbeat
 
 @flow(name="run-stage", persist_result=False)
 def run_stage(key: str, config: dict[str, Any]) -> State[None]:
-    """Run one node of the plan; what it reads must be in the store.
+    """Run one node of the plan; the store must have its inputs.
 
     Args:
         key: as in ``diffagent.pipeline.plan``, such as 'render-3'.
-        config: the whole ``diffagent.run_config.RunConfig``.
+        config: settings of the run, as JSON values.
     """
     settings = RunConfig.model_validate(config)
     with heartbeat(flow_run.id, settings.runtime.tasks.lost_after_seconds):

@@ -1,4 +1,4 @@
-"""The dashboard's view of a run: artifacts of tasks and flows, each with a description."""
+"""Prefect artifacts that show tasks and flows on the dashboard, each with a description."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from diffagent.crawl.memory import CrawlMemory
 from diffagent.schemas.manifest import Funnel, Manifest
 from diffagent.store import Artifact
 
-#: Where a browser reaches the store (``make serve-dashboard`` serves it beside Prefect's UI).
+#: Address of the store for browsers (``make serve-dashboard`` serves it next to Prefect's UI).
 STORE_URL = os.environ.get("DIFFAGENT_STORE_URL", "http://127.0.0.1:4201")
 #: Descriptions of the evaluation's tables.
 _EVALUATION = {
     "selectors": "Rewards, validity and selection accuracy of each selector",
     "comparisons": "Each selector against others on the same prompts",
-    "hallucinations": "Answers that are no call of the catalogue, by kind",
-    "agreement": "Parameters as a person chose them",
+    "hallucinations": "Answers that are not calls of the catalogue, by kind",
+    "agreement": "Agreement with the parameters that people chose",
 }
 _MARKDOWN = re.compile(r"([\\`*_\[\]<>!#|])")
 
 
 def report_artifact(key: str, artifact: Artifact) -> None:
-    """Show what a task made: a summary, and a table for each drop funnel."""
+    """Show the artifact of a task: a summary, and a table for each drop funnel."""
     manifest = artifact.manifest
     _show(
         "markdown",
@@ -51,12 +51,12 @@ def report_funnels(key: str, funnels: Iterable[Funnel]) -> None:
 
 
 def report_refresh(key: str, artifact: Artifact, *, stays: bool) -> None:
-    """Show what a refresh of the crawl did, and not what the crawl that made the artefact did.
+    """Show the changes of a refresh, instead of the metrics of the crawl that built the snapshot.
 
     Args:
-        key: of the task.
-        artifact: the snapshot after the refresh.
-        stays: the refresh found nothing new, so that the snapshot is the one of before.
+        key: key of the task.
+        artifact: snapshot after the refresh.
+        stays: the site has not changed, so that the snapshot is that of an earlier crawl.
     """
     manifest = artifact.manifest
     memory = CrawlMemory.load(artifact.path.with_name(f"{artifact.path.name}.memory.json"))
@@ -80,13 +80,13 @@ def report_refresh(key: str, artifact: Artifact, *, stays: bool) -> None:
 
 
 def report_stages(group: str, stages: Mapping[str, tuple[str, Artifact]]) -> None:
-    """Show a flow's stages in one table, and the funnels of those that came from the cache.
+    """Show the stages of a flow in one table, and the funnels of cached stages.
 
-    Their tasks ran no code, so that without it the history of a funnel would have gaps.
+    The task of a cached stage runs no code; without this the history of its funnel would have gaps.
 
     Args:
-        group: the flow's name.
-        stages: key -> name of the task's state, artefact.
+        group: name of the flow.
+        stages: key -> name of the task's state, artifact.
     """
     rows = []
     for key, (state, artifact) in stages.items():
@@ -101,7 +101,7 @@ def report_stages(group: str, stages: Mapping[str, tuple[str, Artifact]]) -> Non
                 "rows": counts,
                 "built": f"{manifest.created_at:%Y-%m-%d %H:%M} UTC",
                 "seconds": round(manifest.wall_seconds, 1),
-                "artefact": artifact.location,
+                "artifact": artifact.location,
             }
         )
     cached = sum(state == "Cached" for state, _ in stages.values())
@@ -111,10 +111,10 @@ def report_stages(group: str, stages: Mapping[str, tuple[str, Artifact]]) -> Non
 
 
 def manifest_facts(location: str, manifest: Manifest) -> dict[str, str]:
-    """One artefact on one screen: what it is, how big, how long it took."""
+    """Return the facts of an artifact that fit on a screen, by name."""
     size = sum(entry.size for entry in manifest.files)
     return {
-        "artefact": location,
+        "artifact": location,
         "identity": manifest.identity[:16],
         "content": manifest.content_digest[:16],
         "built": f"{manifest.created_at:%Y-%m-%d %H:%M:%S} UTC",
@@ -127,20 +127,20 @@ def manifest_facts(location: str, manifest: Manifest) -> dict[str, str]:
 
 
 def describe(manifest: Manifest) -> str:
-    """One line on an artefact."""
+    """Return a description of an artifact, one line."""
     size = sum(entry.size for entry in manifest.files)
     counts = "".join(f"{count:,} {name}, " for name, count in manifest.rows.items())
     return f"{counts}{size / 1e6:,.1f} MB, built in {manifest.wall_seconds:,.1f} s"
 
 
 def facts_table(facts: Mapping[str, str]) -> str:
-    """Names and values as a Markdown table, in which texts of strangers are text."""
+    """Return names and values as a Markdown table; markup in untrusted text is escaped."""
     lines = [f"| {_plain(name)} | {_plain(value)} |" for name, value in facts.items()]
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
 def funnel_rows(funnel: Funnel) -> list[dict[str, Any]]:
-    """A funnel as a table: seen, what each reason dropped, kept."""
+    """Return the rows of a funnel: items seen, dropped by each reason, kept."""
     table: list[dict[str, Any]] = [{"filter": "seen", "reason": "", funnel.unit: funnel.seen}]
     for step in funnel.steps:
         table.append({"filter": step.filter, "reason": step.reason, funnel.unit: -step.dropped})
@@ -151,7 +151,7 @@ def funnel_rows(funnel: Funnel) -> list[dict[str, Any]]:
 def report_evaluation(
     artifact: Artifact, summary: str, tables: Mapping[str, list[dict[str, Any]]]
 ) -> None:
-    """The evaluation's summary and tables, and a link to the report with the pictures."""
+    """Show the summary and tables of an evaluation, and a link to its report."""
     _show(
         "markdown",
         summary,
@@ -165,7 +165,7 @@ def report_evaluation(
 
 
 def link_result(artifact: Artifact, file: str, text: str, *, key: str) -> None:
-    """Link a file of an artefact, where the store's server hands it out: from this disk."""
+    """Show a link to a file of a local artifact, which the store's server serves."""
     if artifact.remote:
         return
     address = f"{STORE_URL}/{artifact.stage}/{artifact.path.name}/{file}"
@@ -178,9 +178,9 @@ def link_result(artifact: Artifact, file: str, text: str, *, key: str) -> None:
 
 
 def _show(kind: str, data: str, *, key: str, description: str) -> None:
-    """Create an artifact of the current run, over the connection that the run has.
+    """Create an artifact of the current run over the connection of the run.
 
-    Prefect's ``create_..._artifact`` open one each, which takes most of their time.
+    Prefect's ``create_..._artifact`` open a connection each, which takes most of their time.
     """
     task, flow = TaskRunContext.get(), FlowRunContext.get()
     if task:
@@ -189,7 +189,7 @@ def _show(kind: str, data: str, *, key: str, description: str) -> None:
     elif flow and flow.flow_run:
         client, run, flow_run_id = flow.client, {}, flow.flow_run.id
     else:
-        raise RuntimeError(f"the artifact {key!r} belongs to a run of a flow or a task")
+        raise RuntimeError(f"the artifact {key!r} needs a run of a flow or a task")
     cast(SyncPrefectClient, client).create_artifact(
         ArtifactCreate(
             type=kind, key=key, description=description, data=data, flow_run_id=flow_run_id, **run
@@ -208,11 +208,11 @@ def _changed(changes: Mapping[str, Mapping[str, int]]) -> str:
         for change, count in counts.items()
         if count
     ]
-    return ", ".join(parts) or "Changes: none counted"
+    return ", ".join(parts) or "No changes counted"
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The values of nested mappings, each whole, by the way to it: 'scorers clip version'."""
+    """Yield the values of nested mappings by their path, e.g. 'scorers clip version'."""
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{prefix}{name} ")
@@ -232,5 +232,5 @@ def _text(value: Any) -> str:
 
 
 def _plain(text: str) -> str:
-    """A text that Markdown shows as it is, on one line."""
+    """Escape a text for Markdown, on one line."""
     return _MARKDOWN.sub(r"\\\1", " ".join(text.split()))

@@ -1,8 +1,8 @@
-"""How every task is named, cached, retried and reported: in this one place.
+"""Names, cache keys, retries and reports of all tasks.
 
-A task wraps one node of ``diffagent.pipeline.plan``. Its cache key is the task's name and the
-stage's identity, so that equal requests are Cached across runs, deployments and days; the
-artefact on disk decides, and a record whose artefact is gone or changed is dropped first.
+A task runs a node of ``diffagent.pipeline.plan``. Its cache key contains the task's name and the
+stage's identity, so that equal requests are Cached across runs and deployments. The artifact on
+disk decides: a result of Prefect whose artifact is missing or damaged is removed first.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ logging.getLogger("diffagent").setLevel(logging.INFO)
 
 @dataclass
 class ArtifactPolicy(CachePolicy):
-    """Key = task name, store and stage identity; valid only while the artefact is whole."""
+    """Cache policy by task name, store and identity; a damaged artifact is not a hit."""
 
     def compute_key(
         self,
@@ -50,36 +50,41 @@ class ArtifactPolicy(CachePolicy):
         config: RunConfig = inputs["config"]
         node = pipeline.plan(config)[inputs["key"]]
         stage = load_stage(node)
-        place = config.runtime.remote or str(Path(config.runtime.store).resolve())
-        store = hashlib.sha256(place.encode()).hexdigest()[:8]
+        address = config.runtime.remote or str(Path(config.runtime.store).resolve())
+        store = hashlib.sha256(address.encode()).hexdigest()[:8]
         identity = stage.identity(node.config, inputs["inputs"])
         key = f"{task_ctx.task.name}-{store}-{identity}"
         artifact = stage.cached(node.config, inputs["inputs"], config.runtime)
         results = task_ctx.result_store
         if results.exists(key) and (artifact is None or results.read(key).result != artifact):
-            _drop(results.result_storage, key)
+            _remove_result(results.result_storage, key)
         return key
 
 
-def _drop(storage: Any, key: str) -> None:
+def _remove_result(storage: Any, key: str) -> None:
+    """Remove a stored result of Prefect.
+
+    Raises:
+        TypeError: results are not stored on a local path.
+    """
     if not isinstance(storage, LocalFileSystem) or storage.basepath is None:
         raise TypeError(
-            f"the record {key!r} is stale and cannot be removed from {type(storage).__name__}; "
+            f"cannot remove the stale result {key!r} from {type(storage).__name__}; "
             "keep Prefect's results on a local path (PREFECT_LOCAL_STORAGE_PATH)"
         )
     (Path(storage.basepath).expanduser() / key).unlink(missing_ok=True)
 
 
 def retryable(task: Task[Any, Any], task_run: TaskRun, state: State[Any]) -> bool:
-    """Retry only what may succeed when it is done again: errors say so themselves."""
+    """Return whether to retry a task: its error states whether a retry may succeed."""
     error = state.result(raise_on_failure=False)
     return bool(getattr(error, "retryable", False))
 
 
 class DashboardProgress:
-    """Shows what a stage tells of its progress as a progress artifact, made when it first does.
+    """Progress artifact of a stage, created at the first report.
 
-    A dashboard that cannot be reached is no reason to stop a crawl of days: it is logged.
+    A server that cannot be reached is logged and does not stop the stage.
     """
 
     def __init__(self, key: str) -> None:
@@ -88,23 +93,23 @@ class DashboardProgress:
         self._percent = 0.0
 
     def __call__(self, fraction: float | None, text: str) -> None:
-        """Show ``fraction`` (None: as far as before) and ``text``."""
+        """Show ``fraction`` (None: unchanged) and ``text``."""
         if fraction is not None:
             self._percent = 100 * fraction
         try:
             if self._artifact is None:
-                made = create_progress_artifact(
+                artifact = create_progress_artifact(
                     self._percent, key=f"{self._key}-progress", description=text
                 )
-                self._artifact = cast(UUID, made)
+                self._artifact = cast(UUID, artifact)
             else:
                 update_progress_artifact(self._artifact, self._percent, text)
         except Exception as error:
-            log.warning("progress of %s cannot be shown: %s", self._key, error)
+            log.warning("cannot show the progress of %s: %s", self._key, error)
 
 
 def stage_task(name: str) -> Task[..., Artifact]:
-    """The Prefect task of one stage of the plan (of all its shards and selectors)."""
+    """Make the Prefect task of a stage of the plan, which runs all its shards."""
 
     @task(
         name=name,

@@ -1,9 +1,9 @@
-"""Stages on Prefect workers: each is a run of the deployment ``run-stage``, watched till it ends.
+"""Stages on Prefect workers: each is a run of the deployment ``run-stage``, watched to its end.
 
-A worker that dies says nothing, and its run would be Running for ever. So a stage on a worker
-raises a count in the labels of its run (``heartbeat``); where the count stands still the run is
-lost, is marked Crashed, and the task that waits for it is retried: another worker resumes what a
-shared store has of the stage, or makes it anew. Nothing else is lost.
+A worker that dies reports nothing, and its run would stay Running. So a stage on a worker
+increments a number in the labels of its run (``heartbeat``). When the number stops, the run is
+marked Crashed and the task that waits for it is retried: another worker resumes the stage from a
+shared store, or builds it again. No other stage is affected.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ log = logging.getLogger(__name__)
 #: Name of the deployment that workers serve (prefect.yaml).
 DEPLOYMENT = "run-stage/run-stage"
 _BEAT = "diffagent.beat"
-#: A worker takes its time to start a process; after so many times ``lost_after_seconds`` it died.
-_START = 5
+#: A pending run is lost after this many times ``lost_after_seconds``: starting a process is slow.
+_PENDING_FACTOR = 5
 
 
 @contextlib.contextmanager
 def heartbeat(flow_run_id: UUID, lost_after_seconds: float) -> Iterator[None]:
-    """Show that this process lives, six times in ``lost_after_seconds``, as long as the block."""
-    over = threading.Event()
+    """Report that this process lives, six times per ``lost_after_seconds``, during the block."""
+    ended = threading.Event()
 
     def beat() -> None:
         count = 0
         with get_client(sync_client=True) as client:
-            while not over.is_set():
+            while not ended.is_set():
                 count += 1
                 try:
                     client.update_flow_run_labels(flow_run_id, {_BEAT: count})
-                except Exception as error:  # a server that is away for a moment stops no stage
-                    log.warning("cannot tell that this stage is alive: %s", error)
-                over.wait(lost_after_seconds / 6)
+                except Exception as error:  # a server that is away does not stop the stage
+                    log.warning("cannot report that this stage is alive: %s", error)
+                ended.wait(lost_after_seconds / 6)
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
     try:
         yield
     finally:
-        over.set()
+        ended.set()
         thread.join()
 
 
@@ -66,12 +66,12 @@ def end_of(client: SyncPrefectClient, run: FlowRun, lost_after_seconds: float) -
     """Wait for the next heartbeat of ``run``, or its end.
 
     Args:
-        client: of the server that has the run.
-        run: a run that shows its ``heartbeat`` while it lives.
-        lost_after_seconds: silence that means that its process has died; then it is marked Crashed.
+        client: client of the server that has the run.
+        run: run that shows a ``heartbeat`` while it lives.
+        lost_after_seconds: seconds without a heartbeat after which the run is marked Crashed.
 
     Returns:
-        Its final state; None while it lives.
+        The final state of the run; None if it lives.
     """
     first, since = run.labels.get(_BEAT), time.monotonic()
     while time.monotonic() - since < lost_after_seconds:
@@ -87,18 +87,18 @@ def end_of(client: SyncPrefectClient, run: FlowRun, lost_after_seconds: float) -
 
 
 def _lost(seconds: float) -> State[Any]:
-    return Crashed(message=f"nothing was heard of its worker for {seconds:.0f} s")
+    return Crashed(message=f"no heartbeat of its worker for {seconds:.0f} s")
 
 
 def run_on_worker(node: Node, config: RunConfig, inputs: Inputs) -> Artifact:
-    """Have a worker run ``node``, and wait for it; what the store has is not run again.
+    """Run ``node`` on a worker and wait for its end; an artifact in the store is not built again.
 
     Raises:
-        ArtifactError: the worker was lost (another try may succeed), or the stage failed there.
+        ArtifactError: the worker was lost (a retry may succeed), or the stage failed there.
     """
     stage = load_stage(node)
-    if found := stage.cached(node.config, inputs, config.runtime):
-        return found
+    if artifact := stage.cached(node.config, inputs, config.runtime):
+        return artifact
     tasks = config.runtime.tasks.model_copy(update={"runner": "threads"})
     local = config.runtime.model_copy(update={"tasks": tasks})
     try:
@@ -126,22 +126,22 @@ def run_on_worker(node: Node, config: RunConfig, inputs: Inputs) -> Artifact:
         failure = ArtifactError(f"on a worker: {state.message or state.name}")
         failure.retryable = state.is_crashed()
         raise failure
-    if found := stage.cached(node.config, inputs, config.runtime):
-        return found
+    if artifact := stage.cached(node.config, inputs, config.runtime):
+        return artifact
     raise ArtifactError(
-        f"a worker made {node.key!r}, but {config.runtime.store!r} does not have it; runtime.store "
-        "has to be a URI, or a directory that flows and workers share by the same path"
+        f"a worker built {node.key!r}, but {config.runtime.store!r} does not have it; set "
+        "runtime.store to a URI, or to a directory that flows and workers share by the same path"
     )
 
 
 def _watch(client: SyncPrefectClient, run: FlowRun, lost_after_seconds: float) -> State[Any]:
-    """Wait for the end of a flow run, or for silence of the process that runs it."""
-    seen, since, told = None, time.monotonic(), False
+    """Wait for the end of a flow run; mark it Crashed when its heartbeat stops."""
+    seen, since, warned = None, time.monotonic(), False
     while True:
         try:
             run = client.read_flow_run(run.id)
-        except httpx.HTTPError as error:  # a server that is away for a moment loses no stage
-            log.warning("cannot ask what became of %s: %s", run.name, error)
+        except httpx.HTTPError as error:  # a server that is away does not lose the stage
+            log.warning("cannot read the state of %s: %s", run.name, error)
             since = time.monotonic()
         state = run.state
         if state is None or state.is_final():
@@ -150,13 +150,13 @@ def _watch(client: SyncPrefectClient, run: FlowRun, lost_after_seconds: float) -
             seen, since = (state.type, run.labels.get(_BEAT)), time.monotonic()
         quiet = time.monotonic() - since
         if state.is_scheduled():
-            if quiet > lost_after_seconds and not told:
+            if quiet > lost_after_seconds and not warned:
                 log.warning(
-                    "%s: no worker takes it; start one (docs/how-to/use-several-machines.md)",
+                    "%s: no worker has taken it; start one (docs/how-to/use-several-machines.md)",
                     run.name,
                 )
-                told = True
-        elif quiet > lost_after_seconds * (_START if state.is_pending() else 1):
+                warned = True
+        elif quiet > lost_after_seconds * (_PENDING_FACTOR if state.is_pending() else 1):
             lost = _lost(quiet)
             client.set_flow_run_state(run.id, lost, force=True)
             return lost

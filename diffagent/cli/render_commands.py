@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from diffagent.store import Artifact
     from diffagent.t2i.catalogue import Entry
 
-#: The released reward models, as in configs/paper.yaml.
+#: Reward models as released, equal to those of configs/paper.yaml.
 RELEASED_REWARDS = {
     "scorers": [
         {"name": "clip", "model": "ViT-L-14-quickgelu", "weights": "openai"},
@@ -212,16 +212,19 @@ def render(
     has_calls = lines_of_calls is not None or holds_calls(lines, path.name)
     chooses = not has_calls and bool(agent or (dabench and not model))
     _refuse_unused(context, run, has_calls=has_calls, chooses=chooses)
-    candidates = _models(agent or dabench, run, base_model, only_here=bool(models) and not download)
-    entries = candidates.entries
+    only_local = bool(models) and not download
+    named = _named_models(agent or dabench, run, base_model, only_local=only_local)
+    entries = named.entries
     if has_calls:
-        rows, entries = _called(path, lines, calls, lines_of_calls, entries)
+        rows, entries = _rows_of_calls(path, lines, calls, lines_of_calls, entries)
     elif chooses:
-        chooser = _open_selector(run, candidates.usable, agent, dabench)
+        chooser = _open_selector(run, named.usable, agent, dabench)
         rows = selected_rows(lines, chooser, _source(agent, dabench), n)
     else:
-        rows = _named(lines, model, {**_parameters(param), "loras": tuple(lora or ())}, entries)
-    _make(rows, entries, run, out, path.name, score=score)
+        rows = _rows_of_prompts(
+            lines, model, {**_parameters(param), "loras": tuple(lora or ())}, entries
+        )
+    _render_and_score(rows, entries, run, out, path.name, score=score)
 
 
 def score(
@@ -315,12 +318,12 @@ def _parameters(texts: list[str] | None) -> dict[str, Any]:
 
 
 def _config(file: Path | None, settings: list[str] | None, changes: dict[str, Any]) -> RunConfig:
-    """The settings of a run's file or the released scorers, and what the command line says."""
+    """Return the settings of a run's file, or the defaults, changed by the command line."""
     from diffagent.run_config import configure, load_config
 
     overrides = {key: value for key, value in changes.items() if value is not None}
     overrides |= parse_overrides(settings)
-    overrides.setdefault("render.max_failed_fraction", 1.0)  # a sheet of the others is worth it
+    overrides.setdefault("render.max_failed_fraction", 1.0)  # the sheet shows the others
     if file:
         return load_config(file, overrides)
     data = {"rewards": deepcopy(RELEASED_REWARDS), "render": {"max_pixels": _MAX_PIXELS}}
@@ -328,6 +331,11 @@ def _config(file: Path | None, settings: list[str] | None, changes: dict[str, An
 
 
 def _read(path: Path) -> list[str]:
+    """Read the lines of a file, or of standard input for '-', in UTF-8 or UTF-16.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
     from diffagent.errors import ConfigError
     from diffagent.sheet.prompts_file import read_lines
 
@@ -338,41 +346,44 @@ def _read(path: Path) -> list[str]:
         wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as PowerShell writes text
         return read_lines(data.decode("utf-16" if wide else "utf-8-sig"), name)
     except (OSError, UnicodeDecodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise ConfigError(f"cannot read {name:.200} as UTF-8 text: {why}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"cannot read {name:.200} as UTF-8 text: {reason}") from None
 
 
 @dataclass(frozen=True)
-class _Models:
-    """The models that names may mean.
+class _NamedModels:
+    """Models that the names in prompts, calls and options may refer to.
 
     Attributes:
-        entries: of a catalogue, then the folders' files that it does not have.
-        here: SHA256 of the folders' files; None: a model that is not there is fetched.
+        entries: entries of a catalogue, then files of the folders that the catalogue lacks.
+        local: SHA256 of the files of the folders; None: other models are downloaded.
     """
 
     entries: list[Entry]
-    here: frozenset[str | None] | None
+    local: frozenset[str | None] | None
 
     @property
     def usable(self) -> frozenset[tuple[str, str]] | None:
-        """(model, version) of what may be chosen; None: anything."""
-        if self.here is None:
+        """(model, version) of the entries that may be chosen; None: all."""
+        if self.local is None:
             return None
-        return frozenset((e.model, e.version) for e in self.entries if e.sha256 in self.here)
+        return frozenset((e.model, e.version) for e in self.entries if e.sha256 in self.local)
 
 
-def _models(
-    source: Path | None, run: RunConfig, base_model: str | None, *, only_here: bool
-) -> _Models:
-    """Collect the models that names may mean in a command.
+def _named_models(
+    source: Path | None, run: RunConfig, base_model: str | None, *, only_local: bool
+) -> _NamedModels:
+    """Collect the models that names may refer to.
 
     Args:
-        source: directory of an agent or a DABench, whose catalogue counts first.
-        run: names the folders.
-        base_model: of files that do not state theirs.
-        only_here: entries of the catalogue whose file is in no folder lose their address on the
-            site, so that nothing is fetched.
+        source: directory of an agent or a DABench, whose catalogue takes precedence.
+        run: settings with the folders.
+        base_model: base model of files that do not state theirs.
+        only_local: remove the download address of entries whose file is in no folder, so that
+            nothing is downloaded.
+
+    Raises:
+        ConfigError: there is neither a catalogue nor a folder.
     """
     from diffagent.errors import ConfigError
     from diffagent.sheet.prompts_file import folder_entries
@@ -381,31 +392,32 @@ def _models(
     entries = list(Catalogue.load(source).entries) if source else []
     folders = [Path(folder) for folder in run.runtime.models.folders]
     if not entries and not folders:
-        raise ConfigError("render needs --models DIR, or --agent DIR or --dabench DIR")
+        raise ConfigError("render needs --models DIR, --agent DIR or --dabench DIR")
     if not folders:
-        return _Models(entries, None)
+        return _NamedModels(entries, None)
     index = run.runtime.models_directory / "folders.json"
     hashes = {entry.sha256 for entry in entries}
     files = folder_entries(folders, index, base_model, hashes)
-    here = frozenset(entry.sha256 for entry in files)
-    if only_here:
-        entries = [e if e.sha256 in here else replace(e, download_path="") for e in entries]
+    local = frozenset(entry.sha256 for entry in files)
+    if only_local:
+        entries = [e if e.sha256 in local else replace(e, download_path="") for e in entries]
     entries += [entry for entry in files if entry.sha256 not in hashes]
-    return _Models(entries, here if only_here else None)
+    return _NamedModels(entries, local if only_local else None)
 
 
-def _called(
+def _rows_of_calls(
     prompts: Path,
     lines: list[str],
     calls: Path | None,
-    called: list[str] | None,
+    lines_of_calls: list[str] | None,
     entries: list[Entry],
 ) -> tuple[list[CandidateRow], list[Entry]]:
+    """Return the rows of API calls, which are the lines of PROMPTS or of --calls."""
     from diffagent.sheet.prompts_file import call_rows
 
-    if called is None:
+    if lines_of_calls is None:
         return call_rows(lines, str(prompts), None, entries)
-    return call_rows(called, str(calls), lines, entries)
+    return call_rows(lines_of_calls, str(calls), lines, entries)
 
 
 def _open_selector(
@@ -432,20 +444,25 @@ def _source(agent: Path | None, dabench: Path | None) -> str:
     return "reranked" if agent and dabench else "agent" if agent else "combined"
 
 
-def _named(
+def _rows_of_prompts(
     lines: list[str], model: list[str] | None, parameters: dict[str, Any], entries: list[Entry]
 ) -> list[CandidateRow]:
+    """Return the rows of prompts with every named model and the same parameters.
+
+    Raises:
+        ConfigError: the command names no model, and there is not exactly one.
+    """
     from diffagent.errors import ConfigError
     from diffagent.sheet.prompts_file import Parameters, prompt_rows
 
     names = [entry.model for entry in entries if entry.is_checkpoint]
     if not model and len(names) != 1:
-        told = ", ".join(map(repr, sorted(names)[:10]))
-        raise ConfigError(f"there are {len(names)} checkpoints; choose with --model: {told}")
+        examples = ", ".join(map(repr, sorted(names)[:10]))
+        raise ConfigError(f"there are {len(names)} checkpoints; choose with --model: {examples}")
     return prompt_rows(lines, model or names, Parameters(**parameters), entries)
 
 
-def _make(
+def _render_and_score(
     rows: list[CandidateRow],
     entries: list[Entry],
     run: RunConfig,
@@ -454,18 +471,18 @@ def _make(
     *,
     score: bool,
 ) -> None:
-    """Draw the rows, write the sheet, score, and write it again; exit code 1 if one failed."""
+    """Render rows, write the sheet, score, and write it again; exit with 1 if a picture failed."""
     from diffagent.errors import CivitaiError
     from diffagent.rewards import score_stage
 
     try:
-        renders = _draw(rows, entries, run)
+        renders = _render(rows, entries, run)
     except CivitaiError as error:
         if not error.retryable:
             raise
-        # Pictures that need no download are drawn; the same command fetches the rest later.
-        log.warning("%s; the pictures of models that are not here yet fail", error)
-        renders = _draw(rows, [replace(entry, download_path="") for entry in entries], run)
+        # Render the pictures that need no download; the same command fetches the others later.
+        log.warning("%s; pictures of models that are not downloaded yet fail", error)
+        renders = _render(rows, [replace(entry, download_path="") for entry in entries], run)
     apis = {(row.prompt_id, row.source, row.candidate): row.api for row in rows if row.api}
     missing = _sheet(out, title, renders, apis)
     total = renders.manifest.rows["renders.parquet"]
@@ -476,18 +493,18 @@ def _make(
 
 
 def _end(missing: int, total: int, out: Path) -> None:
-    """Exit with code 1, and say where the reasons are, when pictures are missing."""
+    """Exit with 1 if pictures are missing; print where the reasons are."""
     if missing:
         typer.echo(
-            f"error: {missing} of {total} pictures failed; {out / 'index.html'} shows why, and "
-            "results.jsonl beside it",
+            f"error: {missing} of {total} pictures failed; see {out / 'index.html'} or "
+            "results.jsonl next to it for the reasons",
             err=True,
         )
         raise typer.Exit(1)
 
 
-def _draw(rows: list[CandidateRow], entries: list[Entry], run: RunConfig) -> Artifact:
-    """The pictures of rows, with the models that ``entries`` says where to find."""
+def _render(rows: list[CandidateRow], entries: list[Entry], run: RunConfig) -> Artifact:
+    """Render rows with the models of ``entries``."""
     from diffagent.render import render_stage
     from diffagent.sheet import prompts_file
 
@@ -507,7 +524,7 @@ def _sheet(
     apis: dict[tuple[int, str, int], str],
     scores: Artifact | None = None,
 ) -> int:
-    """Write OUT; returns how many rows have no picture."""
+    """Write the folder OUT; return the number of rows without a picture."""
     from diffagent.sheet.contact_sheet import write_contact_sheet, write_results
     from diffagent.sheet.sheet_rows import copy_pictures, sheet_cards, sheet_facts
 
@@ -517,12 +534,17 @@ def _sheet(
     write_contact_sheet(out / "index.html", title, cards, sheet_facts(renders, scores))
     write_results(out / "results.jsonl", cards)
     failed = sum(card.picture is None for card in cards)
-    told = "scored" if scores else "drawn"
-    typer.echo(f"{len(cards) - failed} of {len(cards)} pictures {told}: {out / 'index.html'}")
+    action = "scored" if scores else "drawn"
+    typer.echo(f"{len(cards) - failed} of {len(cards)} pictures {action}: {out / 'index.html'}")
     return failed
 
 
 def _score_files(pictures: list[Path], prompt: str | None, run: RunConfig, out: Path) -> None:
+    """Score picture files and write the sheet.
+
+    Raises:
+        ConfigError: ``out`` is the folder of the pictures.
+    """
     from diffagent.errors import ConfigError
     from diffagent.rewards import score_stage
     from diffagent.schemas.tables import RENDER_TABLE
@@ -531,11 +553,11 @@ def _score_files(pictures: list[Path], prompt: str | None, run: RunConfig, out: 
 
     paths = list(pictures_in(pictures))
     if any(path.resolve().parent == out.resolve() for path in paths):
-        raise ConfigError(f"--out {str(out)!r} holds the pictures themselves; give another folder")
+        raise ConfigError(f"--out {str(out)!r} is the folder of the pictures; give another folder")
     config, apis = sheet_rows.pictures_config(paths, prompt)
     renders = sheet_rows.pictures.run(config, {}, run.runtime)
     statuses = [row.status for row in RENDER_TABLE.read(renders.file("renders.parquet"))]
     scores = None
-    if "ok" in statuses:  # else there is nothing to load a scorer for
+    if "ok" in statuses:  # else no scorer has to be loaded
         scores = score_stage.score.run(run.rewards, {"renders": [renders]}, run.runtime)
     _end(_sheet(out, "Scores", renders, apis, scores), len(statuses), out)

@@ -196,12 +196,12 @@ class RuntimeConfig(_RuntimeSection):
 
     @property
     def remote(self) -> str | None:
-        """The store's URI; None when it is a directory."""
+        """URI of the store; None if it is a directory."""
         return self.store.rstrip("/") if "://" in self.store else None
 
     @property
     def local_store(self) -> Path:
-        """Where artefacts are built and read: the store itself, or the cache of a remote one."""
+        """Directory where artifacts are built and read: the store, or the cache of a remote one."""
         if self.remote is None:
             return Path(self.store)
         cache = self.cache.directory or os.environ.get("DIFFAGENT_CACHE") or "~/.cache/diffagent"

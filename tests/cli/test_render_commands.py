@@ -529,7 +529,7 @@ def test_a_stranger_s_files_are_not_overwritten(tmp_path: Path, models: Path, ru
     (out / "0001-0-0.png").unlink()
     render(tmp_path, models, "-m", "dream")
     render(tmp_path, models, "-m", "dream")  # its own is
-    with pytest.raises(ConfigError, match="holds the pictures themselves"):
+    with pytest.raises(ConfigError, match="is the folder of the pictures"):
         invoke("score", out, "-c", run, "--out", out)
     with pytest.raises(ConfigError, match="is a file"):
         invoke("score", models, "-c", run, "--out", out / "index.html")

@@ -207,7 +207,7 @@ def test_prefect_workers(
     with get_client(sync_client=True) as client:
         runs = [run for run in client.read_flow_runs() if run.name == f"render-{shard}"]
     assert sorted(run.state.type.value for run in runs) == ["COMPLETED", "CRASHED"]
-    assert any("nothing was heard" in (run.state.message or "") for run in runs)
+    assert any("no heartbeat" in (run.state.message or "") for run in runs)
 
 
 def test_no_deployment_is_told(config_file: Path, meeting: Path) -> None:
