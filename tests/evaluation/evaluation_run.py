@@ -18,8 +18,7 @@ from diffagent.render.render_config import RenderConfig
 from diffagent.rewards.score_config import RewardsConfig
 from diffagent.schemas.api import T2IAPI, LoRA, Params
 from diffagent.schemas.runtime import RuntimeConfig
-from diffagent.schemas.tables import CANDIDATES, DABENCH, RENDERS
-from diffagent.sheet.contact_sheet import SCORES
+from diffagent.schemas.tables import CANDIDATES, DABENCH, RENDERS, SCORES
 from diffagent.store import Artifact, StageContext, StageResult, stage
 from diffagent.train.sft_config import SFTConfig
 from tests.agent.agent_world import blank

@@ -34,8 +34,7 @@ from diffagent.rewards.score_stage import score
 from diffagent.rewards.unified import MetricReference
 from diffagent.schemas.api import T2IAPI, LoRA, Params
 from diffagent.schemas.runtime import RuntimeConfig
-from diffagent.schemas.tables import CANDIDATES, RENDERS
-from diffagent.sheet.contact_sheet import SCORES
+from diffagent.schemas.tables import CANDIDATES, RENDERS, SCORES
 from diffagent.store import Artifact, sha256_file
 from diffagent.t2i.catalogue import Catalogue, Entry
 from tests.conftest import ROOT, sealed

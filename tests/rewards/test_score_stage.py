@@ -22,8 +22,7 @@ from diffagent.rewards.unified import MetricReference, Unifier
 from diffagent.sandbox import world
 from diffagent.sandbox.files import SCORERS
 from diffagent.schemas.runtime import RuntimeConfig
-from diffagent.schemas.tables import JUDGEMENTS, RENDERS, RenderRow, ScoreRow
-from diffagent.sheet.contact_sheet import SCORES
+from diffagent.schemas.tables import JUDGEMENTS, RENDERS, SCORES, RenderRow, ScoreRow
 from diffagent.store import StageContext, StageResult, stage
 from tests.evaluation.evaluation_run import write_rows
 from tools.sandbox import drawings

@@ -21,7 +21,7 @@ from diffagent.agent.prompts import Pair, read_split
 from diffagent.agent.verify import verify
 from diffagent.errors import ArtifactError, TrainingError
 from diffagent.schemas.runtime import RuntimeConfig
-from diffagent.sheet.contact_sheet import SCORES
+from diffagent.schemas.tables import SCORES
 from diffagent.store import Artifact, StageContext, StageResult, stage
 from diffagent.train import fit
 from diffagent.train.collate import RankedPrompt, RRHFCollator
