@@ -7,7 +7,7 @@ import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from diffagent.agent.candidates import Answer, write_candidates
 from diffagent.agent.lm.format import response_text
@@ -70,22 +70,6 @@ def sample(config: SampleShard, context: StageContext) -> StageResult:
             "outcomes": counts,
         },
     )
-
-
-class Engine(Protocol):
-    """What writes candidates: an ``Agent`` (transformers), or ``VLLM``."""
-
-    def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        max_new_tokens: int | None,
-        decoding: Decoding,
-        batch_size: int,
-        constrained: bool = False,
-    ) -> list[list[Completion]]:
-        """``decoding.num_candidates`` answers to each prompt, as ``Agent.generate``."""
-        ...
 
 
 class VLLM:

@@ -22,7 +22,6 @@ from diffagent.errors import RenderError
 from diffagent.render.recipe import Recipe
 from diffagent.store import atomic_file
 from diffagent.t2i.metadata import Generation, Reference, write_parameters
-from diffagent.t2i.metadata.a1111 import shortest
 from diffagent.t2i.samplers import SAMPLERS, WEBUI_LABELS, normalise
 
 if TYPE_CHECKING:
@@ -57,10 +56,8 @@ def infotext(
         )
     return write_parameters(
         Generation(
-            prompt_raw=_with_embeddings(recipe.prompt, recipe, words, negative=False),
-            negative_prompt_raw=_with_embeddings(
-                recipe.negative_prompt, recipe, words, negative=True
-            ),
+            prompt_raw=recipe.text(words, negative=False),
+            negative_prompt_raw=recipe.text(words, negative=True),
             sampler_name=sampler,
             schedule_name=schedule,
             checkpoints=(_reference(recipe.checkpoint, names),),
@@ -127,20 +124,6 @@ def _words(recipe: Recipe, names: Mapping[str, str]) -> dict[str, str]:
         sha: word if word and counts[word.casefold()] == 1 else f"{word}_{sha[:10]}".strip("_")
         for sha, word in made.items()
     }
-
-
-def _with_embeddings(
-    prompt: str, recipe: Recipe, words: Mapping[str, str], *, negative: bool
-) -> str:
-    """A prompt with the names of its embeddings in front, as one writes them in the WebUI."""
-    used = [
-        words[item.sha256]
-        if item.weight == 1
-        else f"({words[item.sha256]}:{shortest(round(item.weight, 4))})"
-        for item in recipe.embeddings
-        if item.negative == negative
-    ]
-    return ", ".join([*used, prompt] if prompt else used)
 
 
 def _reference(sha256: str, names: Mapping[str, str]) -> Reference:

@@ -7,7 +7,7 @@ recipes are equal pictures in any run.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from diffagent.errors import RenderError
 from diffagent.schemas.api import T2IAPI, Network
 from diffagent.store import canonical_json
+from diffagent.t2i.metadata.a1111 import shortest
 from diffagent.t2i.samplers import SAMPLERS, normalise
 
 if TYPE_CHECKING:
@@ -69,6 +70,30 @@ class Recipe(_Frozen):
         """SHA256 of the canonical JSON, without what is unset: the picture's name."""
         told = self.model_dump(mode="json", exclude_none=True)
         return hashlib.sha256(canonical_json(told)).hexdigest()
+
+    def text(
+        self,
+        words: Mapping[str, str],
+        *,
+        negative: bool,
+        write_weight: Callable[[float], str] = lambda weight: shortest(round(weight, 4)),
+    ) -> str:
+        """Return a prompt with its embeddings in front, as one writes them in the WebUI.
+
+        Args:
+            words: SHA256 of an embedding's file -> its word in the prompt.
+            negative: the negative prompt instead of the prompt.
+            write_weight: spelling of a weight other than 1, as in ``(WORD:1.2)``.
+        """
+        prompt = self.negative_prompt if negative else self.prompt
+        used = [
+            words[use.sha256]
+            if use.weight == 1
+            else f"({words[use.sha256]}:{write_weight(use.weight)})"
+            for use in self.embeddings
+            if use.negative == negative
+        ]
+        return ", ".join([*used, prompt] if prompt else used)
 
 
 def resolve(api: T2IAPI, prompt: str, seed: int, catalogue: Catalogue) -> Recipe:

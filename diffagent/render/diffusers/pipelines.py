@@ -372,10 +372,11 @@ class _Ready:
         """The noise that becomes the recipe's picture."""
         channels, scale = self._pipeline.unet.config.in_channels, self._pipeline.vae_scale_factor
         shape = (1, channels, recipe.height // scale, recipe.width // scale)
+        tokens = {use.sha256: token(use.sha256) for use in recipe.embeddings}
         try:
             said = self._encoder.pair(
-                _with_tokens(recipe.prompt, recipe, negative=False),
-                _with_tokens(recipe.negative_prompt, recipe, negative=True),
+                recipe.text(tokens, negative=False, write_weight="{:f}".format),
+                recipe.text(tokens, negative=True, write_weight="{:f}".format),
                 recipe.clip_skip,
                 SAMPLERS[recipe.sampler].evaluations(recipe.steps),
             )
@@ -436,16 +437,6 @@ def _strengths(recipe: Recipe) -> Strengths:
 def _main_memory() -> int:
     """Bytes of the machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _with_tokens(prompt: str, recipe: Recipe, *, negative: bool) -> str:
-    """A prompt with the tokens of its embeddings in front, as one writes them in the WebUI."""
-    words = []
-    for item in recipe.embeddings:
-        if item.negative == negative:
-            word = token(item.sha256)
-            words.append(word if item.weight == 1 else f"({word}:{item.weight:f})")
-    return ", ".join([*words, *([prompt] if prompt else [])])
 
 
 def _image(decoded: torch.Tensor) -> Image | RenderError:

@@ -34,7 +34,6 @@ from diffagent.render.recipe import Recipe
 from diffagent.render.renderer import Files, ModelRef
 from diffagent.store import canonical_json
 from diffagent.t2i.base_models import ecosystem
-from diffagent.t2i.metadata.a1111 import shortest
 from diffagent.t2i.samplers import SAMPLERS, normalise
 
 if TYPE_CHECKING:
@@ -154,8 +153,9 @@ class ComfyUIRenderer(ServerRenderer[_Prepared]):
         if prepared.vae:
             graph["vae"] = _node("VAELoader", vae_name=prepared.vae)
             vae = ["vae", 0]
+        words = {sha256: f"embedding:{name}" for sha256, name in prepared.networks.items()}
         for name in ("prompt", "negative_prompt"):
-            text = _with_embeddings(recipe, prepared.networks, negative=name != "prompt")
+            text = recipe.text(words, negative=name != "prompt")
             graph[name] = _node("CLIPTextEncode", clip=clip, text=text)
         size = recipe.model_dump(include={"width", "height"})
         graph["size"] = _node("EmptyLatentImage", **size, batch_size=1)
@@ -348,14 +348,3 @@ def _picture_of(entry: Mapping[str, Any]) -> dict[str, str]:
         return {name: str(image[name]) for name in ("filename", "subfolder", "type")}
     except (KeyError, IndexError, TypeError):
         raise RenderError("the answer has no picture", reason="bad-picture") from None
-
-
-def _with_embeddings(recipe: Recipe, networks: Mapping[str, str], *, negative: bool) -> str:
-    used = [
-        f"embedding:{networks[use.sha256]}" if use.weight == 1
-        else f"(embedding:{networks[use.sha256]}:{shortest(round(use.weight, 4))})"
-        for use in recipe.embeddings
-        if use.negative == negative
-    ]  # fmt: skip
-    prompt = recipe.negative_prompt if negative else recipe.prompt
-    return ", ".join([*used, *([prompt] if prompt else [])])

@@ -136,7 +136,7 @@ class A1111Renderer(ServerRenderer[_Prepared]):
             f"<lora:{prepared.networks[use.sha256]}:{shortest(round(use.weight, 4))}>"
             for use in recipe.loras
         ]
-        prompt = _with_embeddings(recipe, prepared.networks, negative=False)
+        prompt = recipe.text(prepared.networks, negative=False)
         settings = {
             **{name: value for name, value in _SETTINGS.items() if name in self._options},
             **prepared.vae,
@@ -145,7 +145,7 @@ class A1111Renderer(ServerRenderer[_Prepared]):
         }
         return {
             "prompt": " ".join([*([prompt] if prompt else []), *tags]),
-            "negative_prompt": _with_embeddings(recipe, prepared.networks, negative=True),
+            "negative_prompt": recipe.text(prepared.networks, negative=True),
             "styles": [],
             **recipe.model_dump(include={"seed", "steps", "cfg_scale", "width", "height"}),
             "sampler_name": sampler,
@@ -422,17 +422,6 @@ def _answer(answer: Any) -> tuple[bytes, str]:
             f"the answer has no picture with a text: {type(error).__name__}: {error}",
             reason="bad-picture",
         ) from None
-
-
-def _with_embeddings(recipe: Recipe, networks: Mapping[str, str], *, negative: bool) -> str:
-    used = [
-        networks[use.sha256] if use.weight == 1
-        else f"({networks[use.sha256]}:{shortest(round(use.weight, 4))})"
-        for use in recipe.embeddings
-        if use.negative == negative
-    ]  # fmt: skip
-    prompt = recipe.negative_prompt if negative else recipe.prompt
-    return ", ".join([*used, *([prompt] if prompt else [])])
 
 
 def _hashes(value: object) -> dict[str, str]:
